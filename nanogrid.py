@@ -1,0 +1,3850 @@
+#!/usr/bin/env python3
+"""NanoGrid: your own Lambda on one machine, in one file.
+
+A task arrives as an SQS message (or as a file, with --local). The agent takes it, fetches the
+code, runs it under its timeout and memory cap, measures its peak memory, publishes that, and
+deletes the message if, and only if, the function succeeded:
+
+    receive -> Task (checked) -> code cache -> workspace -> run -> report -> delete or leave
+
+Theory of operation. Two kinds of process, both from this file. The agent talks to AWS, owns
+the messages and their leases, unpacks code and reports; it has threads, and never forks a
+function. The launcher is started before boto3 is imported and never sees a credential; it forks
+a supervisor for each slot, and each supervisor runs one function at a time: it limits it, looks
+after it, ends all that is left of it and measures it. Whoever loses the process above itself
+kills what it runs and ends, so no function survives even a SIGKILL of the agent.
+"""
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import marshal
+import math
+import os
+import pwd
+import queue
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+import zlib
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+__version__ = "1.0.0"
+MIB = 1024 * 1024
+PAGE = resource.getpagesize()
+
+
+# --------------------------------------------------------------------------------------------
+# Settings: application.yml and the environment
+# --------------------------------------------------------------------------------------------
+
+
+class ConfigError(Exception):
+    """The settings cannot be used; the text is one problem a line, `FILE:LINE: what; what to do`."""
+
+
+# --- YAML: the subset that settings need, read as YAML 1.2 reads it or refused ---
+
+_FORBIDDEN = re.compile(  # what YAML 1.2 does not allow (c-printable); also a lone CR and a late BOM
+    "[^\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_MARKER = re.compile(r"(---|\.\.\.)(?:[ \t]+(?!#)(.)|[ \t]|$)")
+_ITEM = re.compile(r"-(?: +|$)")
+_COLON = re.compile(r" *:(?: +(?:#.*)?|$)")
+_COMMENT = re.compile(r"(?: +#.*)?")
+_EMPTY = re.compile(r"(\[ *\]|\{ *\})(?: +#.*)?")
+_TOKEN = re.compile(r'''
+    (?P<double> "(?:[^"\\]|\\.)*" )
+  | (?P<single> '(?:[^']|'')*'(?!') )
+  | (?P<plain>  (?: [^- \t?:,\[\]{}\#&*!|>'"%@`] | [-?:](?=[^ \t]) )       # ns-plain-first
+                (?: [^ \t:] | :(?=[^ \t]) | [ ]+(?=[^ \t:\#]|:[^ \t]) )* )  # blanks inside only
+''', re.X)
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
+_ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
+_CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take other digits and `_`
+    (re.compile(r"~|null|Null|NULL"), lambda text: None),
+    (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text[0] in "tT"),
+    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"0o[0-7]+"), lambda text: int(text[2:], 8)),
+    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text, 16)),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
+)
+_LONGEST_NUMBER = 300  # int() and str() raise ValueError at some thousand digits
+_DEEPEST_MAP = 50      # Python's own recursion limit must not be what ends the reading
+_REFUSED = {           # how text outside of the subset begins: what it is; what to write instead
+    **dict.fromkeys("'\"", "a quote is not closed in its line; close it there (in double quotes, "
+                    "\\n is a line break and \\\" a quote; in single quotes, '' is a quote)"),
+    **dict.fromkeys("&*", "an anchor or alias; write the value out wherever it is used"),
+    **dict.fromkeys("|>", "a block of text; write it in one line, in double quotes with \\n"),
+    **dict.fromkeys("{[", "braces or brackets; write one `key: value` or `- item` a line"),
+    **dict.fromkeys("?:", "no `key: value`; write one, or put the text in quotes"),
+    "-": "a list item stands where none can; write `- item` lines of plain values under a `key:`",
+    "!": "a tag; leave it out (quotes make text of a number)",
+    "\t": "a tab as white space; write spaces",
+}
+_Line = NamedTuple("_Line", [("number", int), ("indent", int), ("body", str)])
+_END = _Line(0, -1, "")
+
+
+def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
+    """The map that a YAML text holds ({} when empty), typed by YAML 1.2's core schema.
+
+    The subset is block maps, lists of scalars, one-line scalars, `[]`, `{}` and comments; the
+    first thing outside of it raises ConfigError with its line, and nothing is guessed at.
+    """
+    return _YamlReader(text, name).document()
+
+
+class _YamlReader:
+    """Reads by depth with one line of look-ahead; `line_of` says where each key path stands."""
+
+    def __init__(self, text: str, name: str):
+        self.name = name
+        self.line_of: dict[tuple, int] = {}
+        self.lines = self.content(text[1:] if text[:1] == "\ufeff" else text)
+        self.line = next(self.lines)
+
+    def fail(self, number: int, problem: str):
+        raise ConfigError(f"{self.name}:{number}: {problem}")
+
+    def content(self, text: str) -> Iterator[_Line]:
+        """The lines that hold more than a comment or the `---` at the start; then _END for ever."""
+        begun = False
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028
+            line = line[:-1] if line.endswith("\r") else line
+            if bad := _FORBIDDEN.search(line):
+                self.fail(number, f"the character U+{ord(bad[0]):04X} is not allowed in YAML; "
+                          "take it out, or write it as an escape in double quotes")
+            body = line.lstrip(" \t")
+            if marker := _MARKER.match(line):
+                if begun or marker[1] == "..." or marker[2]:
+                    self.fail(number, f"text after `{marker[1]}`, or a second document; write one "
+                              "document, with `---` alone in a line before it or not at all")
+                begun = True
+            elif body and body[0] != "#":
+                if "\t" in line[:-len(body)]:
+                    self.fail(number, _REFUSED["\t"])
+                begun = True
+                yield _Line(number, len(line) - len(body), body.rstrip(" "))
+        while True:
+            yield _END
+
+    def take(self) -> _Line:
+        taken, self.line = self.line, next(self.lines)
+        return taken
+
+    def document(self) -> dict[str, Any]:
+        if self.line.body == "{}":
+            tree, _ = {}, self.take()
+        else:
+            tree = self.block_map(self.line.indent, ()) if self.line is not _END else {}
+        if self.line is not _END:
+            self.fail(self.line.number, "outside of the map above; indent both alike")
+        return tree
+
+    def block_map(self, indent: int, path: tuple) -> dict[str, Any]:
+        """The map whose keys stand at `indent`, from the next line on."""
+        if len(path) > _DEEPEST_MAP:
+            self.fail(self.line.number, f"nested too deep; use at most {_DEEPEST_MAP} levels")
+        found: dict[str, Any] = {}
+        while self.line.indent == indent:
+            line = self.take()
+            key, _, rest = self.token(line.number, line.body)
+            if not (colon := _COLON.match(rest)):
+                self.fail(line.number, f"{_shown(line.body)} is no `key: value`; write a space "
+                          "after the colon, and a value in its key's line")
+            here, text = (*path, key), rest[colon.end():]
+            if key in found:
+                self.fail(line.number, f"the key {_shown(key)} stands in line {self.line_of[here]} "
+                          "too; keep one of them")
+            self.line_of[here] = line.number
+            if empty := _EMPTY.fullmatch(text):
+                found[key] = [] if empty[1][0] == "[" else {}
+            else:
+                found[key] = self.scalar(line, text) if text else self.child(indent, here)
+            self.check_indent(indent, line)
+        return found
+
+    def child(self, indent: int, path: tuple) -> Any:
+        """The block beneath a key at `indent`; None when there is none."""
+        deeper = self.line.indent
+        if deeper < indent or not _ITEM.match(self.line.body):
+            return self.block_map(deeper, path) if deeper > indent else None
+        items: list = []
+        while self.line.indent == deeper and (item := _ITEM.match(self.line.body)):
+            line = self.take()
+            self.line_of[(*path, len(items))] = line.number
+            items.append(self.scalar(line, line.body[item.end():]))
+            self.check_indent(deeper, line)
+        return items
+
+    def check_indent(self, indent: int, above: _Line):
+        if self.line.indent > indent:
+            self.fail(self.line.number, "indented otherwise than its siblings, or text that goes on "
+                      f"from line {above.number}; align it, and write a value in its key's line")
+
+    def scalar(self, line: _Line, text: str) -> Any:
+        """What a value's text says: a token, typed when it is plain; None when there is none."""
+        if text[:1] in ("", "#"):
+            return None
+        value, is_plain, rest = self.token(line.number, text)
+        if not _COMMENT.fullmatch(rest):
+            self.fail(line.number, f"{_shown(rest)} after a value; put the whole value in one pair "
+                      "of quotes, a key in its own line, a space before a `#`")
+        typed = _typed(value) if is_plain else value
+        if typed is not value and len(value) > _LONGEST_NUMBER:
+            self.fail(line.number, "the number is too long; put it in quotes")
+        return typed
+
+    def token(self, number: int, text: str) -> tuple[str, bool, str]:
+        """What the plain or quoted token at the start of `text` says, is it plain, the rest."""
+        def character(escape: re.Match) -> str:
+            digits = escape[1] or escape[2] or escape[3]
+            code = int(digits, 16) if digits else ord(_ESCAPES.get(escape[4], "\ud800"))
+            if 0xD800 <= code <= 0xDFFF or code > 0x10FFFF:
+                self.fail(number, f"{escape[0]} is no escape for a character; write `\\\\` for a "
+                          "backslash, or use single quotes")
+            return chr(code)
+
+        found = _TOKEN.match(text)
+        rest = text[found.end():] if found else text[1:] if text[0] in "-?:" else text
+        if rest.lstrip(" :")[:1] == "\t":
+            self.fail(number, _REFUSED["\t"])
+        if not found:
+            self.fail(number, _REFUSED.get(text[0], f"text begins with {text[0]}; put it in quotes"))
+        said = found[0] if found["plain"] else found[0][1:-1]
+        said = _ESCAPE.sub(character, said) if found["double"] else said
+        return said.replace("''", "'") if found["single"] else said, bool(found["plain"]), rest
+
+
+def _typed(text: str) -> Any:
+    """A plain scalar by the core schema: its value, or the very same text; None for a long number."""
+    for pattern, value_of in _CORE_SCHEMA:
+        if pattern.fullmatch(text):
+            return value_of(text) if len(text) <= _LONGEST_NUMBER else None
+    return text
+
+
+def _shown(value: Any) -> str:
+    """A value for one line of a message."""
+    if isinstance(value, (dict, list)):
+        return "a section" if isinstance(value, dict) else "a list"
+    text = str(value).lower() if value is None or value is True or value is False else repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+# --- Settings: the class is the table of every path, default, type and limit ---
+
+_SPRING_ONLY = {("spring",), ("server",), ("logging",), ("agent", "docker"), ("agent", "warmPool"),
+                ("agent", "polling"), ("agent", "redis")}
+_URL = r"https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?"
+_TEXTS = {  # kind of text: what it must match; what to write when it does not
+    "region": (r"(?!.*[0-9][a-z]$)[a-z0-9-]+", "write a region such as ap-northeast-2"),
+    "url": (_URL, "write a URL that begins with https:// or http://"),
+    "queue": (_URL, "copy the URL from SQS, queue, Details"),
+    "bucket": (r"[A-Za-z0-9._-]{3,255}", "write the bucket's bare name, no ARN, no s3:// URL"),
+    "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
+    "command": (r"/.*[^/]|\w[^\s/]*", "write an absolute path, or a bare name to find on PATH"),
+    "prefix": (r".{0,500}", "write at most 500 characters"),
+    "namespace": (r"(?!AWS/|:)[A-Za-z0-9._/#: -]*[A-Za-z0-9._/#:-]", "CloudWatch takes letters, "
+                  "digits and . _ / # : - there, and nothing under AWS/"),
+    "directory": (r"(/(?!\.\.?(/|$))[^/]+)+/?", "write an absolute path without . and .. in it"),
+}
+_AWS_QUEUE = re.compile(
+    r"https?://(?:(?:[^/]+\.)?sqs(?:-fips)?\.([a-z0-9-]+)\.(?:vpce\.)?(?:amazonaws\.com|api\.aws)"
+    r"|(?:([a-z0-9-]+)\.)?queue\.amazonaws\.com)(?:\.cn)?(?::[0-9]+)?(/.*)?", re.I)
+
+
+class Setting(NamedTuple):
+    """A row of the table."""
+    field: str               # queue_url
+    path: str                # agent.sqs.queueUrl
+    kind: str                # "flag", "count" or a kind of text
+    default: Any             # a value, or a function that finds it out on this machine
+    low: int
+    high: int
+    why: str                 # the limits in words
+
+    @property
+    def variable(self) -> str:
+        """What overrides it, as Spring's relaxed binding spells it."""
+        return self.path.replace(".", "_").upper()
+
+
+def _at(paths: str, kind: str, default: Any = None, low: int = 1, high: int = 2**31 - 1,
+        why: str = "") -> Any:
+    """A field that is written at agent.`paths`: one path, or one for each key of a dict."""
+    row = (kind, default, low, high, why or f"{low} to {high} are allowed")
+    preset = {"default_factory" if callable(default) else "default": default}
+    return field(metadata={"paths": paths.split(), "row": row}, **preset)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _memory_for_runs_mb() -> int:
+    """The machine's memory less 10 %, at least 256 MiB, for the system and the agent."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    return max(1, total - max(256, total // 10))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the file and the environment say; the default where neither says anything."""
+    region: str | None = _at("aws.region", "region")
+    endpoint_url: str | None = _at("aws.endpointUrl", "url")
+    spot_interruption: bool = _at("aws.spotInterruption", "flag", False)
+    queue_url: str | None = _at("sqs.queueUrl", "queue")
+    wait_time_seconds: int = _at("sqs.waitTimeSeconds", "count", 20, 0, 20, "SQS allows 0 to 20")
+    max_number_of_messages: int = _at("sqs.maxNumberOfMessages", "count", 10, 1, 10,
+                                      "SQS allows 1 to 10")
+    code_bucket: str | None = _at("s3.codeBucket", "bucket")
+    allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "bucket", ())
+    concurrency: int = _at("execution.concurrency", "count", _cores, 1, 1000)
+    memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
+    default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, 43_200_000,
+                                  "SQS lends a message for 12 h, so 1 to 43200000 are allowed")
+    default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
+    shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
+    run_as: str | None = _at("execution.runAs", "user")
+    warm_start: bool = _at("execution.warmStart", "flag", True)
+    max_open_files: int = _at("execution.maxOpenFiles", "count", 1024, 16)
+    max_processes: int = _at("execution.maxProcesses", "count", 512)
+    max_file_mb: int = _at("execution.maxFileMb", "count", 1024)
+    max_disk_mb: int = _at("execution.maxDiskMb", "count", 2048)
+    max_files: int = _at("execution.maxFiles", "count", 100_000)
+    runtimes: dict[str, str] = _at("runtimes.python runtimes.cpp runtimes.nodejs runtimes.go",
+                                   "command", dict)
+    output_bucket: str | None = _at("output.bucket", "bucket")
+    output_prefix: str = _at("output.s3Prefix", "prefix", "outputs")
+    output_queue_url: str | None = _at("output.queueUrl", "queue")
+    namespace: str = _at("metrics.namespace", "namespace", "NanoGrid/FunctionRunner")
+    flush_seconds: int = _at("metrics.flushSeconds", "count", 10, 1, 3600)
+    task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
+
+
+SETTINGS = tuple(Setting(one.name, f"agent.{path}", *one.metadata["row"])
+                 for one in fields(Settings) for path in one.metadata["paths"])
+_REQUIRED = {"region", "queue_url", "code_bucket"}
+_FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
+_LEAVES = [tuple(row.path.split(".")) for row in SETTINGS]
+_SECTIONS = dict.fromkeys(leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf)))
+
+
+def load_settings(path: Path | None, environ: Mapping[str, str],
+                  local: bool) -> tuple[Settings, list[str]]:
+    """The settings in the file at `path` (None: no file) with the environment over it; warnings.
+
+    `local` needs nothing of AWS. Raises ConfigError with every problem at once.
+    """
+    loader = _Loader(path, environ, local)
+    loader.check_keys(loader.tree, ())
+    values: dict[str, Any] = {}
+    for row in SETTINGS:
+        value = loader.value(row)
+        if value is not None and row.default is dict:
+            values.setdefault(row.field, {})[row.path.rpartition(".")[2]] = value
+        elif value is not None:
+            values[row.field] = value
+    settings = Settings(**values)
+    loader.check_together(settings)
+    if loader.problems:
+        raise ConfigError("\n".join(loader.problems))
+    return settings, loader.warnings
+
+
+class _Loader:
+    """A settings file, the environment over it, and what is wrong with them."""
+
+    def __init__(self, path: Path | None, environ: Mapping[str, str], local: bool):
+        self.name, self.environ, self.local = str(path), environ, local
+        self.tree, self.line_of = _read_file(path) if path else ({}, {})
+        self.where: dict[str, str] = {}  # the FILE:LINE or the variable that each field is from
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    def place(self, keys: tuple) -> str:
+        """FILE:LINE of the innermost of `keys` that the file holds."""
+        known = (self.line_of.get(keys[:depth]) for depth in range(len(keys), 0, -1))
+        return f"{self.name}:{next(filter(None, known), 1)}"
+
+    def check_keys(self, section: dict[str, Any], path: tuple):
+        for key, value in section.items():
+            here = (*path, key)
+            place, dotted = self.place(here), repr(".".join(here))[1:-1]
+            if here in _SPRING_ONLY:
+                self.warnings.append(f"{place}: {dotted} is for the Spring Boot agent and means "
+                                     "nothing here; passed over")
+            elif here in _SECTIONS and isinstance(value, dict):
+                self.check_keys(value, here)
+            elif here in _SECTIONS and value is not None:
+                self.problems.append(f"{place}: {dotted} is {_shown(value)}, but a section is due; "
+                                     "write its keys beneath it, indented")
+            elif here not in _SECTIONS and here not in _LEAVES:
+                self.problems.append(f"{place}: {dotted} is an unknown key; the nearest known one "
+                                     f"is {_nearest(here)}")
+
+    def value(self, row: Setting) -> Any:
+        """The value that is written for `row`, checked; None when there is none."""
+        keys = tuple(row.path.split("."))
+        value: Any = self.tree
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        fallbacks = () if self.local else _FALLBACKS.get(row.field, ())
+        sources = [(row.variable, _from_environment(row, row.variable, self.environ)),
+                   (self.place(keys), value),
+                   *((name, _from_environment(row, name, self.environ)) for name in fallbacks)]
+        where, value = next((one for one in sources if one[1] is not None), (None, None))
+        if where:
+            self.where[row.field] = where
+            return self.checked(row, value, where)
+        if row.field in _REQUIRED and not self.local:
+            names = " or ".join((row.variable, *fallbacks))
+            self.problems.append(f"{self.place(keys) if self.tree else names}: {row.path} is "
+                                 f"missing; write it in application.yml, or set {names}")
+
+    def checked(self, row: Setting, value: Any, where: str) -> Any:
+        """`value` as Settings holds it; what is wrong with it becomes a problem."""
+        if row.default == () and isinstance(value, list):
+            for item in value:
+                self.checked(row._replace(default=None), item, where)
+            return tuple(value)
+        if row.kind == "user" and type(value) is int:
+            value = str(value)
+        if wrong := _wrong(row, value, self.local):
+            self.problems.append(f"{where}: {row.path} is {_shown(value)}{wrong}")
+        return value.strip("/") if row.kind == "prefix" and not wrong else value
+
+    def check_together(self, given: Settings):
+        """Checks that need more than one setting."""
+        for field_name, path in (("queue_url", "sqs"), ("output_queue_url", "output")):
+            aws = _AWS_QUEUE.fullmatch(str(getattr(given, field_name)))
+            region = aws and (aws[1] or aws[2] or "us-east-1").lower()
+            if aws and given.region not in (None, region) and not self.local:
+                source = self.where["region"]
+                named = source if source in _FALLBACKS["region"] else "agent.aws.region"
+                self.problems.append(f"{self.where[field_name]}: agent.{path}.queueUrl is in "
+                                     f"{region}, but {named} is {_shown(given.region)}; write the "
+                                     "queue's region in both")
+        memory = given.default_memory_mb, given.memory_mb
+        where = self.where.get("default_memory_mb") or self.where.get("memory_mb")
+        if where and all(type(one) is int for one in memory) and memory[0] > memory[1]:
+            self.problems.append(f"{where}: agent.execution.defaultMemoryMb is {memory[0]}, more "
+                                 f"than all of memoryMb, {memory[1]}; write a smaller one")
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:
+    try:
+        content = Path(path).read_bytes()
+        reader = _YamlReader(content.decode(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
+                          "application.yml.example there, or name another with --config") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+    return reader.document(), reader.line_of
+
+
+def _from_environment(row: Setting, name: str, environ: Mapping[str, str]) -> Any:
+    """A variable's value; None when empty, since unit and env files can empty but not unset one."""
+    text = environ.get(name, "").strip(" ")
+    if row.default == ():
+        numbers = sorted(int(other[len(name) + 1:]) for other in environ
+                         if re.fullmatch(name + "_[0-9]{1,4}", other))
+        items = [*text.split(","), *(environ[f"{name}_{number}"] for number in numbers)]
+        return [item.strip(" ") for item in items if item.strip(" ")] or None
+    if row.kind in ("flag", "count") and len(text) <= _LONGEST_NUMBER:
+        return _typed(text) if text else None
+    return text or None
+
+
+def _wrong(row: Setting, value: Any, local: bool) -> str:
+    """How to go on after "PATH is VALUE" when the value cannot be taken; "" when it can."""
+    if isinstance(value, str) and "${" in value:
+        return f", a Spring placeholder; write the value itself, or set {row.variable}"
+    if row.default == ():
+        return "; write a list, one `- name` a line, or []"
+    if row.kind == "flag":
+        return "" if type(value) is bool else "; write true or false"
+    if row.kind == "count" and type(value) is int:
+        return "" if row.low <= value <= row.high else f"; {row.why}"
+    if row.kind == "count":
+        return ", no whole number; write digits, without quotes or a point"
+    pattern, advice = _TEXTS[row.kind]
+    if not isinstance(value, (str, dict, list)):
+        return ", no text; put it in quotes"
+    if type(value) is not str or not value.isprintable() or not re.fullmatch(pattern, value):
+        return f"; {advice}"
+    aws = row.kind == "queue" and not local and _AWS_QUEUE.fullmatch(value)
+    ...
+
+
+def _nearest(path: tuple) -> str:
+    """The known key that someone who wrote `path` may have meant."""
+    def fold(key: str) -> str:
+        return re.sub("[-_]", "", key).lower()
+
+    known = [*_SECTIONS, *_LEAVES]
+    same = [keys for keys in known if fold(keys[-1]) == fold(path[-1])]
+    siblings = {fold(keys[-1]): keys for keys in known if keys[:-1] == path[:-1]}
+    close = difflib.get_close_matches(fold(path[-1]), siblings, 1, 0)
+    return ".".join((same or [siblings[close[0]]])[0])
+
+
+# --------------------------------------------------------------------------------------------
+# --- Tasks: the message, checked field by field ---------------------------------------------
+
+MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
+MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
+RUNTIME_ALIASES = {"python": "python", "cpp": "cpp", "c++": "cpp", "nodejs": "nodejs",
+                   "node": "nodejs", "go": "go", "golang": "go"}
+REPORTED_FIELDS = ("requestId", "functionId", "runtime", "timeoutMs", "memoryMb")
+
+_PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
+_REQUEST_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}")
+_FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
+_UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, lone surrogates
+
+
+class Rejected(Exception):
+    """The task or its zip is wrong: it never runs. str() says what, where and what to do.
+
+    `reason` is one lower-case word for the REPORT line; `known` holds those of the task's
+    REPORTED_FIELDS that are right by themselves.
+    """
+
+    def __init__(self, reason: str, text: str, known: dict[str, object] | None = None):
+        super().__init__(text)
+        self.reason, self.known = reason, known or {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A message that passed every check; `input` is its JSON text, b"" when it has none."""
+
+    request_id: str
+    function_id: str
+    runtime: str
+    bucket: str
+    key: str
+    timeout_ms: int
+    memory_mb: int
+    input: bytes
+
+
+def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
+    """The task in a message body; raises Rejected, which names every field that is wrong.
+
+    `settings` has code_bucket, allowed_buckets, default_timeout_ms, default_memory_mb and
+    memory_mb (the most that can be admitted). `any_bucket` is for --local, where s3Bucket is
+    not looked at and s3Key is the path of a file below a folder.
+    """
+    fields, input_text = _read_json(body)
+    values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
+              "memoryMb": settings.default_memory_mb}
+    # null for an optional field is how many serializers write "not set"
+    values.update((k, v) for k, v in fields.items() if v is not None or k not in values)
+    right: dict[str, Any] = {}
+    wrong: dict[str, tuple[str, str]] = {}
+    for name, reason, check, allowed in _rules(settings, any_bucket):
+        if name not in values:
+            wrong[name] = reason, f"{name} is missing; it must be {allowed}"
+        elif name not in wrong and check(values[name]):
+            right[name] = values[name]
+        elif name not in wrong:
+            wrong[name] = reason, f"{name} is {_shown(values[name])}; it must be {allowed}"
+    if "runtime" in right:
+        right["runtime"] = RUNTIME_ALIASES[right["runtime"]]
+    if wrong:
+        raise Rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
+                       {name: right[name] for name in REPORTED_FIELDS if name in right})
+    return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
+                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
+
+
+def _rules(settings: Any, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
+    """(field, reason, check, what the check allows); a field's first rule makes its type sure."""
+    buckets = [name for name in (settings.code_bucket, *settings.allowed_buckets) if name]
+    return [
+        ("requestId", "task", lambda v: isinstance(v, str) and _REQUEST_ID.fullmatch(v),
+         "1 to 128 of A-Z a-z 0-9 . _ : -, and neither '.' nor '..'"),
+        ("functionId", "task", lambda v: isinstance(v, str) and _FUNCTION_ID.fullmatch(v),
+         "1 to 128 of A-Z a-z 0-9 . _ : / - without an empty, '.' or '..' path part"),
+        ("runtime", "task", lambda v: isinstance(v, str) and v in RUNTIME_ALIASES,
+         f"one of {', '.join(RUNTIME_ALIASES)}"),
+        ("s3Key", "task", lambda v: isinstance(v, str) and not _UNPRINTED.search(v)
+         and 1 <= len(v.encode()) <= MAX_KEY_BYTES,
+         f"a string of 1 to {MAX_KEY_BYTES} bytes without control characters"),
+        ("s3Key", "task", lambda v: not any_bucket or not {"", ".", ".."} & set(v.split("/")),
+         "the path of a file below DIR/code, without an empty, '.' or '..' part"),
+        ("timeoutMs", "task", lambda v: type(v) is int and 1 <= v <= MAX_TIMEOUT_MS,
+         f"a whole number from 1 to {MAX_TIMEOUT_MS}"),
+        ("memoryMb", "task", lambda v: type(v) is int and v >= 1, "a whole number from 1 upwards"),
+        ("s3Bucket", "task", lambda v: isinstance(v, str), "a string"),
+        ("s3Bucket", "bucket", lambda v: any_bucket or v in buckets,
+         f"one of {', '.join(buckets)} (agent.s3.codeBucket and allowedBuckets)"),
+        ("memoryMb", "memory", lambda v: v <= settings.memory_mb,
+         f"at most {settings.memory_mb}, all that can be admitted (agent.execution.memoryMb)"),
+    ]
+
+
+def _read_json(body: str) -> tuple[dict[str, Any], str]:
+    """The message's fields, and the JSON text of `input` in ASCII ("" when there is none)."""
+    try:
+        fields = json.loads(body, object_pairs_hook=_unique, parse_float=_finite,
+                            parse_constant=_finite)
+        if isinstance(fields, dict):
+            return fields, json.dumps(fields["input"]) if "input" in fields else ""
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
+        raise Rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
+    raise Rejected("task", f"the message is {_shown(fields)}; it must be a JSON object")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {_shown(twice)} stands twice in one object")
+    return fields
+
+
+def _finite(number: str) -> float:
+    """Neither NaN nor 1e999: both would be written for the function as what is not JSON."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{_shown(number)} is no number of JSON, or too large a one")
+    return value
+
+
+def _shown(value: object) -> str:
+    """`value` for an error text: in ASCII, without line ends, and short."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = ascii(value[:80] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else text[:60] + "..."
+
+
+def _why(error: Exception) -> str:
+    """What a library's error says, fit for a log line."""
+    return ascii(str(error) or type(error).__name__)[1:-1][:200]
+
+
+# --- Zips: checked, unpacked, and the file that a run starts with ----------------------------
+
+MAX_UNPACKED = 250 * 1024 * 1024   # bytes; AWS Lambda's limit on a function's code
+MAX_MEMBERS = 10_000
+MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names imply
+MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
+MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less room for our part
+MAX_PART_BYTES = 255               # NAME_MAX
+ENTRIES: dict[str, tuple[str, ...]] = {  # the first that is there is run; `main` if executable
+    "python": ("main.py",),
+    "cpp": ("run.sh", "main", "main.cpp"),
+    "nodejs": ("index.js",),
+    "go": ("run.sh", "main", "main.go"),
+}
+
+_UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
+_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+_LEAVES = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
+_CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
+            ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
+
+
+def unpack(archive: Path, target: Path) -> list[str]:
+    """Unpack a zip into the new or empty folder `target`; the sorted paths of its regular files.
+
+    Modes are 0755 for folders and what is executable, else 0644, whatever the umask. Raises
+    Rejected("zip") for a zip that is refused: nothing was written beside `target`, which the
+    caller removes. An OSError is the machine's: no space, no such archive.
+    """
+    with _Archive(archive) as source:
+        try:
+            bundle = zipfile.ZipFile(source)
+        except _CORRUPT as error:
+            raise Rejected("zip", f"no zip that can be read: {_why(error)}; zip it again") from None
+        tree = _tree(bundle.infolist(), os.fstat(source.fileno()).st_size)
+        folders, files, links = ([path for path in sorted(tree) if _kind(tree[path]) == kind]
+                                 for kind in ("folder", "file", "link"))
+        for path in folders:
+            (target / path).mkdir(exist_ok=True)
+            (target / path).chmod(0o755)
+        left = MAX_UNPACKED
+        for path in files:
+            with open(target / path, "xb") as file:
+                file.writelines(_content(bundle, tree[path], left))
+                os.fchmod(file.fileno(), 0o755 if _mode(tree[path]) & 0o111 else 0o644)
+                left -= file.tell()
+        for path in links:  # last, so that nothing can be written through one
+            content = b"".join(_content(bundle, tree[path], MAX_NAME_BYTES))
+            (target / path).symlink_to(_link_target(path, os.fsdecode(content)))
+        return files
+
+
+class _Archive(io.FileIO):
+    """A zip's bytes for zipfile, which believes the offsets and sizes that they claim."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except OSError:  # a regular file refuses nothing but a position that cannot be
+            if whence != os.SEEK_SET:  # zipfile tries from the end, and knows that it may fail
+                raise
+            raise zipfile.BadZipFile("it points outside itself") from None
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory claims {size} bytes")
+        return super().read(size)
+
+
+def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo | None]:
+    """Each path of a zip of `size` bytes, and its member (None: a folder that names imply)."""
+    if not 1 <= len(members) <= MAX_MEMBERS:
+        raise Rejected("zip", f"the zip has {len(members)} members; it may have 1 to {MAX_MEMBERS}")
+    if sum(member.compress_size for member in members) > size:
+        raise Rejected("zip", "members of the zip share their bytes, as in a zip bomb")
+    tree: dict[str, zipfile.ZipInfo | None] = {"": None}
+    for member in members:
+        path = _path(member)
+        if tree.get(path):
+            raise _bad(member, "stands twice in the zip; leave one out")
+        if path in tree and _kind(member) != "folder":
+            raise _bad(member, "is both a file and a folder; rename one")
+        tree[path] = member
+        while (path := path.rpartition("/")[0]) not in tree:
+            tree[path] = None
+        if _kind(tree[path]) != "folder":
+            raise _bad(member, f"stands below {_shown(path)}, which is no folder; rename one")
+        if len(tree) > MAX_PATHS:
+            raise Rejected("zip", f"the zip has over {MAX_PATHS} files and folders")
+    return tree
+
+
+def _path(member: zipfile.ZipInfo) -> str:
+    """Where a member goes below the target ("": the target itself); Rejected if it may not."""
+    name, method = member.filename, member.compress_type
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    for is_wrong, what in (
+            (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
+             "has a control character in its name; rename it"),
+            (_LEAVES.search(name),
+             "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
+            (len(name.encode()) > MAX_NAME_BYTES
+             or any(len(part.encode()) > MAX_PART_BYTES for part in parts),
+             f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between two '/'"),
+            (member.flag_bits & 0x1, "is encrypted; zip it without a password"),
+            # a read of 600 bytes of bzip2 can take a gigabyte: zipfile sets no bound to it
+            (method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+             f"is packed by method {method}; zip it with deflate"),
+            (stat.S_IFMT(_mode(member)) not in _KINDS,
+             "is a device, a pipe or a socket; leave it out")):
+        if is_wrong:
+            raise _bad(member, what)
+    return "/".join(parts)
+
+
+def _mode(member: zipfile.ZipInfo) -> int:
+    return member.external_attr >> 16 if member.create_system in _UNIX_MADE else 0
+
+
+def _kind(member: zipfile.ZipInfo | None) -> str:
+    if member is None or member.filename.endswith("/"):
+        return "folder"
+    return _KINDS[stat.S_IFMT(_mode(member))]
+
+
+def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
+    """The member's bytes in pieces; Rejected when they are corrupt or more than `most`."""
+    try:
+        with bundle.open(member) as stream:
+            while piece := stream.read(65536):
+                most -= len(piece)
+                if most < 0:
+                    raise _bad(member, f"is too large: a zip may unpack to {MAX_UNPACKED} bytes, "
+                                       f"a link to {MAX_NAME_BYTES}")
+                yield piece
+    except _CORRUPT as error:
+        raise _bad(member, f"is corrupt: {_why(error)}; zip it again") from None
+
+
+def _link_target(path: str, target: str) -> str:
+    """`target`, if the link at `path` cannot lead out of the zip, through other links neither.
+
+    A link's parents are real folders, so that '..' at the beginning goes where it says; behind
+    a name it would not if that name is a link. From inside, names alone lead to the inside.
+    """
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
+    if (not target or "\0" in target or target.startswith("/")
+            or ups > path.count("/") or ".." in parts[ups:]):
+        raise Rejected("zip", f"zip member {_shown(path)} is a link to {_shown(target)}; a link "
+                              "must be relative, stay inside and have '..' only at its beginning")
+    return target
+
+
+def _bad(member: zipfile.ZipInfo, what: str) -> Rejected:
+    return Rejected("zip", f"zip member {_shown(member.orig_filename)} {what}")
+
+
+def find_entry(target: Path, runtime: str) -> str:
+    """The file that `runtime` starts with in an unpacked zip; Rejected("entry") if none is there.
+
+    `main` counts only when it is executable; a link to a regular file counts as that file.
+    """
+    names = ENTRIES[runtime]
+    for name in names:
+        path = target / name
+        if path.is_file() and (name != "main" or path.stat().st_mode & 0o111):
+            return name
+    hint = ""
+    if "main" in names and (target / "main").is_file():
+        hint = "; main is there but not executable: chmod +x before zipping"
+    elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
+        hint = f"; {_shown(below[0].parent.name)} has one: zip what is in that folder, not itself"
+    raise Rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
+
+
+# --------------------------------------------------------------------------------------------
+# Log
+# --------------------------------------------------------------------------------------------
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text on one line, with control characters and line separators escaped."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def iso(seconds: float) -> str:
+    """A time as ISO 8601 in UTC with milliseconds."""
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds * 1000) % 1000:03d}Z"
+
+
+class Log:
+    """Lines on standard error, as text or as JSON; one write for what belongs together."""
+
+    def __init__(self, form: str = "text", level: str = "INFO"):
+        self.json = form == "json"
+        self.least = LEVELS.index(level)
+        self.lock = threading.Lock()
+
+    def __call__(self, level: str, text: str, **pairs: Any) -> None:
+        self.write([self.line(level, text, pairs)])
+
+    def line(self, level: str, text: str, pairs: Mapping[str, Any]) -> str:
+        """One line; "" when its level is not wanted."""
+        if LEVELS.index(level) < self.least:
+            return ""
+        now = iso(time.time())
+        if self.json:
+            return json.dumps({"time": now, "level": level, "message": text, **pairs}) + "\n"
+        shown = "".join(f" {key}={'-' if value is None else value}" for key, value in pairs.items())
+        return f"{now} {level} {printable(text + shown)}\n"
+
+    def write(self, lines: list[str]) -> None:
+        """Write lines together; a standard error that is gone or full stops no job."""
+        content = "".join(lines).encode("utf-8", "backslashreplace")
+        with self.lock:
+            try:
+                while content:
+                    content = content[os.write(2, content):]
+            except OSError:
+                pass
+
+
+class Fault:
+    """A part of the world that may fail for a while: said when that begins and when it ends."""
+
+    MOST_SECONDS = 10.0
+
+    def __init__(self, log: Log, name: str):
+        self.log, self.name = log, name
+        self.since: float | None = None
+        self.pause = 0.0
+
+    def failed(self, error: object) -> float:
+        """Note a failure; the jittered, growing pause in seconds before the next try."""
+        if self.since is None:
+            self.since, self.pause = time.monotonic(), 0.2
+            self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
+        self.pause = min(self.MOST_SECONDS, self.pause * 2)
+        return self.pause * (0.5 + int.from_bytes(os.urandom(2), "big") / 131072)
+
+    def worked(self) -> None:
+        """Note a success."""
+        if self.since is not None:
+            self.log("INFO", f"{self.name} works again after "
+                             f"{time.monotonic() - self.since:.1f} s")
+            self.since = None
+
+
+class GiveUp(Exception):
+    """The agent cannot go on; str() says why and what to do. Exit status 1."""
+
+
+# --------------------------------------------------------------------------------------------
+# Queue: where messages come from; SQS, or a folder
+# --------------------------------------------------------------------------------------------
+#
+# Both have receive(limit) -> messages, fits(message, ms), end(message, status, result),
+# is_empty(), interrupt() and close(). From its receive to its end a message is held: its lease
+# is kept alive.
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message that was taken."""
+
+    id: str
+    body: str
+    receive_count: int
+    sent: float  # seconds since the epoch, by the queue's clock
+
+
+@dataclass
+class Lease:
+    """What keeps a message ours: its newest receipt handle, and until when that holds."""
+
+    message: Message
+    receipt: str
+    taken: float  # time.monotonic()
+    ends: float
+    beat: float  # when to renew it
+    lost: bool = False
+
+
+LONGEST_LEASE_SECONDS = 12 * 3600  # SQS: from the receive, whatever was extended since
+BATCH = 10  # entries of one SQS batch request
+DELETE_WAIT_SECONDS = 0.1
+REMEMBERED = 100_000  # finished messages whose return would be a duplicate
+
+
+def error_code(error: Exception) -> str:
+    """The code of an AWS answer; the name of the exception where AWS did not answer."""
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code") or type(error).__name__)
+
+
+def is_denied(code: str) -> bool:
+    """Whether a code says that a permission is missing."""
+    return "AccessDenied" in code or code in ("403", "Forbidden", "AuthorizationError")
+
+
+class SqsQueue:
+    """An SQS queue; one thread of its own deletes, gives back and keeps leases alive."""
+
+    def __init__(self, clients: Clients, settings: Settings, log: Log):
+        self.url, self.log, self.settings = settings.queue_url, log, settings
+        # Polls wait for long and the rest must not: each has a client with its own time limit.
+        self.polls = clients.make("sqs", settings.wait_time_seconds + 5)
+        self.calls = clients.make("sqs", 10)
+        self.visibility = 30
+        self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: not tried yet
+        self.condition = threading.Condition()
+        self.leases: dict[str, Lease] = {}
+        self.finished: OrderedDict[str, None] = OrderedDict()
+        self.deletes: dict[str, tuple[str, float, float]] = {}  # id -> receipt, since, lease's end
+        self.changes: dict[str, tuple[str, int, float]] = {}  # id -> receipt, seconds, lease's end
+        self.retry_at = 0.0
+        self.closing = False
+        self.fault = Fault(log, "deleting or extending messages")
+        self._attributes()
+        self.courier = threading.Thread(target=self._deliver, name="courier", daemon=True)
+        self.courier.start()
+
+    def _attributes(self) -> None:
+        """Read the queue's visibility timeout; raises GiveUp when the queue cannot be used."""
+        try:
+            answer = self.calls.get_queue_attributes(QueueUrl=self.url,
+                                                     AttributeNames=["VisibilityTimeout"])
+            self.visibility = max(1, int(answer["Attributes"]["VisibilityTimeout"]))
+        except Exception as error:
+            if advice := queue_advice(error, self.url):
+                raise GiveUp(advice) from None
+            self.log("WARNING", f"the queue does not answer: {error}; taking its visibility "
+                                f"timeout to be {self.visibility} s")
+
+    def receive(self, limit: int) -> list[Message]:
+        """At most `limit` messages, after at most waitTimeSeconds; raises what boto3 raises."""
+        asked = time.monotonic()
+        answer = self.polls.receive_message(
+            QueueUrl=self.url, MaxNumberOfMessages=limit, AttributeNames=["All"],
+            WaitTimeSeconds=self.settings.wait_time_seconds)
+        taken = []
+        with self.condition:
+            for entry in answer.get("Messages", []):
+                attributes = entry.get("Attributes", {})
+                message = Message(entry["MessageId"], entry["Body"],
+                                  int(attributes.get("ApproximateReceiveCount", 1)),
+                                  int(attributes.get("SentTimestamp", 0)) / 1000)
+                if self._lease(message, entry["ReceiptHandle"], asked):
+                    taken.append(message)
+            self.condition.notify_all()
+        return taken
+
+    def _lease(self, message: Message, receipt: str, asked: float) -> bool:
+        """Hold a message; False when it is a duplicate of one that runs or ended here."""
+        now = time.monotonic()
+        if message.id in self.finished:
+            self.log("INFO", f"message {message.id} came back after it had ended ok: deleted")
+            self.deletes[message.id] = (receipt, now, now + self.visibility)
+            return False
+        lease = Lease(message, receipt, now, max(asked, now - 1) + self.visibility,
+                      now + self.visibility / 3)
+        running = self.leases.get(message.id)
+        self.leases[message.id] = lease
+        if running:
+            self.log("WARNING", f"message {message.id} came again while it is running here; "
+                                "it is not started twice")
+        return running is None
+
+    def end(self, message: Message, status: str, result: object) -> None:
+        """Delete a message that succeeded; give back or leave any other."""
+        with self.condition:
+            lease = self.leases.pop(message.id)
+            now = time.monotonic()
+            if status == "ok":
+                self.finished[message.id] = None
+                while len(self.finished) > REMEMBERED:
+                    self.finished.popitem(last=False)
+            if lease.lost:
+                self.log("WARNING", f"message {message.id} ended {status} after its lease was lost: "
+                                    "it is not deleted or given back from here")
+            elif status == "ok":
+                self.deletes[message.id] = (lease.receipt, now, lease.ends)
+            elif status in ("rejected", "released", "error") and self.may_change is not False:
+                delay = 0
+                if status == "error":  # a machine that is ill must not empty the queue into the DLQ
+                    delay = self.visibility * 2 ** min(message.receive_count - 1, 10)
+                left = LONGEST_LEASE_SECONDS - (now - lease.taken) - 1
+                self.changes[message.id] = (lease.receipt, int(min(delay, left)), lease.ends)
+            self.condition.notify_all()
+
+    def fits(self, message: Message, timeout_ms: int) -> bool:
+        """Whether a run of this length ends within the lease, extended if that is permitted."""
+        lease = self.leases[message.id]
+        if time.monotonic() + timeout_ms / 1000 + 1 < lease.ends:
+            return True
+        if self.may_change is None:
+            self._change([(message.id, lease.receipt, self.visibility)], beat=True)
+        return self.may_change is not False
+
+    def is_empty(self) -> bool:
+        """Whether no message is visible; what is in flight elsewhere is not ours."""
+        answer = self.calls.get_queue_attributes(
+            QueueUrl=self.url, AttributeNames=["ApproximateNumberOfMessages"])
+        return int(answer["Attributes"]["ApproximateNumberOfMessages"]) == 0
+
+    def interrupt(self) -> None:
+        """A long poll in flight is waited for: its answer may hold messages."""
+
+    def close(self) -> None:
+        """Send what is due, for at most 20 seconds."""
+        with self.condition:
+            self.closing = True
+            self.condition.notify_all()
+        self.courier.join(20)
+
+    def _deliver(self) -> None:
+        """The courier's loop."""
+        while True:
+            with self.condition:
+                while not self.closing and (wait := self._due() - time.monotonic()) > 0:
+                    self.condition.wait(wait)
+                if self.closing and not self.deletes and not self.changes:
+                    return
+                now = time.monotonic()
+                for due in (self.deletes, self.changes):  # too late: SQS has them back already
+                    for key in [key for key, value in due.items() if value[2] < now]:
+                        del due[key]
+                deletes = [(key, value[0]) for key, value in list(self.deletes.items())[:BATCH]]
+                changes = [(key, *value[:2]) for key, value in list(self.changes.items())[:BATCH]]
+                beats = self._beats(now)
+            for send, entries in ((self._delete, deletes), (self._change, changes)):
+                if entries:
+                    send(entries)
+            for start in range(0, len(beats), BATCH):
+                self._change(beats[start:start + BATCH], beat=True)
+            if self.fault.since is not None and self.closing:
+                time.sleep(max(0, self.retry_at - time.monotonic()))
+
+    def _due(self) -> float:
+        """When the courier has to act next."""
+        due = [lease.beat for lease in self.leases.values() if not lease.lost]
+        if self.changes or len(self.deletes) >= BATCH:
+            due.append(self.retry_at)
+        elif self.deletes:
+            first = min(since for _, since, _ in self.deletes.values())
+            due.append(max(self.retry_at, first + DELETE_WAIT_SECONDS))
+        return min(due, default=time.monotonic() + 60)
+
+    def _beats(self, now: float) -> list[tuple[str, str, int]]:
+        """The leases to renew now; says which are lost."""
+        beats = []
+        for key, lease in self.leases.items():
+            if lease.lost or lease.beat > now:
+                continue
+            left = LONGEST_LEASE_SECONDS - (now - lease.taken) - 1
+            if lease.ends <= now or left <= 1:
+                lease.lost = True
+                self.log("WARNING", f"the lease of message {key} is lost: it may run again "
+                                    "elsewhere, and its result will not be deleted from here")
+            elif self.may_change is False:
+                lease.beat = lease.ends
+            else:
+                beats.append((key, lease.receipt, min(self.visibility, int(left))))
+                lease.beat = now + max(0.5, (lease.ends - now) / 3)  # again, if this one fails
+        return beats
+
+    def _delete(self, entries: list[tuple[str, str]]) -> None:
+        """DeleteMessageBatch; what fails stays for the next try."""
+        try:
+            answer = self.calls.delete_message_batch(QueueUrl=self.url, Entries=[
+                {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
+            done = [entries[int(entry["Id"])] for entry in answer.get("Successful", [])]
+            # The sender's fault (a handle that no longer holds) does not get better by trying.
+            for entry in answer.get("Failed", []):
+                key, receipt = entries[int(entry["Id"])]
+                if entry.get("SenderFault"):
+                    done.append((key, receipt))
+                    self.log("WARNING", f"message {key} was not deleted: {entry.get('Code')}; "
+                                        "it will be, when it comes back")
+            failed = [entry for entry in answer.get("Failed", []) if not entry.get("SenderFault")]
+            self._settle(failed and f"DeleteMessageBatch: {failed[0].get('Code')}")
+        except Exception as error:
+            done = []
+            self._settle(error)
+        with self.condition:
+            for key, receipt in done:
+                if self.deletes.get(key, ("",))[0] == receipt:
+                    del self.deletes[key]
+
+    def _settle(self, error: object) -> None:
+        """Note whether a call worked, and when to try again."""
+        if error:
+            self.retry_at = time.monotonic() + self.fault.failed(error)
+        else:
+            self.retry_at = 0.0
+            self.fault.worked()
+
+    def _change(self, entries: list[tuple[str, str, int]], beat: bool = False) -> None:
+        """ChangeMessageVisibilityBatch; what fails is tried again while its lease lasts."""
+        asked = time.monotonic()
+        try:
+            answer = self.calls.change_message_visibility_batch(QueueUrl=self.url, Entries=[
+                {"Id": str(n), "ReceiptHandle": receipt, "VisibilityTimeout": seconds}
+                for n, (_, receipt, seconds) in enumerate(entries)])
+        except Exception as error:
+            if is_denied(error_code(error)):
+                self._deny()
+            else:
+                self._settle(error)
+            return
+        self.may_change = True
+        failed = [entry for entry in answer.get("Failed", []) if not entry.get("SenderFault")]
+        self._settle(failed and f"ChangeMessageVisibilityBatch: {failed[0].get('Code')}")
+        again = {int(entry["Id"]) for entry in failed}
+        lost = {int(entry["Id"]) for entry in answer.get("Failed", [])} - again
+        with self.condition:
+            for n, (key, receipt, seconds) in enumerate(entries):
+                lease = self.leases.get(key)
+                if n in again:
+                    continue
+                if not beat:
+                    self.changes.pop(key, None)
+                elif lease and lease.receipt == receipt:
+                    if n in lost:
+                        lease.ends = lease.beat = asked
+                    else:
+                        lease.ends = asked + seconds
+                        lease.beat = asked + seconds / 3
+
+    def _deny(self) -> None:
+        """sqs:ChangeMessageVisibility is not granted: said once, and not tried again."""
+        with self.condition:
+            self.changes.clear()
+            if self.may_change is not False:
+                self.may_change = False
+                self.log("WARNING", "sqs:ChangeMessageVisibility is not granted: leases are not "
+                                    f"extended, and tasks over the queue's {self.visibility} s "
+                                    "are rejected; add it to the role's policy")
+
+
+def queue_advice(error: Exception, url: str | None) -> str:
+    """What to do about an error that no waiting mends; "" for one that may pass."""
+    code = error_code(error)
+    if code in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
+        return (f"no AWS credentials ({error}); attach the role to the instance, or set "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if "NonExistentQueue" in code or "QueueDoesNotExist" in code:
+        return f"the queue {url} does not exist; check agent.sqs.queueUrl and its region"
+    if code in ("InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch",
+                "InvalidAccessKeyId"):
+        return f"AWS does not accept the credentials ({code}); check AWS_ACCESS_KEY_ID or the role"
+    if code in ("InvalidAddress", "ValueError", "InvalidEndpoint", "InvalidAddressException"):
+        return f"agent.sqs.queueUrl is {url}; AWS does not know it as a queue ({code})"
+    if is_denied(code):
+        return (f"access to the queue {url} is denied; grant sqs:ReceiveMessage, "
+                "sqs:DeleteMessage and sqs:GetQueueAttributes")
+    return ""
+
+
+class Clients:
+    """boto3 clients of one session, so that no service model is loaded twice."""
+
+    def __init__(self, settings: Settings):
+        try:
+            import boto3
+            from botocore.config import Config
+        except ImportError:
+            raise GiveUp("boto3 is not installed for this Python; run: "
+                         f"{sys.executable} -m pip install boto3 (--local and --demo do without)"
+                         ) from None
+        self.session = boto3.session.Session(region_name=settings.region)
+        self.endpoint, self.config, self.lock = settings.endpoint_url, Config, threading.Lock()
+        if self.session.get_credentials() is None:
+            raise GiveUp(queue_advice(type("NoCredentialsError", (Exception,), {})("none found"),
+                                      None))
+
+    def make(self, service: str, read_seconds: int) -> Any:
+        """A client that tries once: pauses and repeats are ours."""
+        config = self.config(connect_timeout=5, read_timeout=read_seconds, max_pool_connections=50,
+                             retries={"total_max_attempts": 1, "mode": "standard"},
+                             s3={"addressing_style": "path"} if self.endpoint else {})
+        with self.lock:  # a session is not safe for threads
+            return self.session.client(service, endpoint_url=self.endpoint, config=config)
+
+
+class FolderQueue:
+    """A folder as queue: a rename claims, and a lock on the file dies with its holder."""
+
+    RECEIVES = 3
+
+    def __init__(self, root: Path, log: Log):
+        self.root, self.log = root, log
+        for name in ("queue", "running", "dead", "results", "code"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        self.names: deque[str] = deque()
+        self.locks: dict[str, int] = {}
+        self.stopping = False
+        self.news, self._waker = os.pipe()
+        self.notices = self._watch()
+        self.recover()
+
+    def _watch(self) -> int:
+        """An inotify(7) descriptor for new tasks; -1 where there is none (then it looks)."""
+        libc = ctypes.CDLL(None)
+        fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        moved_to, close_write = 0x80, 0x8
+        if fd >= 0:
+            libc.inotify_add_watch(fd, os.fsencode(self.root / "queue"), moved_to | close_write)
+        return fd
+
+    def recover(self) -> None:
+        """Put the tasks of agents that died back; their take counts."""
+        for name in os.listdir(self.root / "running"):
+            lock = None if name.startswith(".") else self._lock(f"running/{name}")
+            if lock is not None:
+                try:
+                    self._count(name, self._takes(name) + 1)
+                    self._move(f"running/{name}", f"queue/{name}")
+                finally:
+                    os.close(lock)
+
+    def _lock(self, name: str) -> int | None:
+        """Lock a task's file; None when another has it, or it is gone."""
+        path = self.root / name
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                return fd
+        except OSError:
+            pass
+        os.close(fd)
+        return None
+
+    def _move(self, old: str, new: str) -> None:
+        os.rename(self.root / old, self.root / new)
+
+    def _takes(self, name: str) -> int:
+        """How often a task was taken before."""
+        try:
+            return int((self.root / "queue" / f".{name}.takes").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _count(self, name: str, takes: int) -> None:
+        path = self.root / "queue" / f".{name}.takes"
+        if takes:
+            path.write_text(str(takes))
+        else:
+            path.unlink(missing_ok=True)
+
+    def receive(self, limit: int) -> list[Message]:
+        """At most `limit` tasks, after at most a second."""
+        taken = self._take(limit)
+        if not taken and not self.stopping:
+            select.select([fd for fd in (self.notices, self.news) if fd >= 0], [], [],
+                          1 if self.notices >= 0 else 0.05)
+            if self.notices >= 0:
+                read_nonblocking(self.notices)
+            taken = self._take(limit)
+        return taken
+
+    def _take(self, limit: int) -> list[Message]:
+        if not self.names:
+            # One listing serves until it is used up: each receive costs the same at any depth.
+            self.names.extend(sorted(entry.name for entry in os.scandir(self.root / "queue")
+                                     if entry.name.endswith(".json") and entry.name[0] != "."))
+        taken: list[Message] = []
+        while self.names and len(taken) < limit:
+            name = self.names.popleft()
+            lock = self._lock(f"queue/{name}")
+            if lock is None:
+                continue
+            try:
+                status = os.fstat(lock)
+                body = os.pread(lock, status.st_size, 0).decode("utf-8", "surrogateescape")
+                self._move(f"queue/{name}", f"running/{name}")
+            except OSError as error:
+                os.close(lock)
+                self.log("WARNING", f"{self.root}/queue/{name} cannot be taken: {error}")
+                continue
+            self.locks[name] = lock
+            taken.append(Message(name, body, self._takes(name) + 1, status.st_mtime))
+        return taken
+
+    def end(self, message: Message, status: str, result: object) -> None:
+        """Remove a task that succeeded; take another again at once, or bury it the third time."""
+        name, takes = message.id, message.receive_count
+        if status == "ok":
+            os.unlink(self.root / "running" / name)
+        elif status == "released":  # a take that was given back does not count
+            self._move(f"running/{name}", f"queue/{name}")
+        elif takes >= self.RECEIVES:
+            write_json(self.root / "dead" / f"{name[:-5]}.result.json", result)
+            self._move(f"running/{name}", f"dead/{name}")
+        else:
+            self._count(name, takes)
+            self._move(f"running/{name}", f"queue/{name}")
+            self.names.append(name)
+        if takes > 1 and (status == "ok" or takes >= self.RECEIVES):
+            self._count(name, 0)
+        os.close(self.locks.pop(name))
+
+    def fits(self, message: Message, timeout_ms: int) -> bool:
+        """A folder's lease has no end."""
+        return True
+
+    def is_empty(self) -> bool:
+        """Whether no task waits."""
+        self.recover()
+        return not self.names and not any(
+            entry.name.endswith(".json") and entry.name[0] != "."
+            for entry in os.scandir(self.root / "queue"))
+
+    def interrupt(self) -> None:
+        """End a wait in receive()."""
+        self.stopping = True
+        os.write(self._waker, b"\n")
+
+    def close(self) -> None:
+        """Nothing is left to send."""
+
+
+def read_nonblocking(fd: int) -> bytes:
+    """What a non-blocking descriptor has now."""
+    try:
+        return os.read(fd, 65536)
+    except BlockingIOError:
+        return b""
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file that is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", errors="backslashreplace")
+    os.rename(part, path)
+
+
+# --------------------------------------------------------------------------------------------
+# Code: fetched once for each version, checked, unpacked, and kept
+# --------------------------------------------------------------------------------------------
+
+CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
+CACHE_BYTES = 8 * 1024 * MIB  # packages in no use are dropped beyond this, oldest use first
+
+
+@dataclass
+class Package:
+    """An unpacked zip: a directory that no function can write to."""
+
+    path: Path
+    etag: str
+    entry: str
+    size: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    used: float = 0.0
+
+
+class S3Code:
+    """The zips as S3 has them."""
+
+    def __init__(self, clients: Clients):
+        self.clients, self.client, self.lock = clients, None, threading.Lock()
+
+    def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
+        """Write the zip to `target`, unless `known` is still its ETag; (ETag, when S3 said so).
+
+        Raises Rejected when there is no such object, MachineFault and OSError otherwise.
+        """
+        with self.lock:
+            self.client = self.client or self.clients.make("s3", 30)
+        condition = {"IfNoneMatch": known} if known else {}
+        try:
+            answer = self.client.get_object(Bucket=task.bucket, Key=task.key, **condition)
+        except Exception as error:
+            if error_code(error) in ("304", "NotModified"):
+                return known, s3_time(error.response)
+            raise self._explain(error, task) from None
+        length, written = answer["ContentLength"], 0
+        with open(target, "wb") as file:
+            for chunk in iter(lambda: answer["Body"].read(256 * 1024), b""):
+                written += len(chunk)
+                if written > MAX_UNPACKED:
+                    raise Rejected("zip", f"s3://{task.bucket}/{task.key} is over 250 MiB; make "
+                                          "the package smaller")
+                file.write(chunk)
+        if written != length:
+            raise ConnectionError(f"s3://{task.bucket}/{task.key} was cut short: {written} of "
+                                  f"{length} bytes")
+        return answer["ETag"], s3_time(answer)
+
+    @staticmethod
+    def _explain(error: Exception, task: Task) -> Exception:
+        """What an error of GetObject means for the task: its own fault, or the machine's."""
+        code = error_code(error)
+        where = f"s3://{task.bucket}/{task.key}"
+        if code == "NoSuchKey":
+            return Rejected("key", f"{where} does not exist; upload it, or correct s3Key")
+        if code == "NoSuchBucket":
+            return MachineFault("bucket", f"the bucket {task.bucket} does not exist; check "
+                                          "agent.s3.codeBucket")
+        if is_denied(code):
+            return MachineFault("permission", f"{where} is denied; the role needs s3:GetObject on "
+                                f"arn:aws:s3:::{task.bucket}/* and s3:ListBucket on the bucket "
+                                "(without it a missing key looks like this too)")
+        return MachineFault("s3", f"{where}: {error}")
+
+
+class MachineFault(Exception):
+    """A part of the machine or of AWS failed: the run ends as `error`."""
+
+    def __init__(self, reason: str, text: str):
+        super().__init__(text)
+        self.reason = reason
+
+
+def s3_time(answer: Mapping[str, Any]) -> float:
+    """The time of an answer by S3's own clock, in seconds since the epoch."""
+    from email.utils import parsedate_to_datetime
+    try:
+        return parsedate_to_datetime(
+            answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return 0.0  # never trusted: asked again each time
+
+
+class FolderCode:
+    """The zips of DIR/code; a file's identity is its ETag."""
+
+    def __init__(self, root: Path):
+        self.root = root / "code"
+
+    def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
+        """As S3Code.get, for a file."""
+        path = self.root / task.key
+        try:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise Rejected("key", f"{path} is no file")
+                etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+                if etag == known:
+                    return etag, 0.0
+                with open(target, "wb") as copy:
+                    shutil.copyfileobj(file, copy)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise Rejected("key", f"{path} does not exist; put the zip there, or correct s3Key"
+                           ) from None
+        return etag, 0.0
+
+
+class CodeCache:
+    """Unpacked packages by (bucket, key), each as its source had it when last asked."""
+
+    def __init__(self, source: S3Code | FolderCode, directory: Path):
+        self.source, self.directory = source, directory
+        self.lock = threading.Lock()
+        self.key_locks: defaultdict[tuple[str, str, str], threading.Lock] = defaultdict(
+            threading.Lock)
+        self.packages: dict[tuple[str, str, str], Package] = {}
+        self.replaced: list[Package] = []
+        self.checked: dict[tuple[str, str, str], float] = {}
+        self.serial = 0
+
+    def get(self, task: Task, sent: float) -> Package:
+        """The package of a task whose message was sent at `sent`; to be given to release().
+
+        A cached package that S3 confirmed after the message was sent is right without asking.
+        """
+        key = (task.bucket, task.key, task.runtime)
+        with self.lock:
+            key_lock = self.key_locks[key]
+        with key_lock:
+            package = self.packages.get(key)
+            if package is None or sent + CLOCK_SKEW_SECONDS >= self.checked.get(key, 0.0):
+                package = self._refresh(key, task, package)
+            with self.lock:
+                package.users += 1
+                package.used = time.monotonic()
+            return package
+
+    def release(self, package: Package) -> None:
+        """Say that a run no longer needs its package."""
+        with self.lock:
+            package.users -= 1
+
+    def _refresh(self, key: tuple[str, str, str], task: Task, old: Package | None) -> Package:
+        with self.lock:
+            self.serial += 1
+            place = self.directory / str(self.serial)
+        archive = place.with_suffix(".zip")
+        try:
+            etag, when = self.source.get(task, old.etag if old else "", archive)
+            if old and etag == old.etag:
+                self.checked[key] = when
+                return old
+            place.mkdir(mode=0o755)
+            unpack(archive, place)
+            package = Package(place, etag, find_entry(place, task.runtime), tree_size(place))
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        finally:
+            archive.unlink(missing_ok=True)
+        self._store(key, package, when)
+        return package
+
+    def _store(self, key: tuple[str, str, str], package: Package, when: float) -> None:
+        """Take a new package in; drop what it replaces, and old ones that nobody uses."""
+        with self.lock:
+            if old := self.packages.get(key):
+                self.replaced.append(old)
+            self.packages[key] = package
+            self.checked[key] = when
+            gone = [one for one in self.replaced if not one.users]
+            self.replaced = [one for one in self.replaced if one.users]
+            total = sum(one.size for one in self.packages.values())
+            for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
+                if total > CACHE_BYTES and not one.users and one is not package:
+                    gone.append(self.packages.pop(name))
+                    total -= one.size
+        for one in gone:
+            for path in (one.path, built_path(one.path)):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def built_path(path: Path) -> Path:
+    """Where the package of `path` stands with its program compiled."""
+    return path.with_suffix(".built")
+
+
+def tree_size(path: Path) -> int:
+    """Bytes of all files below a directory of ours."""
+    return sum(entry.lstat().st_size for entry in path.rglob("*"))
+
+
+# --------------------------------------------------------------------------------------------
+# Results and metrics: where outcomes go
+# --------------------------------------------------------------------------------------------
+
+
+def output_files(directory: str, uid: int | None) -> list[str]:
+    """The regular files a function left in $OUTPUT_DIR, as relative names; links are passed over.
+
+    A file that is not its own counts only if anybody may read it: it could be a hard link to
+    something that the function may not.
+    """
+    found = []
+    pending = [""]
+    for relative in pending:
+        for entry in sorted(os.scandir(os.path.join(directory, relative)), key=lambda e: e.name):
+            name = os.path.join(relative, entry.name)
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                pending.append(name)
+                if uid is None:
+                    os.chmod(entry.path, 0o700)
+            elif stat.S_ISREG(status.st_mode) and (
+                    uid is None or status.st_uid == uid or status.st_mode & 0o004):
+                found.append(name)
+    return sorted(found)
+
+
+class FolderResults:
+    """DIR/results/<requestId>/."""
+
+    def __init__(self, root: Path):
+        self.root = root / "results"
+
+    def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
+        """Keep a result, and the files `names` that are moved out of `directory`."""
+        target = self.root / result["requestId"]
+        target.mkdir(exist_ok=True)
+        for name in names:
+            copy = target / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(os.path.join(directory, name), copy)
+            if os.geteuid() == 0:
+                os.chown(copy, 0, 0)
+            os.chmod(copy, 0o644)
+        write_json(target / "result.json", result)
+
+
+class AwsResults:
+    """s3://output.bucket/s3Prefix/requestId/ and output.queueUrl, each when it is set."""
+
+    MESSAGE_BYTES = 1024 * 1024  # the most that SQS takes
+
+    def __init__(self, clients: Clients, settings: Settings):
+        self.settings = settings
+        self.s3 = clients.make("s3", 30) if settings.output_bucket else None
+        self.sqs = clients.make("sqs", 10) if settings.output_queue_url else None
+
+    def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
+        """Upload the files, then result.json; raises botocore's errors and OSError."""
+        text = json.dumps(result, ensure_ascii=True)
+        if self.s3:
+            prefix = "/".join(filter(None, (self.settings.output_prefix.strip("/"),
+                                            result["requestId"], "")))
+            for name in names:
+                fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
+                with open(fd, "rb") as body:
+                    self.s3.put_object(Bucket=self.settings.output_bucket, Key=prefix + name,
+                                       Body=body)
+            self.s3.put_object(Bucket=self.settings.output_bucket, Key=prefix + "result.json",
+                               Body=text.encode(), ContentType="application/json")
+        if self.sqs:
+            self.sqs.send_message(QueueUrl=self.settings.output_queue_url, MessageBody=text)
+
+
+class FolderMetrics:
+    """DIR/metrics.jsonl."""
+
+    def __init__(self, root: Path, namespace: str, log: Log):
+        self.path, self.namespace, self.log = root / "metrics.jsonl", namespace, log
+        self.count = 0
+        self.lock = threading.Lock()
+
+    def put(self, function_id: str, runtime: str, peak_bytes: int) -> None:
+        """Append one value."""
+        line = json.dumps({"timestamp": iso(time.time()), "namespace": self.namespace,
+                           "metricName": "PeakMemoryBytes", "value": peak_bytes, "unit": "Bytes",
+                           "dimensions": {"FunctionId": function_id, "Runtime": runtime}})
+        with self.lock, open(self.path, "a") as file:
+            file.write(line + "\n")
+            self.count += 1
+
+    def close(self) -> None:
+        """Say how many there were."""
+        if self.count:
+            self.log("INFO", f"Successfully published {self.count} values to {self.path}")
+
+
+class CloudWatchMetrics:
+    """PeakMemoryBytes in CloudWatch, in batches; kept, bounded, while CloudWatch is down."""
+
+    MOST_KEPT = 100_000
+    VALUES = 150  # PutMetricData's limit for one datum
+    DATA = 60  # of one request: its limit is 1,000, but also 1 MB, which these fit into
+
+    def __init__(self, clients: Clients, settings: Settings, log: Log):
+        self.clients, self.settings, self.log = clients, settings, log
+        self.values: deque[tuple[str, str, int]] = deque()
+        self.dropped = 0
+        self.fault = Fault(log, "publishing metrics to CloudWatch")
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+        self.client: Any = None
+        self.thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
+        self.thread.start()
+
+    def put(self, function_id: str, runtime: str, peak_bytes: int) -> None:
+        """Keep one value for the next flush."""
+        with self.lock:
+            self.values.append((function_id, runtime, peak_bytes))
+            if len(self.values) > self.MOST_KEPT:
+                self.values.popleft()
+                self.dropped += 1
+
+    def close(self) -> None:
+        """Flush a last time."""
+        self.stopping.set()
+        self.thread.join(25)
+
+    def _publish(self) -> None:
+        pause: float = self.settings.flush_seconds
+        while not self.stopping.wait(pause):
+            pause = self._flush() or self.settings.flush_seconds
+        self._flush()
+
+    def _flush(self) -> float:
+        """Send all that is kept; 0, or the pause before another try."""
+        while self.values:
+            groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+            with self.lock:
+                while self.values and len(groups) < self.DATA:
+                    function_id, runtime, peak = self.values[0]
+                    if len(groups[function_id, runtime]) == self.VALUES:
+                        break
+                    groups[function_id, runtime].append(peak)
+                    self.values.popleft()
+            try:
+                self.client = self.client or self.clients.make("cloudwatch", 10)
+                self.client.put_metric_data(
+                    Namespace=self.settings.namespace,
+                    MetricData=[self._datum(*key, peaks) for key, peaks in groups.items()])
+            except Exception as error:
+                with self.lock:
+                    self.values.extendleft((*key, peak) for key, peaks in groups.items()
+                                           for peak in peaks)
+                hint = " (grant cloudwatch:PutMetricData)" if is_denied(error_code(error)) else ""
+                return self.fault.failed(f"{error}{hint}")
+            self.fault.worked()
+            lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
+            self.dropped = 0
+            self.log("INFO", f"Successfully published {sum(map(len, groups.values()))} values to "
+                             f"CloudWatch{lost}")
+        return 0
+
+    @staticmethod
+    def _datum(function_id: str, runtime: str, values: list[int]) -> dict[str, Any]:
+        counts = Counter(values)
+        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Values": list(map(float, counts)),
+                "Counts": list(map(float, counts.values())),
+                "Dimensions": [{"Name": "FunctionId", "Value": function_id},
+                               {"Name": "Runtime", "Value": runtime}],
+                "Timestamp": time.time()}
+
+
+# --------------------------------------------------------------------------------------------
+# Launcher: the process that forks, limits, watches, ends and measures functions
+# --------------------------------------------------------------------------------------------
+#
+#   agent ─(one socket)─ launcher ─┬─ supervisor of slot 0 ─┬─ fork shell ─ ─ function (exec'd)
+#                                  │                        └─ ready interpreter ── function (python)
+#                                  └─ supervisor of slot 1 …
+#
+# A supervisor runs one function at a time and blocks on it, so there is never a doubt whose
+# orphan is whose: it is a subreaper, and whatever stands below it but for its two helpers
+# belongs to the run. The launcher is subreaper behind the supervisors, the agent behind the
+# launcher, for a function without a uid of its own may kill any of them.
+
+KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
+LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
+DISK_LOOK_SECONDS = 0.25
+READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
+FIRST_UID = 60600  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
+LAST_UID = 61183
+PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
+CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
+
+# Forks what is exec'd. A child's ru_maxrss starts at the size of the process it was forked from
+# (exec folds the old image's high-water mark into it), which from this one would be 7 MB and
+# more; from a shell it is 1.5. The function must end as the supervisor's own child, whose rusage
+# wait4 gives: so it waits in the shell's grandchild until the shell's child between them, which
+# it kills itself, is gone. Background jobs would do without that kill, but have SIGINT ignored.
+FORK_SHELL = """
+while read -r go <&3; do
+  ( ( read -r pid name state parent rest </proc/self/stat
+      kill -9 "$parent"
+      echo "$pid" >&5
+      read -r go <&4 && . "$0" ) ; : )
+  echo >&5
+done
+"""
+
+# The ready interpreter: started as `python main.py` in a directory that holds this as main.py,
+# so that argv, flags and /proc/self/cmdline are what they would be; forked once for each run.
+# Nothing that is imported here may be seen by the function. The code of the function runs from
+# the lowest frame, one below which there would be none in a bare run.
+READY_PYTHON = r'''
+bare = dict(globals())
+import sys
+import os
+here = list(sys.modules)
+import ctypes, gc, marshal, resource
+os.chdir("/")
+
+def put(code, *values):
+    """prctl(2)."""
+    ctypes.CDLL(None).prctl(code, *values, 0, 0, 0)
+
+def serve(channel=3):
+    """Fork for each request; return it in the child."""
+    put(4, 0)  # not dumpable: no process of the same user may trace it
+    gc.collect()
+    gc.freeze()
+    os.write(channel, b"ready")
+    while True:
+        request = os.read(channel, 1 << 20)
+        if not request:
+            os._exit(0)
+        child = os.fork()
+        if not child:
+            os.close(channel)
+            return marshal.loads(request)
+        os.write(channel, b"%d" % child)
+        pid = 0
+        while pid != child:  # clone(CLONE_PARENT) makes others its children
+            pid, status, usage = os.wait4(-1, 0)
+        os.write(channel, marshal.dumps((status, usage.ru_maxrss), 2))
+
+def become(request):
+    """Turn this fork into the process of the request; its main module and code."""
+    os.setsid()
+    for fd, (path, flags) in enumerate(request["files"]):
+        opened = os.open(path, flags)
+        os.dup2(opened, fd)
+        os.close(opened)
+    resource.setrlimit(resource.RLIMIT_DATA, (request["data"], request["data"]))
+    if request["uid"] is not None:
+        os.setgroups(request["groups"])
+        os.setresgid(*[request["gid"]] * 3)
+        os.setresuid(*[request["uid"]] * 3)
+    put(4, 1)  # a change of uid took it away
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.modules["posix"].environ.clear()
+    sys.modules["posix"].environ.update(os.environb)
+    path = os.getcwd() + "/main.py"
+    sys.path_importer_cache.pop(sys.path[0], None)
+    sys.path[0] = os.getcwd()
+    for name in set(sys.modules).difference(here):
+        del sys.modules[name]
+    main = type(sys)("__main__")
+    main.__dict__.update(bare, __file__=path)
+    main.__loader__.path = path
+    with open(path, "rb") as file:
+        source = file.read()
+    try:
+        code = compile(source, path, "exec", dont_inherit=True)
+    except Exception:  # the interpreter itself words this best
+        os.execv(sys.executable, ["python3", "main.py"])
+    sys.modules["__main__"] = main
+    return main, code
+
+def finish(status):
+    """What Py_FinalizeEx shows, without its price: it would touch every inherited page."""
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    import atexit
+    atexit._run_exitfuncs()
+    status = flush(status)
+    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+    mine = [sys.modules.pop(name) for name in list(sys.modules) if name not in here]
+    mine.append(sys.modules.pop("__main__", None))
+    import weakref
+    mine = [weakref.ref(module) for module in mine if isinstance(module, type(sys))]
+    gc.collect()
+    for module in filter(None, (ref() for ref in mine)):
+        for name in list(module.__dict__):
+            if name != "__builtins__":
+                module.__dict__[name] = None
+    gc.collect()
+    status = flush(status)
+    if status == -2:
+        import _signal
+        _signal.signal(2, _signal.SIG_DFL)
+        os.kill(os.getpid(), 2)
+    os._exit(status)
+
+def flush(status):
+    """Flush both outputs; 120, as the interpreter says it, where that fails."""
+    for stream in sys.stdout, sys.stderr:
+        try:
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        except BaseException:
+            status = 120 if stream is sys.stdout else status
+    return status
+
+def ended(error):
+    """The exit status of what reached the top, printed as it should be; -2 is SIGINT's."""
+    if isinstance(error, SystemExit):
+        if error.code is None or type(error.code) is int:
+            return (error.code or 0) & 0xFF
+        raise error
+    trace = error.__traceback__ = error.__traceback__.tb_next
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
+    if sys.version_info >= (3, 12):
+        sys.last_exc = error
+    sys.excepthook(type(error), error, trace)
+    return -2 if isinstance(error, KeyboardInterrupt) else 1
+
+main, code = become(serve())
+names = main.__dict__
+del main
+status = 0
+try:
+    exec(code, names)
+except BaseException as error:
+    status = ended(error)
+del names, code
+finish(status)
+'''
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a slot runs, and as whom: what the agent tells the launcher of it."""
+
+    directory: str
+    uid: int | None  # None: as the agent's own user
+    gid: int | None
+    groups: tuple[int, ...]
+    private: bool  # nobody else has this uid: whatever runs under it belongs to the slot
+    shell: str
+    limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as the agent asks a supervisor for it."""
+
+    runtime: str
+    command: tuple[str, ...]
+    warm: str  # the interpreter to keep ready for it; "" for none
+    env: dict[str, str]
+    package: str  # directory with the code
+    input: str
+    timeout_ms: int
+    memory_mb: int
+    disk_mb: int
+    files: int
+    tee: bool  # pass the outputs through as they come
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2); raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
+
+
+def read_proc(path: str) -> bytes:
+    """The content of a file of /proc; empty when its process is gone or not ours to see."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return b""
+    try:
+        content = b""
+        while chunk := os.read(fd, 65536):
+            content += chunk
+        return content
+    except OSError:
+        return content
+    finally:
+        os.close(fd)
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of all threads of a process (proc(5), CONFIG_PROC_CHILDREN)."""
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+    return [int(child) for task in tasks
+            for child in read_proc(f"/proc/{pid}/task/{task}/children").split()]
+
+
+def tree_below(roots: list[int]) -> list[int]:
+    """These processes and all that stand below them."""
+    found = list(roots)
+    for pid in found:
+        found.extend(children_of(pid))
+    return found
+
+
+def signal_all(pids: Iterable[int], number: int) -> None:
+    """Send a signal to each of these that is still there and ours."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def end_descendants(keep: Collection[int] = ()) -> bool:
+    """Kill and reap all below this process but `keep` (their children too); whether any was there.
+
+    Stopped first and killed then: what is stopped forks no more, so this ends with a fork bomb.
+    """
+    found = False
+    stopped: set[int] = set()
+    while True:
+        mine = [pid for pid in children_of(os.getpid()) if pid not in keep]
+        below = tree_below(mine + [child for pid in keep for child in children_of(pid)])
+        if not below:
+            return found
+        found = True
+        new = set(below) - stopped
+        signal_all(new or below, signal.SIGSTOP if new else signal.SIGKILL)
+        stopped |= new
+        if not new:
+            reap(mine)
+            time.sleep(0.001)
+
+
+def reap(pids: Iterable[int]) -> None:
+    """Take the statuses of those children that have ended."""
+    for pid in pids:
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            pass
+
+
+def resident_bytes(pids: list[int], most: int) -> int:
+    """The resident memory of these processes together; pages they share count once above `most`.
+
+    statm is cheap and counts a shared page for each; the proportional sizes cost a walk of the
+    page tables, and are asked for only when the cheap sum says more than `most`.
+    """
+    total = sum(int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids)
+    if total <= most or len(pids) < 2:
+        return total
+    shares = [re.search(rb"^Pss: +(\d+)", read_proc(f"/proc/{pid}/smaps_rollup"), re.M)
+              for pid in pids]
+    return sum(int(share[1]) * 1024 for share in shares if share)
+
+
+def sweep(path: str, trash: str) -> None:
+    """Empty a directory whatever a function left in it: no modes, no depth and no link stop it.
+
+    Directories are moved up into `trash` and emptied there, so that no path grows long. Nothing
+    may be running that could change them meanwhile.
+    """
+    pending = [path]
+    count = 0
+    while pending:
+        directory = pending.pop()
+        os.chmod(directory, 0o700)
+        for entry in os.scandir(directory):
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            count += 1
+            os.chmod(entry.path, 0o700)
+            pending.append(os.path.join(trash, str(count)))
+            os.rename(entry.path, pending[-1])
+        if directory != path:
+            os.rmdir(directory)
+
+
+def disk_usage(paths: list[str], most_files: int) -> tuple[int, int]:
+    """(bytes, files) below these directories; stops counting beyond `most_files`."""
+    size = count = 0
+    pending = list(paths)
+    while pending and count <= most_files:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        status = entry.stat(follow_symlinks=False)
+                        size += status.st_blocks * 512 // status.st_nlink
+        except OSError:  # it changes while we look
+            continue
+    return size, count
+
+
+class Workspace:
+    """A slot's private directories, made pristine before a run for the price of what changed.
+
+    A directory whose ctime is what it was has the entries that it had (ctime cannot be set).
+    With a uid of its own a function cannot write to the package's files, root's, so they are
+    linked; else they are copied, and each one's own ctime is looked at.
+    """
+
+    PRIVATE = ("home", "tmp", "output")
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.root = place.directory
+        self.work = os.path.join(self.root, "work")
+        self.trash = os.path.join(self.root, "trash")
+        self.linked = place.uid not in (None, os.getuid())
+        self.package = ""
+        self.wanted: dict[str, dict[str, os.stat_result]] = {}
+        self.seen: dict[str, tuple[int, int]] = {}
+        for name in ("trash", "work", *self.PRIVATE):
+            os.makedirs(os.path.join(self.root, name), exist_ok=True)
+
+    def prepare(self, package: str, text: str) -> None:
+        """Make every directory what the run of `package` shall find; raises OSError."""
+        if package != self.package:
+            self.package, self.wanted = package, self._scan(package)
+            self.seen.clear()
+        sweep(self.trash, self.trash)
+        for name in self.PRIVATE:
+            self._restore(os.path.join(self.root, name), {}, "", 0o700)
+        for relative, entries in self.wanted.items():
+            self._restore(os.path.join(self.work, relative), entries, relative, 0o755)
+        path = os.path.join(self.root, "stdin")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        self._own(path, 0o440)
+        for name in ("stdout", "stderr"):
+            self._fifo(os.path.join(self.root, name))
+        self._trust_old()
+
+    @staticmethod
+    def _scan(package: str) -> dict[str, dict[str, os.stat_result]]:
+        """relative directory -> name -> lstat, parents first."""
+        found: dict[str, dict[str, os.stat_result]] = {"": {}}
+        for relative in (pending := [""]):
+            found[relative] = {}
+            for entry in os.scandir(os.path.join(package, relative)):
+                found[relative][entry.name] = entry.stat(follow_symlinks=False)
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(os.path.join(relative, entry.name))
+        return found
+
+    def _restore(self, path: str, entries: dict, relative: str, mode: int) -> None:
+        """Give a directory just these entries, unless it has them still."""
+        status = os.lstat(path)
+        if self.seen.get(path) == self._mark(status) and (self.linked or all(
+                stat.S_ISDIR(want.st_mode)
+                or self.seen.get(file := os.path.join(path, name)) == self._mark(os.lstat(file))
+                for name, want in entries.items())):
+            return
+        if not stat.S_ISDIR(status.st_mode):  # only where a function owns the slot's directory
+            os.unlink(path)
+            os.mkdir(path)
+        os.chmod(path, 0o700)
+        kept = set()
+        for entry in list(os.scandir(path)):
+            if self._same(entry, entries.get(entry.name), relative):
+                kept.add(entry.name)
+            else:
+                self._remove(entry)
+        for name, want in entries.items():
+            if name not in kept:
+                self._make(os.path.join(path, name), os.path.join(self.package, relative, name),
+                           want)
+        self._own(path, mode)
+        self.seen[path] = self._mark(os.lstat(path))
+
+    def _same(self, entry: os.DirEntry, want: os.stat_result | None, relative: str) -> bool:
+        """Whether an entry is still what the package has there."""
+        if want is None:
+            return False
+        if stat.S_ISDIR(want.st_mode):
+            return entry.is_dir(follow_symlinks=False)
+        if stat.S_ISLNK(want.st_mode):
+            return entry.is_symlink() and os.readlink(entry.path) == os.readlink(
+                os.path.join(self.package, relative, entry.name))
+        if self.linked:
+            return entry.inode() == want.st_ino
+        return self.seen.get(entry.path) == self._mark(entry.stat(follow_symlinks=False))
+
+    def _remove(self, entry: os.DirEntry) -> None:
+        if entry.is_dir(follow_symlinks=False):
+            sweep(entry.path, self.trash)
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
+
+    def _make(self, path: str, source: str, want: os.stat_result) -> None:
+        """One entry of the package in the workspace."""
+        if stat.S_ISDIR(want.st_mode):
+            os.mkdir(path)
+        elif stat.S_ISLNK(want.st_mode):
+            os.symlink(os.readlink(source), path)
+        elif self.linked:
+            os.link(source, path)
+        else:
+            shutil.copyfile(source, path)
+            os.chmod(path, stat.S_IMODE(want.st_mode))
+            self.seen[path] = self._mark(os.lstat(path))
+
+    def _own(self, path: str, mode: int) -> None:
+        """Give a path to the slot's user."""
+        if self.linked:
+            os.chown(path, self.place.uid, self.place.gid)
+        os.chmod(path, mode)
+
+    def _fifo(self, path: str) -> None:
+        """An output of the function, its own so that it may open /dev/stdout again."""
+        try:
+            if stat.S_ISFIFO(os.lstat(path).st_mode):
+                return
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        os.mkfifo(path)
+        self._own(path, 0o600)
+
+    @staticmethod
+    def _mark(status: os.stat_result) -> tuple[int, int]:
+        return status.st_ino, status.st_ctime_ns
+
+    def _trust_old(self) -> None:
+        """Forget marks so young that a change in the same clock tick would not show."""
+        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+        self.seen = {path: mark for path, mark in self.seen.items() if mark[1] < now}
+
+
+class Output:
+    """One output of a run: its first and last KEPT_BYTES, and how many there were."""
+
+    def __init__(self, path: str, tee: int):
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.tee = tee
+        self.head = bytearray()
+        self.tail = bytearray()
+        self.count = 0
+
+    def read(self) -> bool:
+        """Take what is there now; False at the end of the stream."""
+        try:
+            chunk = os.read(self.fd, 65536)
+        except BlockingIOError:
+            return False
+        if self.tee and chunk:
+            write_all(self.tee, chunk)
+        self.count += len(chunk)
+        room = KEPT_BYTES - len(self.head)
+        self.head += chunk[:room]
+        self.tail += chunk[room:] if room > 0 else chunk
+        if len(self.tail) > 16 * KEPT_BYTES:
+            del self.tail[:-KEPT_BYTES]
+        return bool(chunk)
+
+    def close(self) -> str:
+        """Take the rest; the kept text."""
+        while self.read():
+            pass
+        os.close(self.fd)
+        del self.tail[:-KEPT_BYTES]
+        dropped = self.count - len(self.head) - len(self.tail)
+        mark = b"\n[%d bytes dropped]\n" % dropped if dropped else b""
+        return (self.head + mark + self.tail).decode("utf-8", "backslashreplace")
+
+
+def write_all(fd: int, content: bytes) -> None:
+    """Write it all; a reader that went away loses it."""
+    try:
+        while content:
+            content = content[os.write(fd, content):]
+    except BrokenPipeError:
+        pass
+
+
+def confine(place: Place, files: list[int]) -> None:
+    """In a new child: descriptors 0, 1, 2, … from `files` alone, then limits."""
+    os.setpgid(0, 0)  # of the supervisor's session, or it could not move the function later
+    kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
+    for target, fd in enumerate(kept):
+        os.dup2(fd, target)
+    os.closerange(len(files), 1024)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    for name, value in place.limits.items():
+        limit = getattr(resource, name)
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # the kernel's own out-of-memory killer takes a function first
+
+
+def drop_privileges(place: Place) -> None:
+    """Become the slot's user, for good; the kernel takes all capabilities with uid 0."""
+    if place.uid is not None:
+        os.setgroups(place.groups)
+        os.setresgid(place.gid, place.gid, place.gid)
+        os.setresuid(place.uid, place.uid, place.uid)
+
+
+def spawn(place: Place, argv: list[str], env: dict[str, str], files: list[int], cwd: str,
+          privileged: bool = False) -> int:
+    """Fork and exec a helper of the supervisor, confined; its pid."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        confine(place, files)
+        if not privileged:
+            drop_privileges(place)
+        os.chdir(cwd)
+        os.execve(argv[0], argv, env)
+    finally:
+        os._exit(127)
+
+
+class ForkShell:
+    """A shell that forks what is exec'd (FORK_SHELL says why); one for many runs."""
+
+    def __init__(self, place: Place, env: dict[str, str]):
+        self.script = os.path.join(place.directory, "run")
+        gate, self.gate = os.pipe()
+        commands, self.commands = os.pipe()
+        self.replies, replies = os.pipe()
+        null = os.open(os.devnull, os.O_RDWR)
+        self.pid = spawn(place, [place.shell, "-c", FORK_SHELL, self.script], env,
+                         [null, null, null, commands, gate, replies], "/")
+        for fd in (null, commands, gate, replies):
+            os.close(fd)
+        self.place = place
+
+    def start(self, job: Job, data_bytes: int) -> int:
+        """Start the job; its pid, a child of ours. Raises ConnectionError when the shell is gone."""
+        root = shlex.quote(self.place.directory)
+        lines = [f"ulimit -d {data_bytes // 1024}", f"cd {root}/work", "unset PWD OLDPWD SHLVL",
+                 *(f"export {name}={shlex.quote(value)}" for name, value in job.env.items()),
+                 f"exec {shlex.join(job.command)} <{root}/stdin >{root}/stdout 2>{root}/stderr"
+                 " 3<&- 4<&- 5>&-"]
+        with open(self.script, "w") as file:
+            file.write("\n".join(lines) + "\n")
+        os.chmod(self.script, 0o644)
+        try:
+            os.write(self.commands, b"\n")
+            answer = b""
+            while answer.count(b"\n") < 2:
+                if not select.select([self.replies], [], [], 5)[0]:
+                    raise ConnectionError("the fork shell does not answer")
+                chunk = os.read(self.replies, 100)
+                if not chunk:
+                    raise ConnectionError("the fork shell ended")
+                answer += chunk
+            child = int(answer)
+            os.setpgid(child, child)
+            os.write(self.gate, b"\n")
+        except BrokenPipeError:
+            raise ConnectionError("the fork shell ended") from None
+        return child
+
+    def done(self, child: int) -> int:
+        """A descriptor that is readable once the run has ended (pidfd_open(2), Linux 5.3)."""
+        return os.pidfd_open(child)
+
+    def wait(self, child: int) -> tuple[int, int]:
+        """(status, ru_maxrss in KiB) of the run, once it has ended."""
+        _, status, usage = os.wait4(child, 0)
+        return status, usage.ru_maxrss
+
+    def close(self) -> None:
+        """End it; what stood below it becomes ours."""
+        end_helper(self.pid, self.commands, self.gate, self.replies)
+
+
+class ReadyPython:
+    """An interpreter that has started and is forked for each run (READY_PYTHON)."""
+
+    def __init__(self, place: Place, env: dict[str, str], interpreter: str):
+        self.interpreter = interpreter
+        self.runs = 0
+        self.place = place
+        directory = os.path.join(place.directory, "ready")
+        os.makedirs(directory, exist_ok=True)
+        with open(os.path.join(directory, "main.py"), "w") as file:
+            file.write(READY_PYTHON)
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        null = os.open(os.devnull, os.O_RDWR)
+        self.pid = spawn(place, [interpreter, "main.py"], env,
+                         [null, null, null, theirs.fileno()], directory, privileged=True)
+        os.close(null)
+        theirs.close()
+        self._receive()
+
+    def _receive(self) -> bytes:
+        if not select.select([self.channel], [], [], 30)[0]:
+            raise ConnectionError("the ready interpreter does not answer")
+        answer = self.channel.recv(1000)
+        if not answer:
+            raise ConnectionError("the ready interpreter ended")
+        return answer
+
+    def start(self, job: Job, data_bytes: int) -> int:
+        """Start the job; its pid, a child of the interpreter. Raises ConnectionError."""
+        self.runs += 1
+        root, place = self.place.directory, self.place
+        self.channel.send(marshal.dumps({
+            "files": [(f"{root}/stdin", os.O_RDONLY), (f"{root}/stdout", os.O_WRONLY),
+                      (f"{root}/stderr", os.O_WRONLY)],
+            "data": data_bytes, "uid": place.uid, "gid": place.gid, "groups": list(place.groups),
+            "cwd": f"{root}/work", "env": job.env}, 2))
+        return int(self._receive())
+
+    def done(self, child: int) -> int:
+        """A descriptor that is readable once the run has ended."""
+        return os.dup(self.channel.fileno())
+
+    def wait(self, child: int) -> tuple[int, int]:
+        """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
+        return marshal.loads(self._receive())
+
+    def close(self) -> None:
+        """End it; what stood below it becomes ours."""
+        end_helper(self.pid, self.channel.detach())
+
+
+def end_helper(pid: int, *fds: int) -> None:
+    """Kill and reap a helper of the supervisor."""
+    for fd in fds:
+        os.close(fd)
+    signal_all([pid], signal.SIGKILL)
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        pass
+
+
+class Supervisor:
+    """One slot: runs its jobs, one at a time."""
+
+    def __init__(self, place: Place, agent: socket.socket, life: int):
+        self.place = place
+        self.agent = agent
+        self.life = life  # ends with the launcher
+        self.workspace = Workspace(place)
+        self.shell: ForkShell | None = None
+        self.ready: ReadyPython | None = None
+
+    def serve(self) -> None:
+        """Run what the agent asks for until it, or the launcher, is gone."""
+        requests = self.agent.makefile("r", encoding="utf-8")
+        while not self._gone(None):
+            line = requests.readline()
+            if not line:
+                break
+            try:
+                answer = self.run(Job(**json.loads(line)))
+            except (OSError, ConnectionError) as error:
+                self.end_all()
+                answer = {"end": "error", "reason": reason_of(error), "text": str(error)}
+            self.agent.sendall(json.dumps(answer).encode() + b"\n")
+        self.end_all()
+
+    def _gone(self, timeout: float | None) -> bool:
+        """Wait for a request; whether the launcher went instead."""
+        return self.life in select.select([self.agent, self.life], [], [], timeout)[0]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """One run from its workspace to its outcome; raises OSError or ConnectionError."""
+        self.workspace.prepare(job.package, job.input)
+        root = self.place.directory
+        outputs = [Output(f"{root}/{name}", tee if job.tee else 0)
+                   for tee, name in ((1, "stdout"), (2, "stderr"))]
+        texts = []
+        try:
+            helper, warm = self._helper(job)
+            started_at, started = time.time(), time.monotonic()
+            # Thread stacks and calloc count as data and are free until touched: "several times
+            # the cap" is free, and what outruns the watcher is stopped by the kernel.
+            child = helper.start(job, (4 * job.memory_mb + 256) * MIB)
+            watch = Watch(self, job, child, helper, outputs, started)
+            end = watch.wait()
+            if end != "exit":
+                self._kill(child)
+            status, peak_kib = helper.wait(child)
+            duration = time.monotonic() - started
+            self.end_run()
+        finally:
+            texts = [output.close() for output in outputs]
+        peak = max(peak_kib * 1024, watch.largest)
+        code = os.waitstatus_to_exitcode(status)
+        if end == "exit" and (peak > job.memory_mb * MIB or code and refused(texts[1])):
+            end = "oom"
+        return {"end": end, "exit_code": code, "peak_bytes": peak, "duration": duration,
+                "started_at": started_at, "stdout": texts[0], "stderr": texts[1],
+                "stdout_bytes": outputs[0].count, "stderr_bytes": outputs[1].count,
+                "start": "warm" if warm else "cold"}
+
+    def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, bool]:
+        """What starts this job, made if need be, and whether it's a warm start."""
+        base = {name: job.env[name] for name in BASE_ENV if name in job.env}
+        base["HOME"] = job.env["HOME"]
+        if not job.warm:
+            if self.shell is None:
+                self.shell = ForkShell(self.place, base)
+            return self.shell, False
+        if self.ready and (self.ready.interpreter != job.warm or self.ready.runs >= READY_RUNS):
+            self.ready.close()
+            self.ready = None
+        if warm := self.ready is not None:
+            return self.ready, warm
+        self.ready = ReadyPython(self.place, base, job.warm)
+        return self.ready, warm
+
+    def helpers(self) -> list[int]:
+        """The pids of what stands below this process and is no run's."""
+        return [helper.pid for helper in (self.shell, self.ready) if helper]
+
+    def run_pids(self) -> list[int]:
+        """All processes of the run."""
+        helpers = self.helpers()
+        return tree_below([pid for parent in (os.getpid(), *helpers)
+                           for pid in children_of(parent) if pid not in helpers])
+
+    def _kill(self, child: int) -> None:
+        """Kill the run, leaving the status of its first process to be taken."""
+        if self.place.private:
+            self._kill_user()
+        signal_all([child, *self.run_pids()], signal.SIGKILL)
+
+    def _kill_user(self) -> None:
+        """Kill all that runs under the slot's own uid, at once (kill(2), pid -1)."""
+        killer = os.fork()
+        if not killer:
+            try:
+                os.setresuid(self.place.uid, self.place.uid, self.place.uid)
+                os.kill(-1, signal.SIGKILL)
+            finally:
+                os._exit(0)
+        os.waitpid(killer, 0)
+        if self.shell:
+            self.shell.close()
+            self.shell = None
+
+    def end_run(self) -> None:
+        """Nothing of a run outlives it: daemons, other sessions, stopped processes."""
+        if self.run_pids():
+            if self.place.private:
+                self._kill_user()
+            end_descendants(self.helpers())
+
+    def end_all(self) -> None:
+        """End the run and the helpers."""
+        for helper in filter(None, (self.shell, self.ready)):
+            helper.close()
+        self.shell = self.ready = None
+        self.end_run()
+
+
+class Watch:
+    """Looks after a run until it ends or must be ended."""
+
+    def __init__(self, supervisor: Supervisor, job: Job, child: int,
+                 helper: ForkShell | ReadyPython, outputs: list[Output], started: float):
+        self.supervisor, self.job = supervisor, job
+        self.done = helper.done(child)
+        self.outputs = {output.fd: output for output in outputs}
+        self.deadline = started + job.timeout_ms / 1000
+        self.next_look = started + LOOK_SECONDS
+        self.next_disk_look = started + DISK_LOOK_SECONDS
+        self.largest = 0  # bytes: the largest sum over more than one process that was seen
+        self.free = self._free()
+
+    def wait(self) -> str:
+        """How the run ends: exit, timeout, oom, disk, or cancelled (the agent let go of it)."""
+        poll = select.poll()
+        gone = (self.supervisor.agent.fileno(), self.supervisor.life)
+        for fd in (self.done, *gone, *self.outputs):
+            poll.register(fd, select.POLLIN)
+        try:
+            while True:
+                now = time.monotonic()
+                if now >= self.deadline:
+                    return "timeout"
+                if now >= self.next_look and (end := self._look(now)):
+                    return end
+                wait = min(self.next_look, self.deadline) - time.monotonic()
+                ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
+                if self.done in ready:
+                    return "exit"
+                if any(fd in ready for fd in gone):
+                    return "cancelled"
+                for fd in ready:
+                    if not self.outputs[fd].read():
+                        poll.unregister(fd)
+        finally:
+            os.close(self.done)
+
+    def _look(self, now: float) -> str:
+        """Whether the run is over its memory or its disk; "" when it is not."""
+        pids = self.supervisor.run_pids()
+        cap = self.job.memory_mb * MIB
+        held = resident_bytes(pids, min(cap, self.largest) if len(pids) > 1 else cap)
+        if len(pids) > 1:
+            self.largest = max(self.largest, held)
+        if held > cap:
+            return "oom"
+        if now >= self.next_disk_look and self._over_disk():
+            return "disk"
+        # A look at a large tree is not cheap: never more than a tenth of the time.
+        self.next_look = now + max(LOOK_SECONDS, 10 * (time.monotonic() - now))
+        return ""
+
+    def _free(self) -> tuple[int, int]:
+        """(bytes, inodes) free where the workspace is."""
+        status = os.statvfs(self.supervisor.place.directory)
+        return status.f_bfree * status.f_frsize, status.f_ffree
+
+    def _over_disk(self) -> bool:
+        """Whether the run holds too much; counted only if the file system lost that much."""
+        self.next_disk_look = time.monotonic() + DISK_LOOK_SECONDS
+        most = self.job.disk_mb * MIB, self.job.files
+        if all(before - now <= limit for before, now, limit in zip(self.free, self._free(), most)):
+            return False
+        started = time.monotonic()
+        root = self.supervisor.place.directory
+        used = disk_usage([f"{root}/{name}" for name in ("work", *Workspace.PRIVATE)], most[1])
+        self.next_disk_look = time.monotonic() + max(DISK_LOOK_SECONDS,
+                                                     5 * (time.monotonic() - started))
+        return used[0] > most[0] or used[1] > most[1]
+
+
+REFUSED = re.compile(
+    r"^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
+    r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
+    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)", re.M)
+
+
+def refused(stderr: str) -> bool:
+    """Whether a program that failed says, last of all, that it was refused memory.
+
+    The kernel keeps no count of refusals; these are the runtimes' own words for one.
+    """
+    return bool(REFUSED.search(stderr[-2000:]))
+
+
+def reason_of(error: Exception) -> str:
+    """One word for the part of the machine that failed."""
+    words = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EMFILE: "descriptors",
+             errno.ENFILE: "descriptors", errno.EAGAIN: "processes", errno.ENOMEM: "memory"}
+    return words.get(getattr(error, "errno", None), "launcher")
+
+
+def launch(control: socket.socket) -> None:
+    """The launcher's life: a supervisor for each slot that the agent asks for, until it is gone."""
+    os.setsid()
+    prctl(PR_SET_DUMPABLE, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    # A handler that does nothing, for "ignored" would last through exec into the functions.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    life, held = os.pipe()
+    supervisors: set[int] = set()
+    while True:
+        ready = select.select([control, wake], [], [])[0]
+        if control in ready:
+            message, fds, _, _ = socket.recv_fds(control, 65536, 1)
+            if not message:
+                break
+            pid = os.fork()
+            if not pid:
+                supervise(socket.socket(fileno=fds[0]), life, message, (control, held, wake, waker))
+            supervisors.add(pid)
+            os.close(fds[0])
+        if wake in ready:
+            os.read(wake, 4096)
+            for pid in list(supervisors):
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    supervisors.discard(pid)
+            end_descendants_of_nobody(supervisors)
+    os.close(held)
+    for pid in supervisors:
+        os.waitpid(pid, 0)
+    end_descendants()
+
+
+def end_descendants_of_nobody(supervisors: set[int]) -> None:
+    """Kill what a supervisor left that was itself killed; the living ones' runs stay."""
+    while orphans := [pid for pid in children_of(os.getpid()) if pid not in supervisors]:
+        signal_all(tree_below(orphans), signal.SIGKILL)
+        reap(orphans)
+        time.sleep(0.001)
+
+
+def supervise(agent: socket.socket, life: int, place: bytes, others: tuple) -> NoReturn:
+    """A supervisor's life, in a fork of the launcher."""
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for other in others:
+            os.close(other if isinstance(other, int) else other.detach())
+        os.setsid()
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        Supervisor(Place(**json.loads(place)), agent, life).serve()
+        status = 0
+    except Exception as error:
+        sys.stderr.write(f"nanogrid: a supervisor ended: {error!r}\n")
+    finally:
+        os._exit(status)
+
+
+# --------------------------------------------------------------------------------------------
+# Report: what is said of a run
+# --------------------------------------------------------------------------------------------
+
+STATUS_OF_END = {"timeout": "timeout", "oom": "oom", "disk": "failed", "cancelled": "released",
+                 "error": "error"}
+RECENT = 20  # runs of a function whose peaks make its recommendation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a message's turn ended; None where a value is not known."""
+
+    status: str
+    reason: str | None = None
+    text: str = ""  # for the log: what went wrong, where, what to do
+    exit_code: int | None = None
+    peak_bytes: int | None = None
+    duration_ms: int | None = None
+    stdout: str = ""
+    stderr: str = ""
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    started_at: float | None = None
+    start: str | None = None
+
+
+def outcome_of(answer: Mapping[str, Any]) -> Outcome:
+    """The outcome of what a supervisor says of a run."""
+    if answer["end"] == "error":
+        return Outcome("error", answer["reason"], answer["text"])
+    code = answer["exit_code"]
+    status = STATUS_OF_END.get(answer["end"]) or ("failed" if code else "ok")
+    return Outcome(status, "disk" if answer["end"] == "disk" else None, "", code,
+                   answer["peak_bytes"], round(answer["duration"] * 1000), answer["stdout"],
+                   answer["stderr"], answer["stdout_bytes"], answer["stderr_bytes"],
+                   answer["started_at"], answer["start"])
+
+
+def report_pairs(task: Mapping[str, Any], outcome: Outcome, message: Message) -> dict[str, Any]:
+    """The pairs of the REPORT line; `task` has those of the task's fields that are known."""
+    pairs = {"requestId": task.get("requestId"), "functionId": task.get("functionId"),
+             "runtime": task.get("runtime"), "status": outcome.status,
+             "exitCode": outcome.exit_code, "durationMillis": outcome.duration_ms,
+             "peakMemoryBytes": outcome.peak_bytes, "memoryMb": task.get("memoryMb"),
+             "timeoutMs": task.get("timeoutMs"), "receiveCount": message.receive_count,
+             "start": outcome.start}
+    if outcome.reason:
+        pairs["reason"] = outcome.reason
+    return pairs
+
+
+def result_of(pairs: Mapping[str, Any], outcome: Outcome, names: list[str],
+              peaks: Iterable[int]) -> dict[str, Any]:
+    """The content of result.json."""
+    begin = outcome.started_at
+    end = begin + (outcome.duration_ms or 0) / 1000 if begin else None
+    result = {**pairs, "success": outcome.status == "ok", "stdout": outcome.stdout,
+              "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
+              "stderrBytes": outcome.stderr_bytes, "startedAt": iso(begin) if begin else None,
+              "finishedAt": iso(end) if end else None, "outputFiles": names}
+    return {**result, **advice(list(peaks), pairs["memoryMb"])}
+
+
+def advice(peaks: list[int], memory_mb: int | None) -> dict[str, Any]:
+    """recommendedMemoryMb and optimizationTip from a function's recent peaks, in bytes."""
+    if not peaks or memory_mb is None:
+        return {"recommendedMemoryMb": None, "optimizationTip": None}
+    largest = max(peaks) / MIB
+    wanted = max(16, math.ceil(largest * 1.25 / 16) * 16)
+    seen = f"The largest peak of the last {len(peaks)} runs was {largest:.1f} MiB of {memory_mb}"
+    if wanted > memory_mb:
+        words = f"{seen}: raise memoryMb to {wanted}."
+    elif wanted <= memory_mb * 3 // 4:
+        words = f"{seen}: {wanted} would do."
+    else:
+        words = f"{seen}: memoryMb fits."
+    return {"recommendedMemoryMb": wanted, "optimizationTip": words}
+
+
+def report(log: Log, request_id: str, outcome: Outcome, pairs: Mapping[str, Any]) -> None:
+    """Write the function's kept output and the REPORT line, together."""
+    lines = []
+    for stream, text in (("stdout", outcome.stdout), ("stderr", outcome.stderr)):
+        for line in text.removesuffix("\n").split("\n") if text else ():
+            if log.json:
+                lines.append(log.line("INFO", line, {"requestId": request_id, "stream": stream}))
+            else:
+                lines.append(log.line("INFO", f"[{request_id}] {stream}: {line}", {}))
+    if outcome.text:
+        level = "ERROR" if outcome.status == "error" else "WARNING"
+        lines.append(log.line(level, f"[{request_id}] {outcome.status}: {outcome.text}", {}))
+    lines.append(log.line("INFO", "REPORT", pairs))
+    log.write(lines)
+
+
+class Summary:
+    """What --drain says at its end."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[tuple[str, int | None, int | None, int | None]]] = {}
+
+    def add(self, pairs: Mapping[str, Any]) -> None:
+        """Count one report."""
+        self.rows.setdefault(pairs["functionId"] or "-", []).append(
+            (pairs["status"], pairs["durationMillis"], pairs["peakMemoryBytes"],
+             pairs["memoryMb"]))
+
+    def table(self) -> str:
+        """function, runs, ok and not, median and largest duration, largest peak and its cap."""
+        width = max([8, *map(len, self.rows)])
+        lines = [f"{'function':{width}}  {'runs':>6} {'ok':>6} {'not ok':>6} {'median ms':>10} "
+                 f"{'max ms':>8}  largest peak of its cap"]
+        for name, runs in sorted(self.rows.items()):
+            good = sum(status == "ok" for status, *_ in runs)
+            spent = [ms for _, ms, _, _ in runs if ms is not None] or [0]
+            peak, cap = max(((peak, cap) for _, _, peak, cap in runs if peak is not None),
+                            default=(0, 0))
+            share = min(1.0, peak / MIB / cap) if cap else 0
+            bar = "#" * round(share * 20)
+            lines.append(f"{name:{width}}  {len(runs):6} {good:6} {len(runs) - good:6} "
+                         f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
+                         f"{peak / MIB:.1f} of {cap} MiB")
+        return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------
+# Agent: slots, and the loop that keeps them busy
+# --------------------------------------------------------------------------------------------
+
+BASE_ENV = ("PATH", "LANG", "TZ")  # all that a function gets of the agent's own environment
+COMPILE_MS, COMPILE_MB = 120_000, 2048
+AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
+
+
+class Launcher:
+    """The agent's end of the launcher; starts another when it goes."""
+
+    def __init__(self, log: Log):
+        self.log, self.lock = log, threading.Lock()
+        prctl(PR_SET_DUMPABLE, 0)  # /proc/PID/environ may hold a credential
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self.process: subprocess.Popen | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        env = {name: os.environ[name] for name in BASE_ENV if name in os.environ}
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", os.path.abspath(__file__), "--launcher",
+                 str(theirs.fileno())],
+                env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+
+    def supervisor(self, place: Place) -> socket.socket:
+        """A connection to a new supervisor for this place."""
+        ours, theirs = socket.socketpair()
+        message = json.dumps(asdict(place)).encode()
+        with theirs, self.lock:
+            try:
+                if self.process.poll() is not None:
+                    raise BrokenPipeError
+                socket.send_fds(self.control, [message], [theirs.fileno()])
+            except OSError:
+                self._restart()
+                socket.send_fds(self.control, [message], [theirs.fileno()])
+        return ours
+
+    def _restart(self) -> None:
+        self.log("ERROR", f"the launcher ended ({self.process.wait()}); its runs are lost, and "
+                          "another is started")
+        self.control.close()
+        end_descendants()
+        self._start()
+
+    def close(self) -> None:
+        """End the launcher and all that runs."""
+        self.control.close()
+        self.process.wait()
+        end_descendants()
+
+
+class Slot:
+    """A place where one function runs at a time, and the connection to its supervisor."""
+
+    SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
+
+    def __init__(self, place: Place, launcher: Launcher):
+        self.place, self.launcher = place, launcher
+        self.lock = threading.Lock()
+        self.connection: socket.socket | None = None
+        self.cancelled = False
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """A supervisor's answer (see Supervisor.run); raises MachineFault."""
+        request = json.dumps(asdict(job)).encode() + b"\n"
+        try:
+            for last in (False, True):  # a supervisor that ended while idle is replaced
+                with self.lock:
+                    if self.cancelled:
+                        return {"end": "cancelled"}
+                    if self.connection is None:
+                        self.connection = self.launcher.supervisor(self.place)
+                try:
+                    self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
+                    self.connection.sendall(request)
+                    break
+                except OSError:
+                    self.drop()
+                    if last:
+                        raise
+            return self._answer()
+        except OSError as error:
+            self.drop()
+            raise MachineFault("launcher", f"what ran the function was lost ({error!r}); it may "
+                                           "have killed it") from None
+
+    def _answer(self) -> dict[str, Any]:
+        content = bytearray()
+        while not content.endswith(b"\n"):
+            chunk = self.connection.recv(1 << 20)
+            if not chunk:
+                raise ConnectionError("end of file")
+            content += chunk
+        return json.loads(content)
+
+    def drop(self) -> None:
+        """Let go of the supervisor, which then ends what it runs."""
+        with self.lock:
+            if self.connection:
+                self.connection.close()
+                self.connection = None
+
+    def cancel(self) -> None:
+        """End the run, and let no other begin."""
+        with self.lock:
+            self.cancelled = True
+            if self.connection:
+                try:
+                    self.connection.shutdown(socket.SHUT_WR)
+                except OSError:
+                    pass
+
+
+def find_program(names: tuple[str, ...], path: str, uid: int | None, gid: int | None) -> str:
+    """The first of these programs on PATH that this user can run; "" when there is none."""
+    for name in names:
+        for directory in [""] if "/" in name else path.split(os.pathsep):
+            candidate = os.path.join(directory, name)
+            if os.path.isfile(candidate) and reachable(candidate, uid, gid):
+                return candidate
+    return ""
+
+
+def reachable(path: str, uid: int | None, gid: int | None) -> bool:
+    """Whether this user may run the file and search every directory above it."""
+    if uid is None:
+        return os.access(path, os.X_OK)
+    real = Path(os.path.realpath(path))
+    for one in (real, *real.parents, *Path(os.path.abspath(path)).parents):
+        status = os.stat(one)
+        shift = 6 if status.st_uid == uid else 3 if status.st_gid == gid else 0
+        if uid and not status.st_mode >> shift & 1:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs a runtime's entries."""
+
+    programs: tuple[str, ...]  # looked up on PATH unless settings name one
+    commands: dict[str, tuple[str, ...]]  # by entry; "{program}" stands for what was found
+    compiled: dict[str, tuple[str, ...]]  # by entry: the compiler's command, which makes `main`
+
+
+SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
+RUNTIMES = {
+    "python": Runtime(("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
+    "cpp": Runtime(("g++", "c++", "clang++"), SHELL_ENTRY,
+                   {"main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
+    "nodejs": Runtime(("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
+    "go": Runtime(("go",), SHELL_ENTRY, {"main.go": ("{program}", "build", "-o", "main",
+                                                     "main.go")}),
+}
+
+
+class Slots:
+    """The machine's side of running: directories, users, programs, and the slots themselves."""
+
+    def __init__(self, settings: Settings, launcher: Launcher, log: Log):
+        self.settings, self.launcher, self.log = settings, launcher, log
+        self.base, self.lock = make_task_dir(settings.task_base_dir)
+        self.uid_locks: list[socket.socket] = []
+        self.all = [Slot(self._place(n), launcher) for n in range(settings.concurrency)]
+        first = self.all[0].place
+        self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
+        self.programs = {
+            name: find_program((settings.runtimes[name],) if name in settings.runtimes
+                               else runtime.programs, self.path, first.uid, first.gid)
+            for name, runtime in RUNTIMES.items()}
+        found = ", ".join(f"{name} {path}" for name, path in self.programs.items() if path)
+        missing = ", ".join(name for name, path in self.programs.items() if not path)
+        log("INFO", f"runtimes: {found or 'none'}" + (f"; not here: {missing}" if missing else ""))
+        if os.geteuid():
+            log("WARNING", "not started as root: functions run as this agent's own user, and may "
+                           "read its files and signal its processes")
+
+    def _place(self, number: int) -> Place:
+        """The place of a slot, with its directory made."""
+        uid, gid, groups, private = self._user(number)
+        directory = self.base / f"slot{number}"
+        directory.mkdir(mode=0o711)
+        shell = self.base / "sh"
+        if not shell.exists():
+            # Its user may not read it, so that the kernel lets none of that user's processes
+            # trace it (fs/exec.c, would_dump): it forks the next run, too.
+            shutil.copyfile(shutil.which("dash") or "/bin/sh", shell)
+            shell.chmod(0o111)
+        if uid is not None:
+            os.chown(directory, 0, gid)
+            directory.chmod(0o710)
+        settings = self.settings
+        limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": settings.max_open_files,
+                  "RLIMIT_FSIZE": settings.max_file_mb * MIB,
+                  "RLIMIT_NPROC": settings.max_processes + (
+                      0 if private else settings.concurrency * settings.max_processes
+                      + user_tasks(os.getuid() if uid is None else uid))}
+        return Place(str(directory), uid, gid, groups, private, str(shell), limits)
+
+    def _user(self, number: int) -> tuple[int | None, int | None, tuple[int, ...], bool]:
+        """(uid, gid, groups, whether nobody else has it) of a slot."""
+        name = self.settings.run_as
+        if name is not None:
+            try:
+                entry = pwd.getpwnam(name) if not name.isdecimal() else pwd.getpwuid(int(name))
+                uid, gid, user = entry.pw_uid, entry.pw_gid, entry.pw_name
+                groups = tuple(os.getgrouplist(user, gid))
+            except KeyError:
+                if not name.isdecimal():
+                    raise GiveUp(f"agent.execution.runAs is {name}; this machine has no such user"
+                                 ) from None
+                uid = gid = int(name)
+                groups = ()
+            if os.geteuid() and uid != os.geteuid():
+                raise GiveUp(f"agent.execution.runAs is {name}; only root can run functions as "
+                             "another user: start the agent as root, or leave runAs out")
+            return (uid, gid, groups, False) if not os.geteuid() else (None, None, (), False)
+        if os.geteuid():
+            return None, None, (), False
+        uid = self._lock_uid()
+        return uid, uid, (), True
+
+    def _lock_uid(self) -> int:
+        """A uid that nobody has, for as long as this agent lives (an abstract socket's name)."""
+        for uid in range(FIRST_UID + len(self.uid_locks), LAST_UID + 1):
+            lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                lock.bind(f"\0nanogrid-uid-{uid}")
+                pwd.getpwuid(uid)
+            except OSError:
+                pass
+            except KeyError:
+                self.uid_locks.append(lock)
+                return uid
+            lock.close()
+        raise GiveUp(f"no uid from {FIRST_UID} to {LAST_UID} is free; lower "
+                     "agent.execution.concurrency")
+
+    def job(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> Job:
+        """The run of a task; raises MachineFault when its runtime is not installed."""
+        command = self._command(RUNTIMES[task.runtime].commands[package.entry], task.runtime)
+        env = self.environment(slot)
+        env.update(REQUEST_ID=task.request_id, FUNCTION_ID=task.function_id,
+                   MEMORY_MB=str(task.memory_mb), TIMEOUT_MS=str(task.timeout_ms))
+        warm = self.programs["python"] if task.runtime == "python" else ""
+        return Job(task.runtime, command, warm if self.settings.warm_start else "", env,
+                   str(package.path), task.input.decode(), task.timeout_ms, task.memory_mb,
+                   self.settings.max_disk_mb, self.settings.max_files, tee)
+
+    def environment(self, slot: Slot) -> dict[str, str]:
+        """What every run of a slot has in its environment."""
+        root = slot.place.directory
+        kept = {name: os.environ[name] for name in BASE_ENV if name in os.environ}
+        return {"PATH": self.path, **kept, "HOME": f"{root}/home", "TMPDIR": f"{root}/tmp",
+                "OUTPUT_DIR": f"{root}/output"}
+
+    def _command(self, command: tuple[str, ...], runtime: str) -> tuple[str, ...]:
+        """A command with its program filled in; raises MachineFault when there is none."""
+        program = self.programs[runtime] if "{program}" in command else command[0]
+        if not program or "/" in program and program[0] == "/" and not os.path.exists(program):
+            names = " or ".join(RUNTIMES[runtime].programs)
+            raise MachineFault("runtime", f"this machine has no {names} that a function can run; "
+                                          f"install it, or name it in agent.runtimes.{runtime}")
+        return tuple(program if part == "{program}" else part for part in command)
+
+    def compile(self, task: Task, package: Package, slot: Slot) -> Package:
+        """The package with its program compiled, once; raises Rejected with the compiler's words."""
+        compiler = RUNTIMES[task.runtime].compiled.get(package.entry)
+        if compiler is None:
+            return package
+        built = built_path(package.path)
+        with package.lock:
+            if not built.exists():
+                self._build(task, package, slot, self._command(compiler, task.runtime), built)
+        return replace(package, path=built, entry="main")
+
+    def _build(self, task: Task, package: Package, slot: Slot, command: tuple[str, ...],
+               built: Path) -> None:
+        job = Job(task.runtime, command, "", self.environment(slot), str(package.path), "",
+                  COMPILE_MS, COMPILE_MB, self.settings.max_disk_mb, self.settings.max_files, False)
+        answer = slot.run(job)
+        if answer["end"] in ("error", "cancelled"):
+            raise Ended(outcome_of(answer))
+        made = Path(slot.place.directory, "work", "main")
+        try:
+            fd = os.open(made, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            fd = -1
+        if answer["end"] != "exit" or answer["exit_code"] or fd < 0:
+            outcome = outcome_of(answer)
+            raise Ended(replace(outcome, status="rejected", reason="compile", peak_bytes=None,
+                                text=f"{package.entry} does not compile ({answer['end']}, exit "
+                                     f"status {answer['exit_code']})"))
+        part = built.with_suffix(".part")
+        with open(fd, "rb") as program:
+            shutil.copytree(package.path, part, symlinks=True, copy_function=os.link)
+            with open(part / "main", "wb") as copy:
+                shutil.copyfileobj(program, copy)
+        os.chmod(part / "main", 0o755)
+        os.rename(part, built)
+
+    def close(self) -> None:
+        """Remove all that was made on disk."""
+        trash = self.base / "trash"
+        trash.mkdir()
+        for name in os.listdir(self.base):
+            path = str(self.base / name)
+            if name != "trash" and os.path.isdir(path):
+                sweep(path, str(trash))
+        shutil.rmtree(self.base, ignore_errors=True)
+        os.close(self.lock)
+        try:
+            self.base.parent.rmdir()
+        except OSError:
+            pass
+
+
+class Ended(Exception):
+    """A turn that ended before its run began, with its outcome."""
+
+    def __init__(self, outcome: Outcome):
+        super().__init__(outcome.text)
+        self.outcome = outcome
+
+
+def user_tasks(uid: int) -> int:
+    """How many tasks (threads count) a user has now, which RLIMIT_NPROC counts too."""
+    count = 0
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{pid}").st_uid == uid:
+                count += len(os.listdir(f"/proc/{pid}/task"))
+        except OSError:
+            pass
+    return count
+
+
+def make_task_dir(base: str) -> tuple[Path, int]:
+    """A directory of this agent's own under taskBaseDir, and the lock that says it lives.
+
+    Directories whose lock is free are what killed agents left, and are removed. Raises GiveUp.
+    """
+    root = Path(base)
+    if base == Settings().task_base_dir and root.exists() and not os.access(root, os.W_OK):
+        root = Path(f"{base}-{os.geteuid()}")  # another user's agent was here first
+    try:
+        root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        owner = root.lstat()
+        if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
+            raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
+        for old in root.glob("agent-*"):
+            remove_dead(old)
+        own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
+        lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        own.chmod(0o711)
+        (own / "code").mkdir(mode=0o700)
+    except OSError as error:
+        raise GiveUp(f"agent.taskBaseDir {root} cannot be used ({error}); name a directory of the "
+                     "agent's own user") from None
+    return own, lock
+
+
+def remove_dead(path: Path) -> None:
+    """Remove an agent's directory, unless that agent lives."""
+    try:
+        fd = os.open(path / "lock", os.O_RDWR)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        trash = path / "trash"
+        trash.mkdir(exist_ok=True)
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False) and entry.name != "trash":
+                sweep(entry.path, str(trash))
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+class Agent:
+    """The loop: one thread receives, one for each slot runs, the main one keeps the order."""
+
+    def __init__(self, settings: Settings, log: Log, queue: SqsQueue | FolderQueue,
+                 code: CodeCache, results: FolderResults | AwsResults,
+                 metrics: FolderMetrics | CloudWatchMetrics, slots: Slots):
+        self.settings, self.log, self.queue, self.code = settings, log, queue, code
+        self.results, self.metrics, self.slots = results, metrics, slots
+        self.local = isinstance(queue, FolderQueue)
+        self.condition = threading.Condition()
+        self.waiting: deque[tuple[Message, Task]] = deque()
+        self.running = 0
+        self.free_mb = settings.memory_mb
+        self.mean_seconds: float | None = None
+        self.hold_until = 0.0
+        self.sick_seconds = 0.0
+        self.fault = Fault(log, "receiving messages")
+        self.peaks: OrderedDict[str, deque[int]] = OrderedDict()
+        self.summary: Summary | None = None
+        self.counts: Counter[str] = Counter()
+        self.stopping = False
+        self.signals = 0
+        self.wake, self.waker = os.pipe()
+        os.set_blocking(self.wake, False)
+        os.set_blocking(self.waker, False)
+
+    # The main thread: signals, systemd, the end.
+
+    def run(self, drain: bool) -> None:
+        """Work until a signal, or with `drain` until the queue is empty."""
+        self.summary = Summary() if drain else None
+        signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        workers = [threading.Thread(target=self._work, args=(slot,), daemon=True)
+                   for slot in self.slots.all]
+        poller = threading.Thread(target=self._poll, daemon=True)
+        if self.settings.spot_interruption:
+            threading.Thread(target=self._watch_spot, daemon=True).start()
+        for thread in (*workers, poller):
+            thread.start()
+        notify("READY=1")
+        self._attend(workers, poller)
+        for thread in workers:
+            thread.join(10)
+        self.queue.close()
+        self.metrics.close()
+
+    def _signalled(self, number: int, frame: object) -> None:
+        self.signals += 1
+
+    def stop(self) -> None:
+        """Have the main thread begin the shutdown."""
+        self.signals += 1
+        os.write(self.waker, b"\n")
+
+    def _attend(self, workers: list[threading.Thread], poller: threading.Thread) -> None:
+        """Wait for the end; the shutdown when a signal comes."""
+        watchdog = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6
+        said = ""
+        deadline = math.inf
+        while any(thread.is_alive() for thread in workers):
+            period = min(5.0, watchdog or 5.0, max(0.0, deadline - time.monotonic()))
+            select.select([self.wake], [], [], period if not self.stopping else min(0.2, period))
+            read_nonblocking(self.wake)
+            if self.signals and deadline == math.inf:
+                deadline = time.monotonic() + self.settings.shutdown_grace_seconds
+                self._begin_stop()
+            if self.signals > 1 or time.monotonic() >= deadline:
+                deadline = time.monotonic()
+                for slot in self.slots.all:
+                    slot.cancel()
+                if self.signals > 1 and not any(worker.is_alive() for worker in workers):
+                    return
+            status = (f"STATUS=running {self.running}, done {self.counts['ok']}, "
+                      f"failed {self.counts.total() - self.counts['ok']}"
+                      if sys.version_info >= (3, 10) else "STATUS=running")
+            if status != said:
+                notify(said := status)
+            if watchdog:
+                notify("WATCHDOG=1")
+        while poller.is_alive() and self.signals < 2:
+            select.select([self.wake], [], [], 0.05)
+            read_nonblocking(self.wake)
+
+    def _begin_stop(self) -> None:
+        """Stop polling; give back what was not started."""
+        self.log("INFO", "stopping: no more messages are taken; running functions have "
+                         f"{self.settings.shutdown_grace_seconds} s")
+        notify("STOPPING=1")
+        with self.condition:
+            self.stopping = True
+            waiting, self.waiting = list(self.waiting), deque()
+            self.condition.notify_all()
+        self.queue.interrupt()
+        for message, task in waiting:
+            self._settle(message, shown(task), Outcome("released"))
+
+    def _watch_spot(self) -> None:
+        """Begin the shutdown when EC2 says that it will take this spot instance away."""
+        while not self.stopping:
+            if spot_notice():
+                self.log("WARNING", "EC2 will interrupt this spot instance")
+                self.stop()
+                return
+            time.sleep(5)
+
+    # The receiving thread.
+
+    def _poll(self) -> None:
+        """Receive what can start soon, until the shutdown."""
+        while limit := self._room():
+            try:
+                messages = self.queue.receive(limit)
+                self.fault.worked()
+                for message in messages:
+                    self._take(message)
+                if not messages and self.summary is not None and self._is_drained():
+                    break
+            except Exception as error:
+                advice = queue_advice(error, self.settings.queue_url)
+                self._pause(self.fault.failed(advice or error))
+        with self.condition:
+            self.stopping = True
+            self.condition.notify_all()
+        os.write(self.waker, b"\n")
+
+    def _pause(self, seconds: float) -> None:
+        with self.condition:
+            self.condition.wait_for(lambda: self.stopping, seconds)
+
+    def _room(self) -> int:
+        """How many messages to ask for, once there is room for any; 0 at the shutdown."""
+        most = self.settings.max_number_of_messages
+        slots = len(self.slots.all)
+        with self.condition:
+            while not self.stopping:
+                wait = self.hold_until - time.monotonic()
+                ahead = min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)),
+                            2 * most) if self.mean_seconds else 0
+                if self.waiting and self.waiting[0][1].memory_mb > self.free_mb:
+                    ahead = -slots  # what waits for memory goes first
+                room = slots - self.running + ahead - len(self.waiting)
+                # Short runs free a slot each moment: a request is worth a whole batch then.
+                if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
+                    return min(room, most)
+                self.condition.wait(max(wait, 0.01) if wait > 0 else 5)
+            return 0
+
+    def _is_drained(self) -> bool:
+        with self.condition:
+            if self.running or self.waiting:
+                self.condition.wait(0.5)
+                return False
+        return self.queue.is_empty()
+
+    def _take(self, message: Message) -> None:
+        """Check a message; have it wait for a slot, or say why not."""
+        known: Mapping[str, Any] = {}
+        try:
+            task = parse_task(message.body, self.settings, any_bucket=self.local)
+            known = shown(task)
+            if not self.queue.fits(message, task.timeout_ms):
+                raise Rejected("visibility", f"timeoutMs {task.timeout_ms} does not fit into the "
+                               "queue's visibility timeout, and sqs:ChangeMessageVisibility is not "
+                               "granted; grant it, or raise the visibility timeout")
+            if self.stopping:
+                self._settle(message, known, Outcome("released"))
+                return
+            with self.condition:
+                self.waiting.append((message, task))
+                self.condition.notify_all()
+        except Rejected as error:
+            self._settle(message, known or error.known,
+                         Outcome("rejected", error.reason, str(error)))
+
+    # The slots' threads.
+
+    def _next(self) -> tuple[Message, Task] | None:
+        """The next task, in the order they came, once its memory is free; None at the end."""
+        with self.condition:
+            while not (self.waiting and self.waiting[0][1].memory_mb <= self.free_mb):
+                if self.stopping and not self.waiting:
+                    return None
+                self.condition.wait()
+            message, task = self.waiting.popleft()
+            self.running += 1
+            self.free_mb -= task.memory_mb
+            self.condition.notify_all()
+            return message, task
+
+    def _work(self, slot: Slot) -> None:
+        """Run tasks in one slot, one after another."""
+        while held := self._next():
+            message, task = held
+            started = time.monotonic()
+            outcome = self._execute(task, message, slot)
+            self._settle(message, shown(task), outcome, slot)
+            spent = time.monotonic() - started
+            with self.condition:
+                self.running -= 1
+                self.free_mb += task.memory_mb
+                mean = self.mean_seconds
+                self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
+                self._note_health(outcome)
+                self.condition.notify_all()
+        os.write(self.waker, b"\n")
+
+    def _note_health(self, outcome: Outcome) -> None:
+        """A machine that fails takes messages more slowly, not to send them all to the DLQ."""
+        if outcome.status != "error" or outcome.reason == "runtime":
+            self.sick_seconds = 0.0
+        else:
+            self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2))
+            self.hold_until = time.monotonic() + self.sick_seconds
+
+    def _execute(self, task: Task, message: Message, slot: Slot) -> Outcome:
+        """One run, from the code to its outcome; every failure becomes a value here."""
+        try:
+            package = self.code.get(task, message.sent)
+            try:
+                job = self.slots.job(task, self.slots.compile(task, package, slot), slot)
+                return outcome_of(slot.run(job))
+            finally:
+                self.code.release(package)
+        except Rejected as error:
+            return Outcome("rejected", error.reason, str(error))
+        except Ended as error:
+            return error.outcome
+        except MachineFault as error:
+            return Outcome("error", error.reason, str(error))
+        except OSError as error:
+            return Outcome("error", reason_of(error), f"the machine failed: {error}")
+        except Exception as error:  # botocore has no base for what a connection may raise
+            return Outcome("error", "agent", f"{type(error).__name__}: {error}")
+
+    def _settle(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
+                slot: Slot | None = None) -> None:
+        """Keep the result, say it, count it, and end the message's turn."""
+        peaks = self._peaks(known, outcome)
+        result: dict[str, Any] = {}
+        try:
+            directory = f"{slot.place.directory}/output" if slot else ""
+            ran = slot and outcome.exit_code is not None
+            names = output_files(directory, slot.place.uid) if ran else []
+            result = result_of(report_pairs(known, outcome, message), outcome, names, peaks)
+            if known.get("requestId") and outcome.status != "released":
+                self.results.put(result, directory, names)
+        except Exception as error:
+            outcome = replace(outcome, status="error", reason="output",
+                              text=f"the result cannot be stored: {error}")
+        pairs = report_pairs(known, outcome, message)
+        report(self.log, str(known.get("requestId") or message.id), outcome, pairs)
+        try:
+            if outcome.peak_bytes is not None:
+                self.metrics.put(pairs["functionId"], pairs["runtime"], outcome.peak_bytes)
+            self.queue.end(message, outcome.status, {**result, **pairs, "success": False}
+                           if outcome.status != "ok" else result)
+        except OSError as error:  # a full disk under --local: the task stays where it is
+            self.log("ERROR", f"[{message.id}] cannot be put away: {error}")
+        with self.condition:
+            self.counts[outcome.status] += 1
+            if self.summary:
+                self.summary.add(pairs)
+
+    def _peaks(self, known: Mapping[str, Any], outcome: Outcome) -> list[int]:
+        """The function's recent peaks, with this one."""
+        with self.condition:
+            name = str(known.get("functionId"))
+            recent = self.peaks.setdefault(name, deque(maxlen=RECENT))
+            self.peaks.move_to_end(name)
+            if len(self.peaks) > 10_000:
+                self.peaks.popitem(last=False)
+            if outcome.peak_bytes is not None:
+                recent.append(outcome.peak_bytes)
+            return list(recent)
+
+
+def shown(task: Task) -> dict[str, Any]:
+    """A task's fields under the names that reports give them."""
+    return {"requestId": task.request_id, "functionId": task.function_id, "runtime": task.runtime,
+            "timeoutMs": task.timeout_ms, "memoryMb": task.memory_mb}
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)), where it asked to be told."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            try:
+                sender.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+            except OSError:
+                pass
+
+
+def spot_notice() -> bool:
+    """Whether the instance metadata (IMDSv2) announces an interruption; False where none answers."""
+    from urllib.request import Request, urlopen
+    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
+    try:
+        with urlopen(Request(f"{base}/latest/api/token", method="PUT", headers={
+                "X-aws-ec2-metadata-token-ttl-seconds": "60"}), timeout=2) as answer:
+            token = answer.read().decode()
+        with urlopen(Request(f"{base}/latest/meta-data/spot/instance-action", headers={
+                "X-aws-ec2-metadata-token": token}), timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, ValueError):
+        return False
+
+
+# --------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------
+
+
+def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
+    """Run an agent on SQS, or on a folder; raises GiveUp."""
+    launcher = Launcher(log)  # before boto3 is imported
+    slots = queue = None
+    try:
+        slots = Slots(settings, launcher, log)
+        if folder:
+            queue, source = FolderQueue(folder, log), FolderCode(folder)
+            results = FolderResults(folder)
+            metrics = FolderMetrics(folder, settings.namespace, log)
+        else:
+            clients = Clients(settings)
+            queue, source = SqsQueue(clients, settings, log), S3Code(clients)
+            results = AwsResults(clients, settings)
+            metrics = CloudWatchMetrics(clients, settings, log)
+        agent = Agent(settings, log, queue, CodeCache(source, slots.base / "code"), results,
+                      metrics, slots)
+        agent.run(drain)
+        if agent.summary:
+            print(agent.summary.table(), flush=True)
+    finally:
+        launcher.close()
+        if slots:
+            slots.close()
+
+
+def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
+    """Run one function from a zip or a folder; 0 when it ends ok."""
+    log = Log(form, "ERROR")
+    known = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
+             "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
+    body = {name: value for name, value in known.items() if value is not None}
+    given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
+    message = Message("invoke", "", 1, 0.0)
+    launcher = Launcher(log)
+    slots = None
+    try:
+        slots = Slots(replace(settings, concurrency=1), launcher, log)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: slots.all[0].cancel())
+        try:
+            task = replace(parse_task(json.dumps(body), settings, any_bucket=True), input=given)
+            known = shown(task)
+            package = invoked_package(Path(args.invoke), slots.base / "code", task.runtime)
+            slot = slots.all[0]
+            job = slots.job(task, slots.compile(task, package, slot), slot, tee=True)
+            outcome = outcome_of(slot.run(job))
+        except Rejected as error:
+            outcome = Outcome("rejected", error.reason, str(error))
+        except Ended as error:
+            outcome = error.outcome
+        except MachineFault as error:
+            outcome = Outcome("error", error.reason, str(error))
+    finally:
+        launcher.close()
+        if slots:
+            slots.close()
+    log.least = 0
+    if outcome.text:
+        log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
+    log("INFO", "REPORT", **report_pairs(known, outcome, message))
+    return 0 if outcome.status == "ok" else 1
+
+
+def invoked_package(path: Path, directory: Path, runtime: str) -> Package:
+    """The package of --invoke's zip or folder; raises Rejected or GiveUp."""
+    target = directory / "invoked"
+    try:
+        if path.is_dir():
+            shutil.copytree(path, target, symlinks=True)
+            for one in (target, *target.rglob("*")):
+                if not one.is_symlink():
+                    one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
+        else:
+            target.mkdir()
+            unpack(path, target)
+    except FileNotFoundError:
+        raise GiveUp(f"--invoke {path}: there is no such zip or folder") from None
+    return Package(target, "", find_entry(target, runtime), 0)
+
+
+DEMO = {
+    "hello-python": ("python", "main.py", 'print("Hello from NanoGrid!")\nprint("Result: 42")\n'),
+    "hungry-python": ("python", "main.py",
+                      "held = []\nwhile True:\n    held.append(bytearray(1 << 20))\n"),
+    "sleepy-python": ("python", "main.py",
+                      'import time\nprint("good night", flush=True)\ntime.sleep(60)\n'),
+    "hello-cpp": ("cpp", "main.cpp", '#include <cstdio>\nint main() { std::puts("Hello from C++"); }\n'),
+}
+DEMO_LIMITS = {"timeoutMs": 500, "memoryMb": 64}
+
+
+def demo(settings: Settings, log: Log) -> None:
+    """Run sample functions from a fresh folder: one is hungry for memory, one oversleeps."""
+    with tempfile.TemporaryDirectory(prefix="nanogrid-demo-") as name:
+        folder = Path(name)
+        for part in ("queue", "code"):
+            (folder / part).mkdir()
+        for function_id, (runtime, entry, source) in DEMO.items():
+            if runtime == "cpp" and not any(map(shutil.which, RUNTIMES["cpp"].programs)):
+                log("WARNING", f"no C++ compiler here: the sample {function_id} is left out")
+                continue
+            with zipfile.ZipFile(folder / "code" / f"{function_id}.zip", "w") as archive:
+                archive.writestr(entry, source)
+            task = {"requestId": f"demo-{function_id}", "functionId": function_id,
+                    "runtime": runtime, "s3Key": f"{function_id}.zip", **DEMO_LIMITS}
+            (folder / "queue" / f"{function_id}.json").write_text(json.dumps(task))
+        serve(settings, log, folder, drain=True)
+
+
+class Checks:
+    """The lines of --check."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def __call__(self, name: str, probe: Callable[[], str]) -> bool:
+        """Print whether a part is usable: what `probe` says, or the error that it raises."""
+        try:
+            print(f"ok    {name}: {probe()}", flush=True)
+            return True
+        except Exception as error:
+            self.failed = True
+            print(f"FAIL  {name}: {error}", flush=True)
+            return False
+
+
+def check(settings: Settings, log: Log, folder: Path | None, origin: str) -> int:
+    """--check: 0 when all that the agent needs is usable, else 1; changes nothing."""
+    checks = Checks()
+    checks("settings", lambda: origin)
+    if not folder:
+        check_aws(settings, checks)
+    launcher = Launcher(log)
+    slots = None
+    try:
+        slots = Slots(replace(settings, concurrency=1), launcher, log)
+        for name, runtime in RUNTIMES.items():
+            if slots.programs[name] or name in settings.runtimes:
+                checks(f"runtime {name}", lambda: slots._command(("{program}",), name)[0])
+            else:
+                print(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
+                      "function can run; its tasks end as error", flush=True)
+        checks("sandbox", lambda: check_sandbox(slots))
+    except GiveUp as error:
+        checks("sandbox", lambda: fail(str(error)))
+    finally:
+        launcher.close()
+        if slots:
+            slots.close()
+    return int(checks.failed)
+
+
+def fail(text: str) -> str:
+    """Raise GiveUp, where an expression is wanted."""
+    raise GiveUp(text)
+
+
+def check_sandbox(slots: Slots) -> str:
+    """Run a shell as a function would be; raises GiveUp."""
+    place = slots.base / "code" / "check"
+    place.mkdir()
+    (place / "run.sh").write_text("test -w . && exit 0\n")
+    slot = slots.all[0]
+    job = Job("cpp", ("/bin/sh", "run.sh"), "", slots.environment(slot), str(place), "", 10_000, 64,
+              64, 1000, False)
+    outcome = outcome_of(slot.run(job))
+    if outcome.status != "ok":
+        raise GiveUp(f"a trial run ended {outcome.status} ({outcome.text or outcome.stderr})")
+    who = "the agent's own user" if slot.place.uid is None else f"uid {slot.place.uid}"
+    return f"a trial run ended ok, as {who}, with a peak of {outcome.peak_bytes} bytes"
+
+
+def check_aws(settings: Settings, checks: Checks) -> None:
+    """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
+    made: list[Clients] = []
+    if not checks("credentials", lambda: made.append(Clients(settings)) or "found"):
+        return
+    clients = made[0]
+    attributes: dict[str, str] = {}
+
+    def ask_queue() -> str:
+        try:
+            attributes.update(clients.make("sqs", 10).get_queue_attributes(
+                QueueUrl=settings.queue_url, AttributeNames=["All"])["Attributes"])
+        except Exception as error:
+            raise GiveUp(queue_advice(error, settings.queue_url) or str(error)) from None
+        return f"{settings.queue_url}, about {attributes.get('ApproximateNumberOfMessages')} waiting"
+
+    def ask_dlq() -> str:
+        policy = json.loads(attributes.get("RedrivePolicy") or "{}")
+        if "deadLetterTargetArn" not in policy:
+            raise GiveUp("the queue has no dead-letter queue: what fails would come back for ever; "
+                         "set its RedrivePolicy (setup_resources.sh does)")
+        return f"{policy['deadLetterTargetArn']} after {policy.get('maxReceiveCount')} receives"
+
+    def ask_bucket() -> str:
+        try:
+            clients.make("s3", 10).list_objects_v2(Bucket=settings.code_bucket, MaxKeys=1)
+        except Exception as error:
+            raise GiveUp(f"{settings.code_bucket}: {error}; check agent.s3.codeBucket and that the "
+                         "role has s3:ListBucket and s3:GetObject") from None
+        return str(settings.code_bucket)
+
+    def ask_cloudwatch() -> str:
+        # Nothing to write: who may not write is told so, who may is told that this is nothing.
+        try:
+            clients.make("cloudwatch", 10).put_metric_data(Namespace=settings.namespace,
+                                                           MetricData=[])
+        except Exception as error:
+            code = error_code(error)
+            if is_denied(code) or not hasattr(error, "response"):
+                raise GiveUp(f"{error}; grant cloudwatch:PutMetricData") from None
+        return f"PutMetricData into {settings.namespace} is not refused"
+
+    if checks("queue", ask_queue):
+        checks("visibility timeout", lambda: f"{attributes.get('VisibilityTimeout')} s")
+        checks("dead-letter queue", ask_dlq)
+    checks("bucket", ask_bucket)
+    checks("CloudWatch", ask_cloudwatch)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="nanogrid.py", description="NanoGrid: your own Lambda on one machine, in one file.")
+    parser.add_argument("--config", metavar="FILE", type=Path,
+                        help="the settings (default: application.yml)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--local", metavar="DIR", type=Path,
+                      help="a folder stands in for SQS, S3 and CloudWatch")
+    mode.add_argument("--demo", action="store_true", help="run sample functions and show a summary")
+    mode.add_argument("--invoke", metavar="PATH", help="run one function from a zip or a folder")
+    parser.add_argument("--drain", action="store_true", help="end when the queue is empty")
+    parser.add_argument("--check", action="store_true",
+                        help="say what is usable, change nothing")
+    one = parser.add_argument_group("with --invoke")
+    one.add_argument("--runtime", default="python")
+    one.add_argument("--timeout-ms", type=int)
+    one.add_argument("--memory-mb", type=int)
+    one.add_argument("--function-id", default="invoke")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper)
+    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
+    if argv[:1] == ["--launcher"]:
+        launch(socket.socket(fileno=int(argv[1])))
+        return 0
+    args = arguments().parse_args(argv)
+    log = Log(args.log_format, args.log_level)
+    if not sys.platform.startswith("linux"):
+        log("ERROR", "NanoGrid needs Linux: it confines and measures by its kernel")
+        return 1
+    local = bool(args.local or args.demo or args.invoke)
+    path = args.config or Path("application.yml")
+    if args.config is None and (args.demo or args.invoke or args.local and not path.exists()):
+        path = None
+    try:
+        settings, warnings = load_settings(path, os.environ, local)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            log("ERROR", line)
+        return 2
+    for warning in warnings:
+        log("WARNING", warning)
+    try:
+        if args.check:
+            return check(settings, Log(args.log_format, "ERROR"), args.local,
+                         str(path or "defaults"))
+        if args.invoke:
+            return invoke(settings, args.log_format, args)
+        if args.demo:
+            demo(settings, log)
+        else:
+            serve(settings, log, args.local, args.drain)
+        return 0
+    except GiveUp as error:
+        log("ERROR", str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
