@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import difflib
 import errno
 import fcntl
-import hashlib
 import io
 import json
 import marshal
 import math
 import os
 import pwd
-import queue
 import re
 import resource
 import select
@@ -515,6 +514,8 @@ def _nearest(path: tuple) -> str:
     return ".".join((same or [siblings[close[0]]])[0])
 
 
+
+
 # --------------------------------------------------------------------------------------------
 # --- Tasks: the message, checked field by field ---------------------------------------------
 
@@ -576,7 +577,7 @@ def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
         elif name not in wrong and check(values[name]):
             right[name] = values[name]
         elif name not in wrong:
-            wrong[name] = reason, f"{name} is {_shown(values[name])}; it must be {allowed}"
+            wrong[name] = reason, f"{name} is {_seen_as(values[name])}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = RUNTIME_ALIASES[right["runtime"]]
     if wrong:
@@ -621,25 +622,25 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
             return fields, json.dumps(fields["input"]) if "input" in fields else ""
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
         raise Rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
-    raise Rejected("task", f"the message is {_shown(fields)}; it must be a JSON object")
+    raise Rejected("task", f"the message is {_seen_as(fields)}; it must be a JSON object")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {_shown(twice)} stands twice in one object")
+        raise ValueError(f"the key {_seen_as(twice)} stands twice in one object")
     return fields
 
 
 def _finite(number: str) -> float:
     """Neither NaN nor 1e999: both would be written for the function as what is not JSON."""
     if not math.isfinite(value := float(number)):
-        raise ValueError(f"{_shown(number)} is no number of JSON, or too large a one")
+        raise ValueError(f"{_seen_as(number)} is no number of JSON, or too large a one")
     return value
 
 
-def _shown(value: object) -> str:
+def _seen_as(value: object) -> str:
     """`value` for an error text: in ASCII, without line ends, and short."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
@@ -671,7 +672,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {  # the first that is there is run; `main
 
 _UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
 _KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
-_LEAVES = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
+_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -740,7 +741,7 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInf
         while (path := path.rpartition("/")[0]) not in tree:
             tree[path] = None
         if _kind(tree[path]) != "folder":
-            raise _bad(member, f"stands below {_shown(path)}, which is no folder; rename one")
+            raise _bad(member, f"stands below {_seen_as(path)}, which is no folder; rename one")
         if len(tree) > MAX_PATHS:
             raise Rejected("zip", f"the zip has over {MAX_PATHS} files and folders")
     return tree
@@ -753,7 +754,7 @@ def _path(member: zipfile.ZipInfo) -> str:
     for is_wrong, what in (
             (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
              "has a control character in its name; rename it"),
-            (_LEAVES.search(name),
+            (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
             (len(name.encode()) > MAX_NAME_BYTES
              or any(len(part.encode()) > MAX_PART_BYTES for part in parts),
@@ -803,13 +804,13 @@ def _link_target(path: str, target: str) -> str:
     ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
     if (not target or "\0" in target or target.startswith("/")
             or ups > path.count("/") or ".." in parts[ups:]):
-        raise Rejected("zip", f"zip member {_shown(path)} is a link to {_shown(target)}; a link "
+        raise Rejected("zip", f"zip member {_seen_as(path)} is a link to {_seen_as(target)}; it "
                               "must be relative, stay inside and have '..' only at its beginning")
     return target
 
 
 def _bad(member: zipfile.ZipInfo, what: str) -> Rejected:
-    return Rejected("zip", f"zip member {_shown(member.orig_filename)} {what}")
+    return Rejected("zip", f"zip member {_seen_as(member.orig_filename)} {what}")
 
 
 def find_entry(target: Path, runtime: str) -> str:
@@ -826,7 +827,7 @@ def find_entry(target: Path, runtime: str) -> str:
     if "main" in names and (target / "main").is_file():
         hint = "; main is there but not executable: chmod +x before zipping"
     elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
-        hint = f"; {_shown(below[0].parent.name)} has one: zip what is in that folder, not itself"
+        hint = f"; {_seen_as(below[0].parent.name)} has one: zip what is in that folder, not itself"
     raise Rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
 
 
@@ -954,6 +955,14 @@ def error_code(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code") or type(error).__name__)
 
 
+def attempt(call: Callable[..., Any], **arguments: Any) -> tuple[Any, Exception | None]:
+    """(answer, None) of an AWS call, or (None, error): botocore has no one base for its errors."""
+    try:
+        return call(**arguments), None
+    except Exception as error:  # noqa: BLE001
+        return None, error
+
+
 def is_denied(code: str) -> bool:
     """Whether a code says that a permission is missing."""
     return "AccessDenied" in code or code in ("403", "Forbidden", "AuthorizationError")
@@ -983,13 +992,13 @@ class SqsQueue:
 
     def _attributes(self) -> None:
         """Read the queue's visibility timeout; raises GiveUp when the queue cannot be used."""
-        try:
-            answer = self.calls.get_queue_attributes(QueueUrl=self.url,
-                                                     AttributeNames=["VisibilityTimeout"])
+        answer, error = attempt(self.calls.get_queue_attributes, QueueUrl=self.url,
+                                AttributeNames=["VisibilityTimeout"])
+        if not error:
             self.visibility = max(1, int(answer["Attributes"]["VisibilityTimeout"]))
-        except Exception as error:
-            if advice := queue_advice(error, self.url):
-                raise GiveUp(advice) from None
+        elif advice := queue_advice(error, self.url):
+            raise GiveUp(advice)
+        else:
             self.log("WARNING", f"the queue does not answer: {error}; taking its visibility "
                                 f"timeout to be {self.visibility} s")
 
@@ -1127,22 +1136,18 @@ class SqsQueue:
 
     def _delete(self, entries: list[tuple[str, str]]) -> None:
         """DeleteMessageBatch; what fails stays for the next try."""
-        try:
-            answer = self.calls.delete_message_batch(QueueUrl=self.url, Entries=[
-                {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
-            done = [entries[int(entry["Id"])] for entry in answer.get("Successful", [])]
-            # The sender's fault (a handle that no longer holds) does not get better by trying.
-            for entry in answer.get("Failed", []):
-                key, receipt = entries[int(entry["Id"])]
-                if entry.get("SenderFault"):
-                    done.append((key, receipt))
-                    self.log("WARNING", f"message {key} was not deleted: {entry.get('Code')}; "
-                                        "it will be, when it comes back")
-            failed = [entry for entry in answer.get("Failed", []) if not entry.get("SenderFault")]
-            self._settle(failed and f"DeleteMessageBatch: {failed[0].get('Code')}")
-        except Exception as error:
-            done = []
-            self._settle(error)
+        answer, error = attempt(self.calls.delete_message_batch, QueueUrl=self.url, Entries=[
+            {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
+        answer = answer or {}
+        done = [entries[int(entry["Id"])] for entry in answer.get("Successful", [])]
+        for entry in answer.get("Failed", []):
+            if entry.get("SenderFault"):  # a handle that no longer holds: no use in trying again
+                done.append(entries[int(entry["Id"])])
+                self.log("WARNING", f"message {done[-1][0]} was not deleted: {entry.get('Code')}; "
+                                    "it will be, when it comes back")
+            else:
+                error = f"DeleteMessageBatch: {entry.get('Code')}"
+        self._settle(error)
         with self.condition:
             for key, receipt in done:
                 if self.deletes.get(key, ("",))[0] == receipt:
@@ -1159,11 +1164,11 @@ class SqsQueue:
     def _change(self, entries: list[tuple[str, str, int]], beat: bool = False) -> None:
         """ChangeMessageVisibilityBatch; what fails is tried again while its lease lasts."""
         asked = time.monotonic()
-        try:
-            answer = self.calls.change_message_visibility_batch(QueueUrl=self.url, Entries=[
+        answer, error = attempt(
+            self.calls.change_message_visibility_batch, QueueUrl=self.url, Entries=[
                 {"Id": str(n), "ReceiptHandle": receipt, "VisibilityTimeout": seconds}
                 for n, (_, receipt, seconds) in enumerate(entries)])
-        except Exception as error:
+        if error:
             if is_denied(error_code(error)):
                 self._deny()
             else:
@@ -1435,12 +1440,12 @@ class S3Code:
         with self.lock:
             self.client = self.client or self.clients.make("s3", 30)
         condition = {"IfNoneMatch": known} if known else {}
-        try:
-            answer = self.client.get_object(Bucket=task.bucket, Key=task.key, **condition)
-        except Exception as error:
+        answer, error = attempt(self.client.get_object, Bucket=task.bucket, Key=task.key,
+                                **condition)
+        if error:
             if error_code(error) in ("304", "NotModified"):
                 return known, s3_time(error.response)
-            raise self._explain(error, task) from None
+            raise self._explain(error, task)
         length, written = answer["ContentLength"], 0
         with open(target, "wb") as file:
             for chunk in iter(lambda: answer["Body"].read(256 * 1024), b""):
@@ -1744,12 +1749,11 @@ class CloudWatchMetrics:
                         break
                     groups[function_id, runtime].append(peak)
                     self.values.popleft()
-            try:
-                self.client = self.client or self.clients.make("cloudwatch", 10)
-                self.client.put_metric_data(
-                    Namespace=self.settings.namespace,
-                    MetricData=[self._datum(*key, peaks) for key, peaks in groups.items()])
-            except Exception as error:
+            self.client = self.client or self.clients.make("cloudwatch", 10)
+            _, error = attempt(
+                self.client.put_metric_data, Namespace=self.settings.namespace,
+                MetricData=[self._datum(*key, peaks) for key, peaks in groups.items()])
+            if error:
                 with self.lock:
                     self.values.extendleft((*key, peak) for key, peaks in groups.items()
                                            for peak in peaks)
@@ -2064,7 +2068,7 @@ def resident_bytes(pids: list[int], most: int) -> int:
     total = sum(int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids)
     if total <= most or len(pids) < 2:
         return total
-    shares = [re.search(rb"^Pss: +(\d+)", read_proc(f"/proc/{pid}/smaps_rollup"), re.M)
+    shares = [re.search(rb"^Pss: +(\d+)", read_proc(f"/proc/{pid}/smaps_rollup"), re.MULTILINE)
               for pid in pids]
     return sum(int(share[1]) * 1024 for share in shares if share)
 
@@ -2356,8 +2360,8 @@ class ForkShell:
         root = shlex.quote(self.place.directory)
         lines = [f"ulimit -d {data_bytes // 1024}", f"cd {root}/work", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(value)}" for name, value in job.env.items()),
-                 f"exec {shlex.join(job.command)} <{root}/stdin >{root}/stdout 2>{root}/stderr"
-                 " 3<&- 4<&- 5>&-"]
+                 (f"exec {shlex.join(job.command)} <{root}/stdin >{root}/stdout 2>{root}/stderr"
+                  " 3<&- 4<&- 5>&-")]
         with open(self.script, "w") as file:
             file.write("\n".join(lines) + "\n")
         os.chmod(self.script, 0o644)
@@ -2474,7 +2478,7 @@ class Supervisor:
                 break
             try:
                 answer = self.run(Job(**json.loads(line)))
-            except (OSError, ConnectionError) as error:
+            except OSError as error:  # ConnectionError is one
                 self.end_all()
                 answer = {"end": "error", "reason": reason_of(error), "text": str(error)}
             self.agent.sendall(json.dumps(answer).encode() + b"\n")
@@ -2566,6 +2570,9 @@ class Supervisor:
         if self.run_pids():
             if self.place.private:
                 self._kill_user()
+            if self.ready and children_of(self.ready.pid):  # clone(CLONE_PARENT): it won't reap them
+                self.ready.close()
+                self.ready = None
             end_descendants(self.helpers())
 
     def end_all(self) -> None:
@@ -2652,7 +2659,7 @@ class Watch:
 REFUSED = re.compile(
     r"^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
     r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
-    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)", re.M)
+    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)", re.MULTILINE)
 
 
 def refused(stderr: str) -> bool:
@@ -2726,7 +2733,7 @@ def supervise(agent: socket.socket, life: int, place: bytes, others: tuple) -> N
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         Supervisor(Place(**json.loads(place)), agent, life).serve()
         status = 0
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # it is a process of its own: nobody else says it
         sys.stderr.write(f"nanogrid: a supervisor ended: {error!r}\n")
     finally:
         os._exit(status)
@@ -2843,8 +2850,7 @@ class Summary:
     def table(self) -> str:
         """function, runs, ok and not, median and largest duration, largest peak and its cap."""
         width = max([8, *map(len, self.rows)])
-        lines = [f"{'function':{width}}  {'runs':>6} {'ok':>6} {'not ok':>6} {'median ms':>10} "
-                 f"{'max ms':>8}  largest peak of its cap"]
+        lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
         for name, runs in sorted(self.rows.items()):
             good = sum(status == "ok" for status, *_ in runs)
             spent = [ms for _, ms, _, _ in runs if ms is not None] or [0]
@@ -3024,7 +3030,7 @@ class Slots:
 
     def __init__(self, settings: Settings, launcher: Launcher, log: Log):
         self.settings, self.launcher, self.log = settings, launcher, log
-        self.base, self.lock = make_task_dir(settings.task_base_dir)
+        self.base, self.lock = make_task_dir(settings, log)
         self.uid_locks: list[socket.socket] = []
         self.all = [Slot(self._place(n), launcher) for n in range(settings.concurrency)]
         first = self.all[0].place
@@ -3103,7 +3109,7 @@ class Slots:
 
     def job(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> Job:
         """The run of a task; raises MachineFault when its runtime is not installed."""
-        command = self._command(RUNTIMES[task.runtime].commands[package.entry], task.runtime)
+        command = self.command(RUNTIMES[task.runtime].commands[package.entry], task.runtime)
         env = self.environment(slot)
         env.update(REQUEST_ID=task.request_id, FUNCTION_ID=task.function_id,
                    MEMORY_MB=str(task.memory_mb), TIMEOUT_MS=str(task.timeout_ms))
@@ -3119,7 +3125,7 @@ class Slots:
         return {"PATH": self.path, **kept, "HOME": f"{root}/home", "TMPDIR": f"{root}/tmp",
                 "OUTPUT_DIR": f"{root}/output"}
 
-    def _command(self, command: tuple[str, ...], runtime: str) -> tuple[str, ...]:
+    def command(self, command: tuple[str, ...], runtime: str) -> tuple[str, ...]:
         """A command with its program filled in; raises MachineFault when there is none."""
         program = self.programs[runtime] if "{program}" in command else command[0]
         if not program or "/" in program and program[0] == "/" and not os.path.exists(program):
@@ -3136,7 +3142,7 @@ class Slots:
         built = built_path(package.path)
         with package.lock:
             if not built.exists():
-                self._build(task, package, slot, self._command(compiler, task.runtime), built)
+                self._build(task, package, slot, self.command(compiler, task.runtime), built)
         return replace(package, path=built, entry="main")
 
     def _build(self, task: Task, package: Package, slot: Slot, command: tuple[str, ...],
@@ -3200,14 +3206,19 @@ def user_tasks(uid: int) -> int:
     return count
 
 
-def make_task_dir(base: str) -> tuple[Path, int]:
+def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     """A directory of this agent's own under taskBaseDir, and the lock that says it lives.
 
     Directories whose lock is free are what killed agents left, and are removed. Raises GiveUp.
     """
-    root = Path(base)
-    if base == Settings().task_base_dir and root.exists() and not os.access(root, os.W_OK):
-        root = Path(f"{base}-{os.geteuid()}")  # another user's agent was here first
+    root, usual = Path(settings.task_base_dir), Path(Settings().task_base_dir)
+    closed = [one for one in root.parents if one.exists() and not one.stat().st_mode & 0o001]
+    if closed and not os.geteuid() and settings.run_as is None:
+        log("WARNING", f"agent.taskBaseDir is {root}, but {closed[0]} is closed to the functions' "
+                       f"users; {usual} is used instead (chmod o+x {closed[0]} opens it)")
+        root = usual
+    if root == usual and root.exists() and not os.access(root, os.W_OK):
+        root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
     try:
         root.mkdir(mode=0o755, parents=True, exist_ok=True)
         owner = root.lstat()
@@ -3304,7 +3315,7 @@ class Agent:
 
     def _attend(self, workers: list[threading.Thread], poller: threading.Thread) -> None:
         """Wait for the end; the shutdown when a signal comes."""
-        watchdog = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6
+        watchdog = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6
         said = ""
         deadline = math.inf
         while any(thread.is_alive() for thread in workers):
@@ -3365,7 +3376,7 @@ class Agent:
                     self._take(message)
                 if not messages and self.summary is not None and self._is_drained():
                     break
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
                 advice = queue_advice(error, self.settings.queue_url)
                 self._pause(self.fault.failed(advice or error))
         with self.condition:
@@ -3479,7 +3490,7 @@ class Agent:
             return Outcome("error", error.reason, str(error))
         except OSError as error:
             return Outcome("error", reason_of(error), f"the machine failed: {error}")
-        except Exception as error:  # botocore has no base for what a connection may raise
+        except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
             return Outcome("error", "agent", f"{type(error).__name__}: {error}")
 
     def _settle(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
@@ -3494,7 +3505,7 @@ class Agent:
             result = result_of(report_pairs(known, outcome, message), outcome, names, peaks)
             if known.get("requestId") and outcome.status != "released":
                 self.results.put(result, directory, names)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # as above
             outcome = replace(outcome, status="error", reason="output",
                               text=f"the result cannot be stored: {error}")
         pairs = report_pairs(known, outcome, message)
@@ -3682,7 +3693,7 @@ class Checks:
         try:
             print(f"ok    {name}: {probe()}", flush=True)
             return True
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # to say it is what this is for
             self.failed = True
             print(f"FAIL  {name}: {error}", flush=True)
             return False
@@ -3700,13 +3711,14 @@ def check(settings: Settings, log: Log, folder: Path | None, origin: str) -> int
         slots = Slots(replace(settings, concurrency=1), launcher, log)
         for name, runtime in RUNTIMES.items():
             if slots.programs[name] or name in settings.runtimes:
-                checks(f"runtime {name}", lambda: slots._command(("{program}",), name)[0])
+                checks(f"runtime {name}",
+                       lambda name=name: slots.command(("{program}",), name)[0])
             else:
                 print(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
                       "function can run; its tasks end as error", flush=True)
         checks("sandbox", lambda: check_sandbox(slots))
     except GiveUp as error:
-        checks("sandbox", lambda: fail(str(error)))
+        checks("sandbox", lambda error=error: fail(str(error)))
     finally:
         launcher.close()
         if slots:
@@ -3743,11 +3755,11 @@ def check_aws(settings: Settings, checks: Checks) -> None:
     attributes: dict[str, str] = {}
 
     def ask_queue() -> str:
-        try:
-            attributes.update(clients.make("sqs", 10).get_queue_attributes(
-                QueueUrl=settings.queue_url, AttributeNames=["All"])["Attributes"])
-        except Exception as error:
-            raise GiveUp(queue_advice(error, settings.queue_url) or str(error)) from None
+        answer, error = attempt(clients.make("sqs", 10).get_queue_attributes,
+                                QueueUrl=settings.queue_url, AttributeNames=["All"])
+        if error:
+            raise GiveUp(queue_advice(error, settings.queue_url) or str(error))
+        attributes.update(answer["Attributes"])
         return f"{settings.queue_url}, about {attributes.get('ApproximateNumberOfMessages')} waiting"
 
     def ask_dlq() -> str:
@@ -3758,22 +3770,19 @@ def check_aws(settings: Settings, checks: Checks) -> None:
         return f"{policy['deadLetterTargetArn']} after {policy.get('maxReceiveCount')} receives"
 
     def ask_bucket() -> str:
-        try:
-            clients.make("s3", 10).list_objects_v2(Bucket=settings.code_bucket, MaxKeys=1)
-        except Exception as error:
+        _, error = attempt(clients.make("s3", 10).list_objects_v2, Bucket=settings.code_bucket,
+                           MaxKeys=1)
+        if error:
             raise GiveUp(f"{settings.code_bucket}: {error}; check agent.s3.codeBucket and that the "
-                         "role has s3:ListBucket and s3:GetObject") from None
+                         "role has s3:ListBucket and s3:GetObject")
         return str(settings.code_bucket)
 
     def ask_cloudwatch() -> str:
         # Nothing to write: who may not write is told so, who may is told that this is nothing.
-        try:
-            clients.make("cloudwatch", 10).put_metric_data(Namespace=settings.namespace,
-                                                           MetricData=[])
-        except Exception as error:
-            code = error_code(error)
-            if is_denied(code) or not hasattr(error, "response"):
-                raise GiveUp(f"{error}; grant cloudwatch:PutMetricData") from None
+        _, error = attempt(clients.make("cloudwatch", 10).put_metric_data,
+                           Namespace=settings.namespace, MetricData=[])
+        if error and (is_denied(error_code(error)) or not hasattr(error, "response")):
+            raise GiveUp(f"{error}; grant cloudwatch:PutMetricData")
         return f"PutMetricData into {settings.namespace} is not refused"
 
     if checks("queue", ask_queue):
