@@ -1259,6 +1259,7 @@ class FolderQueue:
         for name in ("queue", "running", "dead", "results", "code"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self.names: deque[str] = deque()
+        self.again: set[str] = set()  # those that were taken before
         self.locks: dict[str, int] = {}
         self.stopping = False
         self.news, self._waker = os.pipe()
@@ -1280,6 +1281,7 @@ class FolderQueue:
             lock = None if name.startswith(".") else self._lock(f"running/{name}")
             if lock is not None:
                 try:
+                    self.again.add(name)
                     self._count(name, self._takes(name) + 1)
                     self._move(f"running/{name}", f"queue/{name}")
                 finally:
@@ -1287,7 +1289,7 @@ class FolderQueue:
 
     def _lock(self, name: str) -> int | None:
         """Lock a task's file; None when another has it, or it is gone."""
-        path = self.root / name
+        path = f"{self.root}/{name}"
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
@@ -1302,10 +1304,12 @@ class FolderQueue:
         return None
 
     def _move(self, old: str, new: str) -> None:
-        os.rename(self.root / old, self.root / new)
+        os.rename(f"{self.root}/{old}", f"{self.root}/{new}")
 
     def _takes(self, name: str) -> int:
         """How often a task was taken before."""
+        if name not in self.again:
+            return 0
         try:
             return int((self.root / "queue" / f".{name}.takes").read_text())
         except (OSError, ValueError):
@@ -1315,8 +1319,10 @@ class FolderQueue:
         path = self.root / "queue" / f".{name}.takes"
         if takes:
             path.write_text(str(takes))
+            self.again.add(name)
         else:
             path.unlink(missing_ok=True)
+            self.again.discard(name)
 
     def receive(self, limit: int) -> list[Message]:
         """At most `limit` tasks, after at most a second."""
@@ -1332,8 +1338,9 @@ class FolderQueue:
     def _take(self, limit: int) -> list[Message]:
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
-            self.names.extend(sorted(entry.name for entry in os.scandir(self.root / "queue")
-                                     if entry.name.endswith(".json") and entry.name[0] != "."))
+            names = sorted(os.listdir(self.root / "queue"))
+            self.names.extend(name for name in names if name.endswith(".json") and name[0] != ".")
+            self.again.update(name[1:-6] for name in names if name.endswith(".takes"))
         taken: list[Message] = []
         while self.names and len(taken) < limit:
             name = self.names.popleft()
@@ -1356,11 +1363,11 @@ class FolderQueue:
         """Remove a task that succeeded; take another again at once, or bury it the third time."""
         name, takes = message.id, message.receive_count
         if status == "ok":
-            os.unlink(self.root / "running" / name)
+            os.unlink(f"{self.root}/running/{name}")
         elif status == "released":  # a take that was given back does not count
             self._move(f"running/{name}", f"queue/{name}")
         elif takes >= self.RECEIVES:
-            write_json(self.root / "dead" / f"{name[:-5]}.result.json", result)
+            write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
             self._move(f"running/{name}", f"dead/{name}")
         else:
             self._count(name, takes)
@@ -1398,11 +1405,13 @@ def read_nonblocking(fd: int) -> bytes:
         return b""
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(directory: str, name: str, value: object) -> None:
     """Write a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", errors="backslashreplace")
-    os.rename(part, path)
+    content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    part = f"{directory}/.{name}.part"
+    with open(part, "wb", buffering=0) as file:
+        file.write(content)
+    os.rename(part, f"{directory}/{name}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -1502,21 +1511,25 @@ class FolderCode:
 
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
         """As S3Code.get, for a file."""
-        path = self.root / task.key
+        path = f"{self.root}/{task.key}"
         try:
+            if known and file_etag(os.stat(path)) == known:
+                return known, 0.0
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise Rejected("key", f"{path} is no file")
-                etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
-                if etag == known:
-                    return etag, 0.0
                 with open(target, "wb") as copy:
                     shutil.copyfileobj(file, copy)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise Rejected("key", f"{path} does not exist; put the zip there, or correct s3Key"
                            ) from None
-        return etag, 0.0
+        return file_etag(status), 0.0
+
+
+def file_etag(status: os.stat_result) -> str:
+    """What changes when a file is overwritten or replaced."""
+    return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
 
 
 class CodeCache:
@@ -1639,16 +1652,16 @@ class FolderResults:
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Keep a result, and the files `names` that are moved out of `directory`."""
-        target = self.root / result["requestId"]
-        target.mkdir(exist_ok=True)
+        target = f"{self.root}/{result['requestId']}"
+        os.makedirs(target, exist_ok=True)
         for name in names:
-            copy = target / name
+            copy = Path(target, name)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(os.path.join(directory, name), copy)
             if os.geteuid() == 0:
                 os.chown(copy, 0, 0)
             os.chmod(copy, 0o644)
-        write_json(target / "result.json", result)
+        write_json(target, "result.json", result)
 
 
 class AwsResults:
@@ -1683,6 +1696,7 @@ class FolderMetrics:
 
     def __init__(self, root: Path, namespace: str, log: Log):
         self.path, self.namespace, self.log = root / "metrics.jsonl", namespace, log
+        self.file = open(self.path, "ab", buffering=0)
         self.count = 0
         self.lock = threading.Lock()
 
@@ -1691,12 +1705,13 @@ class FolderMetrics:
         line = json.dumps({"timestamp": iso(time.time()), "namespace": self.namespace,
                            "metricName": "PeakMemoryBytes", "value": peak_bytes, "unit": "Bytes",
                            "dimensions": {"FunctionId": function_id, "Runtime": runtime}})
-        with self.lock, open(self.path, "a") as file:
-            file.write(line + "\n")
+        with self.lock:
+            self.file.write(line.encode() + b"\n")
             self.count += 1
 
     def close(self) -> None:
         """Say how many there were."""
+        self.file.close()
         if self.count:
             self.log("INFO", f"Successfully published {self.count} values to {self.path}")
 
@@ -1824,14 +1839,12 @@ import os
 here = list(sys.modules)
 import ctypes, gc, marshal, resource
 os.chdir("/")
-
-def put(code, *values):
-    """prctl(2)."""
-    ctypes.CDLL(None).prctl(code, *values, 0, 0, 0)
+prctl = ctypes.CDLL(None).prctl
+extra = [name for name in sys.modules if name not in here]
 
 def serve(channel=3):
     """Fork for each request; return it in the child."""
-    put(4, 0)  # not dumpable: no process of the same user may trace it
+    prctl(4, 0, 0, 0, 0)  # not dumpable: no process of the same user may trace it
     gc.collect()
     gc.freeze()
     os.write(channel, b"ready")
@@ -1861,16 +1874,15 @@ def become(request):
         os.setgroups(request["groups"])
         os.setresgid(*[request["gid"]] * 3)
         os.setresuid(*[request["uid"]] * 3)
-    put(4, 1)  # a change of uid took it away
+    prctl(4, 1, 0, 0, 0)  # dumpable again: a change of uid took that away, too
     os.chdir(request["cwd"])
-    os.environ.clear()
     os.environ.update(request["env"])
-    sys.modules["posix"].environ.clear()
-    sys.modules["posix"].environ.update(os.environb)
+    sys.modules["posix"].environ.update((name.encode(), os.fsencode(value))
+                                        for name, value in request["env"].items())
     path = os.getcwd() + "/main.py"
     sys.path_importer_cache.pop(sys.path[0], None)
     sys.path[0] = os.getcwd()
-    for name in set(sys.modules).difference(here):
+    for name in extra:
         del sys.modules[name]
     main = type(sys)("__main__")
     main.__dict__.update(bare, __file__=path)
@@ -1897,8 +1909,8 @@ def finish(status):
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     mine = [sys.modules.pop(name) for name in list(sys.modules) if name not in here]
     mine.append(sys.modules.pop("__main__", None))
-    import weakref
-    mine = [weakref.ref(module) for module in mine if isinstance(module, type(sys))]
+    import _weakref
+    mine = [_weakref.ref(module) for module in mine if isinstance(module, type(sys))]
     gc.collect()
     for module in filter(None, (ref() for ref in mine)):
         for name in list(module.__dict__):
@@ -2359,7 +2371,8 @@ class ForkShell:
         """Start the job; its pid, a child of ours. Raises ConnectionError when the shell is gone."""
         root = shlex.quote(self.place.directory)
         lines = [f"ulimit -d {data_bytes // 1024}", f"cd {root}/work", "unset PWD OLDPWD SHLVL",
-                 *(f"export {name}={shlex.quote(value)}" for name, value in job.env.items()),
+                 *(f"export {name}={shlex.quote(job.env[name])}"
+                   for name in RUN_ENV if name in job.env),
                  (f"exec {shlex.join(job.command)} <{root}/stdin >{root}/stdout 2>{root}/stderr"
                   " 3<&- 4<&- 5>&-")]
         with open(self.script, "w") as file:
@@ -2431,7 +2444,7 @@ class ReadyPython:
             "files": [(f"{root}/stdin", os.O_RDONLY), (f"{root}/stdout", os.O_WRONLY),
                       (f"{root}/stderr", os.O_WRONLY)],
             "data": data_bytes, "uid": place.uid, "gid": place.gid, "groups": list(place.groups),
-            "cwd": f"{root}/work", "env": job.env}, 2))
+            "cwd": f"{root}/work", "env": {name: job.env[name] for name in RUN_ENV}}, 2))
         return int(self._receive())
 
     def done(self, child: int) -> int:
@@ -2521,8 +2534,7 @@ class Supervisor:
 
     def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, bool]:
         """What starts this job, made if need be, and whether it's a warm start."""
-        base = {name: job.env[name] for name in BASE_ENV if name in job.env}
-        base["HOME"] = job.env["HOME"]
+        base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
         if not job.warm:
             if self.shell is None:
                 self.shell = ForkShell(self.place, base)
@@ -2869,6 +2881,7 @@ class Summary:
 # --------------------------------------------------------------------------------------------
 
 BASE_ENV = ("PATH", "LANG", "TZ")  # all that a function gets of the agent's own environment
+RUN_ENV = ("REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS")  # what differs from run to run
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 
@@ -3266,7 +3279,10 @@ class Agent:
         self.settings, self.log, self.queue, self.code = settings, log, queue, code
         self.results, self.metrics, self.slots = results, metrics, slots
         self.local = isinstance(queue, FolderQueue)
-        self.condition = threading.Condition()
+        # Two conditions on one lock: a finished run wakes who has use for it, and nobody else.
+        self.lock = threading.RLock()
+        self.tasks = threading.Condition(self.lock)  # for the slots: something waits
+        self.space = threading.Condition(self.lock)  # for the receiver: something may be asked for
         self.waiting: deque[tuple[Message, Task]] = deque()
         self.running = 0
         self.free_mb = settings.memory_mb
@@ -3347,10 +3363,10 @@ class Agent:
         self.log("INFO", "stopping: no more messages are taken; running functions have "
                          f"{self.settings.shutdown_grace_seconds} s")
         notify("STOPPING=1")
-        with self.condition:
+        with self.lock:
             self.stopping = True
             waiting, self.waiting = list(self.waiting), deque()
-            self.condition.notify_all()
+            self._wake_all()
         self.queue.interrupt()
         for message, task in waiting:
             self._settle(message, shown(task), Outcome("released"))
@@ -3379,20 +3395,24 @@ class Agent:
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
                 advice = queue_advice(error, self.settings.queue_url)
                 self._pause(self.fault.failed(advice or error))
-        with self.condition:
+        with self.lock:
             self.stopping = True
-            self.condition.notify_all()
+            self._wake_all()
         os.write(self.waker, b"\n")
 
+    def _wake_all(self) -> None:
+        self.tasks.notify_all()
+        self.space.notify_all()
+
     def _pause(self, seconds: float) -> None:
-        with self.condition:
-            self.condition.wait_for(lambda: self.stopping, seconds)
+        with self.lock:
+            self.space.wait_for(lambda: self.stopping, seconds)
 
     def _room(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
         most = self.settings.max_number_of_messages
         slots = len(self.slots.all)
-        with self.condition:
+        with self.lock:
             while not self.stopping:
                 wait = self.hold_until - time.monotonic()
                 ahead = min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)),
@@ -3403,13 +3423,13 @@ class Agent:
                 # Short runs free a slot each moment: a request is worth a whole batch then.
                 if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
                     return min(room, most)
-                self.condition.wait(max(wait, 0.01) if wait > 0 else 5)
+                self.space.wait(max(wait, 0.01) if wait > 0 else 5)
             return 0
 
     def _is_drained(self) -> bool:
-        with self.condition:
+        with self.lock:
             if self.running or self.waiting:
-                self.condition.wait(0.5)
+                self.space.wait(0.5)
                 return False
         return self.queue.is_empty()
 
@@ -3426,9 +3446,9 @@ class Agent:
             if self.stopping:
                 self._settle(message, known, Outcome("released"))
                 return
-            with self.condition:
+            with self.lock:
                 self.waiting.append((message, task))
-                self.condition.notify_all()
+                self.tasks.notify()
         except Rejected as error:
             self._settle(message, known or error.known,
                          Outcome("rejected", error.reason, str(error)))
@@ -3437,15 +3457,18 @@ class Agent:
 
     def _next(self) -> tuple[Message, Task] | None:
         """The next task, in the order they came, once its memory is free; None at the end."""
-        with self.condition:
+        with self.lock:
             while not (self.waiting and self.waiting[0][1].memory_mb <= self.free_mb):
                 if self.stopping and not self.waiting:
                     return None
-                self.condition.wait()
+                self.tasks.wait()
             message, task = self.waiting.popleft()
             self.running += 1
             self.free_mb -= task.memory_mb
-            self.condition.notify_all()
+            if self.waiting:
+                self.tasks.notify()
+            if len(self.waiting) <= self.settings.max_number_of_messages:
+                self.space.notify()
             return message, task
 
     def _work(self, slot: Slot) -> None:
@@ -3456,13 +3479,16 @@ class Agent:
             outcome = self._execute(task, message, slot)
             self._settle(message, shown(task), outcome, slot)
             spent = time.monotonic() - started
-            with self.condition:
+            with self.lock:
                 self.running -= 1
                 self.free_mb += task.memory_mb
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
                 self._note_health(outcome)
-                self.condition.notify_all()
+                if self.waiting:
+                    self.tasks.notify()
+                else:
+                    self.space.notify()
         os.write(self.waker, b"\n")
 
     def _note_health(self, outcome: Outcome) -> None:
@@ -3517,14 +3543,14 @@ class Agent:
                            if outcome.status != "ok" else result)
         except OSError as error:  # a full disk under --local: the task stays where it is
             self.log("ERROR", f"[{message.id}] cannot be put away: {error}")
-        with self.condition:
+        with self.lock:
             self.counts[outcome.status] += 1
             if self.summary:
                 self.summary.add(pairs)
 
     def _peaks(self, known: Mapping[str, Any], outcome: Outcome) -> list[int]:
         """The function's recent peaks, with this one."""
-        with self.condition:
+        with self.lock:
             name = str(known.get("functionId"))
             recent = self.peaks.setdefault(name, deque(maxlen=RECENT))
             self.peaks.move_to_end(name)
