@@ -1455,18 +1455,25 @@ class S3Code:
             if error_code(error) in ("304", "NotModified"):
                 return known, s3_time(error.response)
             raise self._explain(error, task)
-        length, written = answer["ContentLength"], 0
+        self._download(answer, target, f"s3://{task.bucket}/{task.key}")
+        return answer["ETag"], s3_time(answer)
+
+    @staticmethod
+    def _download(answer: Mapping[str, Any], target: Path, where: str) -> None:
+        """Write a body to a file, whole or not at all: its length is checked before it counts."""
+        written = 0
         with open(target, "wb") as file:
-            for chunk in iter(lambda: answer["Body"].read(256 * 1024), b""):
+            while True:
+                chunk, error = attempt(answer["Body"].read, amt=256 * 1024)
+                if error or not chunk:
+                    break
                 written += len(chunk)
                 if written > MAX_UNPACKED:
-                    raise Rejected("zip", f"s3://{task.bucket}/{task.key} is over 250 MiB; make "
-                                          "the package smaller")
+                    raise Rejected("zip", f"{where} is over 250 MiB; make the package smaller")
                 file.write(chunk)
-        if written != length:
-            raise ConnectionError(f"s3://{task.bucket}/{task.key} was cut short: {written} of "
-                                  f"{length} bytes")
-        return answer["ETag"], s3_time(answer)
+        if error or written != answer["ContentLength"]:
+            raise MachineFault("s3", f"{where} was cut short: {written} of "
+                                     f"{answer['ContentLength']} bytes came ({error})")
 
     @staticmethod
     def _explain(error: Exception, task: Task) -> Exception:
@@ -2080,9 +2087,9 @@ def resident_bytes(pids: list[int], most: int) -> int:
     total = sum(int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids)
     if total <= most or len(pids) < 2:
         return total
-    shares = [re.search(rb"^Pss: +(\d+)", read_proc(f"/proc/{pid}/smaps_rollup"), re.MULTILINE)
-              for pid in pids]
-    return sum(int(share[1]) * 1024 for share in shares if share)
+    shares = re.findall(rb"^Pss: +(\d+)", b"".join(
+        read_proc(f"/proc/{pid}/smaps_rollup") for pid in pids), re.MULTILINE)
+    return sum(map(int, shares)) * 1024 if shares else total
 
 
 def sweep(path: str, trash: str) -> None:
@@ -2092,7 +2099,6 @@ def sweep(path: str, trash: str) -> None:
     may be running that could change them meanwhile.
     """
     pending = [path]
-    count = 0
     while pending:
         directory = pending.pop()
         os.chmod(directory, 0o700)
@@ -2100,9 +2106,8 @@ def sweep(path: str, trash: str) -> None:
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
                 continue
-            count += 1
             os.chmod(entry.path, 0o700)
-            pending.append(os.path.join(trash, str(count)))
+            pending.append(os.path.join(trash, str(time.monotonic_ns())))
             os.rename(entry.path, pending[-1])
         if directory != path:
             os.rmdir(directory)
@@ -2160,8 +2165,8 @@ class Workspace:
         for relative, entries in self.wanted.items():
             self._restore(os.path.join(self.work, relative), entries, relative, 0o755)
         path = os.path.join(self.root, "stdin")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(path, "wb", buffering=0) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
         self._own(path, 0o440)
         for name in ("stdout", "stderr"):
             self._fifo(os.path.join(self.root, name))
@@ -2481,6 +2486,7 @@ class Supervisor:
         self.workspace = Workspace(place)
         self.shell: ForkShell | None = None
         self.ready: ReadyPython | None = None
+        self.unready = ""  # an interpreter that could not be made ready
 
     def serve(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
@@ -2535,7 +2541,7 @@ class Supervisor:
     def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, bool]:
         """What starts this job, made if need be, and whether it's a warm start."""
         base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
-        if not job.warm:
+        if not job.warm or job.warm == self.unready:
             if self.shell is None:
                 self.shell = ForkShell(self.place, base)
             return self.shell, False
@@ -2544,7 +2550,11 @@ class Supervisor:
             self.ready = None
         if warm := self.ready is not None:
             return self.ready, warm
-        self.ready = ReadyPython(self.place, base, job.warm)
+        try:
+            self.ready = ReadyPython(self.place, base, job.warm)
+        except ConnectionError:  # not one that can be kept ready (too old, a wrapper): start it cold
+            self.unready = job.warm
+            return self._helper(job)
         return self.ready, warm
 
     def helpers(self) -> list[int]:
@@ -2743,6 +2753,7 @@ def supervise(agent: socket.socket, life: int, place: bytes, others: tuple) -> N
             os.close(other if isinstance(other, int) else other.detach())
         os.setsid()
         prctl(PR_SET_CHILD_SUBREAPER, 1)
+        agent.sendall(b"%d\n" % os.getpid())
         Supervisor(Place(**json.loads(place)), agent, life).serve()
         status = 0
     except Exception as error:  # noqa: BLE001  # it is a process of its own: nobody else says it
@@ -2942,6 +2953,7 @@ class Slot:
         self.place, self.launcher = place, launcher
         self.lock = threading.Lock()
         self.connection: socket.socket | None = None
+        self.pid = 0
         self.cancelled = False
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -2954,6 +2966,8 @@ class Slot:
                         return {"end": "cancelled"}
                     if self.connection is None:
                         self.connection = self.launcher.supervisor(self.place)
+                        self.connection.settimeout(self.SPARE_SECONDS)
+                        self.pid = int(self._line())
                 try:
                     self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
                     self.connection.sendall(request)
@@ -2962,26 +2976,31 @@ class Slot:
                     self.drop()
                     if last:
                         raise
-            return self._answer()
+            answer = json.loads(self._line())
+            if answer["end"] == "error":
+                self.drop()  # what a function did to it, it may do again: begin anew
+            return answer
         except OSError as error:
-            self.drop()
+            self.drop(kill=True)
             raise MachineFault("launcher", f"what ran the function was lost ({error!r}); it may "
                                            "have killed it") from None
 
-    def _answer(self) -> dict[str, Any]:
+    def _line(self) -> bytes:
         content = bytearray()
         while not content.endswith(b"\n"):
             chunk = self.connection.recv(1 << 20)
             if not chunk:
                 raise ConnectionError("end of file")
             content += chunk
-        return json.loads(content)
+        return bytes(content)
 
-    def drop(self) -> None:
-        """Let go of the supervisor, which then ends what it runs."""
+    def drop(self, kill: bool = False) -> None:
+        """Let go of the supervisor, which then ends what it runs; kill it if it may be stopped."""
         with self.lock:
             if self.connection:
                 self.connection.close()
+                if kill:
+                    signal_all([self.pid] if self.pid else [], signal.SIGKILL)
                 self.connection = None
 
     def cancel(self) -> None:
@@ -3128,8 +3147,8 @@ class Slots:
                    MEMORY_MB=str(task.memory_mb), TIMEOUT_MS=str(task.timeout_ms))
         warm = self.programs["python"] if task.runtime == "python" else ""
         return Job(task.runtime, command, warm if self.settings.warm_start else "", env,
-                   str(package.path), task.input.decode(), task.timeout_ms, task.memory_mb,
-                   self.settings.max_disk_mb, self.settings.max_files, tee)
+                   str(package.path), task.input.decode("utf-8", "surrogateescape"),
+                   task.timeout_ms, task.memory_mb, self.settings.max_disk_mb, self.settings.max_files, tee)
 
     def environment(self, slot: Slot) -> dict[str, str]:
         """What every run of a slot has in its environment."""
@@ -3312,12 +3331,10 @@ class Agent:
         poller = threading.Thread(target=self._poll, daemon=True)
         if self.settings.spot_interruption:
             threading.Thread(target=self._watch_spot, daemon=True).start()
-        for thread in (*workers, poller):
+        for thread in (poller, *workers):
             thread.start()
         notify("READY=1")
-        self._attend(workers, poller)
-        for thread in workers:
-            thread.join(10)
+        self._attend([poller, *workers])
         self.queue.close()
         self.metrics.close()
 
@@ -3329,34 +3346,30 @@ class Agent:
         self.signals += 1
         os.write(self.waker, b"\n")
 
-    def _attend(self, workers: list[threading.Thread], poller: threading.Thread) -> None:
-        """Wait for the end; the shutdown when a signal comes."""
+    def _attend(self, threads: list[threading.Thread]) -> None:
+        """Wait for the end; begin the shutdown when a signal comes, and keep systemd informed."""
         watchdog = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6
         said = ""
         deadline = math.inf
-        while any(thread.is_alive() for thread in workers):
-            period = min(5.0, watchdog or 5.0, max(0.0, deadline - time.monotonic()))
-            select.select([self.wake], [], [], period if not self.stopping else min(0.2, period))
+        while any(thread.is_alive() for thread in threads):
+            period = min(5.0, watchdog or 5.0, max(0.0, deadline - time.monotonic()) or 0.05)
+            select.select([self.wake], [], [], min(0.05, period) if self.stopping else period)
             read_nonblocking(self.wake)
             if self.signals and deadline == math.inf:
                 deadline = time.monotonic() + self.settings.shutdown_grace_seconds
                 self._begin_stop()
             if self.signals > 1 or time.monotonic() >= deadline:
-                deadline = time.monotonic()
                 for slot in self.slots.all:
                     slot.cancel()
-                if self.signals > 1 and not any(worker.is_alive() for worker in workers):
-                    return
-            status = (f"STATUS=running {self.running}, done {self.counts['ok']}, "
-                      f"failed {self.counts.total() - self.counts['ok']}"
-                      if sys.version_info >= (3, 10) else "STATUS=running")
-            if status != said:
-                notify(said := status)
+            if self.signals > 1 and not any(thread.is_alive() for thread in threads[1:]):
+                return  # the answer of a poll in flight is not waited for
+            good = self.counts["ok"]
+            state = (f"STATUS=running {self.running}, done {good}, "
+                     f"failed {sum(self.counts.values()) - good}")
+            if state != said:
+                notify(said := state)
             if watchdog:
                 notify("WATCHDOG=1")
-        while poller.is_alive() and self.signals < 2:
-            select.select([self.wake], [], [], 0.05)
-            read_nonblocking(self.wake)
 
     def _begin_stop(self) -> None:
         """Stop polling; give back what was not started."""
@@ -3541,7 +3554,7 @@ class Agent:
                 self.metrics.put(pairs["functionId"], pairs["runtime"], outcome.peak_bytes)
             self.queue.end(message, outcome.status, {**result, **pairs, "success": False}
                            if outcome.status != "ok" else result)
-        except OSError as error:  # a full disk under --local: the task stays where it is
+        except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
             self.log("ERROR", f"[{message.id}] cannot be put away: {error}")
         with self.lock:
             self.counts[outcome.status] += 1
@@ -3878,7 +3891,9 @@ def main(argv: list[str]) -> int:
         return 0
     except GiveUp as error:
         log("ERROR", str(error))
-        return 1
+    except KeyboardInterrupt:
+        log("ERROR", "interrupted before it had begun")
+    return 1
 
 
 if __name__ == "__main__":
