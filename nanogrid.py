@@ -61,14 +61,14 @@ PAGE = resource.getpagesize()
 
 
 class ConfigError(Exception):
-    """The settings cannot be used; the text is one problem a line, `FILE:LINE: what; what to do`."""
+    """Settings that cannot be used; the text is a line `FILE:LINE: what; what to do` for each."""
 
 
 # --- YAML: the subset that settings need, read as YAML 1.2 reads it or refused ---
 
-_FORBIDDEN = re.compile(  # what YAML 1.2 does not allow (c-printable); also a lone CR and a late BOM
+_FORBIDDEN = re.compile(  # what YAML 1.2's c-printable leaves out; also a lone CR, a late BOM
     "[^\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
-_MARKER = re.compile(r"(---|\.\.\.)(?:[ \t]+(?!#)(.)|[ \t]|$)")
+_MARKER = re.compile(r"(---|\.\.\.)(?=[ \t]|$) *([^ #])?")
 _ITEM = re.compile(r"-(?: +|$)")
 _COLON = re.compile(r" *:(?: +(?:#.*)?|$)")
 _COMMENT = re.compile(r"(?: +#.*)?")
@@ -78,33 +78,30 @@ _TOKEN = re.compile(r'''
   | (?P<single> '(?:[^']|'')*'(?!') )
   | (?P<plain>  (?: [^- \t?:,\[\]{}\#&*!|>'"%@`] | [-?:](?=[^ \t]) )       # ns-plain-first
                 (?: [^ \t:] | :(?=[^ \t]) | [ ]+(?=[^ \t:\#]|:[^ \t]) )* )  # blanks inside only
-''', re.X)
+''', re.VERBOSE)
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
 _ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
 _CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take other digits and `_`
     (re.compile(r"~|null|Null|NULL"), lambda text: None),
     (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text[0] in "tT"),
     (re.compile(r"[-+]?[0-9]+"), int),
-    (re.compile(r"0o[0-7]+"), lambda text: int(text[2:], 8)),
-    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text, 16)),
+    (re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
-    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda s: float(s.replace(".", ""))),
 )
-_LONGEST_NUMBER = 300  # int() and str() raise ValueError at some thousand digits
-_DEEPEST_MAP = 50      # Python's own recursion limit must not be what ends the reading
-_REFUSED = {           # how text outside of the subset begins: what it is; what to write instead
-    **dict.fromkeys("'\"", "a quote is not closed in its line; close it there (in double quotes, "
-                    "\\n is a line break and \\\" a quote; in single quotes, '' is a quote)"),
+_LONG_NUMBER = re.compile(r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}")  # int(), str() raise at some thousand
+_DEEPEST_MAP = 50  # Python's recursion limit must not be what ends the reading
+_REFUSED = {  # how text outside of the subset begins: what it is; what to write instead
+    **dict.fromkeys("'\"", 'a quote is not closed in its line; close it, a line break is "\\n"'),
     **dict.fromkeys("&*", "an anchor or alias; write the value out wherever it is used"),
     **dict.fromkeys("|>", "a block of text; write it in one line, in double quotes with \\n"),
     **dict.fromkeys("{[", "braces or brackets; write one `key: value` or `- item` a line"),
     **dict.fromkeys("?:", "no `key: value`; write one, or put the text in quotes"),
     "-": "a list item stands where none can; write `- item` lines of plain values under a `key:`",
+    "%": "a directive; leave it out, or put the text in quotes",
     "!": "a tag; leave it out (quotes make text of a number)",
     "\t": "a tab as white space; write spaces",
 }
-_Line = NamedTuple("_Line", [("number", int), ("indent", int), ("body", str)])
-_END = _Line(0, -1, "")
 
 
 def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
@@ -113,68 +110,76 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
     The subset is block maps, lists of scalars, one-line scalars, `[]`, `{}` and comments; the
     first thing outside of it raises ConfigError with its line, and nothing is guessed at.
     """
-    return _YamlReader(text, name).document()
+    return _YamlReader(text, name).tree
+
+
+class _Line(NamedTuple):
+    number: int
+    indent: int
+    body: str
+
+
+_END = _Line(0, -1, "")
 
 
 class _YamlReader:
-    """Reads by depth with one line of look-ahead; `line_of` says where each key path stands."""
+    """Reads by depth with one line of look-ahead: `tree`, and `line_of` each path of keys."""
 
     def __init__(self, text: str, name: str):
         self.name = name
         self.line_of: dict[tuple, int] = {}
         self.lines = self.content(text[1:] if text[:1] == "\ufeff" else text)
         self.line = next(self.lines)
+        if re.fullmatch(r"(?:\{ *\}(?: +#.*)?)?", self.line.body):
+            self.tree, self.line = {}, next(self.lines, _END)
+        else:
+            self.tree = self.block_map(self.line.indent, ())
+        if self.line is not _END:
+            self.fail(self.line.number, "outside of the map above; give its keys one indent")
 
     def fail(self, number: int, problem: str):
         raise ConfigError(f"{self.name}:{number}: {problem}")
 
     def content(self, text: str) -> Iterator[_Line]:
-        """The lines that hold more than a comment or the `---` at the start; then _END for ever."""
+        """The lines that hold more than a comment or the `---` at the start, then _END."""
         begun = False
         for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028
-            line = line[:-1] if line.endswith("\r") else line
+            line = line.removesuffix("\r")
             if bad := _FORBIDDEN.search(line):
                 self.fail(number, f"the character U+{ord(bad[0]):04X} is not allowed in YAML; "
                           "take it out, or write it as an escape in double quotes")
-            body = line.lstrip(" \t")
+            body = line.lstrip(" ")
+            if body[:1] == "\t" or line[:1] == "%":
+                self.fail(number, _REFUSED[body[0]])
             if marker := _MARKER.match(line):
                 if begun or marker[1] == "..." or marker[2]:
-                    self.fail(number, f"text after `{marker[1]}`, or a second document; write one "
-                              "document, with `---` alone in a line before it or not at all")
+                    self.fail(number, f"`{marker[1]}` ends a document or has text after it; write "
+                              "one document, with nothing but a line `---` before it")
                 begun = True
             elif body and body[0] != "#":
-                if "\t" in line[:-len(body)]:
-                    self.fail(number, _REFUSED["\t"])
                 begun = True
                 yield _Line(number, len(line) - len(body), body.rstrip(" "))
-        while True:
-            yield _END
+        yield _END
 
-    def take(self) -> _Line:
-        taken, self.line = self.line, next(self.lines)
-        return taken
-
-    def document(self) -> dict[str, Any]:
-        if self.line.body == "{}":
-            tree, _ = {}, self.take()
-        else:
-            tree = self.block_map(self.line.indent, ()) if self.line is not _END else {}
-        if self.line is not _END:
-            self.fail(self.line.number, "outside of the map above; indent both alike")
-        return tree
+    def entries(self, indent: int, items: bool) -> Iterator[_Line]:
+        """The lines at `indent`, with `items` only list items; a deeper line is refused."""
+        while self.line.indent == indent and (not items or _ITEM.match(self.line.body)):
+            taken, self.line = self.line, next(self.lines)
+            yield taken
+        if self.line.indent > indent:
+            self.fail(self.line.number, "indented unlike its siblings, or text that goes on from "
+                      "the line above; align it, and write a value in its key's line")
 
     def block_map(self, indent: int, path: tuple) -> dict[str, Any]:
-        """The map whose keys stand at `indent`, from the next line on."""
         if len(path) > _DEEPEST_MAP:
             self.fail(self.line.number, f"nested too deep; use at most {_DEEPEST_MAP} levels")
         found: dict[str, Any] = {}
-        while self.line.indent == indent:
-            line = self.take()
+        for line in self.entries(indent, items=False):
             key, _, rest = self.token(line.number, line.body)
             if not (colon := _COLON.match(rest)):
                 self.fail(line.number, f"{_shown(line.body)} is no `key: value`; write a space "
                           "after the colon, and a value in its key's line")
-            here, text = (*path, key), rest[colon.end():]
+            text, here = rest[colon.end():], (*path, key)
             if key in found:
                 self.fail(line.number, f"the key {_shown(key)} stands in line {self.line_of[here]} "
                           "too; keep one of them")
@@ -183,42 +188,29 @@ class _YamlReader:
                 found[key] = [] if empty[1][0] == "[" else {}
             else:
                 found[key] = self.scalar(line, text) if text else self.child(indent, here)
-            self.check_indent(indent, line)
         return found
 
     def child(self, indent: int, path: tuple) -> Any:
-        """The block beneath a key at `indent`; None when there is none."""
-        deeper = self.line.indent
-        if deeper < indent or not _ITEM.match(self.line.body):
-            return self.block_map(deeper, path) if deeper > indent else None
-        items: list = []
-        while self.line.indent == deeper and (item := _ITEM.match(self.line.body)):
-            line = self.take()
-            self.line_of[(*path, len(items))] = line.number
-            items.append(self.scalar(line, line.body[item.end():]))
-            self.check_indent(deeper, line)
-        return items
-
-    def check_indent(self, indent: int, above: _Line):
-        if self.line.indent > indent:
-            self.fail(self.line.number, "indented otherwise than its siblings, or text that goes on "
-                      f"from line {above.number}; align it, and write a value in its key's line")
+        """The map or list beneath a key at `indent`; None when there is none."""
+        line = self.line
+        if line.indent >= indent and _ITEM.match(line.body):
+            return [self.scalar(item, _ITEM.sub("", item.body, count=1))
+                    for item in self.entries(line.indent, items=True)]
+        return self.block_map(line.indent, path) if line.indent > indent else None
 
     def scalar(self, line: _Line, text: str) -> Any:
-        """What a value's text says: a token, typed when it is plain; None when there is none."""
         if text[:1] in ("", "#"):
             return None
         value, is_plain, rest = self.token(line.number, text)
         if not _COMMENT.fullmatch(rest):
-            self.fail(line.number, f"{_shown(rest)} after a value; put the whole value in one pair "
-                      "of quotes, a key in its own line, a space before a `#`")
-        typed = _typed(value) if is_plain else value
-        if typed is not value and len(value) > _LONGEST_NUMBER:
-            self.fail(line.number, "the number is too long; put it in quotes")
-        return typed
+            self.fail(line.number, f"{_shown(rest.strip())} after a value; put the whole value in "
+                      "one pair of quotes, a key in its own line, a space before a `#`")
+        if is_plain and _LONG_NUMBER.match(value):
+            self.fail(line.number, "a number that is too long; put it in quotes")
+        return _typed(value) if is_plain else value
 
     def token(self, number: int, text: str) -> tuple[str, bool, str]:
-        """What the plain or quoted token at the start of `text` says, is it plain, the rest."""
+        """What the token at the start of `text` says; is it plain (else quoted); the rest."""
         def character(escape: re.Match) -> str:
             digits = escape[1] or escape[2] or escape[3]
             code = int(digits, 16) if digits else ord(_ESCAPES.get(escape[4], "\ud800"))
@@ -228,80 +220,74 @@ class _YamlReader:
             return chr(code)
 
         found = _TOKEN.match(text)
-        rest = text[found.end():] if found else text[1:] if text[0] in "-?:" else text
+        rest = text[found.end():] if found else text.lstrip("-?:")
         if rest.lstrip(" :")[:1] == "\t":
             self.fail(number, _REFUSED["\t"])
         if not found:
-            self.fail(number, _REFUSED.get(text[0], f"text begins with {text[0]}; put it in quotes"))
-        said = found[0] if found["plain"] else found[0][1:-1]
-        said = _ESCAPE.sub(character, said) if found["double"] else said
-        return said.replace("''", "'") if found["single"] else said, bool(found["plain"]), rest
+            self.fail(number, _REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
+        if found["double"]:
+            return _ESCAPE.sub(character, found[0][1:-1]), False, rest
+        return found["plain"] or found[0][1:-1].replace("''", "'"), bool(found["plain"]), rest
 
 
 def _typed(text: str) -> Any:
-    """A plain scalar by the core schema: its value, or the very same text; None for a long number."""
-    for pattern, value_of in _CORE_SCHEMA:
-        if pattern.fullmatch(text):
-            return value_of(text) if len(text) <= _LONGEST_NUMBER else None
-    return text
+    """A plain scalar's value by the core schema; the text itself when it is text."""
+    return next((value(text) for kind, value in _CORE_SCHEMA if kind.fullmatch(text)), text)
 
 
 def _shown(value: Any) -> str:
     """A value for one line of a message."""
     if isinstance(value, (dict, list)):
         return "a section" if isinstance(value, dict) else "a list"
-    text = str(value).lower() if value is None or value is True or value is False else repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
+    if value is None or isinstance(value, bool):
+        return {None: "empty", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 # --- Settings: the class is the table of every path, default, type and limit ---
 
-_SPRING_ONLY = {("spring",), ("server",), ("logging",), ("agent", "docker"), ("agent", "warmPool"),
-                ("agent", "polling"), ("agent", "redis")}
+_SPRING_ONLY = {"spring", "server", "logging",
+                "agent.docker", "agent.warmPool", "agent.polling", "agent.redis"}
 _URL = r"https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[!-~]*)?"
-_TEXTS = {  # kind of text: what it must match; what to write when it does not
+_KINDS = {  # kind of value: what its text must match; what to write when it does not
+    "flag": ("", "write true or false"),
+    "count": ("", "write a whole number, without quotes"),
+    "buckets": (r"(?!)", "write a list, one `- name` a line, or []"),
     "region": (r"(?!.*[0-9][a-z]$)[a-z0-9-]+", "write a region such as ap-northeast-2"),
     "url": (_URL, "write a URL that begins with https:// or http://"),
-    "queue": (_URL, "copy the URL from SQS, queue, Details"),
+    "queue": (_URL, "write the queue's URL, as SQS shows it under Details"),
     "bucket": (r"[A-Za-z0-9._-]{3,255}", "write the bucket's bare name, no ARN, no s3:// URL"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
     "command": (r"/.*[^/]|\w[^\s/]*", "write an absolute path, or a bare name to find on PATH"),
     "prefix": (r".{0,500}", "write at most 500 characters"),
-    "namespace": (r"(?!AWS/|:)[A-Za-z0-9._/#: -]*[A-Za-z0-9._/#:-]", "CloudWatch takes letters, "
-                  "digits and . _ / # : - there, and nothing under AWS/"),
+    "namespace": (r"(?!AWS/|:)[A-Za-z0-9._/#:-]{1,255}", "write letters, digits, . _ / # : or -"),
     "directory": (r"(/(?!\.\.?(/|$))[^/]+)+/?", "write an absolute path without . and .. in it"),
 }
 _AWS_QUEUE = re.compile(
     r"https?://(?:(?:[^/]+\.)?sqs(?:-fips)?\.([a-z0-9-]+)\.(?:vpce\.)?(?:amazonaws\.com|api\.aws)"
-    r"|(?:([a-z0-9-]+)\.)?queue\.amazonaws\.com)(?:\.cn)?(?::[0-9]+)?(/.*)?", re.I)
+    r"|(?:([a-z0-9-]+)\.)?queue\.amazonaws\.com)(?:\.cn)?(?::[0-9]+)?(/.*)?", re.IGNORECASE)
 
 
 class Setting(NamedTuple):
-    """A row of the table."""
-    field: str               # queue_url
-    path: str                # agent.sqs.queueUrl
-    kind: str                # "flag", "count" or a kind of text
-    default: Any             # a value, or a function that finds it out on this machine
+    """A row of the table: where a setting may stand, which field holds it, what it may be."""
+    field: str
+    path: str
+    variable: str
+    kind: str
+    default: Any
     low: int
     high: int
-    why: str                 # the limits in words
-
-    @property
-    def variable(self) -> str:
-        """What overrides it, as Spring's relaxed binding spells it."""
-        return self.path.replace(".", "_").upper()
+    why: str
 
 
 def _at(paths: str, kind: str, default: Any = None, low: int = 1, high: int = 2**31 - 1,
         why: str = "") -> Any:
     """A field that is written at agent.`paths`: one path, or one for each key of a dict."""
-    row = (kind, default, low, high, why or f"{low} to {high} are allowed")
+    rows = [(f"agent.{path}", f"AGENT_{path}".replace(".", "_").upper(), kind, default, low, high,
+             why or f"{low} to {high} are allowed") for path in paths.split()]
     preset = {"default_factory" if callable(default) else "default": default}
-    return field(metadata={"paths": paths.split(), "row": row}, **preset)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return field(metadata={"rows": rows}, **preset)
 
 
 def _memory_for_runs_mb() -> int:
@@ -321,8 +307,9 @@ class Settings:
     max_number_of_messages: int = _at("sqs.maxNumberOfMessages", "count", 10, 1, 10,
                                       "SQS allows 1 to 10")
     code_bucket: str | None = _at("s3.codeBucket", "bucket")
-    allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "bucket", ())
-    concurrency: int = _at("execution.concurrency", "count", _cores, 1, 1000)
+    allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "buckets", ())
+    concurrency: int = _at("execution.concurrency", "count",
+                           lambda: len(os.sched_getaffinity(0)), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
     default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, 43_200_000,
                                   "SQS lends a message for 12 h, so 1 to 43200000 are allowed")
@@ -335,7 +322,7 @@ class Settings:
     max_file_mb: int = _at("execution.maxFileMb", "count", 1024)
     max_disk_mb: int = _at("execution.maxDiskMb", "count", 2048)
     max_files: int = _at("execution.maxFiles", "count", 100_000)
-    runtimes: dict[str, str] = _at("runtimes.python runtimes.cpp runtimes.nodejs runtimes.go",
+    runtimes: Mapping[str, str] = _at("runtimes.python runtimes.cpp runtimes.nodejs runtimes.go",
                                    "command", dict)
     output_bucket: str | None = _at("output.bucket", "bucket")
     output_prefix: str = _at("output.s3Prefix", "prefix", "outputs")
@@ -345,12 +332,13 @@ class Settings:
     task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
 
 
-SETTINGS = tuple(Setting(one.name, f"agent.{path}", *one.metadata["row"])
-                 for one in fields(Settings) for path in one.metadata["paths"])
+SETTINGS = tuple(Setting(one.name, *row)
+                 for one in fields(Settings) for row in one.metadata["rows"])
 _REQUIRED = {"region", "queue_url", "code_bucket"}
 _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
+_HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
 _LEAVES = [tuple(row.path.split(".")) for row in SETTINGS]
-_SECTIONS = dict.fromkeys(leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf)))
+_SECTIONS = {leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf))}
 
 
 def load_settings(path: Path | None, environ: Mapping[str, str],
@@ -359,103 +347,37 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
 
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
-    loader = _Loader(path, environ, local)
-    loader.check_keys(loader.tree, ())
-    values: dict[str, Any] = {}
+    written, problems, warnings = _from_file(path) if path else ({}, [], [])
+    values: dict[str, Any] = {"runtimes": {}}
     for row in SETTINGS:
-        value = loader.value(row)
-        if value is not None and row.default is dict:
-            values.setdefault(row.field, {})[row.path.rpartition(".")[2]] = value
-        elif value is not None:
-            values[row.field] = value
-    settings = Settings(**values)
-    loader.check_together(settings)
-    if loader.problems:
-        raise ConfigError("\n".join(loader.problems))
-    return settings, loader.warnings
+        names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
+        value, where = written[row.path] = _look_up(
+            row, names, environ, written, f"{path}:1" if path else row.variable)
+        faults = [] if value is None else _faults(row, value)
+        if value is None and row.field in _REQUIRED and not local:
+            faults = [f"is missing; write it in application.yml, or set {' or '.join(names)}"]
+        problems += [f"{where}: {row.path} {fault}" for fault in faults]
+        if value is not None and row.kind == "command":
+            values[row.field][row.path.rpartition(".")[2]] = value
+        elif value is not None and not faults:
+            values[row.field] = _HELD_AS.get(row.kind, lambda as_it_is: as_it_is)(value)
+    problems += [] if local else _queue_problems(written)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Settings(**values), warnings
 
 
-class _Loader:
-    """A settings file, the environment over it, and what is wrong with them."""
-
-    def __init__(self, path: Path | None, environ: Mapping[str, str], local: bool):
-        self.name, self.environ, self.local = str(path), environ, local
-        self.tree, self.line_of = _read_file(path) if path else ({}, {})
-        self.where: dict[str, str] = {}  # the FILE:LINE or the variable that each field is from
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
-
-    def place(self, keys: tuple) -> str:
-        """FILE:LINE of the innermost of `keys` that the file holds."""
-        known = (self.line_of.get(keys[:depth]) for depth in range(len(keys), 0, -1))
-        return f"{self.name}:{next(filter(None, known), 1)}"
-
-    def check_keys(self, section: dict[str, Any], path: tuple):
-        for key, value in section.items():
-            here = (*path, key)
-            place, dotted = self.place(here), repr(".".join(here))[1:-1]
-            if here in _SPRING_ONLY:
-                self.warnings.append(f"{place}: {dotted} is for the Spring Boot agent and means "
-                                     "nothing here; passed over")
-            elif here in _SECTIONS and isinstance(value, dict):
-                self.check_keys(value, here)
-            elif here in _SECTIONS and value is not None:
-                self.problems.append(f"{place}: {dotted} is {_shown(value)}, but a section is due; "
-                                     "write its keys beneath it, indented")
-            elif here not in _SECTIONS and here not in _LEAVES:
-                self.problems.append(f"{place}: {dotted} is an unknown key; the nearest known one "
-                                     f"is {_nearest(here)}")
-
-    def value(self, row: Setting) -> Any:
-        """The value that is written for `row`, checked; None when there is none."""
-        keys = tuple(row.path.split("."))
-        value: Any = self.tree
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        fallbacks = () if self.local else _FALLBACKS.get(row.field, ())
-        sources = [(row.variable, _from_environment(row, row.variable, self.environ)),
-                   (self.place(keys), value),
-                   *((name, _from_environment(row, name, self.environ)) for name in fallbacks)]
-        where, value = next((one for one in sources if one[1] is not None), (None, None))
-        if where:
-            self.where[row.field] = where
-            return self.checked(row, value, where)
-        if row.field in _REQUIRED and not self.local:
-            names = " or ".join((row.variable, *fallbacks))
-            self.problems.append(f"{self.place(keys) if self.tree else names}: {row.path} is "
-                                 f"missing; write it in application.yml, or set {names}")
-
-    def checked(self, row: Setting, value: Any, where: str) -> Any:
-        """`value` as Settings holds it; what is wrong with it becomes a problem."""
-        if row.default == () and isinstance(value, list):
-            for item in value:
-                self.checked(row._replace(default=None), item, where)
-            return tuple(value)
-        if row.kind == "user" and type(value) is int:
-            value = str(value)
-        if wrong := _wrong(row, value, self.local):
-            self.problems.append(f"{where}: {row.path} is {_shown(value)}{wrong}")
-        return value.strip("/") if row.kind == "prefix" and not wrong else value
-
-    def check_together(self, given: Settings):
-        """Checks that need more than one setting."""
-        for field_name, path in (("queue_url", "sqs"), ("output_queue_url", "output")):
-            aws = _AWS_QUEUE.fullmatch(str(getattr(given, field_name)))
-            region = aws and (aws[1] or aws[2] or "us-east-1").lower()
-            if aws and given.region not in (None, region) and not self.local:
-                source = self.where["region"]
-                named = source if source in _FALLBACKS["region"] else "agent.aws.region"
-                self.problems.append(f"{self.where[field_name]}: agent.{path}.queueUrl is in "
-                                     f"{region}, but {named} is {_shown(given.region)}; write the "
-                                     "queue's region in both")
-        memory = given.default_memory_mb, given.memory_mb
-        where = self.where.get("default_memory_mb") or self.where.get("memory_mb")
-        if where and all(type(one) is int for one in memory) and memory[0] > memory[1]:
-            self.problems.append(f"{where}: agent.execution.defaultMemoryMb is {memory[0]}, more "
-                                 f"than all of memoryMb, {memory[1]}; write a smaller one")
+def _look_up(row: Setting, names: tuple[str, ...], environ: Mapping[str, str],
+             written: dict[str, tuple[Any, str]], start: str) -> tuple[Any, str]:
+    """The value for `row` (None: nothing says one) and where it stands, or where it should."""
+    own, *fallbacks = [(_from_variable(name, row, environ), name) for name in names]
+    section = written.get(row.path.rpartition(".")[0], (None, start))
+    in_file = written.get(row.path, (None, section[1]))
+    return next((one for one in (own, in_file, *fallbacks) if one[0] is not None), in_file)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:
+def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[str]]:
+    """What a file says, as {path: (value, FILE:LINE)}; what is wrong with its keys; warnings."""
     try:
         content = Path(path).read_bytes()
         reader = _YamlReader(content.decode(), str(path))
@@ -465,55 +387,80 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    return reader.document(), reader.line_of
+    written, problems, warnings = {}, [], []
+    for keys, value in _keys(reader.tree):
+        dotted, where = repr(".".join(keys))[1:-1], f"{path}:{reader.line_of[keys]}"
+        if dotted in _SPRING_ONLY:
+            warnings.append(f"{where}: {dotted} is for the Spring Boot agent; passed over")
+        elif keys in _LEAVES or keys in _SECTIONS and isinstance(value, (dict, type(None))):
+            written[dotted] = value, where
+        elif keys in _SECTIONS:
+            problems.append(f"{where}: {dotted} is {_shown(value)}; write its keys beneath it, "
+                            "indented, since it is a section")
+        else:
+            known = {".".join(one).lower(): ".".join(one) for one in (*_SECTIONS, *_LEAVES)
+                     if len(one) >= len(keys)}
+            nearest = known[difflib.get_close_matches(dotted.lower(), known, 1, 0)[0]]
+            problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
+    return written, problems, warnings
 
 
-def _from_environment(row: Setting, name: str, environ: Mapping[str, str]) -> Any:
-    """A variable's value; None when empty, since unit and env files can empty but not unset one."""
+def _keys(section: dict[str, Any], above: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Each path of keys in a file with its value, but none beneath a section that is not ours."""
+    for key, value in section.items():
+        yield (*above, key), value
+        if (*above, key) in _SECTIONS and isinstance(value, dict):
+            yield from _keys(value, (*above, key))
+
+
+def _from_variable(name: str, row: Setting, environ: Mapping[str, str]) -> Any:
+    """A variable's value; None when empty: env files can empty a variable but not unset it."""
     text = environ.get(name, "").strip(" ")
-    if row.default == ():
-        numbers = sorted(int(other[len(name) + 1:]) for other in environ
-                         if re.fullmatch(name + "_[0-9]{1,4}", other))
-        items = [*text.split(","), *(environ[f"{name}_{number}"] for number in numbers)]
+    if row.kind == "buckets":
+        numbered = sorted((len(one), one) for one in environ if re.fullmatch(name + "_[0-9]+", one))
+        items = [*text.split(","), *(environ[one] for _, one in numbered)]
         return [item.strip(" ") for item in items if item.strip(" ")] or None
-    if row.kind in ("flag", "count") and len(text) <= _LONGEST_NUMBER:
-        return _typed(text) if text else None
+    if row.kind in ("flag", "count") and text:
+        return _typed(text[:300])  # int() raises at some thousand digits; 300 are too many as well
     return text or None
 
 
-def _wrong(row: Setting, value: Any, local: bool) -> str:
-    """How to go on after "PATH is VALUE" when the value cannot be taken; "" when it can."""
+def _faults(row: Setting, value: Any) -> list[str]:
+    """What is wrong with a value for `row`."""
+    if row.kind == "buckets" and isinstance(value, list):
+        return [fault for one in value for fault in _faults(row._replace(kind="bucket"), one)]
+    pattern, advice = _KINDS[row.kind]
+    value = str(value) if row.kind == "user" and type(value) is int else value
     if isinstance(value, str) and "${" in value:
-        return f", a Spring placeholder; write the value itself, or set {row.variable}"
-    if row.default == ():
-        return "; write a list, one `- name` a line, or []"
-    if row.kind == "flag":
-        return "" if type(value) is bool else "; write true or false"
-    if row.kind == "count" and type(value) is int:
-        return "" if row.low <= value <= row.high else f"; {row.why}"
-    if row.kind == "count":
-        return ", no whole number; write digits, without quotes or a point"
-    pattern, advice = _TEXTS[row.kind]
-    if not isinstance(value, (str, dict, list)):
-        return ", no text; put it in quotes"
-    if type(value) is not str or not value.isprintable() or not re.fullmatch(pattern, value):
-        return f"; {advice}"
-    aws = row.kind == "queue" and not local and _AWS_QUEUE.fullmatch(value)
-    ...
+        fits, advice = False, f"write what Spring would put there, or set {row.variable}"
+    elif row.kind == "flag":
+        fits = isinstance(value, bool)
+    elif row.kind == "count":
+        fits = type(value) is int and row.low <= value <= row.high
+        advice = row.why if type(value) is int else advice
+    else:
+        fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
+        advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
+    return [] if fits else [f"is {_shown(value)}; {advice}"]
 
 
-def _nearest(path: tuple) -> str:
-    """The known key that someone who wrote `path` may have meant."""
-    def fold(key: str) -> str:
-        return re.sub("[-_]", "", key).lower()
-
-    known = [*_SECTIONS, *_LEAVES]
-    same = [keys for keys in known if fold(keys[-1]) == fold(path[-1])]
-    siblings = {fold(keys[-1]): keys for keys in known if keys[:-1] == path[:-1]}
-    close = difflib.get_close_matches(fold(path[-1]), siblings, 1, 0)
-    return ".".join((same or [siblings[close[0]]])[0])
-
-
+def _queue_problems(written: dict[str, tuple[Any, str]]) -> Iterator[str]:
+    """What is wrong with the URLs of queues, beyond their being URLs."""
+    region = written.get("agent.aws.region", (None,))[0]
+    for path in ("agent.sqs.queueUrl", "agent.output.queueUrl"):
+        url, where = written.get(path, ("", ""))
+        aws = _AWS_QUEUE.fullmatch(str(url))
+        of_queue = aws and (aws[1] or aws[2] or "us-east-1").lower()
+        if re.search("YOUR_[A-Z]|(?i:your_account)", str(url)):
+            yield (f"{where}: {path} still holds YOUR_ACCOUNT_ID; write the id that `aws sts "
+                   "get-caller-identity --query Account --output text` prints")
+        elif str(url).endswith(".fifo"):
+            yield f"{where}: {path} is a FIFO queue; write the URL of a standard queue"
+        elif aws and not re.fullmatch(r"/[0-9]{12}/[A-Za-z0-9_-]{1,80}", aws[3] or ""):
+            yield f"{where}: {path} is {_shown(url)}; write ...amazonaws.com/ACCOUNT_ID/NAME"
+        if aws and region not in (None, of_queue):
+            yield (f"{where}: {path} is in {of_queue}, but agent.aws.region (or AWS_REGION) is "
+                   f"{_shown(region)}; write the queue's region in both")
 
 
 # --------------------------------------------------------------------------------------------
@@ -1703,7 +1650,7 @@ class FolderMetrics:
 
     def __init__(self, root: Path, namespace: str, log: Log):
         self.path, self.namespace, self.log = root / "metrics.jsonl", namespace, log
-        self.file = open(self.path, "ab", buffering=0)
+        self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.count = 0
         self.lock = threading.Lock()
 
@@ -1713,12 +1660,12 @@ class FolderMetrics:
                            "metricName": "PeakMemoryBytes", "value": peak_bytes, "unit": "Bytes",
                            "dimensions": {"FunctionId": function_id, "Runtime": runtime}})
         with self.lock:
-            self.file.write(line.encode() + b"\n")
+            os.write(self.fd, line.encode() + b"\n")
             self.count += 1
 
     def close(self) -> None:
         """Say how many there were."""
-        self.file.close()
+        os.close(self.fd)
         if self.count:
             self.log("INFO", f"Successfully published {self.count} values to {self.path}")
 
