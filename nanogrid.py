@@ -524,7 +524,7 @@ def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
         elif name not in wrong and check(values[name]):
             right[name] = values[name]
         elif name not in wrong:
-            wrong[name] = reason, f"{name} is {_seen_as(values[name])}; it must be {allowed}"
+            wrong[name] = reason, f"{name} is {_quoted(values[name])}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = RUNTIME_ALIASES[right["runtime"]]
     if wrong:
@@ -569,25 +569,25 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
             return fields, json.dumps(fields["input"]) if "input" in fields else ""
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
         raise Rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
-    raise Rejected("task", f"the message is {_seen_as(fields)}; it must be a JSON object")
+    raise Rejected("task", f"the message is {_quoted(fields)}; it must be a JSON object")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {_seen_as(twice)} stands twice in one object")
+        raise ValueError(f"the key {_quoted(twice)} stands twice in one object")
     return fields
 
 
 def _finite(number: str) -> float:
     """Neither NaN nor 1e999: both would be written for the function as what is not JSON."""
     if not math.isfinite(value := float(number)):
-        raise ValueError(f"{_seen_as(number)} is no number of JSON, or too large a one")
+        raise ValueError(f"{_quoted(number)} is no number of JSON, or too large a one")
     return value
 
 
-def _seen_as(value: object) -> str:
+def _quoted(value: object) -> str:
     """`value` for an error text: in ASCII, without line ends, and short."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
@@ -618,7 +618,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {  # the first that is there is run; `main
 }
 
 _UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
-_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+_MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
@@ -688,7 +688,7 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInf
         while (path := path.rpartition("/")[0]) not in tree:
             tree[path] = None
         if _kind(tree[path]) != "folder":
-            raise _bad(member, f"stands below {_seen_as(path)}, which is no folder; rename one")
+            raise _bad(member, f"stands below {_quoted(path)}, which is no folder; rename one")
         if len(tree) > MAX_PATHS:
             raise Rejected("zip", f"the zip has over {MAX_PATHS} files and folders")
     return tree
@@ -710,7 +710,7 @@ def _path(member: zipfile.ZipInfo) -> str:
             # a read of 600 bytes of bzip2 can take a gigabyte: zipfile sets no bound to it
             (method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
              f"is packed by method {method}; zip it with deflate"),
-            (stat.S_IFMT(_mode(member)) not in _KINDS,
+            (stat.S_IFMT(_mode(member)) not in _MEMBER_KINDS,
              "is a device, a pipe or a socket; leave it out")):
         if is_wrong:
             raise _bad(member, what)
@@ -724,7 +724,7 @@ def _mode(member: zipfile.ZipInfo) -> int:
 def _kind(member: zipfile.ZipInfo | None) -> str:
     if member is None or member.filename.endswith("/"):
         return "folder"
-    return _KINDS[stat.S_IFMT(_mode(member))]
+    return _MEMBER_KINDS[stat.S_IFMT(_mode(member))]
 
 
 def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
@@ -751,13 +751,13 @@ def _link_target(path: str, target: str) -> str:
     ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
     if (not target or "\0" in target or target.startswith("/")
             or ups > path.count("/") or ".." in parts[ups:]):
-        raise Rejected("zip", f"zip member {_seen_as(path)} is a link to {_seen_as(target)}; it "
+        raise Rejected("zip", f"zip member {_quoted(path)} is a link to {_quoted(target)}; it "
                               "must be relative, stay inside and have '..' only at its beginning")
     return target
 
 
 def _bad(member: zipfile.ZipInfo, what: str) -> Rejected:
-    return Rejected("zip", f"zip member {_seen_as(member.orig_filename)} {what}")
+    return Rejected("zip", f"zip member {_quoted(member.orig_filename)} {what}")
 
 
 def find_entry(target: Path, runtime: str) -> str:
@@ -774,7 +774,7 @@ def find_entry(target: Path, runtime: str) -> str:
     if "main" in names and (target / "main").is_file():
         hint = "; main is there but not executable: chmod +x before zipping"
     elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
-        hint = f"; {_seen_as(below[0].parent.name)} has one: zip what is in that folder, not itself"
+        hint = f"; {_quoted(below[0].parent.name)} has one: zip what is in that folder, not itself"
     raise Rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
 
 
