@@ -2114,7 +2114,7 @@ class Workspace:
         path = os.path.join(self.root, "stdin")
         with open(path, "wb", buffering=0) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        self._own(path, 0o440)
+        self._own(path, 0o440 if self.linked else 0o600)
         for name in ("stdout", "stderr"):
             self._fifo(os.path.join(self.root, name))
         self._trust_old()
@@ -2276,8 +2276,11 @@ def confine(place: Place, files: list[int]) -> None:
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # the kernel's own out-of-memory killer takes a function first
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # the kernel's own out-of-memory killer takes a function first
+    except PermissionError:
+        pass  # /proc of a process that is not dumpable is root's
 
 
 def drop_privileges(place: Place) -> None:
@@ -2330,6 +2333,7 @@ class ForkShell:
         with open(self.script, "w") as file:
             file.write("\n".join(lines) + "\n")
         os.chmod(self.script, 0o644)
+        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
         try:
             os.write(self.commands, b"\n")
             answer = b""
@@ -2378,10 +2382,10 @@ class ReadyPython:
                          [null, null, null, theirs.fileno()], directory, privileged=True)
         os.close(null)
         theirs.close()
-        self._receive()
+        self._receive(30)
 
-    def _receive(self) -> bytes:
-        if not select.select([self.channel], [], [], 30)[0]:
+    def _receive(self, seconds: float) -> bytes:
+        if not select.select([self.channel], [], [], seconds)[0]:
             raise ConnectionError("the ready interpreter does not answer")
         answer = self.channel.recv(1000)
         if not answer:
@@ -2397,15 +2401,19 @@ class ReadyPython:
                       (f"{root}/stderr", os.O_WRONLY)],
             "data": data_bytes, "uid": place.uid, "gid": place.gid, "groups": list(place.groups),
             "cwd": f"{root}/work", "env": {name: job.env[name] for name in RUN_ENV}}, 2))
-        return int(self._receive())
+        return int(self._receive(5))
 
     def done(self, child: int) -> int:
         """A descriptor that is readable once the run has ended."""
-        return os.dup(self.channel.fileno())
+        try:
+            return os.pidfd_open(child)
+        except ProcessLookupError:
+            return os.dup(self.channel.fileno())  # it has ended, and its status is under way
 
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
-        return marshal.loads(self._receive())
+        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
+        return marshal.loads(self._receive(5))
 
     def close(self) -> None:
         """End it; what stood below it becomes ours."""
@@ -3043,8 +3051,7 @@ class Slots:
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": settings.max_open_files,
                   "RLIMIT_FSIZE": settings.max_file_mb * MIB,
                   "RLIMIT_NPROC": settings.max_processes + (
-                      0 if private else settings.concurrency * settings.max_processes
-                      + user_tasks(os.getuid() if uid is None else uid))}
+                      0 if private else user_tasks(os.getuid() if uid is None else uid))}
         return Place(str(directory), uid, gid, groups, private, str(shell), limits)
 
     def _user(self, number: int) -> tuple[int | None, int | None, tuple[int, ...], bool]:
