@@ -1824,6 +1824,7 @@ def become(request):
         os.dup2(opened, fd)
         os.close(opened)
     resource.setrlimit(resource.RLIMIT_DATA, (request["data"], request["data"]))
+    resource.setrlimit(resource.RLIMIT_NPROC, (request["processes"], request["processes"]))
     if request["uid"] is not None:
         os.setgroups(request["groups"])
         os.setresgid(*[request["gid"]] * 3)
@@ -2272,6 +2273,8 @@ def confine(place: Place, files: list[int]) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     for name, value in place.limits.items():
+        if name == "RLIMIT_NPROC":
+            continue  # the run's, not its helpers'
         limit = getattr(resource, name)
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -2281,6 +2284,13 @@ def confine(place: Place, files: list[int]) -> None:
             file.write("1000")  # the kernel's own out-of-memory killer takes a function first
     except PermissionError:
         pass  # /proc of a process that is not dumpable is root's
+
+
+def process_limit(place: Place) -> int:
+    """RLIMIT_NPROC of a run. It's the run's alone: a helper that forks under the uid of a fork
+    bomb next door must not be refused."""
+    wanted, hard = place.limits["RLIMIT_NPROC"], resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
 
 
 def drop_privileges(place: Place) -> None:
@@ -2325,7 +2335,10 @@ class ForkShell:
     def start(self, job: Job, data_bytes: int) -> int:
         """Start the job; its pid, a child of ours. Raises ConnectionError when the shell is gone."""
         root = shlex.quote(self.place.directory)
-        lines = [f"ulimit -d {data_bytes // 1024}", f"cd {root}/work", "unset PWD OLDPWD SHLVL",
+        processes = process_limit(self.place)
+        lines = [f"ulimit -d {data_bytes // 1024}",
+                 f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}",  # bash; dash
+                 f"cd {root}/work", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(job.env[name])}"
                    for name in RUN_ENV if name in job.env),
                  (f"exec {shlex.join(job.command)} <{root}/stdin >{root}/stdout 2>{root}/stderr"
@@ -2399,7 +2412,7 @@ class ReadyPython:
         self.channel.send(marshal.dumps({
             "files": [(f"{root}/stdin", os.O_RDONLY), (f"{root}/stdout", os.O_WRONLY),
                       (f"{root}/stderr", os.O_WRONLY)],
-            "data": data_bytes, "uid": place.uid, "gid": place.gid, "groups": list(place.groups),
+            "data": data_bytes, "processes": process_limit(place), "uid": place.uid, "gid": place.gid, "groups": list(place.groups),
             "cwd": f"{root}/work", "env": {name: job.env[name] for name in RUN_ENV}}, 2))
         return int(self._receive(5))
 
@@ -2610,8 +2623,8 @@ class Watch:
             return "oom"
         if now >= self.next_disk_look and self._over_disk():
             return "disk"
-        # A look at a large tree is not cheap: never more than a tenth of the time.
-        self.next_look = now + max(LOOK_SECONDS, 10 * (time.monotonic() - now))
+        # A look at a large tree is not cheap: never more than a quarter of the time.
+        self.next_look = now + max(LOOK_SECONDS, 4 * (time.monotonic() - now))
         return ""
 
     def _free(self) -> tuple[int, int]:
