@@ -1791,6 +1791,7 @@ bare = dict(globals())
 import sys
 import os
 here = list(sys.modules)
+looked_at = list(sys.path_importer_cache)
 import ctypes, gc, marshal, resource
 os.chdir("/")
 prctl = ctypes.CDLL(None).prctl
@@ -1835,7 +1836,8 @@ def become(request):
     sys.modules["posix"].environ.update((name.encode(), os.fsencode(value))
                                         for name, value in request["env"].items())
     path = os.getcwd() + "/main.py"
-    sys.path_importer_cache.pop(sys.path[0], None)
+    for name in set(sys.path_importer_cache).difference(looked_at):
+        del sys.path_importer_cache[name]
     sys.path[0] = os.getcwd()
     for name in extra:
         del sys.modules[name]
@@ -1852,15 +1854,17 @@ def become(request):
     return main, code
 
 def finish(status):
-    """What Py_FinalizeEx shows, without its price: it would touch every inherited page."""
-    try:
-        if "threading" in sys.modules:
-            sys.modules["threading"]._shutdown()
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    """What Py_FinalizeEx shows, without its price: it would touch every inherited page.
+
+    Where it has more to show than this does, it is left to do so: callbacks of atexit, or an
+    output that cannot be flushed.
+    """
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
     import atexit
-    atexit._run_exitfuncs()
-    status = flush(status)
+    if atexit._ncallbacks():
+        raise SystemExit(status)
+    flush(status)
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     mine = [sys.modules.pop(name) for name in list(sys.modules) if name not in here]
     mine.append(sys.modules.pop("__main__", None))
@@ -1872,35 +1876,34 @@ def finish(status):
             if name != "__builtins__":
                 module.__dict__[name] = None
     gc.collect()
-    status = flush(status)
-    if status == -2:
-        import _signal
-        _signal.signal(2, _signal.SIG_DFL)
-        os.kill(os.getpid(), 2)
+    flush(status)
     os._exit(status)
 
 def flush(status):
-    """Flush both outputs; 120, as the interpreter says it, where that fails."""
+    """Flush both outputs."""
     for stream in sys.stdout, sys.stderr:
-        try:
-            if stream is not None and not getattr(stream, "closed", False):
+        if stream is not None and not getattr(stream, "closed", False):
+            try:
                 stream.flush()
-        except BaseException:
-            status = 120 if stream is sys.stdout else status
-    return status
+            except BaseException:
+                raise SystemExit(status)
 
 def ended(error):
-    """The exit status of what reached the top, printed as it should be; -2 is SIGINT's."""
+    """The exit status of what reached the top, printed as it should be."""
     if isinstance(error, SystemExit):
-        if error.code is None or type(error.code) is int:
-            return (error.code or 0) & 0xFF
+        if error.code is None or type(error.code) is int and 0 <= error.code <= 255:
+            return error.code or 0
         raise error
     trace = error.__traceback__ = error.__traceback__.tb_next
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
     if sys.version_info >= (3, 12):
         sys.last_exc = error
     sys.excepthook(type(error), error, trace)
-    return -2 if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error, KeyboardInterrupt):
+        error.__traceback__ = None
+        sys.excepthook = lambda *_: None  # it is said; what is left is to die of SIGINT
+        raise error
+    return 1
 
 main, code = become(serve())
 names = main.__dict__
@@ -2251,7 +2254,7 @@ class Output:
         del self.tail[:-KEPT_BYTES]
         dropped = self.count - len(self.head) - len(self.tail)
         mark = b"\n[%d bytes dropped]\n" % dropped if dropped else b""
-        return (self.head + mark + self.tail).decode("utf-8", "backslashreplace")
+        return (self.head + mark + self.tail).decode("utf-8", "replace")
 
 
 def write_all(fd: int, content: bytes) -> None:
