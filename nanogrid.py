@@ -1708,31 +1708,31 @@ class CloudWatchMetrics:
         self._flush()
 
     def _flush(self) -> float:
-        """Send all that is kept; 0, or the pause before another try."""
-        while self.values:
-            groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-            with self.lock:
-                while self.values and len(groups) < self.DATA:
-                    function_id, runtime, peak = self.values[0]
-                    if len(groups[function_id, runtime]) == self.VALUES:
-                        break
-                    groups[function_id, runtime].append(peak)
-                    self.values.popleft()
+        """Send what is kept now; 0, or the pause before another try."""
+        groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+        with self.lock:
+            count = len(self.values)
+            for function_id, runtime, peak in self.values:
+                groups[function_id, runtime].append(peak)
+            self.values.clear()
+        data = [(key, peaks[start:start + self.VALUES]) for key, peaks in groups.items()
+                for start in range(0, len(peaks), self.VALUES)]
+        while data:
             self.client = self.client or self.clients.make("cloudwatch", 10)
-            _, error = attempt(
-                self.client.put_metric_data, Namespace=self.settings.namespace,
-                MetricData=[self._datum(*key, peaks) for key, peaks in groups.items()])
+            _, error = attempt(self.client.put_metric_data, Namespace=self.settings.namespace,
+                               MetricData=[self._datum(*key, peaks)
+                                           for key, peaks in data[:self.DATA]])
             if error:
                 with self.lock:
-                    self.values.extendleft((*key, peak) for key, peaks in groups.items()
-                                           for peak in peaks)
+                    self.values.extendleft((*key, peak) for key, peaks in data for peak in peaks)
                 hint = " (grant cloudwatch:PutMetricData)" if is_denied(error_code(error)) else ""
                 return self.fault.failed(f"{error}{hint}")
+            del data[:self.DATA]
+        if count:
             self.fault.worked()
             lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
             self.dropped = 0
-            self.log("INFO", f"Successfully published {sum(map(len, groups.values()))} values to "
-                             f"CloudWatch{lost}")
+            self.log("INFO", f"Successfully published {count} values to CloudWatch{lost}")
         return 0
 
     @staticmethod
@@ -2803,7 +2803,7 @@ def advice(peaks: list[int], memory_mb: int | None) -> dict[str, Any]:
         return {"recommendedMemoryMb": None, "optimizationTip": None}
     largest = max(peaks) / MIB
     wanted = max(16, math.ceil(largest * 1.25 / 16) * 16)
-    seen = f"The largest peak of the last {len(peaks)} runs was {largest:.1f} MiB of {memory_mb}"
+    seen = f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of {memory_mb}"
     if wanted > memory_mb:
         words = f"{seen}: raise memoryMb to {wanted}."
     elif wanted <= memory_mb * 3 // 4:
