@@ -893,6 +893,7 @@ class Lease:
 LONGEST_LEASE_SECONDS = 12 * 3600  # SQS: from the receive, whatever was extended since
 BATCH = 10  # entries of one SQS batch request
 DELETE_WAIT_SECONDS = 0.1
+ERROR_DELAY_SECONDS = 10  # after the first receive; four times that after each further one
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
 
 
@@ -1000,7 +1001,7 @@ class SqsQueue:
             elif status in ("rejected", "released", "error") and self.may_change is not False:
                 delay = 0
                 if status == "error":  # a machine that is ill must not empty the queue into the DLQ
-                    delay = self.visibility * 2 ** min(message.receive_count - 1, 10)
+                    delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
                 left = LONGEST_LEASE_SECONDS - (now - lease.taken) - 1
                 self.changes[message.id] = (lease.receipt, int(min(delay, left)), lease.ends)
             self.condition.notify_all()
@@ -1633,7 +1634,7 @@ class AwsResults:
         text = json.dumps(result, ensure_ascii=True)
         if self.s3:
             prefix = "/".join(filter(None, (self.settings.output_prefix.strip("/"),
-                                            result["requestId"], "")))
+                                            result["requestId"]))) + "/"
             for name in names:
                 fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
                 with open(fd, "rb") as body:
@@ -2593,8 +2594,7 @@ class Watch:
     def wait(self) -> str:
         """How the run ends: exit, timeout, oom, disk, or cancelled (the agent let go of it)."""
         poll = select.poll()
-        gone = (self.supervisor.agent.fileno(), self.supervisor.life)
-        for fd in (self.done, *gone, *self.outputs):
+        for fd in (self.done, self.supervisor.agent.fileno(), self.supervisor.life, *self.outputs):
             poll.register(fd, select.POLLIN)
         try:
             while True:
@@ -2607,7 +2607,9 @@ class Watch:
                 ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
                 if self.done in ready:
                     return "exit"
-                if any(fd in ready for fd in gone):
+                if self.supervisor.life in ready:
+                    raise ConnectionError("the launcher ended")
+                if self.supervisor.agent.fileno() in ready:
                     return "cancelled"
                 for fd in ready:
                     if not self.outputs[fd].read():
@@ -3131,7 +3133,7 @@ class Slots:
         """A command with its program filled in; raises MachineFault when there is none."""
         program = self.programs[runtime] if "{program}" in command else command[0]
         if not program or "/" in program and program[0] == "/" and not os.path.exists(program):
-            names = " or ".join(RUNTIMES[runtime].programs)
+            names = self.settings.runtimes.get(runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise MachineFault("runtime", f"this machine has no {names} that a function can run; "
                                           f"install it, or name it in agent.runtimes.{runtime}")
         return tuple(program if part == "{program}" else part for part in command)
@@ -3555,6 +3557,7 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.setblocking(False)  # a systemd that does not read must not stop the agent
             try:
                 sender.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
             except OSError:

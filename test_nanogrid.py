@@ -1,0 +1,5342 @@
+"""Tests of NanoGrid, in the order of the module: real processes, real HTTP, real files.
+
+Each part names at its banner what it looks at. Run: python -m pytest
+"""
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import http.client
+import io
+import json
+import math
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unicodedata
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+import pytest
+import yaml
+
+# --------------------------------------------------------------------------------------------
+# What every test needs
+# --------------------------------------------------------------------------------------------
+
+
+MODULE = Path(os.environ.get("NANOGRID", Path(__file__).with_name("nanogrid.py")))
+sys.path.insert(0, str(MODULE.parent))
+
+import nanogrid as ng
+
+
+def until(condition, seconds=30.0, what="condition"):
+    """Return the first true value of condition(); fail when `seconds` pass without one."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come within {seconds} s")
+
+
+def make_zip(files: dict[str, str | bytes], mode: int = 0o644) -> bytes:
+    """A zip of `files`; a name that ends in '*' is stored executable, without the star."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            member = zipfile.ZipInfo(name.rstrip("*"))
+            member.external_attr = (0o100000 | (0o755 if name.endswith("*") else mode)) << 16
+            member.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(member, content)
+    return buffer.getvalue()
+
+
+def reports(log: str) -> list[dict[str, str]]:
+    """The REPORT lines of a text log, in order, each as a dict of its pairs."""
+    lines = re.findall(r"^\S+ INFO REPORT (.*)$", log, re.MULTILINE)
+    return [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
+
+
+class Agent:
+    """A nanogrid.py process whose log is read as it comes; ends with the `with` block."""
+
+    def __init__(self, *args, python=sys.executable, env=None, cwd=None, prefix=()):
+        self.process = subprocess.Popen(
+            [*prefix, python, str(MODULE), *map(str, args)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **(env or {})}, cwd=cwd)
+        self._log: list[str] = []
+        self._out: list[str] = []
+        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in
+                         ((self.process.stderr, self._log), (self.process.stdout, self._out))]
+        for reader in self._readers:
+            reader.start()
+
+    @staticmethod
+    def _read(stream, lines):
+        for line in stream:
+            lines.append(line.decode("utf-8", "backslashreplace"))
+        stream.close()
+
+    @property
+    def log(self) -> str:
+        return "".join(self._log)
+
+    @property
+    def out(self) -> str:
+        return "".join(self._out)
+
+    def wait_for(self, pattern: str, seconds: float = 30):
+        try:
+            return until(lambda: re.search(pattern, self.log, re.MULTILINE) or self._ended(), seconds,
+                         repr(pattern))
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the log:\n{self.log}") from None
+
+    def _ended(self):
+        if self.process.poll() is not None and not any(r.is_alive() for r in self._readers):
+            raise AssertionError(f"the agent ended with {self.process.returncode}")
+
+    def end(self, seconds: float = 60) -> int:
+        """The exit status; the log is complete when this returns."""
+        status = self.process.wait(seconds)
+        for reader in self._readers:
+            reader.join(10)
+        return status
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
+        self.process.send_signal(number)
+        return self.end(seconds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.end()
+
+
+class Folder:
+    """A directory for --local: put() adds code and a task, run() drains it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.count = 0
+        for name in ("queue", "code"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+
+    def put(self, files=None, runtime="python", function_id="fn", request_id=None, **task) -> str:
+        """Store `files` (a dict, zip bytes, or None to reuse) and queue a task; its requestId."""
+        self.count += 1
+        request_id = request_id or f"r{self.count:05d}"
+        key = task.pop("s3Key", f"{function_id}.zip")
+        if files is not None:
+            data = files if isinstance(files, bytes) else make_zip(files)
+            target = self.path / "code" / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.with_name("." + target.name).write_bytes(data)
+            target.with_name("." + target.name).rename(target)
+        body = {"requestId": request_id, "functionId": function_id, "runtime": runtime,
+                "s3Key": key, "timeoutMs": 10000, "memoryMb": 256, **task}
+        part = self.path / "queue" / f".{request_id}"
+        part.write_text(json.dumps(body))
+        part.rename(self.path / "queue" / f"{request_id}.json")
+        return request_id
+
+    def drain(self, *args, seconds=120, **kwargs) -> Agent:
+        """Run `--local DIR --drain` to its end; the ended agent, for .log and .out."""
+        with Agent("--local", self.path, "--drain", *args, **kwargs) as agent:
+            agent.status = agent.end(seconds)
+        return agent
+
+    def result(self, request_id: str) -> dict:
+        return json.loads((self.path / "results" / request_id / "result.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "grid")
+
+
+def run_one(folder: Folder, files, args=(), env=None, **task) -> dict:
+    """Run one function through --local --drain; its result.json, and the log under 'log'."""
+    request_id = folder.put(files, **task)
+    agent = folder.drain(*args, env=env)
+    return {**folder.result(request_id), "log": agent.log}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+AWS_ENV = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
+           "AWS_DEFAULT_REGION": "ap-northeast-2", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@pytest.fixture(scope="session")
+def moto():
+    """The URL of a moto_server of this test session."""
+    port = free_port()
+    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers():
+        try:
+            return urllib.request.urlopen(url + "/moto-api/", timeout=5).status == 200
+        except OSError:
+            return False
+    until(answers, 60, "moto_server")
+    yield url
+    server.terminate()
+    server.wait(10)
+
+
+class Aws:
+    """A queue with its DLQ, a bucket and an application.yml of their own, in an emulator."""
+
+    def __init__(self, url: str, path: Path, visibility: int = 30, receives: int = 3):
+        import boto3
+        self.url, self.path, self.name = url, path, "q-" + os.urandom(4).hex()
+        self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url}
+        options = dict(region_name="ap-northeast-2", endpoint_url=url,  # noqa: C408
+                       aws_access_key_id="testing", aws_secret_access_key="testing")
+        self.sqs, self.s3, self.cloudwatch = (boto3.client(n, **options) for n in ("sqs", "s3", "cloudwatch"))
+        self.dlq_url = self.sqs.create_queue(QueueName=self.name + "-dlq")["QueueUrl"]
+        arn = self.sqs.get_queue_attributes(QueueUrl=self.dlq_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        self.queue_url = self.sqs.create_queue(QueueName=self.name, Attributes={
+            "VisibilityTimeout": str(visibility), "ReceiveMessageWaitTimeSeconds": "20",
+            "RedrivePolicy": json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": receives})})["QueueUrl"]
+        self.bucket = self.name + "-code"
+        self.s3.create_bucket(Bucket=self.bucket,
+                              CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
+
+    def config(self, extra: str = "", wait: int = 1) -> Path:
+        """application.yml for this queue; `extra` is YAML under `agent:`, indented by two."""
+        path = self.path / "application.yml"
+        path.write_text(f"agent:\n  aws:\n    region: ap-northeast-2\n  sqs:\n    queueUrl: {self.queue_url}\n"
+                        f"    waitTimeSeconds: {wait}\n  s3:\n    codeBucket: {self.bucket}\n"
+                        f"  taskBaseDir: {self.path / 'task'}\n" + extra)
+        return path
+
+    def put(self, files, key: str = "fn.zip"):
+        self.s3.put_object(Bucket=self.bucket, Key=key,
+                           Body=files if isinstance(files, bytes) else make_zip(files))
+
+    def send(self, request_id="r1", function_id="fn", key="fn.zip", runtime="python", body=None, **task) -> str:
+        task = {"requestId": request_id, "functionId": function_id, "runtime": runtime,
+                "s3Key": key, "timeoutMs": 10000, "memoryMb": 256, **task}
+        return self.sqs.send_message(QueueUrl=self.queue_url, MessageBody=body or json.dumps(task))["MessageId"]
+
+    def count(self, url: str | None = None) -> int:
+        """Messages in a queue (the main one by default), visible or in flight or delayed."""
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible",
+                 "ApproximateNumberOfMessagesDelayed"]
+        got = self.sqs.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=names)["Attributes"]
+        return sum(int(got[name]) for name in names)
+
+
+@pytest.fixture
+def aws(moto, tmp_path):
+    return Aws(moto, tmp_path)
+
+
+# --------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------
+#
+# Settings: parse_yaml against tables and PyYAML, load_settings against files and environments.
+
+
+# --- parse_yaml ---
+
+def refusal(text: str) -> str:
+    with pytest.raises(ng.ConfigError) as refused:
+        ng.parse_yaml(text, "f.yml")
+    return str(refused.value)
+
+
+def same(one, other) -> bool:
+    """Equal in value, type and order; nan is nan."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other or isinstance(one, float) and math.isnan(one) and math.isnan(other)
+
+
+@pytest.mark.parametrize("text, value", [
+    # null, bool
+    ("", None), ("~", None), ("null", None), ("Null", None), ("NULL", None), ("# x", None),
+    ("nULL", "nULL"), ("none", "none"), ("true", True), ("True", True), ("TRUE", True),
+    ("false", False), ("False", False), ("FALSE", False), ("tRue", "tRue"), ("yes", "yes"),
+    ("NO", "NO"), ("on", "on"), ("off", "off"), ("y", "y"),
+    # int
+    ("0", 0), ("7", 7), ("-7", -7), ("+7", 7), ("0777", 777), ("-0", 0), ("0o17", 15), ("0x1F", 31),
+    ("0xff", 255), ("-0o17", "-0o17"), ("+0x1", "+0x1"), ("0o8", "0o8"), ("0O7", "0O7"),
+    ("0X1", "0X1"), ("0b1", "0b1"), ("1_000", "1_000"), ("１２", "１２"), ("²", "²"),
+    ("1,000", "1,000"),
+    ("12:30", "12:30"), ("190:20:30", "190:20:30"), ("2026-11-22", "2026-11-22"), ("1 2", "1 2"),
+    ("--1", "--1"), ("+", "+"), ("-", ng.ConfigError), ("9" * 300, int("9" * 300)),
+    ("9" * 301, ng.ConfigError), ("0x" + "f" * 5000, ng.ConfigError),
+    ("0o" + "7" * 5000, ng.ConfigError), ("'" + "9" * 5000 + "'", "9" * 5000),
+    # float
+    ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("-.5", -0.5), ("+1.5", 1.5), ("1e3", 1000.0),
+    ("1E-3", 0.001), ("1.5e+3", 1500.0), ("1e", "1e"), ("e3", "e3"), (".", "."), (".e3", ".e3"),
+    ("1.2.3", "1.2.3"), (".inf", math.inf), ("-.INF", -math.inf), ("+.Inf", math.inf),
+    ("inf", "inf"), (".iNf", ".iNf"), (".nan", math.nan), (".NaN", math.nan), (".NAN", math.nan),
+    ("nan", "nan"), ("-.nan", "-.nan"), ("1_0.5", "1_0.5"), ("1e999", math.inf), ("0.", 0.0),
+    # plain text
+    ("https://h/q", "https://h/q"), ("http://x/y#frag", "http://x/y#frag"), ("a#b", "a#b"),
+    ("a #b", "a"), ("a   # b # c", "a"), ("a  b", "a  b"), ("a  ", "a"), ("a:b", "a:b"),
+    ("a :b", "a :b"), ("-a", "-a"), (":a", ":a"), ("?a", "?a"), ("::a", "::a"), ("--- ", "---"),
+    ("a'b\"c", "a'b\"c"), ("a [b] {c}, d", "a [b] {c}, d"), ("$a", "$a"), ("${A:b}", "${A:b}"),
+    ("<<", "<<"), ("=", "="), ("a & b", "a & b"), ("서울", "서울"), ("a\u3000", "a\u3000"),
+    ("\u3000a", "\u3000a"), ("\xa0", "\xa0"), ("a\u2028b", "a\u2028b"), ("a\x85b", "a\x85b"),
+    ("\U0001f600", "\U0001f600"), ("\\n", "\\n"), ("a: b: c", ng.ConfigError),
+    ("a:", ng.ConfigError),
+    # quoted
+    ("''", ""), ("'a'", "a"), ("'it''s'", "it's"), ("''''", "'"), ("'a # b: c'", "a # b: c"),
+    (r"'\n'", r"\n"), ("'12'", "12"), ("'true' # c", "true"), ("'a\tb'", "a\tb"), ("' '", " "),
+    ('""', ""), ('"a: b"', "a: b"), ('"12"', "12"), ('"null"', "null"), ('"a" # "', "a"),
+    (r'"\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P"', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'),
+    (r'"\x41\u00e9\U0001F600"', "A\u00e9\U0001f600"), ('"\\\t"', "\t"), (r'"\\n"', r"\n"),
+    (r'"\x4"', ng.ConfigError), (r'"\u12"', ng.ConfigError), (r'"\U00110000"', ng.ConfigError),
+    (r'"\ud83d\ude00"', ng.ConfigError), (r'"\q"', ng.ConfigError), (r'"\'"', ng.ConfigError),
+    (r'"\x٣٣"', ng.ConfigError), (r'"\xg0"', ng.ConfigError),
+    ("'a", ng.ConfigError), ('"a', ng.ConfigError), ('"a\\"', ng.ConfigError),
+    ("'a''", ng.ConfigError),
+    ("'a'b", ng.ConfigError), ('"a" b', ng.ConfigError), ('"a"#b', ng.ConfigError),
+    ("'a': b", ng.ConfigError), ("'a' 'b'", ng.ConfigError),
+    # empty collections, and what is refused
+    ("[]", []), ("{}", {}), ("[ ]", []), ("{  } # c", {}), ("[] # c", []), ("[]#c", ng.ConfigError),
+    ("[1, 2]", ng.ConfigError), ("{a: 1}", ng.ConfigError), ("[] []", ng.ConfigError),
+    *((text, ng.ConfigError) for text in (
+        "&x", "&x 1", "*x", "!!str 1", "!t", "|", "|-", ">", ">2", "@x", "%x", "`x", ",x", "]", "}",
+        "- a", "- ", "? a", "?", ":", ": a", "a\tb", "a\t", "a\t# c", "'a'\t", "\ta", "# \x07",
+        "a\x00", "\x7f", "\x80", "a\rb", "\ufeff", "\ufffe", "\ud800", "a\x0cb")),
+])
+def test_a_value_is_read_as_yaml_1_2_reads_it_or_refused(text, value):
+    for document in (f"k: {text}", f"a: 1\nk: {text}\nz: 1\n", f"m:\n  k: {text}\r\n"):
+        if value is ng.ConfigError:
+            line = document[:document.index("k:")].count("\n") + 1
+            assert re.fullmatch(rf"f\.yml:{line}: .+; .+", refusal(document))
+        else:
+            read = ng.parse_yaml(document)
+            assert same(read.get("m", read)["k"], value)
+    if value is not ng.ConfigError and not isinstance(value, (list, dict)):
+        assert same(ng.parse_yaml(f"k:\n- {text}\n- 1"), {"k": [value, 1]})
+
+
+@pytest.mark.parametrize("text, value", [
+    ("", {}), ("\n\n", {}), ("# c", {}), ("---", {}), ("--- # c\n", {}), ("---   # c", {}),
+    ("\ufeff", {}), ("{}", {}), ("---\n{ } # c\n", {}),
+    ("\ufeff---\r\n# 주석\r\na: 1\r\n", {"a": 1}), ("# c\n---\na: 1", {"a": 1}),
+    ("a: 1", {"a": 1}), ("a:", {"a": None}), ("a:\nb: 1", {"a": None, "b": 1}), ("a : 1", {"a": 1}),
+    ("  a: 1\n  b: 2\n", {"a": 1, "b": 2}), ("a: 1\r", {"a": 1}),
+    ("a:   \n  b:  1 ", {"a": {"b": 1}}),
+    ("1: a", {"1": "a"}), ("true: a", {"true": "a"}), ("~: a", {"~": "a"}), ("<<: a", {"<<": "a"}),
+    ("'a: b': 1", {"a: b": 1}), (r'"a\tb" : 1', {"a\tb": 1}), ('"": 1', {"": 1}),
+    ("a b: 1", {"a b": 1}),
+    ("a#b: 1", {"a#b": 1}), ("::  a", {":": "a"}), ("-a: 1", {"-a": 1}), ("---a: 1", {"---a": 1}),
+    ("a:b: c", {"a:b": "c"}), ("키: 값", {"키": "값"}), ("...a: 1", {"...a": 1}),
+    ("\x85: 1", {"\x85": 1}),
+    ("a:\n  b:\n    c: 1\n  d: 2\ne: 3", {"a": {"b": {"c": 1}, "d": 2}, "e": 3}),
+    ("a:\n\n # c\n  b: 1\n# c\n\n  c: 2", {"a": {"b": 1, "c": 2}}),
+    ("a: # c\n  b: 1", {"a": {"b": 1}}), ("a: #\nb: 1", {"a": None, "b": 1}),
+    ("a:\n- 1\n- x\nb: 2", {"a": [1, "x"], "b": 2}),
+    ("a:\n  - 1\n  - 2\nb: 2", {"a": [1, 2], "b": 2}),
+    ("a:\n  b:\n  - 1\n  c: 2", {"a": {"b": [1], "c": 2}}),
+    ("a:\n-\n- # c\n-   x # c\n- 'y'\n- -1\n- -b", {"a": [None, None, "x", "y", -1, "-b"]}),
+    ("a:\n\n# c\n- 1\n\n  # c\n- 2", {"a": [1, 2]}), ("a:\n - ---\n", {"a": ["---"]}),
+    ("a: [] # none\nb: {}\nc: 1", {"a": [], "b": {}, "c": 1}),
+    ("a: 'b'\nc: d", {"a": "b", "c": "d"}),
+])
+def test_documents(text, value):
+    assert same(ng.parse_yaml(text), value)
+
+
+@pytest.mark.parametrize("text, line, word", [
+    ("a", 1, "no `key: value`"), ("a: 1\nb", 2, "no `key: value`"), ("a:1", 1, "space"),
+    ('"a":1', 1, "space"), ("- a", 1, "list item"), ("a: 1\n- b", 2, "list item"),
+    ("null", 1, "key"),
+    ("{a: 1}", 1, "braces"), ("[]: 1", 1, "brackets"), (": a", 1, "key"), ("? a\n: b", 1, "key"),
+    ("a: 1\nb: 2\na: 3", 3, "'a' stands in line 1"), ("a: 1\n'a': 3", 2, "line 1"),
+    ("a:\n  b: 1\n  c: 1\n  b: 1", 4, "line 2"), ("1: a\n\"1\": b", 2, "line 1"),
+    ("a:\n    b: 1\n  c: 1", 3, "indent"), ("a: 1\n  b: 2", 2, "indent"),
+    ("  a: 1\nb: 1", 2, "indent"),
+    ("a:\n  b: 1\n c: 1", 3, "indent"), ("a: b\n  c", 2, "line above"),
+    ("a: 'b'\n  c", 2, "line above"),
+    ("a: b\n\n# c\n  d", 4, "line above"), ("a: 'b\n  c'", 1, "not closed"),
+    ('a: "b\\\n  c"', 1, "not closed"),
+    ("a:\n  b", 2, "key's line"), ("a:\n  'b'", 2, "key's line"), ("a:\n  []", 2, "brackets"),
+    ("a: []\n  - 1", 2, "indent"), ("a: {}\n  b: 1", 2, "indent"),
+    ("a:\n- 1\n  x", 3, "line above"), ("a:\n- 1\n  - 2", 3, "indent"), ("a:\n-\n  x", 3, "indent"),
+    ("a:\n-\n  b: 1", 3, "indent"), ("a:\n  - 1\n- 2", 3, "list item"),
+    ("a:\n  - 1\n  b: 2", 3, "indent"),
+    ("a:\n  - 1\n - 2", 3, "indent"), ("a:\n- b: 1", 2, "': 1' after"),
+    ("a:\n- - 1", 2, "list item"),
+    ("a:\n- [1]", 2, "brackets"), ("a:\n- []", 2, "brackets"), ("a:\n- {}", 2, "braces"),
+    ("a:\n- 'b': 1", 2, "after"), ("a: - 1", 1, "list item"), ("a:\n- &x 1", 2, "anchor"),
+    ("\ta: 1", 1, "tab"), ("a:\n\tb: 1", 2, "tab"), ("a:\n  \tb: 1", 2, "tab"), ("a:\tb", 1, "tab"),
+    ("a\t: b", 1, "tab"), ("'a'\t: b", 1, "tab"), ("a:\n-\tb", 2, "tab"), ("a: 1\t", 1, "tab"),
+    ("a: 1\t# c", 1, "tab"), ("\t# c", 1, "tab"), ("a: 1\n\t\n", 2, "tab"), ("?\ta", 1, "tab"),
+    ("a: &b 1", 1, "anchor"), ("a: *b", 1, "alias"), ("a: !!int 1", 1, "tag"),
+    ("a: |\n  b", 1, "block"),
+    ("a: >-\n  b", 1, "block"), ("a: {b: 1}", 1, "braces"), ("a: [b]", 1, "brackets"),
+    ("&a b: 1", 1, "anchor"),
+    ("!!map\na: 1", 1, "tag"), ("%YAML 1.2\n---\na: 1", 1, "directive"), ("@a: 1", 1, "@"),
+    ("a: `b`", 1, "`"),
+    ("a: 'b\nc: 1", 1, "not closed"), ("a: b: c", 1, "': c' after"), ("a: 'b' c", 1, "'c'"),
+    ("---\na: 1\n---\nb: 1", 3, "document"), ("a: 1\n---\n", 2, "document"),
+    ("---\n---", 2, "document"),
+    ("a: 1\n...\n", 2, "document"), ("...", 1, "document"), ("--- a: 1", 1, "text after"),
+    ("---\ta: 1", 1, "text after"), ("---\t", 1, "text after"),
+    ("---\n{}\na: 1", 3, "one indent"), ("[]", 1, "brackets"),
+    ("a: 'b''", 1, "not closed"), ("a: 1\rb: 2", 1, "U+000D"), ("a: 1\r\r\n", 1, "U+000D"),
+    ("\ufeff\ufeffa: 1", 1, "U+FEFF"),
+    ("a: 1\n# \x1b[0m", 2, "U+001B"), ("a: '\x00'", 1, "U+0000"),
+    (r'a: "\q"', 1, r"\q is no escape"),
+])
+def test_what_is_outside_of_the_subset_is_refused_with_its_line(text, line, word):
+    problem = refusal(text)
+    assert re.fullmatch(rf"f\.yml:{line}: .+; .+", problem) and word in problem
+
+
+def test_deep_maps_end_in_a_refusal_not_in_a_recursion_error():
+    def nested(depth):
+        return "".join(f"{' ' * level}a:\n" for level in range(depth))
+
+    assert ng.parse_yaml(nested(50))["a"]["a"]["a"]
+    assert "too deep" in refusal(nested(5000))
+
+
+CORE = [  # YAML 1.2.2, 10.3.2, a second time and for PyYAML's nodes, which know 1.1 only
+    (r"null|Null|NULL|~|", lambda text: None), (r"true|True|TRUE", lambda text: True),
+    (r"false|False|FALSE", lambda text: False), (r"[-+]?[0-9]+", int),
+    (r"0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0)),
+    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    (r"[-+]?\.(inf|Inf|INF)", lambda text: -math.inf if text[0] == "-" else math.inf),
+    (r"\.(nan|NaN|NAN)", lambda text: math.nan)]
+
+
+def oracle(text: str) -> dict:
+    """What PyYAML reads, typed by the core schema; an exception for what is no YAML or no map."""
+    def value(node):
+        if isinstance(node, yaml.SequenceNode):
+            return [value(item) for item in node.value]
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(key.value, value(item)) for key, item in node.value]
+            assert len({key for key, _ in pairs}) == len(pairs)
+            return dict(pairs)
+        assert node.style not in ("|", ">")
+        types = [typed for pattern, typed in CORE if re.fullmatch(pattern, node.value)]
+        return types[0](node.value) if types and node.style is None else node.value
+
+    node = yaml.compose(text, yaml.SafeLoader)
+    return {} if node is None or node.tag.endswith(":null") else value(node)
+
+
+KEYS = ["a", "b c", "queueUrl", "'q: k'", '"d\\u0041"', "1", "true", "키", "-x", "a#b", "http://k"]
+SCALARS = ["1", "-0", "0o17", "0777", "0x1F", "1e3", ".5", ".inf", "~", "null", "true", "NO",
+    "1_000",
+           "12:30", "a b", "a#b", "http://x/y#z", "-x", "'it''s # x'", '"\\x41\\n\\"b\\""', "''",
+           "값",
+           "x:y", "2026-11-22", "a, b", "- x'"[2:], "%d{x}"[1:], "<<", "="]
+
+
+def random_document(rng: random.Random) -> str:
+    """A document in the subset, over all of its layouts."""
+    lines = ["---"] * rng.randrange(2)
+
+    def noise():
+        lines.extend(rng.choices(["", "   ", "# c", "      # c: d"], k=rng.choice([0, 0, 0, 1, 2])))
+
+    def comment():
+        return rng.choice(["", "", "", " ", "  # c", " # 'x: y"])
+
+    def block(indent: int, depth: int):
+        for key in rng.sample(KEYS, rng.randrange(1, 5)):
+            noise()
+            head = " " * indent + key + rng.choice([":", ":", " :"])
+            kind = rng.random()
+            if kind < 0.6:
+                value = rng.choice([*SCALARS, "[]", "{}", "[ ]"])
+                lines.append(f"{head}{' ' * rng.randrange(1, 4)}{value}{comment()}")
+            elif kind < 0.8:
+                lines.append(head + comment())
+                deeper = indent + rng.choice([0, 0, 1, 2, 4])
+                for _ in range(rng.randrange(4)):
+                    noise()
+                    item = rng.choice(["-", f"- {rng.choice(SCALARS)}"])
+                    lines.append(" " * deeper + item + comment())
+            else:
+                lines.append(head + comment())
+                if depth < 4:
+                    block(indent + rng.choice([1, 2, 2, 4]), depth + 1)
+
+    block(rng.choice([0, 0, 0, 2]), 0)
+    return rng.choice(["", "\ufeff"]) + rng.choice(["\n", "\r\n"]).join(lines) + rng.choice(["",
+        "\n"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_documents_of_the_subset_are_read_as_pyyaml_reads_them(seed):
+    rng = random.Random(seed)
+    for _ in range(150):
+        text = random_document(rng)
+        assert same(ng.parse_yaml(text), oracle(text)), text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_documents_are_refused_or_read_as_pyyaml_reads_them(seed):
+    rng = random.Random(seed)
+    pieces = [*" \n\t:-#'\"?,[]{}&*!|>%@`\\ab01.~\r$=", ": ", "- ", " #", "\n  ", "\n- ", "---\n",
+        "...\n",
+              "\\x41", "\xa0", "\ufeff"]
+    accepted = 0
+    for _ in range(800):
+        text = list(random_document(rng))
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(text) + 1)
+            text[at:at + rng.randrange(2)] = [rng.choice(pieces)] * rng.randrange(2)
+        try:
+            value = ng.parse_yaml("".join(text))
+        except ng.ConfigError:
+            continue
+        accepted += 1
+        assert same(value, oracle("".join(text))), "".join(text)
+    assert 100 < accepted < 800
+
+
+# --- Settings ---
+
+QUEUE = "https://sqs.ap-northeast-2.amazonaws.com/123456789012/nanogrid-task-queue"
+GUIDE = f"""agent:
+  # AWS settings
+  aws:
+    region: ap-northeast-2  # Seoul region
+
+  # SQS settings
+  sqs:
+    queueUrl: {QUEUE}
+    # ↑ put your real AWS account id in place of YOUR_ACCOUNT_ID
+    waitTimeSeconds: 20
+    maxNumberOfMessages: 10
+
+  # S3 settings
+  s3:
+    codeBucket: nanogrid-code-bucket
+    # ↑ put the name of the bucket that you created
+"""
+SPRING = f"""spring:
+  application:
+    name: nanogrid-agent
+server:
+  port: 8080
+logging:
+  level:
+    com.nanogrid: DEBUG
+  pattern:
+    console: "%d{{HH:mm:ss}} %-5level - %msg%n"
+{GUIDE}
+  docker:
+    host: unix:///var/run/docker.sock
+    images:
+      python: python:3.11-slim
+  warmPool:
+    enabled: true
+  polling:
+    enabled: true
+    fixedDelayMillis: 1000
+  redis:
+    host: localhost
+    port: 6379
+  taskBaseDir: /tmp/task
+"""
+ENOUGH = {"AGENT_AWS_REGION": "ap-northeast-2", "AGENT_SQS_QUEUEURL": QUEUE,
+          "AGENT_S3_CODEBUCKET": "code-bucket"}
+
+
+def load(tmp_path, text: str, environ=None, local=False):
+    path = tmp_path / "application.yml"
+    path.write_text(text, encoding="utf-8")
+    return ng.load_settings(path, environ or {}, local)
+
+
+def problems(tmp_path, text: str, environ=None, local=False) -> list[str]:
+    """The problems, with the folder taken off the file's name."""
+    with pytest.raises(ng.ConfigError) as refused:
+        load(tmp_path, text, environ, local)
+    return str(refused.value).replace(f"{tmp_path}/", "").split("\n")
+
+
+def test_the_guides_own_file_loads(tmp_path):
+    settings, warnings = load(tmp_path, GUIDE)
+    assert not warnings
+    assert (settings.region, settings.queue_url) == ("ap-northeast-2", QUEUE)
+    assert (settings.code_bucket, settings.wait_time_seconds) == ("nanogrid-code-bucket", 20)
+
+
+def test_the_spring_boot_agents_file_loads_with_a_warning_for_each_section(tmp_path):
+    settings, warnings = load(tmp_path, SPRING)
+    assert settings == load(tmp_path, GUIDE)[0]
+    sections = ["spring", "server", "logging", "agent.docker", "agent.warmPool", "agent.polling",
+                "agent.redis"]
+    assert [re.search(r"yml:\d+: (\S+) is for the Spring", one)[1] for one in warnings] == sections
+    assert "application.yml:1: spring" in warnings[0]
+
+
+def test_defaults():
+    settings, warnings = ng.load_settings(None, {}, local=True)
+    assert settings == ng.Settings() and not warnings
+    assert settings.concurrency == len(os.sched_getaffinity(0)) and settings.memory_mb >= 1
+    assert (settings.region, settings.queue_url, settings.run_as) == (None, None, None)
+    assert (settings.default_timeout_ms, settings.default_memory_mb) == (10000, 128)
+    assert (settings.allowed_buckets, settings.runtimes) == ((), {})
+    assert (settings.output_prefix, settings.task_base_dir) == ("outputs", "/tmp/task")
+
+
+def test_memory_for_runs_leaves_a_reserve():
+    machine = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1]) // 1024
+    assert abs(ng.Settings().memory_mb - max(1, machine - max(256, machine // 10))) <= 16
+
+
+def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits():
+    names = [row.field for row in ng.SETTINGS]
+    assert list(dict.fromkeys(names)) == [one.name for one in dataclasses.fields(ng.Settings)]
+    assert len({row.path for row in ng.SETTINGS}) == len(ng.SETTINGS)
+    for row in ng.SETTINGS:
+        if row.kind == "count":
+            assert row.low <= getattr(ng.Settings(), row.field) <= row.high
+
+
+@pytest.mark.parametrize("path, text, field, value", [
+    ("aws.endpointUrl", "http://localhost:5000", "endpoint_url", "http://localhost:5000"),
+    ("aws.spotInterruption", "true", "spot_interruption", True),
+    ("sqs.waitTimeSeconds", "0", "wait_time_seconds", 0),
+    ("sqs.maxNumberOfMessages", "1", "max_number_of_messages", 1),
+    ("s3.codeBucket", "other.bucket", "code_bucket", "other.bucket"),
+    ("execution.concurrency", "3", "concurrency", 3),
+    ("execution.memoryMb", "0x100", "memory_mb", 256),
+    ("execution.defaultTimeoutMs", "43200000", "default_timeout_ms", 43_200_000),
+    ("execution.shutdownGraceSeconds", "0", "shutdown_grace_seconds", 0),
+    ("execution.runAs", "1000", "run_as", "1000"),
+    ("execution.runAs", "nobody", "run_as", "nobody"),
+    ("execution.warmStart", "false", "warm_start", False),
+    ("execution.maxOpenFiles", "64", "max_open_files", 64),
+    ("execution.maxProcesses", "8", "max_processes", 8),
+    ("execution.maxFileMb", "9", "max_file_mb", 9),
+    ("execution.maxDiskMb", "9", "max_disk_mb", 9), ("execution.maxFiles", "9", "max_files", 9),
+    ("runtimes.python", "/usr/bin/python3", "runtimes", {"python": "/usr/bin/python3"}),
+    ("runtimes.cpp", "g++", "runtimes", {"cpp": "g++"}),
+    ("runtimes.go", "go", "runtimes", {"go": "go"}),
+    ("output.bucket", "results", "output_bucket", "results"),
+    ("output.s3Prefix", "a/b/", "output_prefix", "a/b"),
+    ("output.s3Prefix", "/", "output_prefix", ""),
+    ("output.queueUrl", QUEUE, "output_queue_url", QUEUE),
+    ("metrics.namespace", "Mine/Runs", "namespace", "Mine/Runs"),
+    ("metrics.flushSeconds", "60", "flush_seconds", 60),
+    ("taskBaseDir", "/srv/task", "task_base_dir", "/srv/task"),
+])
+def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, text, field, value):
+    *sections, key = path.split(".")
+    around = "".join(f"  {section}:\n  " for section in sections)
+    document = f"agent:\n{around}  {key}: {text}\n"
+    in_file, _ = load(tmp_path, document, local=True)
+    assert getattr(in_file, field) == value != getattr(ng.Settings(), field)
+    variable = "AGENT_" + path.upper().replace(".", "_")
+    in_environment, _ = ng.load_settings(None, {variable: text}, local=True)
+    assert in_environment == in_file
+
+
+@pytest.mark.parametrize("environ, buckets", [
+    ({}, ("in-file",)), ({"AGENT_S3_ALLOWEDBUCKETS": ""}, ("in-file",)),
+    ({"AGENT_S3_ALLOWEDBUCKETS": "one"}, ("one",)),
+    ({"AGENT_S3_ALLOWEDBUCKETS": "one, two,"}, ("one", "two")),
+    ({"AGENT_S3_ALLOWEDBUCKETS_1": "two", "AGENT_S3_ALLOWEDBUCKETS_0": "one"}, ("one", "two")),
+    ({f"AGENT_S3_ALLOWEDBUCKETS_{n}": f"b-{n}" for n in range(11)},
+     tuple(f"b-{n}" for n in range(11))),
+])
+def test_lists_come_from_the_environment_in_both_of_springs_ways(tmp_path, environ, buckets):
+    settings, _ = load(tmp_path, "agent:\n  s3:\n    allowedBuckets:\n    - in-file\n", environ,
+        True)
+    assert settings.allowed_buckets == buckets
+
+
+@pytest.mark.parametrize("in_file, environ, region", [
+    ("us-east-1", {"AGENT_AWS_REGION": "eu-west-1", "AWS_REGION": "x"}, "eu-west-1"),
+    ("us-east-1", {"AWS_REGION": "eu-west-1"}, "us-east-1"),
+    ("us-east-1", {"AGENT_AWS_REGION": ""}, "us-east-1"),
+    ("", {"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-1"),
+    ("", {"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
+])
+def test_where_the_region_comes_from(tmp_path, in_file, environ, region):
+    text = f"agent:\n  aws:\n    region: {in_file}\n"
+    needed = {"AGENT_SQS_QUEUEURL": f"https://sqs.{region}.amazonaws.com/123456789012/q",
+              "AGENT_S3_CODEBUCKET": "code-bucket", "AWS_ENDPOINT_URL": "http://localhost:5000"}
+    settings, _ = load(tmp_path, text, {**needed, **environ})
+    assert (settings.region, settings.endpoint_url) == (region, "http://localhost:5000")
+
+
+def test_local_needs_nothing_of_aws_and_does_not_look_at_its_variables(tmp_path):
+    text = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID")
+    text = text.replace("region: ap-northeast-2", "region:")
+    settings, _ = load(tmp_path, text, {"AWS_REGION": "?", "AWS_ENDPOINT_URL": "localhost"}, True)
+    assert (settings.region, settings.endpoint_url) == (None, None)
+
+
+def test_a_wrong_value_in_the_file_does_not_matter_where_the_environment_wins(tmp_path):
+    text = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID").replace("Seconds: 20", "Seconds: 99")
+    environ = {"AGENT_SQS_QUEUEURL": QUEUE, "AGENT_SQS_WAITTIMESECONDS": " 5", "AGENT_NO_SUCH": "1"}
+    assert load(tmp_path, text, environ)[0].wait_time_seconds == 5
+
+
+def test_all_problems_are_named_at_once(tmp_path):
+    text = GUIDE.replace("codeBucket", "code-bucket").replace("Messages: 10", "Messages: yes")
+    text = text.replace("waitTimeSeconds: 20", "waitTimeSeconds: 30")
+    found = problems(tmp_path, text + "server: 1\nsqs: 1\n", {"AGENT_EXECUTION_MEMORYMB": "lots"})
+    assert found == [
+        ("application.yml:15: agent.s3.code-bucket is no known key; "
+         "the nearest is agent.s3.codeBucket"),
+        "application.yml:18: sqs is no known key; the nearest is agent.sqs",
+        "application.yml:10: agent.sqs.waitTimeSeconds is 30; SQS allows 0 to 20",
+        ("application.yml:11: agent.sqs.maxNumberOfMessages is 'yes'; "
+         "write a whole number, without quotes"),
+        ("application.yml:14: agent.s3.codeBucket is missing; write it in application.yml, "
+         "or set AGENT_S3_CODEBUCKET"),
+        ("AGENT_EXECUTION_MEMORYMB: agent.execution.memoryMb is 'lots'; "
+         "write a whole number, without quotes")]
+
+
+@pytest.mark.parametrize("text, line, words", [
+    # keys
+    ("agnet:\n  sqs:", 1, "agnet is no known key; the nearest is agent"),
+    ("agent:\n  s3s:\n    codeBucket: a", 2, "agent.s3s is no known key; the nearest is agent.s3"),
+    ("agent:\n  sqs:\n    queue-url: x", 3, "nearest is agent.sqs.queueUrl"),
+    ("agent:\n  sqs:\n    wait: 3", 3, "nearest is agent.sqs.waitTimeSeconds"),
+    ("agent:\n  queueUrl: x", 2, "nearest is agent.sqs.queueUrl"),
+    ("agent:\n  runtimes:\n    node: x", 3, "nearest is agent.runtimes.nodejs"),
+    ("management:\n  x: 1", 1, "management is no known key"), ("'agent.sqs': 1", 1, "no known key"),
+    ("agent.sqs.queueUrl: x", 1, "no known key"), ('"a\\nb": 1', 1, r"a\nb is no known key"),
+    ("agent:\n  sqs: 5", 2, "agent.sqs is 5; write its keys beneath it"),
+    ("agent: x", 1, "agent is 'x'"),
+    ("agent:\n  sqs:\n  - 1", 2, "agent.sqs is a list"),
+    ("agent:\n  taskBaseDir:\n    a: 1", 2,
+     "agent.taskBaseDir is a section; write an absolute path"),
+    ("agent:\n  execution:\n    memoryMb:\n      a: 1", 3,
+     "memoryMb is a section; write a whole number"),
+    # numbers and flags
+    *((f"agent:\n  execution:\n    {key}: {value}", 3, f"{key} is {shown}; {advice}")
+      for key, value, shown, advice in [
+        ("concurrency", "true", "true", "write a whole number"),
+        ("concurrency", "'2'", "'2'", "write a whole"),
+        ("concurrency", "2.0", "2.0", "write a whole"), ("concurrency", "0", "0", "1 to 1000"),
+        ("concurrency", "-1", "-1", "1 to"), ("memoryMb", "0", "0", "1 to"),
+        ("memoryMb", "1e3", "1000.0", "write"),
+        ("memoryMb", ".inf", "inf", "write"), ("memoryMb", "[]", "a list", "write a whole"),
+        ("memoryMb", "1_000", "'1_000'", "write"),
+        ("memoryMb", "2147483648", "2147483648", "1 to 2147483647"),
+        ("defaultTimeoutMs", "0", "0", "SQS lends"),
+        ("defaultTimeoutMs", "43200001", "43200001", "SQS lends"),
+        ("shutdownGraceSeconds", "-1", "-1", "0 to"), ("maxOpenFiles", "3", "3", "16 to"),
+        ("warmStart", "yes", "'yes'", "write true or false"), ("warmStart", "1", "1", "write true"),
+        ("warmStart", "'true'", "'true'", "write true"),
+        ("runAs", "-1", "'-1'", "write a user name"),
+        ("runAs", "4294967295", "'4294967295'", "write"),
+        ("runAs", "true", "true", "put it in quotes"),
+        ("runAs", "a b", "'a b'", "write a user")]),
+    ("agent:\n  sqs:\n    waitTimeSeconds: 21", 3,
+     "agent.sqs.waitTimeSeconds is 21; SQS allows 0 to 20"),
+    ("agent:\n  sqs:\n    waitTimeSeconds: -1", 3, "SQS allows 0 to 20"),
+    ("agent:\n  sqs:\n    maxNumberOfMessages: 11", 3, "is 11; SQS allows 1 to 10"),
+    ("agent:\n  sqs:\n    maxNumberOfMessages: 0", 3, "is 0; SQS allows 1 to 10"),
+    ("agent:\n  metrics:\n    flushSeconds: 0", 3, "is 0; 1 to 3600"),
+    # text
+    *((f"agent:\n  s3:\n    codeBucket: {value}", 3, words) for value, words in [
+        ("s3://bucket", "is 's3://bucket'; write the bucket's bare name"),
+        ("''", "is ''; write the bucket's"),
+        ("arn:aws:s3:::bucket", "bare name"), ("bucket/key", "bare name"),
+        ("20251130", "put it in quotes"),
+        ("true", "is true; put it in quotes"), ("[]", "is a list; write the bucket's"),
+        ("' b '", "bare name"),
+        ("${BUCKET}", "write what Spring would put there, or set AGENT_S3_CODEBUCKET"),
+        ('"bu\\ncket"', r"'bu\ncket'")]),
+    ("agent:\n  s3:\n    allowedBuckets: one", 3, "is 'one'; write a list"),
+    ("agent:\n  s3:\n    allowedBuckets: ''", 3, "is ''; write a list"),
+    ("agent:\n  s3:\n    allowedBuckets: {}", 3, "is a section; write a list"),
+    ("agent:\n  s3:\n    allowedBuckets:\n    - one\n    - s3://x\n", 3,
+     "is 's3://x'; write the bucket's"),
+    ("agent:\n  s3:\n    allowedBuckets:\n    -\n", 3, "is empty; put it in quotes"),
+    ("agent:\n  aws:\n    region: ap-northeast-2a", 3, "'ap-northeast-2a'; write a region"),
+    ("agent:\n  aws:\n    region: Seoul", 3, "write a region"),
+    ("agent:\n  aws:\n    region: ''", 3, "write a region"),
+    ("agent:\n  aws:\n    endpointUrl: localhost:5000", 3, "write a URL"),
+    ("agent:\n  aws:\n    endpointUrl: 'http://a b'", 3, "write a URL"),
+    ("agent:\n  aws:\n    endpointUrl: 'http://['", 3, "write a URL"),
+    ("agent:\n  sqs:\n    queueUrl: nanogrid-task-queue", 3, "write the queue's URL"),
+    ("agent:\n  sqs:\n    queueUrl: arn:aws:sqs:x:1:q", 3, "write the queue's URL"),
+    ("agent:\n  runtimes:\n    python: bin/python3", 3,
+     "'bin/python3'; write an absolute path, or a bare name"),
+    ("agent:\n  runtimes:\n    python: ./python3", 3, "bare name"),
+    ("agent:\n  runtimes:\n    python: ~/p", 3, "bare"),
+    ("agent:\n  runtimes:\n    python: python3 -I", 3, "bare"),
+    ("agent:\n  runtimes:\n    python: /usr/bin/", 3, "bare"),
+    ('agent:\n  taskBaseDir: "/a\\e"', 2, r"is '/a\x1b'; write an absolute path"),
+    ("agent:\n  taskBaseDir: tmp/task", 2, "'tmp/task'; write an absolute path"),
+    *((f"agent:\n  taskBaseDir: '{path}'", 2, "absolute path") for path in ("", "/", "/a/../b",
+      "//a", "/.", "~")),
+    ("agent:\n  metrics:\n    namespace: AWS/SQS", 3, "'AWS/SQS'; write"),
+    ("agent:\n  metrics:\n    namespace: ''", 3, "''"),
+])
+def test_a_wrong_file_is_refused_with_its_line(tmp_path, text, line, words):
+    found = problems(tmp_path, text, local=True)
+    assert len(found) == 1 and words in found[0]
+    assert found[0].startswith(f"application.yml:{line}: ")
+
+
+@pytest.mark.parametrize("url, region, words", [
+    (QUEUE, "us-east-1", "in ap-northeast-2, but agent.aws.region (or AWS_REGION) is 'us-east-1'"),
+    ("https://ap-northeast-2.queue.amazonaws.com/123456789012/q", "us-east-1",
+     "is in ap-northeast-2"),
+    ("https://queue.amazonaws.com/123456789012/q", "us-west-1", "is in us-east-1"),
+    ("https://sqs.cn-north-1.amazonaws.com.cn/123456789012/q", "us-west-1", "is in cn-north-1"),
+    ("https://vpce-1-2.sqs.eu-west-1.vpce.amazonaws.com/123456789012/q", "us-west-1",
+     "is in eu-west-1"),
+    (QUEUE.replace("123456789012", "YOUR_ACCOUNT_ID"), "ap-northeast-2",
+     "still holds YOUR_ACCOUNT_ID; write the id"),
+    (QUEUE.replace("123456789012", "your_account_id"), "ap-northeast-2",
+     "still holds YOUR_ACCOUNT_ID"),
+    (QUEUE.replace("123456789012", "YOUR_ID"), "ap-northeast-2", "still holds YOUR_"),
+    (QUEUE + ".fifo", "ap-northeast-2", "is a FIFO queue"),
+    (QUEUE.replace("/123456789012", ""), "ap-northeast-2", "/ACCOUNT_ID/NAME"),
+    (QUEUE.replace("123456789012", "1234"), "ap-northeast-2", "/ACCOUNT_ID/NAME"),
+    (QUEUE + "/", "ap-northeast-2", "/ACCOUNT_ID/NAME"),
+])
+@pytest.mark.parametrize("path", ["sqs", "output"])
+def test_wrong_queue_urls(tmp_path, url, region, words, path):
+    environ = {**ENOUGH, "AGENT_AWS_REGION": region}
+    environ["AGENT_SQS_QUEUEURL"] = f"https://sqs.{region}.amazonaws.com/123456789012/q"
+    if path == "sqs":
+        del environ["AGENT_SQS_QUEUEURL"]
+    found = problems(tmp_path, f"agent:\n  {path}:\n    queueUrl: {url}\n", environ)
+    assert len(found) == 1 and words in found[0]
+    assert found[0].startswith(f"application.yml:3: agent.{path}.queueUrl ")
+
+
+def test_a_wrong_account_and_a_wrong_region_are_both_named(tmp_path):
+    text = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID")
+    text = text.replace("region: ap-northeast-2", "region: us-east-1")
+    assert [re.sub("; .*", "", one) for one in problems(tmp_path, text)] == [
+        "application.yml:8: agent.sqs.queueUrl still holds YOUR_ACCOUNT_ID",
+        ("application.yml:8: agent.sqs.queueUrl is in ap-northeast-2, but agent.aws.region "
+         "(or AWS_REGION) is 'us-east-1'")]
+
+
+@pytest.mark.parametrize("url", [
+    "http://localhost:5000/123456789012/q", "http://127.0.0.1:9324/queue/q",
+    "http://[::1]:5000/1/q",
+    "http://sqs.us-east-1.localhost.localstack.cloud:4566/000000000000/q",
+    "http://elastic_mq:9324/q", QUEUE])
+def test_right_queue_urls(url):
+    settings, _ = ng.load_settings(None, {**ENOUGH, "AGENT_SQS_QUEUEURL": url}, local=False)
+    assert settings.queue_url == url
+
+
+def test_problems_of_the_environment_name_the_variable():
+    with pytest.raises(ng.ConfigError) as refused:
+        ng.load_settings(None, {**ENOUGH, "AGENT_SQS_WAITTIMESECONDS": "30",
+            "AGENT_S3_ALLOWEDBUCKETS": "a,s3://b",
+                                "AGENT_EXECUTION_WARMSTART": "no",
+                                "AGENT_EXECUTION_MAXFILES": "9" * 5000,
+                                "AWS_ENDPOINT_URL": "localhost"}, local=False)
+    found = str(refused.value).split("\n")
+    assert "AGENT_SQS_WAITTIMESECONDS: agent.sqs.waitTimeSeconds is 30; SQS allows 0 to 20" in found
+    assert [one.split(":")[0] for one in found] == [
+        "AWS_ENDPOINT_URL", "AGENT_SQS_WAITTIMESECONDS", "AGENT_S3_ALLOWEDBUCKETS",
+        "AGENT_S3_ALLOWEDBUCKETS",
+        "AGENT_EXECUTION_WARMSTART", "AGENT_EXECUTION_MAXFILES"]
+    assert max(map(len, found)) < 250
+
+
+@pytest.mark.parametrize("text, lines", [
+    ("", [1, 1, 1]), ("agent:\n  aws:\n    region:\n  sqs:\n    waitTimeSeconds: 1\n", [3, 4, 1]),
+    ("# c\nagent:\n  sqs:\n    queueUrl: ~\n", [1, 4, 1])])
+def test_what_is_required_and_missing(tmp_path, text, lines):
+    found = problems(tmp_path, text)
+    assert [int(one.split(":")[1]) for one in found] == lines
+    for one, name in zip(found, ("AGENT_AWS_REGION or AWS_REGION or AWS_DEFAULT_REGION",
+                                 "AGENT_SQS_QUEUEURL", "AGENT_S3_CODEBUCKET")):
+        assert "is missing; write it in application.yml, or set " + name in one
+
+
+def test_what_is_required_and_missing_without_a_file():
+    with pytest.raises(ng.ConfigError, match="^AGENT_AWS_REGION: agent.aws.region is missing; "):
+        ng.load_settings(None, {}, local=False)
+    assert ng.load_settings(None, ENOUGH, local=False)[0].code_bucket == "code-bucket"
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ng.ConfigError,
+        match=r"none.yml:1: cannot be read \(No such file.*; copy .*--config"):
+        ng.load_settings(tmp_path / "none.yml", {}, local=False)
+    with pytest.raises(ng.ConfigError, match=r"cannot be read \(Is a directory\)"):
+        ng.load_settings(tmp_path, {}, local=False)
+    path = tmp_path / "application.yml"
+    path.write_bytes("agent:\n  aws:\n    region: 서울\n".encode("euc-kr"))
+    with pytest.raises(ng.ConfigError, match=r"application.yml:3: not UTF-8; save"):
+        ng.load_settings(path, {}, local=False)
+    path.write_text("agent:\n\tsqs:\n")
+    with pytest.raises(ng.ConfigError, match=r"/application.yml:2: a tab"):
+        ng.load_settings(path, {}, local=False)
+
+
+def test_whatever_stands_in_a_file_or_the_environment_only_config_errors_come_out(tmp_path):
+    rng = random.Random(1)
+    values = ["", "~", "[]", "{}", "0x" + "f" * 290, "1e999", ".nan", "'\\'", '"\\0"', "true",
+        "http://[", "${x}",
+              "\n      - ''", "\n      - 1", "\n      a: 1", "\u3000", "-1", "/", "AWS/"]
+    for _ in range(300):
+        lines, environ = ["agent:"], {}
+        for row in rng.sample(ng.SETTINGS, 8):
+            _, *sections, key = row.path.split(".")
+            if sections and f"  {sections[0]}:" in lines:
+                continue
+            lines += [f"  {one}:" for one in sections]
+            lines.append(f"{'  ' * len(sections)}  {key}: {rng.choice(values)}")
+            environ[rng.choice(ng.SETTINGS).variable] = rng.choice([*values, "9" * 5000, "\udcff"])
+        for local in (True, False):
+            try:
+                load(tmp_path, "\n".join(lines), environ, local)
+            except ng.ConfigError as refused:
+                assert all(re.fullmatch(r"\S+: .+; .+", one) for one in str(refused).split("\n"))
+
+
+# --------------------------------------------------------------------------------------------
+# Tasks and zips
+# --------------------------------------------------------------------------------------------
+#
+# Tasks and zips: every refusal of sections 3 and 6 as a row of real bytes.
+
+
+# --- Tasks -----------------------------------------------------------------------------------
+
+SETTINGS = types.SimpleNamespace(code_bucket="code", allowed_buckets=("more",), memory_mb=4096,
+                                 default_timeout_ms=10_000, default_memory_mb=128)
+TASK = {"requestId": "r-1", "functionId": "team/hello:v1", "runtime": "python", "s3Key": "f/h.zip"}
+
+
+def parse(any_bucket=False, **fields):
+    return ng.parse_task(json.dumps({**TASK, **fields}), SETTINGS, any_bucket)
+
+
+def test_a_task_with_its_defaults():
+    assert parse() == ng.Task("r-1", "team/hello:v1", "python", "code", "f/h.zip", 10_000, 128, b"")
+
+
+def test_a_task_with_every_field_and_an_unknown_one():
+    task = parse(s3Bucket="more", timeoutMs=43_200_000, memoryMb=4096, input={"a": 1}, colour="red")
+    assert task == ng.Task("r-1", "team/hello:v1", "python", "more", "f/h.zip", 43_200_000, 4096,
+                           b'{"a": 1}')
+
+
+@pytest.mark.parametrize("name", ["s3Bucket", "timeoutMs", "memoryMb"])
+def test_null_for_an_optional_field_is_its_default(name):
+    assert parse(**{name: None}) == parse()
+
+
+@pytest.mark.parametrize("alias, runtime", [
+    ("python", "python"), ("cpp", "cpp"), ("c++", "cpp"), ("nodejs", "nodejs"), ("node", "nodejs"),
+    ("go", "go"), ("golang", "go")])
+def test_runtime_names(alias, runtime):
+    assert parse(runtime=alias).runtime == runtime
+
+
+@pytest.mark.parametrize("fields", [
+    {"requestId": "a" * 128}, {"requestId": "..."}, {"requestId": ".a:_-"},
+    {"functionId": "a/b/.c"}, {"functionId": "a" * 128}, {"s3Key": "é" * 512}, {"s3Key": "a//b"},
+    {"s3Key": "../a"}, {"s3Key": "/a"}, {"timeoutMs": 1}, {"memoryMb": 1}])
+def test_values_at_the_edge_are_right(fields):
+    parse(**fields)
+
+
+@pytest.mark.parametrize("text, sent", [
+    ('null', b"null"), ('""', b'""'), ('[1,2.5,true]', b"[1, 2.5, true]"),
+    ('"\\ud800"', b'"\\ud800"'), ('"한"', b'"\\ud55c"'), ("9" * 4300, b"9" * 4300)],
+    ids=["null", "empty", "list", "surrogate", "korean", "long"])
+def test_input_reaches_the_function_as_json(text, sent):
+    body = json.dumps(TASK)[:-1] + f', "input": {text}}}'
+    assert ng.parse_task(body, SETTINGS).input == sent
+
+
+BAD_ID = ["", ".", "..", "a" * 129, "a b", "a\n", "é", "a\\b", 7, None, True, ["a"]]
+BAD_FIELDS = [
+    *[("requestId", value) for value in [*BAD_ID, "a/b"]],
+    *[("functionId", value) for value in [*BAD_ID, "/a", "a/", "a//b", "a/../b", "a/./b", "a/.."]],
+    *[("runtime", value) for value in ["", "Python", "python ", "java", None, 3, ["python"], {}]],
+    *[("s3Bucket", value) for value in [7, True, ["code"], {}]],
+    *[("s3Key", value) for value in ["", "a" * 1025, "é" * 513, "a\0b", "a\nb", "a\x7f", "\x9b",
+                                     "\ud800", None, 7, ["a"]]],
+    *[("timeoutMs", value) for value in [0, -1, 43_200_001, True, "5000", 5000.0, [1], 10 ** 4000]],
+    *[("memoryMb", value) for value in [0, -1, True, "128", 128.0, {}]],
+]
+
+
+@pytest.mark.parametrize("name, value", BAD_FIELDS, ids=lambda value: ascii(value)[:30])
+def test_a_wrong_field_is_named_with_its_value(name, value):
+    text = rf"^{name} is [ -~]{{1,80}}; it must be [ -~]+\Z"
+    with pytest.raises(ng.Rejected, match=text) as caught:
+        parse(**{name: value})
+    assert caught.value.reason == "task"
+    assert caught.value.known == {key: found for key, found in {
+        **TASK, "timeoutMs": 10_000, "memoryMb": 128}.items() if key not in (name, "s3Key")}
+
+
+@pytest.mark.parametrize("name", ["requestId", "functionId", "runtime", "s3Key"])
+def test_a_missing_field_is_named(name):
+    with pytest.raises(ng.Rejected, match=f"^{name} is missing; it must be ") as caught:
+        ng.parse_task(json.dumps({k: v for k, v in TASK.items() if k != name}), SETTINGS)
+    assert caught.value.reason == "task"
+
+
+def test_every_wrong_field_is_named_at_once():
+    with pytest.raises(ng.Rejected, match="requestId is 'a/b'.*; memoryMb is 5000; ") as caught:
+        parse(requestId="a/b", memoryMb=5000, runtime="node", timeoutMs=7)
+    assert caught.value.reason == "task"
+    assert caught.value.known == {"functionId": "team/hello:v1", "runtime": "nodejs",
+                                  "timeoutMs": 7, "memoryMb": 5000}
+
+
+@pytest.mark.parametrize("fields, reason, text", [
+    ({"s3Bucket": "other"}, "bucket", "s3Bucket is 'other'; it must be one of code, more "),
+    ({"s3Bucket": ""}, "bucket", "s3Bucket is ''; it must be one of code, more "),
+    ({"memoryMb": 4097}, "memory", "memoryMb is 4097; it must be at most 4096"),
+    ({"memoryMb": 10 ** 4000}, "memory", r"memoryMb is 10+\.\.\.; it must be at most 4096")])
+def test_what_this_agent_does_not_allow_has_its_own_reason(fields, reason, text):
+    with pytest.raises(ng.Rejected, match=text) as caught:
+        parse(**fields)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+def test_without_a_code_bucket_a_task_must_name_its_own(unset):
+    settings = types.SimpleNamespace(**{**vars(SETTINGS), "code_bucket": unset})
+    with pytest.raises(ng.Rejected, match="s3Bucket is ''; it must be one of more ") as caught:
+        ng.parse_task(json.dumps(TASK), settings)
+    assert caught.value.reason == "bucket"
+    assert ng.parse_task(json.dumps(TASK), settings, any_bucket=True).bucket == ""
+
+
+def test_a_folder_takes_any_bucket_and_only_keys_below_it():
+    assert parse(any_bucket=True, s3Bucket="other", s3Key="a/b.zip").key == "a/b.zip"
+    for key in ("/a", "a//b", "a/", "../a", "a/../../b", "a/..", "./a", "."):
+        with pytest.raises(ng.Rejected, match="s3Key is .* below DIR/code") as caught:
+            parse(any_bucket=True, s3Key=key)
+        assert caught.value.reason == "task"
+    with pytest.raises(ng.Rejected, match="s3Bucket is 7"):
+        parse(any_bucket=True, s3Bucket=7)
+
+
+def body(more):
+    return json.dumps(TASK)[:-1] + f", {more}}}"
+
+
+@pytest.mark.parametrize("text, what", [
+    ("", "Expecting value"), ("{", "Expecting"), (json.dumps(TASK) + "x", "Extra data"),
+    ("[]", "a list; it must be a JSON object"), ('"a"', "'a';"), ("null", "null;"),
+    ("true", "true;"), ("7", "7;"),
+    (body('"input": NaN'), "nan"), (body('"input": [-Infinity]'), "inf"),
+    (body('"input": 1e999'), "'1e999' is no number"),
+    (body('"requestId": "r-2"'), "'requestId' stands twice"),
+    (body('"input": {"a": 1, "a\\n": 2, "a\\n": 3}'), r"'a\\+n' stands twice"),
+    (body('"input": ' + "[" * 300_000 + "]" * 300_000), "recursion"),
+    ("[" * 1_000_000, "recursion"), ("\0", "Expecting value")], ids=lambda value: value[-25:])
+def test_a_message_that_is_no_json_object(text, what):
+    with pytest.raises(ng.Rejected, match=f"(?i)^the message is [ -~]*{what}") as caught:
+        ng.parse_task(text, SETTINGS)
+    assert (caught.value.reason, caught.value.known) == ("task", {})
+    assert len(str(caught.value)) < 300
+
+
+def test_a_number_of_more_digits_than_python_reads_is_rejected():
+    with pytest.raises(ng.Rejected, match="4300"):
+        ng.parse_task(body('"input": ' + "9" * 4301), SETTINGS)
+
+
+# --- Zips ------------------------------------------------------------------------------------
+
+def member(name, data=b"x", *, mode=0o100644, system=3, method=0, flags=0, crc=None, size=None,
+           local=None, extra=b"", packed=None):
+    """(local header and data, central header without its offset) with any field a lie."""
+    name = name.encode() if isinstance(name, str) else name
+    local = name if local is None else local
+    if packed is None and method == 8:
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+        packed = packer.compress(data) + packer.flush()
+    packed = data if packed is None else packed
+    common = struct.pack("<HHHHHLLL", 20, flags | 0x800, method, 0, 0x21,
+                         zlib.crc32(data) if crc is None else crc, len(packed),
+                         len(data) if size is None else size)
+    return (b"PK\3\4" + common + struct.pack("<HH", len(local), 0) + local + packed,
+            b"PK\1\2" + struct.pack("<BB", 20, system) + common
+            + struct.pack("<HHHHHL", len(name), len(extra), 0, 0, 0, mode << 16), name + extra)
+
+
+def bundle(*members, claimed=None, prefix=b""):
+    """The bytes of a zip of `members`; `claimed` is what it says their number is."""
+    out, directory = bytearray(prefix), bytearray()
+    for content, header, name in members:
+        directory += header + struct.pack("<L", len(out) - len(prefix)) + name
+        out += content
+    count = len(members) if claimed is None else claimed
+    return bytes(out + directory) + b"PK\5\6" + struct.pack(
+        "<HHHHLLH", 0, 0, count, count, len(directory), len(out) - len(prefix), 0)
+
+
+@pytest.fixture
+def unpack(tmp_path):
+    """unpack(data): the files of a zip; fails if a thing beside its folder was touched."""
+    count = iter(range(10 ** 6))
+
+    def run(data):
+        zone = tmp_path / f"zone{next(count)}"
+        zone.mkdir()
+        (zone / "a.zip").write_bytes(data)
+        (zone / "outside").write_bytes(b"before")
+        run.target = zone / "target"
+        try:
+            return ng.unpack(zone / "a.zip", run.target)
+        finally:
+            assert sorted(os.listdir(zone))[:2] == ["a.zip", "outside"]
+            assert len(os.listdir(zone)) <= 3
+            assert (zone / "outside").read_bytes() == b"before"
+            assert not os.path.lexists(tmp_path / "leak")
+    return run
+
+
+def link(name, target):
+    return member(name, target.encode(), mode=stat.S_IFLNK | 0o777)
+
+
+def far(offset):
+    """A zip (zip64) that says its only member begins at `offset`."""
+    extra = struct.pack("<HHQ", 1, 8, offset)
+    data = bundle(member("a", extra=extra))
+    return data.replace(bytes(4) + b"a" + extra, b"\xff" * 4 + b"a" + extra)
+
+
+LEAVE, LINK, CORRUPT = "may leave the zip's folder", "is a link to", "is corrupt"
+TWICE, BELOW = "stands twice", "which is no folder"
+REFUSED = {
+    "absolute": (bundle(member("/leak")), LEAVE),
+    "dots": (bundle(member("../leak")), LEAVE),
+    "dots inside": (bundle(member("a/../b")), LEAVE),
+    "dots last": (bundle(member("a/..")), LEAVE),
+    "dots alone": (bundle(member("../")), LEAVE),
+    "backslash": (bundle(member("..\\leak")), LEAVE),
+    "backslash inside": (bundle(member("a\\b")), LEAVE),
+    "drive": (bundle(member("C:/leak")), LEAVE),
+    "drive relative": (bundle(member("c:leak")), LEAVE),
+    "NUL": (bundle(member("a\0b")), "control character"),
+    "line end": (bundle(member("a\nb")), "control character"),
+    "C1": (bundle(member("a\x9bb")), "control character"),
+    "not UTF-8": (bundle(member(b"a\xff")), "no zip that can be read"),
+    "no name": (bundle(member("")), "both a file and a folder"),
+    "dot": (bundle(member(".")), "both a file and a folder"),
+    "long part": (bundle(member("a" * 256)), "255 between"),
+    "long part in UTF-8": (bundle(member("가" * 86)), "255 between"),
+    "long folder": (bundle(member("a" * 256 + "/b")), "255 between"),
+    "long name": (bundle(member("a/" * 500 + "b")), "over 1000 bytes"),
+    "link absolute": (bundle(link("a", "/etc/passwd")), LINK),
+    "link up": (bundle(link("a", "../outside")), LINK),
+    "link up from below": (bundle(link("d/a", "../../outside")), LINK),
+    "link out and back": (bundle(member("x/f"), link("a", "x/../../target/f")), LINK),
+    "link out and back to itself": (bundle(link("x/a", "../../target/x")), LINK),
+    "link by a link": (bundle(link("p/q/up", "../.."), link("a", "p/q/up/../outside")), LINK),
+    "link by a chain": (bundle(link("a", "b"), link("b", "../..")), LINK),
+    "link to nothing": (bundle(link("a", "")), LINK),
+    "link with NUL": (bundle(link("a", "b\0c")), LINK),
+    "link too long": (bundle(link("a", "b/" * 501)), "too large"),
+    "link as a folder": (bundle(link("d", "."), member("d/f")), BELOW),
+    "link as a folder, later": (bundle(member("d/f"), link("d", ".")), "both a file and a folder"),
+    "write through a link": (bundle(link("a", "../outside"), member("a")), TWICE),
+    "character device": (bundle(member("a", mode=stat.S_IFCHR | 0o666)), "is a device"),
+    "block device": (bundle(member("a", mode=stat.S_IFBLK | 0o666)), "is a device"),
+    "fifo": (bundle(member("a", mode=stat.S_IFIFO | 0o666)), "is a device"),
+    "socket": (bundle(member("a", mode=stat.S_IFSOCK | 0o666)), "is a device"),
+    "fifo as a folder": (bundle(member("a/", b"", mode=stat.S_IFIFO | 0o666)), "is a device"),
+    "fifo from macOS": (bundle(member("a", mode=stat.S_IFIFO, system=19)), "is a device"),
+    "encrypted": (bundle(member("a", b"x" * 20, flags=1)), "is encrypted"),
+    "encrypted folder": (bundle(member("a/", b"", flags=1)), "is encrypted"),
+    "strongly encrypted": (bundle(member("a", flags=0x40)), CORRUPT),
+    "patched": (bundle(member("a", flags=0x20)), CORRUPT),
+    "method 99": (bundle(member("a", method=99)), "method 99"),
+    "one name twice": (bundle(member("a"), member("a")), TWICE),
+    "one name twice, ./": (bundle(member("a"), member("./a")), TWICE),
+    "one name twice, //": (bundle(member("d/a"), member("d//a")), TWICE),
+    "one folder twice": (bundle(member("d/", b""), member("d/", b"")), TWICE),
+    "file, then folder": (bundle(member("a"), member("a/", b"")), TWICE),
+    "file, then below it": (bundle(member("a"), member("a/b")), BELOW),
+    "file, then far below it": (bundle(member("a"), member("a/b/c/d")), BELOW),
+    "below it, then file": (bundle(member("a/b"), member("a")), "both a file and a folder"),
+    "CRC": (bundle(member("a", crc=1)), CORRUPT),
+    "CRC of nothing": (bundle(member("a", b"", crc=1)), CORRUPT),
+    "CRC of a link": (bundle(member("a", b"b", mode=stat.S_IFLNK, crc=1)), CORRUPT),
+    "claims less": (bundle(member("a", bytes(10 ** 6), method=8, size=10)), CORRUPT),
+    "claims nothing": (bundle(member("a", bytes(10 ** 6), method=8, size=0)), CORRUPT),
+    "claims more than is stored": (bundle(member("a", b"abc", size=1 << 20, crc=0)), CORRUPT),
+    "no deflate": (bundle(member("a", method=8, packed=b"\xff" * 30)), CORRUPT),
+    "deflate cut": (bundle(member("a", bytes(99), method=8, packed=b"\x4b")), CORRUPT),
+    "other name in the local header": (bundle(member("a", local=b"b")), CORRUPT),
+    "begins behind its end": (far(1 << 40), CORRUPT),
+    "begins where no file can": (far((1 << 63) - 1), CORRUPT),
+    "begins at no number": (far((1 << 64) - 1), CORRUPT),
+    "no zip": (b"#!/bin/sh\nexit 0\n", "no zip that can be read"),
+    "no bytes": (b"", "no zip that can be read"),
+    "only the magic": (b"PK\3\4", "no zip that can be read"),
+    "tar.gz": (b"\x1f\x8b\x08" + bytes(100), "no zip that can be read"),
+    "empty": (bundle(), "has 0 members"),
+    "cut": (bundle(member("a"))[:-30], "no zip that can be read"),
+}
+
+
+@pytest.mark.parametrize("data, what", REFUSED.values(), ids=REFUSED)
+def test_a_zip_is_refused(unpack, data, what):
+    with pytest.raises(ng.Rejected, match=r"^[ -~]+\Z") as caught:
+        unpack(data)
+    assert caught.value.reason == "zip"
+    assert what in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_method_without_a_bound_on_memory_is_refused(unpack, method):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr("a", "x" * 100)
+    with pytest.raises(ng.Rejected, match=f"method {method}; zip it with deflate"):
+        unpack(out.getvalue())
+
+
+def test_members_that_share_bytes_are_refused(unpack):
+    inner = member("b", bytes(5000))
+    outer = member("a", inner[0])
+    start = len(outer[0]) - len(inner[0])  # the second local header lies in the first one's data
+    directory = (outer[1] + struct.pack("<L", 0) + outer[2]
+                 + inner[1] + struct.pack("<L", start) + inner[2])
+    with pytest.raises(ng.Rejected, match="share their bytes"):
+        unpack(outer[0] + directory + b"PK\5\6" + struct.pack(
+            "<HHHHLLH", 0, 0, 2, 2, len(directory), len(outer[0]), 0))
+
+
+def test_ten_thousand_members_and_no_more(unpack):
+    members = [member(f"d/{i}", b"") for i in range(10_001)]
+    assert len(unpack(bundle(*members[1:]))) == 10_000
+    for claimed in (None, 1):
+        with pytest.raises(ng.Rejected, match="has 10001 members; it may have 1 to 10000"):
+            unpack(bundle(*members, claimed=claimed))
+
+
+def test_folders_that_names_imply_are_bounded(unpack):
+    with pytest.raises(ng.Rejected, match="over 20000 files and folders"):
+        unpack(bundle(*(member(f"{i}/" + "a/" * 400 + "b") for i in range(60))))
+
+
+def test_a_directory_of_the_zip_that_would_fill_the_memory_is_not_read(unpack):
+    with pytest.raises(ng.Rejected, match="its directory claims [0-9]+ bytes"):
+        unpack(bundle(*[member("a" * 800, b"")] * 9_500))
+
+
+def test_more_than_250_mib_is_refused(unpack):
+    data = bundle(*(member(f"{i}", bytes(126 << 20), method=8) for i in range(2)))
+    with pytest.raises(ng.Rejected, match=r"'1' is too large: .* 262144000 bytes"):
+        unpack(data)
+    assert sum(path.stat().st_size for path in unpack.target.iterdir()) <= 250 << 20
+
+
+def test_the_limit_on_bytes_is_for_all_files_together(unpack, monkeypatch):
+    data = bundle(*(member(f"{i}", bytes(100_000), method=8) for i in range(3)))
+    monkeypatch.setattr(ng, "MAX_UNPACKED", 300_000)
+    assert len(unpack(data)) == 3
+    monkeypatch.setattr(ng, "MAX_UNPACKED", 299_999)
+    with pytest.raises(ng.Rejected, match="'2' is too large"):
+        unpack(data)
+
+
+def modes(folder):
+    return {str(path.relative_to(folder)): stat.S_IMODE(path.lstat().st_mode)
+            for path in folder.rglob("*") if not path.is_symlink()}
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o000])
+def test_modes(unpack, umask):
+    before = os.umask(umask)
+    try:
+        files = unpack(bundle(
+            member("d/", b"", mode=0o40700), member("e/f/g"), member("x", mode=0o100755),
+            member("u", mode=0o100654), member("s", mode=0o106755), member("r", mode=0o100400),
+            member("none", mode=0), member("bits", mode=0o755),
+            member("mac", mode=0o755, system=19), member("win", mode=0o100777, system=0),
+            member("h", b"", mode=0o40755)))
+    finally:
+        os.umask(before)
+    assert files == ["bits", "e/f/g", "mac", "none", "r", "s", "u", "win", "x"]
+    assert modes(unpack.target) == {
+        "d": 0o755, "e": 0o755, "e/f": 0o755, "e/f/g": 0o644, "x": 0o755, "u": 0o755, "s": 0o755,
+        "r": 0o644, "none": 0o644, "bits": 0o755, "mac": 0o755, "win": 0o644, "h": 0o755}
+    assert stat.S_IMODE(unpack.target.stat().st_mode) == 0o755
+
+
+def test_contents_and_names(unpack):
+    names = ["main.py", "한글/é.txt", "sp ace", "..a", "a..", "...", "ab:c", "a" * 255, "A", "a"]
+    data = make_zip({name: f"<{name}>" for name in names})
+    assert unpack(data) == sorted(names)
+    assert {name: (unpack.target / name).read_text() for name in names} == {
+        name: f"<{name}>" for name in names}
+
+
+@pytest.mark.parametrize("data", [
+    bundle(member("./"), member("./a"), member(".//d/./b")),
+    bundle(member("d/b"), member("d/", b""), member("a")),
+    bundle(member("a"), member("d/b"), prefix=b"#!/bin/sh\n" * 9),
+    bundle(member("a"), member("d/b"), claimed=77),
+    bundle(member("a", flags=0x8), member("d/b", method=8)),
+], ids=["dot", "folder last", "prefix", "claims more", "deflate"])
+def test_odd_zips_that_are_right(unpack, data):
+    assert unpack(data) == ["a", "d/b"]
+    assert (unpack.target / "d/b").read_bytes() == b"x"
+
+
+def test_an_empty_folder_may_be_there(tmp_path):
+    (tmp_path / "a.zip").write_bytes(bundle(member("d/b")))
+    (tmp_path / "target").mkdir(mode=0o700)
+    assert ng.unpack(tmp_path / "a.zip", tmp_path / "target") == ["d/b"]
+    assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o755
+
+
+def test_zip64(unpack):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive, archive.open("a", "w", force_zip64=True) as file:
+        file.write(b"x")
+    assert unpack(out.getvalue()) == ["a"]
+
+
+def test_links_that_stay_inside(unpack):
+    files = unpack(bundle(
+        link("l", "d/f"), member("d/f"), link("d/e/up", "../f"), link("chain", "l"),
+        link("root", "."), link("d/top", ".."), link("loop", "loop"), link("gone", "not/there"),
+        link("d/e/through", "../top/l")))
+    assert files == ["d/f"]
+    for name in ("l", "d/e/up", "chain", "root/l", "d/top/l", "d/e/through"):
+        assert (unpack.target / name).read_bytes() == b"x"
+    assert os.readlink(unpack.target / "d/e/up") == "../f"
+
+
+def test_the_machines_failures_are_no_rejections(unpack, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        ng.unpack(tmp_path / "none.zip", tmp_path / "target")
+    data = bundle(member("a", bytes(2_000_000), method=8))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # write() fails with EFBIG
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            unpack(data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+SAMPLES = [
+    bundle(member("main.py", b"print(1)" * 9, method=8), link("l", "main.py"), member("d/", b"")),
+    make_zip({"main*": "x" * 300, "d/e.txt": "é"}),
+    bundle(member("a", extra=struct.pack("<HHQQQ", 1, 24, 1, 1, 0), size=0xFFFFFFFF)),
+]
+
+
+@pytest.mark.parametrize("sample", range(len(SAMPLES)))
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_are_rejected_or_read_and_never_a_crash(unpack, sample):
+    dice, rejected = random.Random(sample), 0
+    for _ in range(700):
+        data = bytearray(SAMPLES[sample])
+        for _ in range(dice.choice((1, 1, 2, 5))):
+            byte = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
+            data[dice.randrange(len(data))] = byte
+        if dice.random() < 0.2:
+            del data[dice.randrange(len(data)):]
+        try:
+            unpack(bytes(data))
+        except ng.Rejected as error:
+            assert error.reason == "zip"
+            rejected += 1
+    assert rejected > 100
+
+
+@pytest.mark.parametrize("at", range(22))
+@pytest.mark.parametrize("byte", [0x00, 0x01, 0x7F, 0xFF])
+def test_a_damaged_end_record_is_rejected_or_read(unpack, at, byte):
+    data = bytearray(SAMPLES[0])
+    data[len(data) - 22 + at] = byte
+    try:
+        unpack(bytes(data))
+    except ng.Rejected as error:
+        assert error.reason == "zip"
+
+
+# --- Entry files -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("runtime, files, entry", [
+    ("python", ["main.py", "run.sh"], "main.py"), ("nodejs", ["index.js", "main.py"], "index.js"),
+    *[(runtime, files, entry) for runtime, source in (("cpp", "main.cpp"), ("go", "main.go"))
+      for files, entry in (
+          (["run.sh", "main*", source], "run.sh"), (["run.sh*"], "run.sh"),
+          (["main*", source], "main"), (["main", source], source), ([source], source))]])
+def test_entry(unpack, runtime, files, entry):
+    unpack(make_zip(dict.fromkeys(files, "x")))
+    assert ng.find_entry(unpack.target, runtime) == entry
+
+
+@pytest.mark.parametrize("runtime, members, text", [
+    ("python", [member("other.py")], "has no main.py at its top"),
+    ("python", [member("Main.py")], "has no main.py at its top"),
+    ("python", [member("main.py/", b"")], "has no main.py at its top"),
+    ("python", [link("main.py", "gone")], "has no main.py at its top"),
+    ("python", [link("main.py", "main.py")], "has no main.py at its top"),
+    ("python", [member("hello/main.py")], "'hello' has one: zip what is in that folder"),
+    ("nodejs", [member("main.js")], "has no index.js at its top"),
+    ("cpp", [member("main")], "chmod"), ("go", [member("main")], "chmod"),
+    ("cpp", [member("main/", b"")], "has no run.sh or main or main.cpp at its top"),
+    ("go", [member("main.cpp")], "has no run.sh or main or main.go at its top")])
+def test_no_entry(unpack, runtime, members, text):
+    unpack(bundle(*members))
+    with pytest.raises(ng.Rejected, match=text) as caught:
+        ng.find_entry(unpack.target, runtime)
+    assert caught.value.reason == "entry"
+
+
+def test_a_link_to_a_file_is_an_entry(unpack):
+    unpack(bundle(member("src/app.py"), link("main.py", "src/app.py"),
+                  member("bin/app", mode=0o100755), link("main", "bin/app")))
+    assert ng.find_entry(unpack.target, "python") == "main.py"
+    assert ng.find_entry(unpack.target, "go") == "main"
+
+
+# --------------------------------------------------------------------------------------------
+# Running, measuring, confining
+# --------------------------------------------------------------------------------------------
+#
+# Running, measuring and confining: real functions in real processes, as root and as an ordinary user.
+#
+# The functions stand in tables of text: `=== name | runtime field=JSON | key=expected`, then main.py;
+# `--- other.py` begins another file. A whole table is one drain; each row is then a test of its result.
+
+
+ROOT = os.geteuid() == 0
+# An interpreter that every user reaches: a virtual environment under /root is not.
+PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin") or sys.executable
+# A uid of this session's own, so that no process limit is shared with another test run.
+ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
+USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
+MIB = 1 << 20
+
+
+# ---------------------------------------------------------------- tables of functions
+
+Case = collections.namedtuple("Case", "files runtime task expect only")
+
+
+def pairs(words: list[str]) -> list[list[str]]:
+    return [word.split("=", 1) for word in words if "=" in word]
+
+
+def table(text: str) -> dict[str, Case]:
+    """The functions of a table of text by name; see the top of this file."""
+    cases = {}
+    for part in re.split(r"^=== ", text, flags=re.MULTILINE)[1:]:
+        header, _, body = part.partition("\n")
+        name, task, expect = (re.split(r" *\| *", header) + ["", ""])[:3]
+        words = task.split()
+        runtime = next((word for word in words if word in ("cpp", "nodejs", "go")), "python")
+        entry = {"python": "main.py", "nodejs": "index.js", "go": "main.go", "cpp": "run.sh"}[runtime]
+        chunks = re.split(r"^--- (\S+)\n", body.rstrip("\n") + "\n", flags=re.MULTILINE)
+        files = {entry: chunks[0], **dict(zip(chunks[1::2], chunks[2::2]))}
+        fields = {key: json.loads(value) for key, value in pairs(words)}
+        cases[name] = Case(files, runtime, fields, {"status": "ok", **dict(pairs(expect.split()))},
+                           "root" if "root" in words else None)
+    return cases
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def as_user(user: str) -> list[str]:
+    """The words before a command that make it run as `user`."""
+    if user == "root" or not ROOT:
+        return []
+    return ["setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups", "--"]
+
+
+class Grid(Folder):
+    """A Folder in a place that every user reaches, whose agent runs as `user`."""
+
+    def __init__(self, user: str, **settings):
+        self.top = Path(tempfile.mkdtemp(prefix="nanogrid-test-"))
+        super().__init__(self.top / "grid")
+        self.user, self.base, self.spool = user, self.top / "task", self.top / "spool"
+        for place in (self.base, self.spool):
+            place.mkdir()
+        self.env = {"AGENT_TASKBASEDIR": str(self.base), "AGENT_RUNTIMES_PYTHON": PYTHON,
+                    "HOME": str(self.top), "LANG": "C.UTF-8", "TZ": "Asia/Seoul",
+                    **{f"AGENT_{key}": str(value) for key, value in settings.items()}}
+        for place in (self.top, *self.top.rglob("*")):
+            if ROOT and user == "ordinary":
+                os.chown(place, ORDINARY, ORDINARY)
+            place.chmod(0o755)
+        self.spool.chmod(0o777)
+
+    def put_all(self, cases: dict[str, Case]):
+        for name, case in cases.items():
+            if case.only in (None, self.user):
+                self.put(case.files, case.runtime, request_id=slug(name), function_id=slug(name), **case.task)
+
+    def run(self, *args, prefix=(), seconds=200) -> Grid:
+        """Drain the queue; the log is in .log, its reports by requestId in .reports."""
+        with Agent("--local", self.path, "--drain", *args, python=PYTHON, env=self.env,
+                   prefix=[*as_user(self.user), *prefix]) as agent:
+            try:
+                status = agent.end(seconds)
+            except subprocess.TimeoutExpired:
+                status = f"none within {seconds} s"
+        self.log, self.reports = agent.log, collections.defaultdict(list)
+        for report in reports(agent.log):
+            self.reports[report["requestId"]].append(report)
+        assert status == 0, agent.log[-5000:]
+        return self
+
+    def __getitem__(self, name: str) -> dict:
+        return self.result(slug(name))
+
+    def remove(self):
+        subprocess.run(["chmod", "-R", "u+rwX", self.top], stderr=subprocess.DEVNULL)  # noqa: PLW1510
+        subprocess.run(["rm", "-rf", self.top], check=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def module_within_reach():
+    """nanogrid.py where every user can read it: a home directory is often closed to others."""
+    global MODULE
+    kept = MODULE
+    with tempfile.TemporaryDirectory(prefix="nanogrid-module-") as place:
+        os.chmod(place, 0o755)
+        MODULE = Path(shutil.copy(kept, place))
+        yield
+    MODULE = kept
+
+
+@pytest.fixture(scope="module", params=USERS)
+def user(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """Makes Grids; all of them are removed when the module's tests are over."""
+    made = []
+
+    def make(user, **settings) -> Grid:
+        made.append(Grid(user, **settings))
+        return made[-1]
+    yield make
+    for grid in made:
+        grid.remove()
+
+
+def check(grid: Grid, name: str, case: Case) -> dict:
+    """The result of a row, after comparing it with what the row expects (`a/b`: one of them)."""
+    if case.only not in (None, grid.user):
+        pytest.skip("only root gives every slot a uid of its own")
+    result = grid[name]
+    for key, expected in case.expect.items():
+        got = str(result[key]).strip()
+        assert got in expected.split("/"), f"{key} should be {expected}: {json.dumps(result)[:3000]}"
+    return result
+
+
+CPP = r"""
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <new>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static char *map(long mib, int flags) {
+    void *at = mmap(nullptr, mib << 20, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS, -1, 0);
+    return at == MAP_FAILED ? nullptr : static_cast<char *>(at);
+}
+static void print_peak() {
+    char line[256];
+    FILE *status = fopen("/proc/self/status", "r");
+    while (fgets(line, sizeof line, status))
+        if (!strncmp(line, "VmHWM:", 6)) fputs(line, stdout);
+}
+static double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1e3 + t.tv_nsec / 1e6;
+}
+int main() {
+    double start = now();
+    char mode[64] = "";
+    if (!fgets(mode, sizeof mode, stdin)) return 9;
+    auto is = [&](const char *word) { return strstr(mode, word) != nullptr; };
+    long mib = 0;
+    if (is("peak")) { sscanf(strstr(mode, "peak"), "peak-%ld", &mib); memset(map(mib + 1, MAP_PRIVATE), 1, mib << 20); print_peak(); }
+    else if (is("hello")) { print_peak(); }
+    else if (is("hog")) for (;;) memset(new char[1 << 20], 1, 1 << 20);
+    else if (is("refused")) { char *p = new char[50L << 30]; p[1] = 1; return p[0]; }
+    else if (is("shared")) { for (int i = 0; i < 3; i++) fork(); for (;;) if (char *p = map(16, MAP_SHARED)) memset(p, 1, 16 << 20); }
+    else if (is("reserve")) { char *p = static_cast<char *>(malloc(200 << 20)); p[0] = 1; puts(p ? "ok" : "refused"); }
+    else if (is("spin")) for (;;) {}
+    else if (is("crash")) { volatile char *p = nullptr; *p = 1; }
+    else if (is("sleep")) { usleep(200000); printf("%.1f\n", now() - start); }
+    return 0;
+}
+"""
+
+
+@functools.lru_cache(None)
+def cpp_binary() -> bytes:
+    """The C++ sample, compiled once; its standard input says what it does."""
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler (g++) on this machine")
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "main.cpp").write_text(CPP)
+        subprocess.run(["g++", "-O1", "-o", "main", "main.cpp"], cwd=place, check=True, stderr=subprocess.DEVNULL)
+        return Path(place, "main").read_bytes()
+
+
+def cpp_case(mode: str, expect: dict, **task) -> Case:
+    return Case({"main*": cpp_binary()}, "cpp", {"input": mode, **task}, {"status": "ok", **expect}, None)
+
+
+# ---------------------------------------------------------------- cap, time limit, hostile functions
+
+SHORT = "print('fine')\n"
+RUNS = table(r"""
+=== neighbour | | stdout=fine
+print("fine")
+=== a caught refusal | memoryMb=128 | stdout=caught
+try:
+    bytearray(50 << 30)
+except MemoryError:
+    print("caught")
+=== a refused allocation | memoryMb=128 | status=oom
+bytearray(50 << 30)
+=== one hog | memoryMb=64 | status=oom
+keep = []
+while True:
+    keep.append(bytearray(1 << 20))
+=== small steps | memoryMb=64 | status=oom
+keep = []
+while True:
+    keep.append("x" * 100 + str(len(keep)))
+=== six children of 60 MB | memoryMb=256 | status=oom
+import os, time
+for _ in range(6):
+    if os.fork() == 0:
+        block = bytearray(60 << 20)
+        time.sleep(8)
+        os._exit(0)
+for _ in range(6):
+    os.wait()
+=== shared memory | memoryMb=128 | status=oom
+import mmap
+block = mmap.mmap(-1, 400 << 20)
+for at in range(0, len(block), 4096):
+    block[at] = 1
+=== shared memory of three children, none above the cap | memoryMb=128 | status=oom
+import mmap, os, time
+block = mmap.mmap(-1, 240 << 20)
+for part in range(3):
+    if os.fork() == 0:
+        for at in range(part * 80 << 20, (part + 1) * 80 << 20, 4096):
+            block[at] = 1
+        time.sleep(8)
+        os._exit(0)
+for _ in range(3):
+    os.wait()
+=== a hog in a session of its own | memoryMb=64 | status=oom
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        keep = []
+        while True:
+            keep.append(bytearray(1 << 20))
+    os._exit(0)
+time.sleep(8)
+=== four forks of a 150 MB parent | memoryMb=256 | stdout=fine
+import os, time
+block = bytearray(150 << 20)
+for _ in range(4):
+    if os.fork() == 0:
+        time.sleep(0.5)
+        os._exit(0)
+for _ in range(4):
+    os.wait()
+print("fine")
+=== 48 threads | memoryMb=128 | stdout=fine
+import threading
+gate = threading.Barrier(49)
+for _ in range(48):
+    threading.Thread(target=gate.wait).start()
+gate.wait()
+print("fine")
+=== a reservation that is not touched | memoryMb=128 | stdout=fine
+import mmap
+block = mmap.mmap(-1, 200 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+print("fine")
+=== sleeps | timeoutMs=400 | status=timeout
+import time
+time.sleep(60)
+=== spins | timeoutMs=400 | status=timeout
+while True:
+    pass
+=== ignores every signal | timeoutMs=400 | status=timeout
+import signal, time
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+time.sleep(60)
+=== stops itself | timeoutMs=400 | status=timeout
+import os, signal
+os.kill(os.getpid(), signal.SIGSTOP)
+=== stops its group | timeoutMs=400 | status=timeout
+import os, signal
+os.kill(0, signal.SIGSTOP)
+=== stops its group from a shell | cpp timeoutMs=400 | status=timeout
+kill -STOP 0
+=== stops its parent | timeoutMs=400 | status=timeout
+import os, signal, time
+try:
+    os.kill(os.getppid(), signal.SIGSTOP)
+except PermissionError:
+    pass
+time.sleep(60)
+=== a daemon holds its output | | stdout=fine
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(0)
+os.wait()
+print("fine")
+=== all descriptors | | stdout=refused
+import os
+held = []
+try:
+    while len(held) < 1000000:
+        held.append(os.open("/dev/null", 0))
+except OSError:
+    del held[:]
+    print("refused")
+=== 300 MB of output | timeoutMs=60000 memoryMb=64 | stdoutBytes=314572800
+import sys
+from concurrent.futures import ThreadPoolExecutor
+line = b"%01023d\n"
+for first in range(0, 300 << 10, 1024):
+    sys.stdout.buffer.write(b"".join(line % n for n in range(first, first + 1024)))
+=== a file of 100 GB | | stdout=refused_refused_refused
+import os
+big = 100 << 30
+fd = os.open("big", os.O_CREAT | os.O_WRONLY)
+def attempt(grow, *arguments):
+    try:
+        grow(fd, *arguments)
+        return "allowed"
+    except OSError:
+        return "refused"
+print(attempt(os.ftruncate, big), attempt(os.pwrite, b"x", big), attempt(os.posix_fallocate, 0, big), sep="_")
+=== closed output | | stdoutBytes=0
+import os, time
+os.close(1), os.close(2)
+time.sleep(0.3)
+os._exit(0)
+=== binary output | | stdoutBytes=256
+import os
+os.write(1, bytes(range(256)))
+=== an input that is not read | | stdout=fine
+print("fine")
+=== its own SIGKILL | | status=failed exitCode=-9
+import os
+os.kill(os.getpid(), 9)
+=== SIGKILL for all it may | root timeoutMs=3000 | stdout=alive
+import os
+os.kill(-1, 9)
+print("alive")
+=== SIGKILL for its parent | timeoutMs=3000 | status=failed/error/ok
+import os, time
+try:
+    os.kill(os.getppid(), 9)
+    time.sleep(1)
+except PermissionError:
+    print("refused")
+=== SIGTERM for its parent and group | timeoutMs=3000 | status=ok/failed/error
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for target in (os.getppid(), 0):
+    try:
+        os.kill(target, signal.SIGTERM)
+    except PermissionError:
+        pass
+time.sleep(0.3)
+=== exit status 7 | | status=failed exitCode=7
+raise SystemExit(7)
+=== exit status 255 of a shell | cpp | status=failed exitCode=255
+exit 255
+=== node, an endless list | nodejs memoryMb=128 | status=oom
+const keep = [];
+for (;;) keep.push(Buffer.alloc(1 << 20, 1));
+=== node, an endless heap | nodejs memoryMb=128 | status=oom
+const keep = [];
+for (;;) keep.push({at: keep.length, text: "x" + keep.length});
+=== node | nodejs memoryMb=128 input={"n":21} | stdout=42
+const input = JSON.parse(require("fs").readFileSync(0));
+console.log(2 * input.n);
+=== node fails | nodejs | status=failed exitCode=3
+process.exit(3);
+=== node spins | nodejs timeoutMs=500 | status=timeout
+for (;;) {}
+=== a shell script | cpp input=[7] | stdout=[7]
+cat
+=== python a second time after all that | | stdout=fine
+print("fine")
+""")
+RUNS["an input that is not read"].task["input"] = "x" * 200_000
+CPP_RUNS = {  # mode: expected, task
+    "hog": ({"status": "oom"}, {"memoryMb": 64}), "shared": ({"status": "oom"}, {"memoryMb": 128}),
+    "refused": ({"status": "oom"}, {"memoryMb": 128}), "reserve": ({"stdout": "ok"}, {"memoryMb": 128}),
+    "spin": ({"status": "timeout"}, {"timeoutMs": 400}), "crash": ({"status": "failed", "exitCode": "-11"}, {})}
+
+
+def needs(case: Case):
+    """Skip, with the reason, what this machine has no program for."""
+    program = {"nodejs": "node", "go": "go"}.get(case.runtime)
+    if program and not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+
+
+@pytest.fixture(scope="module")
+def runs(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    grid.put_all({name: case for name, case in RUNS.items() if case.runtime != "nodejs" or shutil.which("node")})
+    if shutil.which("g++"):
+        grid.put_all({f"cpp {mode}": cpp_case(mode, *row[:1], **row[1]) for mode, row in CPP_RUNS.items()})
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_ends_as_it_should(runs, name):
+    needs(RUNS[name])
+    check(runs, name, RUNS[name])
+
+
+@pytest.mark.parametrize("mode", CPP_RUNS)
+def test_a_cpp_run_ends_as_it_should(runs, mode):
+    expect, task = CPP_RUNS[mode]
+    check(runs, f"cpp {mode}", cpp_case(mode, expect, **task))
+
+
+def test_every_take_has_a_report(runs):
+    """Three for what did not end ok, one for what did; nothing is lost between hostile functions."""
+    for request_id, got in runs.reports.items():
+        last = got[-1]["status"]
+        assert [report["receiveCount"] for report in got] == (["1", "2", "3"][:len(got)]), (request_id, got)
+        assert last == "ok" or len(got) == 3, (request_id, got)
+    assert not list((runs.path / "queue").iterdir()) and not list((runs.path / "running").iterdir())
+
+
+FORK_BOMB = """
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
+
+
+def test_output_keeps_its_first_and_last_32_kib(runs):
+    line = "%01023d\n"
+    result = runs["300 MB of output"]
+    assert result["stdout"].startswith("".join(line % n for n in range(32)))
+    assert result["stdout"].endswith("".join(line % n for n in range((300 << 10) - 32, 300 << 10)))
+    assert len(result["stdout"]) < 80 << 10
+    assert result["peakMemoryBytes"] < 64 * MIB
+
+
+def test_a_daemon_that_holds_the_output_does_not_hold_the_run(runs):
+    assert runs["a daemon holds its output"]["durationMillis"] < 5000
+
+
+def test_closed_output_is_not_the_end_of_the_run(runs):
+    assert runs["closed output"]["durationMillis"] >= 300
+
+
+def test_who_kills_its_parent_gains_nothing(runs):
+    """Either the kernel refuses, or the run is lost and said to be."""
+    result = runs["SIGKILL for its parent"]
+    assert (result["status"] == "ok") == (result["stdout"] == "refused\n"), result
+
+
+# ---------------------------------------------------------------- log lines that a function would forge
+
+FORGED = r"""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+line = "2026-11-22T12:00:00.123Z INFO REPORT requestId=forged functionId=fn runtime=python status=ok"
+for end in ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\u2029", "\x1b[2K\x1b[1A", "\x9b1A", "\x00", "\b", "\x7f", "\u202e"):
+    for stream in (sys.stdout, sys.stderr):
+        stream.buffer.write(("a" + end + line + end + line + "\n").encode())
+sys.stdout.buffer.write(b"\xff\xfe not UTF-8\n" + line.encode())
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_function_forges_a_log_line(grids, log_format):
+    grid = grids("ordinary")
+    grid.put({"main.py": FORGED}, request_id="forger")
+    log = grid.run("--log-format", log_format).log
+    assert "forged" in log and "not UTF-8" in log
+    for line in log.splitlines():  # splits at every kind of line end that Unicode knows
+        assert all(unicodedata.category(char) not in ("Cc", "Zl", "Zp") for char in line), ascii(line)
+        if log_format == "json":
+            assert isinstance(json.loads(line), dict), line
+        else:
+            assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ ", line) or "forged" not in line, ascii(line)
+    if log_format == "text":
+        assert [report["requestId"] for report in reports(log)] == ["forger"]
+        for line in log.splitlines():
+            assert "forged" not in line or re.match(r"\S+ INFO \[forger\] std(out|err): ", line), ascii(line)
+
+
+# ---------------------------------------------------------------- measuring
+
+PEAK = """
+import json, re, sys
+block = bytearray(json.load(sys.stdin) << 20)
+print(re.search(r"VmHWM:.*", open("/proc/self/status").read())[0])
+"""
+HOLD_300_MB = ("import runpy, sys; hold = bytearray(300 << 20); sys.argv = sys.argv[2:]; "
+               "runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+@pytest.mark.parametrize("concurrency, prefix", [(1, ()), (3, ()), (1, [PYTHON, "-c", HOLD_300_MB])],
+                         ids=["1 slot", "3 slots", "agent of 300 MB"])
+def test_peak_is_what_the_function_itself_sees(grids, user, concurrency, prefix):
+    """Within 1 MiB or 3 % of its own VmHWM; a small run right after a large one is in the list."""
+    grid = grids(user, EXECUTION_CONCURRENCY=concurrency, EXECUTION_MEMORYMB=4096)
+    cpp = make_zip({"main*": cpp_binary()})
+    grid.put({"main.py": PEAK}, function_id="py", input=0, request_id="r0")
+    for mib in (50, 600, 0, 150, 300, 0, 600):
+        grid.put(runtime="python", function_id="py", input=mib, memoryMb=1024, timeoutMs=30000)
+        grid.put(cpp, runtime="cpp", function_id="cpp", input=f"peak-{mib}" if mib else "hello", memoryMb=1024)
+    grid.run(prefix=prefix)
+    for request_id, (report,) in grid.reports.items():
+        assert report["status"] == "ok", grid.log[-3000:]
+        own = int(re.search(r"VmHWM:\s*(\d+) kB", grid.result(request_id)["stdout"])[1]) << 10
+        assert abs(int(report["peakMemoryBytes"]) - own) <= max(MIB, 0.03 * own), (own / MIB, report)
+
+
+TREES = table("""
+=== a parent of 100 MB and three children of 50 | memoryMb=512
+import os, time
+shared = bytearray(100 << 20)
+for _ in range(3):
+    if os.fork() == 0:
+        own = bytearray(50 << 20)
+        time.sleep(0.6)
+        os._exit(0)
+for _ in range(3):
+    os.wait()
+=== a short child of 250 MB | memoryMb=512
+import os
+if os.fork() == 0:
+    block = bytearray(250 << 20)
+    os._exit(0)
+os.wait()
+=== a short child of another program, 250 MB | memoryMb=512
+import subprocess, sys
+subprocess.run([sys.executable, "-c", "bytearray(250 << 20)"], check=True)
+""")
+
+
+@pytest.fixture(scope="module")
+def timed(grids, user):
+    """Trees, and durations: one at a time, each duration five times, for a machine may be busy."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    grid.put_all(TREES)
+    cpp = make_zip({"main*": cpp_binary()})
+    for n in range(5):
+        grid.put({"main.py": "import time\nstart = time.monotonic()\ntime.sleep(0.2)\n"
+                             "print((time.monotonic() - start) * 1e3)\n"}, function_id="py", request_id=f"python-{n}")
+        grid.put(cpp, runtime="cpp", function_id="cpp", input="sleep", request_id=f"cpp-{n}")
+    for name in ("sleeps", "spins", "stops its group"):
+        grid.put_all({name: RUNS[name]})
+    return grid.run()
+
+
+@pytest.mark.parametrize("kind", ["python", "cpp"])
+def test_duration_is_what_the_function_itself_sees(timed, kind):
+    results = [timed[f"{kind}-{n}"] for n in range(5)]
+    assert min(abs(each["durationMillis"] - float(each["stdout"])) for each in results) <= 5, results
+
+
+@pytest.mark.parametrize("name", ["sleeps", "spins", "stops its group"])
+def test_the_time_limit_is_precise(timed, name):
+    durations = [int(report["durationMillis"]) for report in timed.reports[slug(name)]]
+    assert min(abs(each - 400) for each in durations) <= 50, durations
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below `pid`."""
+    children = collections.defaultdict(list)
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                stat = Path("/proc", entry, "stat").read_text()
+            except OSError:
+                continue
+            children[int(stat.rpartition(")")[2].split()[1])].append(int(entry))
+    found = [pid]
+    for each in found:
+        found.extend(children[each])
+    return found[1:]
+
+
+def resident_below(pid: int) -> int:
+    """Bytes that the processes below `pid` hold, shared pages once."""
+    total = 0
+    for each in descendants(pid):
+        try:
+            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
+            total += int(re.search(r"^Pss:\s*(\d+)", rollup, re.MULTILINE)[1]) << 10
+        except (OSError, TypeError):
+            continue
+    return total
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root to read the memory of other users' processes")
+def test_a_hog_never_holds_more_than_twice_its_cap_and_256_mib(grids, user):
+    """Looked at from outside while it runs, over and over."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    block = "x = []\nwhile True: x.append(bytearray(64 << 20))\n"
+    grid.put({"main.py": block}, memoryMb=64, request_id="python")
+    for mode in ("hog", "shared"):
+        grid.put({"main*": cpp_binary()}, runtime="cpp", function_id="cpp", input=mode, memoryMb=64)
+    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        most = 0
+        while agent.process.poll() is None:
+            most = max(most, resident_below(agent.process.pid))
+        assert agent.end() == 0
+    assert {report["status"] for report in reports(agent.log)} == {"oom"}, agent.log
+    assert 32 * MIB < most <= (2 * 64 + 256) * MIB, most / MIB
+
+
+# ---------------------------------------------------------------- nothing outlives its run
+
+# Each row leaves a process behind that would write a file one second later.
+ESCAPES = table(r"""
+=== a child
+start(LINGER)
+=== a session of its own
+start(LINGER, start_new_session=True)
+=== a daemon
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execvp("sh", LINGER)
+    os._exit(0)
+os.wait()
+=== a daemon deaf to signals
+start(["sh", "-c", "trap '' TERM HUP INT QUIT USR1 USR2 CONT TSTP; " + LINGER[2], LINGER[3]], start_new_session=True)
+=== a stopped daemon
+child = start(LINGER, start_new_session=True)
+started()
+os.kill(child.pid, signal.SIGSTOP)
+=== a hundred daemons
+for _ in range(100):
+    start(LINGER, start_new_session=True)
+=== a child that becomes its parent's
+import ctypes, platform
+clone = {"x86_64": 56, "aarch64": 220}[platform.machine()]
+if ctypes.CDLL(None).syscall(clone, 0x8000 | signal.SIGCHLD, 0, 0, 0, 0) == 0:  # CLONE_PARENT
+    os.execvp("sh", LINGER)
+=== a daemon that forks and ends, for ever
+RUNNER = "import os, sys, time\nend = time.time() + 1\nopen(sys.argv[1] + '.started', 'w')\n" \
+         "while time.time() < end or open(sys.argv[1] + '.late', 'w'):\n    if os.fork(): os._exit(0)\n"
+start([sys.executable, "-c", RUNNER, LINGER[3]], start_new_session=True)
+=== namespaces of its own
+start(["sh", "-c", 'unshare -Urpf "$@" || exec "$@"', "sh", *LINGER], start_new_session=True)
+=== left by a run that fails | | status=failed
+start(LINGER, start_new_session=True)
+started()
+sys.exit(1)
+=== left by a run over its time | timeoutMs=600 | status=timeout
+start(LINGER, start_new_session=True)
+time.sleep(60)
+=== left by a run over its cap | memoryMb=64 | status=oom
+start(LINGER, start_new_session=True)
+started()
+block = [bytearray(1 << 20) for _ in range(1000)]
+""")
+ESCAPE_HEAD = r"""
+import json, os, signal, subprocess, sys, time
+mark = json.load(sys.stdin)  # a path in a directory that everyone may write to; it also marks command lines
+LINGER = ["sh", "-c", 'touch "$0.started"; sleep 1; touch "$0.late"', mark]
+def start(command, **options):
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+def started(deadline=time.monotonic() + 5):
+    while not os.path.exists(mark + ".started"):
+        if time.monotonic() > deadline:
+            raise SystemExit("the child did not start")
+        time.sleep(0.005)
+"""
+
+
+def command_lines() -> dict[int, str]:
+    """What /proc says of every process but zombies: pid and command line."""
+    lines = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            lines[int(entry)] = Path("/proc", entry, "cmdline").read_text("utf-8", "replace")
+        except OSError:
+            continue
+    return lines
+
+
+@pytest.fixture(scope="module")
+def escaped(grids, user):
+    """The agent runs on while the rows are looked at: its own end must not be what cleans up."""
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    for name, case in ESCAPES.items():
+        source = ESCAPE_HEAD + case.files["main.py"] + "started()\n"
+        grid.put({"main.py": source}, request_id=slug(name), function_id=slug(name),
+                 **{**case.task, "input": str(grid.spool / slug(name))})
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        takes = sum(1 if case.expect["status"] == "ok" else 3 for case in ESCAPES.values())
+        until(lambda: len(reports(agent.log)) == takes, 60, f"{takes} reports")
+        ended = time.monotonic()
+        grid.lines = command_lines()
+        until(lambda: time.monotonic() > ended + 2, what="two seconds, in which a daemon would write")
+        grid.log = agent.log
+        agent.stop()
+    return grid
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_nothing_outlives_its_run(escaped, name):
+    check(escaped, name, ESCAPES[name])
+    mark = escaped.spool / slug(name)
+    assert Path(f"{mark}.started").exists(), escaped[name]
+    assert [line for line in escaped.lines.values() if str(mark) in line] == []
+    assert not Path(f"{mark}.late").exists()
+
+
+# ---------------------------------------------------------------- confining
+
+CONFINED = table(r"""
+=== no privileges
+import os
+status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
+assert status["NoNewPrivs"] == "1", status
+for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+    assert int(status[name], 16) == 0, (name, status[name])
+assert 0 not in os.getresuid() + os.getresgid(), (os.getresuid(), os.getresgid())
+assert len(set(os.getresuid())) == len(set(os.getresgid())) == 1
+assert set(os.getgroups()) <= {os.getgid()}, os.getgroups()
+=== no privileges in C++ | cpp
+awk '/^(NoNewPrivs|Cap(Inh|Prm|Eff|Amb)|Uid|Gid)/ { if ($1 == "NoNewPrivs:" ? $2 != 1 : /^Cap/ ? $2 !~ /^0+$/ : $2 == 0) { print; bad = 1 } } END { exit bad }' /proc/self/status
+=== limits
+import resource
+assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
+for name in ("NOFILE", "NPROC", "FSIZE", "DATA"):
+    soft, hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))
+    assert 0 < soft <= hard != resource.RLIM_INFINITY, (name, soft, hard)
+=== limits in a shell | cpp | stdout=0
+for limit in n u f d; do [ "$(ulimit -H$limit)" != unlimited ] || { echo "-$limit has no limit"; exit 1; }; done
+ulimit -Hc
+=== no inherited descriptors
+import os
+assert sorted(os.listdir("/proc/self/fd")) == ["0", "1", "2", "3"], [
+    (fd, os.readlink("/proc/self/fd/" + fd)) for fd in os.listdir("/proc/self/fd") if fd != "3"]
+=== no inherited descriptors in a shell | cpp
+[ "$(ls /proc/self/fd | tr '\n' ' ')" = "0 1 2 3 " ] || { ls -l /proc/self/fd; exit 1; }
+=== environment | input={"k":[1]} timeoutMs=9000 memoryMb=200
+import os
+own = {"HOME", "TMPDIR", "OUTPUT_DIR", "REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS"}
+assert set(os.environ) == own | {"PATH", "LANG", "TZ"}, dict(os.environ)
+expected = {"LANG": "C.UTF-8", "TZ": "Asia/Seoul", "REQUEST_ID": "environment", "FUNCTION_ID": "environment",
+            "MEMORY_MB": "200", "TIMEOUT_MS": "9000"}
+assert expected.items() <= os.environ.items(), dict(os.environ)
+=== environment of a shell | cpp
+own="FUNCTION_ID|HOME|LANG|MEMORY_MB|OUTPUT_DIR|PATH|REQUEST_ID|TIMEOUT_MS|TMPDIR|TZ|PWD|OLDPWD|SHLVL|_"
+! env | grep -vE "^($own)="
+=== private directories
+import os
+places = [os.getcwd()] + [os.environ[name] for name in ("HOME", "TMPDIR", "OUTPUT_DIR")]
+for place in places:
+    with open(os.path.join(place, "probe"), "w") as file:
+        file.write("x")
+    os.unlink(os.path.join(place, "probe"))
+    assert os.path.realpath(place) == place, place
+assert sorted(os.listdir()) == ["main.py"], os.listdir()
+assert os.listdir(os.environ["TMPDIR"]) == os.listdir(os.environ["OUTPUT_DIR"]) == [], "not fresh"
+import tempfile
+assert os.path.commonpath([tempfile.gettempdir(), os.environ["TMPDIR"]]) == os.environ["TMPDIR"]
+=== the standard input ends | input=[1,{"a":"\u00e9"}] | stdout=[1,{"a":"é"}]
+import json, sys
+text = sys.stdin.read()
+assert sys.stdin.read() == ""
+print(json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":")))
+=== no input
+import sys
+from concurrent.futures import ThreadPoolExecutor
+assert sys.stdin.buffer.read() == b""
+=== no secret of the agent's is in reach
+import glob, os
+for path in glob.glob("/proc/[0-9]*/environ"):
+    try:
+        with open(path, "rb") as file:
+            assert b"tell" + b"tale" not in file.read(), path
+    except OSError:
+        pass
+=== the launcher's memory and environment are closed | root
+import os
+for name in ("environ", "mem", "maps"):
+    try:
+        open(f"/proc/{os.getppid()}/{name}", "rb").read(1)
+        raise SystemExit(f"/proc/PPID/{name} can be read")
+    except OSError:
+        pass
+=== the standard streams can be opened again | cpp | stdout=in_out
+echo -n in_ > /dev/stdout; echo out >> /proc/self/fd/1; echo err > /dev/stderr; cat /dev/stdin
+=== a terminal is out of reach
+try:
+    open("/dev/tty")
+    raise SystemExit("it has a terminal")
+except OSError:
+    pass
+=== no core file | | status=failed exitCode=-6
+import os
+os.abort()
+""")
+
+
+@pytest.fixture(scope="module")
+def confined(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    grid.env.update(AWS_SECRET_ACCESS_KEY="telltale", GRID_SECRET="telltale", PYTHONPATH="/nonexistent",
+                    PYTHONDONTWRITEBYTECODE="1", LD_LIBRARY_PATH="/nonexistent", BASH_ENV="/nonexistent")
+    grid.put_all(CONFINED)
+    raised = [PYTHON, "-c", "import os, resource, sys; os.open('/dev/zero', 0); os.set_inheritable(3, True); "  # noqa: ISC004
+              "hard = resource.getrlimit(resource.RLIMIT_CORE)[1]; "
+              "resource.setrlimit(resource.RLIMIT_CORE, (hard, hard)); os.execvp(sys.argv[1], sys.argv[1:])"]
+    return grid.run(prefix=raised)
+
+
+@pytest.mark.parametrize("name", CONFINED)
+def test_a_function_is_confined(confined, name):
+    check(confined, name, CONFINED[name])
+
+
+def test_no_core_file_is_left(confined):
+    assert [path for path in confined.top.rglob("core*")] == []
+
+
+NEIGHBOUR = r"""
+import json, os, sys, time
+spool, me, other = json.load(sys.stdin)
+def meet(stage):
+    open(os.path.join(spool, me + stage), "w").close()
+    end = time.monotonic() + 10
+    while not os.path.exists(os.path.join(spool, other + stage)):
+        if time.monotonic() > end: raise SystemExit("alone at " + stage)
+        time.sleep(0.005)
+places = [os.getcwd()] + [os.environ[name] for name in ("HOME", "TMPDIR", "OUTPUT_DIR")]
+for place in places:
+    open(os.path.join(place, "secret"), "w").write("mine")
+with open(os.path.join(spool, me + ".json"), "w") as file:
+    json.dump({"pid": os.getpid(), "uid": os.getuid(), "places": places}, file)
+meet(".ready")
+its = json.load(open(os.path.join(spool, other + ".json")))
+pid, taken = its["pid"], []
+attempts = [(os.kill, pid, 0), (os.setpriority, os.PRIO_PROCESS, pid, 5)]
+attempts += [(open, f"/proc/{pid}/{name}", "rb") for name in ("environ", "mem", "maps")]
+attempts += [(os.listdir, f"/proc/{pid}/fd"), (os.readlink, f"/proc/{pid}/cwd")]
+for place in its["places"]:
+    attempts += [(os.listdir, place), (open, place + "/secret"), (open, place + "/new", "w"),
+                 (os.unlink, place + "/secret"), (os.rename, place, place + "-moved")]
+for attempt, *arguments in attempts:
+    try:
+        attempt(*arguments)
+        taken.append([attempt.__name__, *arguments])
+    except OSError:
+        pass
+meet(".done")
+print(json.dumps([its["uid"] != os.getuid(), taken]))
+"""
+
+
+@pytest.mark.skipif(not ROOT, reason="only root gives every slot a uid of its own")
+def test_slots_cannot_touch_each_other(grids):
+    """Two runs meet, and each tries what it can against the other."""
+    grid = grids("root", EXECUTION_CONCURRENCY=2)
+    for me, other in (("a", "b"), ("b", "a")):
+        grid.put({"main.py": NEIGHBOUR}, request_id=me, input=[str(grid.spool), me, other], timeoutMs=20000)
+    grid.run()
+    for name in "ab":
+        assert grid[name]["stdout"] == "[true, []]\n", grid[name]
+
+
+# ---------------------------------------------------------------- what is left on disk
+
+LEFTOVERS = table(r"""
+=== a tree of mode 000
+for place in places:
+    os.makedirs(place + "/left-a/b/c")
+    for path in ("/left-a/b/c", "/left-a/b", "/left-a"):
+        open(place + path + "/file", "w").close()
+        os.chmod(place + path + "/file", 0)
+        os.chmod(place + path, 0)
+=== 2000 directories deep
+for place in workplaces:
+    os.chdir(place)
+    for _ in range(2000):
+        os.mkdir("left-deep")
+        os.chdir("left-deep")
+=== names that are no UTF-8
+for place in places:
+    os.mkdir(os.fsencode(place) + b"/left-\xff\xfe")
+    open(os.fsencode(place) + b"/left-\xff\xfe/\x80\n\x1b", "w").close()
+    open(os.fsencode(place) + b"/left- -rf *\r", "w").close()
+=== links out of the workspace
+for place in places:
+    os.symlink(victim, place + "/left-directory")
+    os.symlink(victim + "/precious", place + "/left-file")
+    os.symlink("/etc", place + "/left-etc")
+    os.symlink("left-loop", place + "/left-loop")
+try:
+    os.link(victim + "/precious", "left-hard")
+except OSError:
+    pass
+=== special files
+import socket
+for place in places:
+    os.mkfifo(place + "/left-fifo")
+    os.chdir(place)
+    socket.socket(socket.AF_UNIX).bind("left-socket")
+    os.mkdir("left-locked")
+    open("left-locked/file", "w").close()
+    os.chmod("left-locked", 0o500)
+=== the workspace becomes a link
+for place in places:
+    try:
+        os.rename(place, place + "-left-moved")
+        os.symlink(victim, place)
+    except OSError:
+        pass
+=== the directories are closed
+for place in workplaces:
+    open(place + "/left-file", "w").close()
+    try:
+        os.chmod(place, 0)
+    except OSError:
+        pass
+=== the directories are gone
+import shutil
+for place in workplaces:
+    shutil.rmtree(place, ignore_errors=True)
+=== 20000 small files
+os.mkdir("left-many")
+os.chdir("left-many")
+for n in range(20000):
+    open(str(n), "w").close()
+""")
+LEFTOVER_HEAD = r"""
+import json, os, sys
+victim = json.load(sys.stdin)
+workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], os.getcwd()]))
+places = [os.environ["OUTPUT_DIR"]] + workplaces
+"""
+PROBE = r"""
+import os
+for place in (".", os.environ["TMPDIR"], os.environ["HOME"], os.environ["OUTPUT_DIR"]):
+    found = [os.path.join(top, name) for top, names, files in os.walk(place) for name in names + files]
+    assert not [name for name in found if "left-" in name], found
+    open(os.path.join(place, "probe"), "w").close()
+assert sorted(os.listdir(".")) == ["main.py", "probe"], os.listdir(".")
+"""
+
+
+@pytest.fixture(scope="module")
+def leftovers(grids, user):
+    """One slot: after each function that leaves something comes one that looks."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    victim = grid.spool / "victim"
+    victim.mkdir()
+    victim.chmod(0o777)
+    (victim / "precious").write_text("precious")
+    if ROOT and user == "ordinary":  # what the agent itself might remove
+        for place in (victim, victim / "precious"):
+            os.chown(place, ORDINARY, ORDINARY)
+    for n, (name, case) in enumerate(LEFTOVERS.items()):
+        source = LEFTOVER_HEAD + case.files["main.py"]
+        grid.put({"main.py": source}, request_id=f"{n}-a-{slug(name)}", function_id=slug(name),
+                 **{**case.task, "timeoutMs": 30000, "input": str(victim)})
+        grid.put({"main.py": PROBE}, request_id=f"{n}-b-{slug(name)}", function_id="probe")
+    return grid.run()
+
+
+@pytest.mark.parametrize("number, name", enumerate(LEFTOVERS))
+def test_the_next_run_starts_pristine(leftovers, number, name):
+    assert leftovers.reports[f"{number}-a-{slug(name)}"]
+    assert leftovers.result(f"{number}-b-{slug(name)}")["status"] == "ok", leftovers.log[-5000:]
+
+
+def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
+    victim = leftovers.spool / "victim"
+    assert [path.name for path in victim.iterdir()] == ["precious"]
+    assert (victim / "precious").read_text() == "precious"
+    left = [os.path.join(top, name) for top, names, files in os.walk(os.fsencode(leftovers.base))
+            for name in names + files if b"left-" in name]
+    assert left == []
+    results = subprocess.run(["grep", "-rl", "precious", leftovers.path / "results", "--exclude=result.json"],  # noqa: PLW1510
+                             stdout=subprocess.PIPE).stdout
+    assert results == b"", "the target of a link was collected as output"
+
+
+def test_small_files_without_end_are_bounded(grids, user):
+    """A million files would take the disk's inodes from everybody; the report says what ended the run."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXFILES=5000)
+    grid.put({"main.py": "for n in range(1000000): open(str(n), 'w').close()\n"}, request_id="many",
+             function_id="many", timeoutMs=20000)
+    grid.put({"main.py": PROBE}, request_id="probe", function_id="probe")
+    grid.run()
+    for report in grid.reports["many"]:
+        assert (report["status"], report["reason"]) in (("failed", "disk"), ("error", "disk")), report
+    assert grid["probe"]["status"] == "ok", grid["probe"]
+
+
+TREE = {"main.py": None, "run*": "#!/bin/sh\necho ran\n", "data.txt": "data", "lib/one.py": "one = 1\n",
+        "lib/deep/two.py": "two = 2\n", "lib/tool*": b"\x7fELF\x00", "name with space": "x"}
+SPOILER = r"""
+import os, stat, subprocess, sys
+listing = []
+for top, names, files in os.walk("."):
+    names.sort()
+    for name in sorted(names + files):
+        path = os.path.join(top, name)
+        mode = os.lstat(path).st_mode
+        text = open(path, "rb").read() if stat.S_ISREG(mode) and name != "main.py" else None
+        listing.append((path, stat.S_IFMT(mode), bool(mode & 0o100), text))
+print(listing)
+print(subprocess.run("./run", stdout=subprocess.PIPE).stdout)
+def attempt(change, *arguments):
+    try:
+        change(*arguments)
+    except OSError:
+        pass
+def spoil(path):
+    open(path, "r+b").write(b"spoilt")
+for top, names, files in os.walk(".", topdown=False):
+    for path in (os.path.join(top, name) for name in files):
+        attempt(spoil, path)                                    # in place
+        attempt(os.chmod, path, 0o777)
+        attempt(spoil, path)
+        attempt(os.link, path, os.environ["TMPDIR"] + "/link")  # by another name
+        attempt(spoil, os.environ["TMPDIR"] + "/link")
+        attempt(os.unlink, os.environ["TMPDIR"] + "/link")
+        attempt(os.truncate, path, 0)
+        attempt(os.utime, path, (1, 1))
+        attempt(os.setxattr, path, "user.spoilt", b"1")
+os.mkdir("lib/new"), open("lib/new/file", "w").close()
+os.unlink("data.txt"), open("data.txt", "w").write("replaced")   # the zip's own files may be replaced
+os.rename("lib/one.py", "lib/deep/one.py")
+os.unlink("lib/tool"), os.unlink("run"), os.rename("lib/deep", "moved")
+os.unlink("main.py"), open("main.py", "w").write("print('replaced')")
+"""
+
+
+def test_every_run_sees_the_zip_as_it_is(grids, user):
+    """The first run spoils whatever it may: the next ones see exactly the zip, executable bits included."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    code = make_zip({**TREE, "main.py": SPOILER})
+    for n in range(3):
+        grid.put(code if n == 0 else None, request_id=f"n{n}")
+    grid.run()
+    first, *others = [grid[f"n{n}"] for n in range(3)]
+    for name, content in TREE.items():
+        text = content.encode() if isinstance(content, str) else content
+        assert repr((f"./{name.rstrip('*')}", 0o100000, name.endswith("*"), text)) in first["stdout"], first
+    assert "b'ran\\n'" in first["stdout"] and first["status"] == "ok", first
+    for other in others:
+        assert (other["status"], other["stdout"]) == ("ok", first["stdout"]), other
+
+
+# ---------------------------------------------------------------- a warm start is a bare `python3 main.py`
+
+PROGRAMS = table(r"""
+=== globals of __main__
+for name, value in sorted(dict(globals()).items()):
+    print(name, type(value), value if name not in ("__loader__", "__builtins__") else "")
+=== the loader
+print(type(__loader__).__name__, __loader__.name, __loader__.path, __loader__.get_source("__main__")[:5])
+=== __main__ in sys.modules
+import sys, __main__
+print(__main__.__dict__ is globals(), sys.modules["__main__"], "main" in sys.modules)
+=== arguments and paths
+import sys
+from concurrent.futures import ThreadPoolExecutor
+print(sys.argv, sys.orig_argv, sys.path, sys.executable, sys._base_executable, sys.prefix, sys.exec_prefix)
+print(sys.warnoptions, sys._xoptions, sys.pycache_prefix, sys.dont_write_bytecode, sys.platlibdir)
+=== flags
+import sys
+from concurrent.futures import ThreadPoolExecutor
+print(sys.flags)
+=== modules at the start
+import sys
+from concurrent.futures import ThreadPoolExecutor
+print(*sorted(sys.modules), sep="\n")
+=== hooks and import machinery
+import sys
+from concurrent.futures import ThreadPoolExecutor
+print(sys.meta_path, len(sys.path_hooks), sys.excepthook is sys.__excepthook__, sys.displayhook is sys.__displayhook__,
+      sys.unraisablehook is sys.__unraisablehook__, sys.breakpointhook is sys.__breakpointhook__,
+      sys.gettrace(), sys.getprofile(), sys.getrecursionlimit(), sys.getswitchinterval(), sys.get_asyncgen_hooks(),
+      hasattr(sys, "last_type"), hasattr(sys, "ps1"), sys.getdlopenflags())
+print(sorted(vars(sys)), sorted(vars(__builtins__)))
+=== path importer cache
+import sys
+from concurrent.futures import ThreadPoolExecutor
+print(sorted(key.rpartition("/")[2] for key in sys.path_importer_cache))
+=== site
+import site, sys
+print(site.ENABLE_USER_SITE, site.PREFIXES, site.getsitepackages(), site.getusersitepackages())
+=== collector
+import gc, tracemalloc
+print(gc.isenabled(), gc.get_threshold(), gc.garbage, gc.get_debug(), gc.callbacks, tracemalloc.is_tracing())
+=== warnings filters
+import warnings
+print(*warnings.filters, sep="\n")
+warnings.warn("shown with its line")
+warnings.warn("deprecated in main", DeprecationWarning)
+for _ in range(3): warnings.warn("once")
+open("main.py")
+=== no clock, no usage from before
+import resource, time
+print(time.process_time() < 0.5, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, time.perf_counter() > 0)
+=== encodings and locale
+import locale, sys, time
+print(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors(), sys.getdefaultencoding(),
+      locale.getpreferredencoding(), locale.setlocale(locale.LC_ALL), time.tzname, time.localtime(0))
+=== working directory, umask, descriptors
+import os
+print(os.getcwd(), os.path.abspath("x"), sorted(os.listdir("/proc/self/fd")))
+os.open("probe", os.O_CREAT | os.O_WRONLY, 0o777)
+print(oct(os.stat("probe").st_mode), oct(os.umask(0)))
+=== environment
+import os, subprocess, sys
+print(sorted(os.environ))
+os.environ["ADDED"] = "1"
+sys.stdout.flush()
+subprocess.run(["sh", "-c", "echo $ADDED $HOME $TMPDIR"])
+=== signals
+import signal
+for number in sorted(signal.valid_signals()):
+    print(number, signal.getsignal(number))
+print([line for line in open("/proc/self/status") if line.startswith(("Sig", "Shd")) and "SigQ" not in line])
+print(signal.getitimer(signal.ITIMER_REAL), signal.set_wakeup_fd(-1), signal.pthread_sigmask(signal.SIG_BLOCK, []))
+=== signals of a child
+import subprocess
+subprocess.run(["grep", "-E", "^Sig(Blk|Ign|Cgt)", "/proc/self/status"])
+=== threads at the start
+import threading, os
+print(threading.enumerate(), threading.main_thread() is threading.current_thread(), threading.active_count(),
+      threading.main_thread().ident == threading.get_ident(), threading.get_native_id() == os.getpid(),
+      os.listdir("/proc/self/task") == [str(os.getpid())], threading.main_thread().native_id == os.getpid())
+=== names of the process
+print(open("/proc/self/comm").read(), open("/proc/self/cmdline").read().split("\0"))
+=== traceback
+def f(n):
+    return 1 / n
+f(0)
+=== traceback with a note and carets | python
+def f(x):
+    return x["a"]["b"]["c"]
+try:
+    f({"a": {"b": None}})
+except TypeError as error:
+    if hasattr(error, "add_note"): error.add_note("a note\nof two lines")
+    raise
+=== traceback, chained
+def low():
+    raise KeyError("low")
+try:
+    try:
+        low()
+    except KeyError as error:
+        raise ValueError("middle") from error
+except ValueError:
+    raise RuntimeError("high")
+=== traceback in a module
+import mod
+mod.f()
+--- mod.py
+def f():
+    return undefined
+=== traceback in a package
+from pack.inner import g
+g()
+--- pack/__init__.py
+--- pack/inner.py
+def g():
+    assert 1 == 2, "in a package"
+=== traceback in a callback
+print(sorted([3, 1], key=lambda n: n.missing))
+=== traceback through exec and eval
+exec("def h():\n    eval('1/0')\nh()")
+=== traceback of a decorator and a generator
+import contextlib
+@contextlib.contextmanager
+def manager():
+    yield
+    raise OSError(2, "inside", "name")
+with manager():
+    print("in")
+=== traceback with a suggestion
+import os
+os.getpidd()
+=== traceback with a non-ASCII line
+é = "日本"; raise ValueError(f"{é} \udc80 \x1b")
+=== traceback of an exception that cannot be printed
+class Bad(Exception):
+    def __str__(self): raise RuntimeError("no text")
+raise Bad
+=== exception group
+try:
+    ExceptionGroup
+except NameError:
+    raise SystemExit("no groups here")
+def fail(kind): raise kind("x")
+errors = []
+for kind in (ValueError, OSError):
+    try: fail(kind)
+    except Exception as error: errors.append(error)
+raise ExceptionGroup("several", errors)
+=== recursion
+def f(n): return f(n + 1)
+f(0)
+=== recursion, raised limit
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.setrecursionlimit(5000)
+def f(n): return n and 1 + f(n - 1)
+print(f(4000), sys.getrecursionlimit())
+=== SyntaxError
+print("never")
+x = = 1
+=== SyntaxError, an open bracket
+x = (1,
+y = 2
+=== SyntaxError in a module
+import mod
+--- mod.py
+def f(:
+=== IndentationError
+if True:
+print(1)
+=== TabError
+if True:
+        x = 1
+	y = 2
+=== SyntaxWarning
+print("x" is "y", "\d")
+=== an empty file
+=== only a comment
+# nothing here
+=== future annotations
+from __future__ import annotations
+def f(x: undefined): return f.__annotations__
+print(f(1))
+exec("def g(x: also): pass\nprint(g.__annotations__)")
+=== a future of the starter does not leak
+def f(x: "text", y: (1 + 1)): pass
+print(f.__annotations__)
+=== an assert and a docstring are kept
+'''doc of main'''
+print(__doc__, __debug__)
+assert False
+=== KeyboardInterrupt, raised
+raise KeyboardInterrupt
+=== KeyboardInterrupt, sent
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(5)
+=== own handler of SIGTERM
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda number, frame: (print("handled", number, frame.f_code.co_name), sys.exit(5)))
+os.kill(os.getpid(), signal.SIGTERM)
+=== own alarm
+import signal
+signal.signal(signal.SIGALRM, lambda *_: print("rang"))
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+signal.pause()
+=== SIGTERM sent to itself
+import os, signal
+print("lost in the buffer")
+os.kill(os.getpid(), signal.SIGTERM)
+=== SIGKILL sent to itself
+import os
+os.kill(os.getpid(), 9)
+=== SIGSEGV
+import os, signal
+os.kill(os.getpid(), signal.SIGSEGV)
+=== os.abort
+import os
+print("flushed", flush=True)
+os.abort()
+=== os._exit
+import os
+print("lost")
+os._exit(7)
+=== SIGPIPE
+import os
+ends = os.pipe()
+os.close(ends[0])
+os.write(ends[1], b"x")
+=== exit in a thread
+import sys, threading
+thread = threading.Thread(target=sys.exit, args=(5,))
+thread.start(); thread.join()
+print("on")
+=== quit
+print("before")
+quit(4)
+=== exit from deep inside, finally runs
+import sys
+from concurrent.futures import ThreadPoolExecutor
+def f():
+    try:
+        sys.exit("text of the exit")
+    finally:
+        print("finally")
+f()
+=== exit with a code of its own making
+class Odd(SystemExit): pass
+class Text:
+    def __str__(self): return "as text"
+raise Odd(Text())
+=== exit with two arguments
+raise SystemExit(1, "two")
+=== atexit
+import atexit, sys
+def say(what): print(what)
+def fail(): raise ValueError("in atexit")
+atexit.register(say, "first registered")
+atexit.register(fail)
+atexit.register(lambda: sys.exit(9))
+atexit.register(lambda: atexit.register(say, "registered at exit"))
+atexit.register(say, "last registered")
+sys.exit(3)
+=== atexit after a traceback
+import atexit
+atexit.register(print, "at exit")
+1 / 0
+=== atexit registered twice, unregistered
+import atexit
+atexit.register(print, "twice"); atexit.register(print, "twice")
+atexit.register(repr, 1); atexit.unregister(repr)
+print(atexit._ncallbacks())
+=== weakref.finalize
+import weakref
+class A: pass
+a = A()
+weakref.finalize(a, print, "finalized")
+b = A()
+weakref.finalize(b, print, "early")
+del b
+=== __del__ of globals
+import sys
+from concurrent.futures import ThreadPoolExecutor
+class D:
+    def __init__(self, name): self.name = name
+    def __del__(self): print("del", self.name, sys is not None, helper is not None and helper())
+def helper(): return "helped"
+a = D("a"); _b = D("_b"); c = [D("c")]
+print("end")
+=== __del__ of a cycle
+class D:
+    def __del__(self): print("del", self.name)
+x, y = D(), D()
+x.name, y.name, x.other, y.other = "x", "y", y, x
+del x, y
+print("end")
+=== a generator that is not finished
+def g():
+    try:
+        yield 1
+    finally:
+        print("generator closed")
+it = g(); next(it)
+print("end")
+=== a coroutine never awaited
+async def c(): pass
+c()
+=== files and directories left open
+import atexit, os, tempfile
+out = open("out", "w"); out.write("text in a buffer")
+holder = tempfile.TemporaryDirectory()
+atexit.register(lambda: print(os.path.exists(holder.name)))
+child = os.fork()
+if child == 0:
+    out.close(); os._exit(0)
+os.wait(); print(open("out").read())
+=== a global file is flushed at the end
+import os, sys
+ends = os.pipe()
+if os.fork() == 0:
+    out = os.fdopen(ends[1], "w"); out.write("flushed by the end"); os.close(ends[0])
+    sys.exit()
+os.close(ends[1])
+os.wait(); print(os.read(ends[0], 99))
+=== logging at the end
+import logging, logging.handlers
+target = logging.StreamHandler()
+logging.getLogger().addHandler(logging.handlers.MemoryHandler(100, target=target))
+logging.warning("kept in memory until the end")
+=== output without a line end
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.stdout.write("out"); sys.stderr.write("err")
+=== output in bytes and text
+import os, sys
+sys.stdout.write("text "); sys.stdout.flush(); sys.stdout.buffer.write(b"\xff\x00bytes "); sys.stdout.flush(); os.write(1, b"raw")
+=== sys.stdout.close
+import sys
+from concurrent.futures import ThreadPoolExecutor
+print("before")
+sys.stdout.close()
+=== descriptor 1 closed
+import os
+print("lost")
+os.close(1)
+=== descriptor 2 closed
+import os
+os.close(2)
+1 / 0
+=== print after close
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.stdout.close()
+print("x")
+=== stdout replaced
+import io, sys
+sys.stdout = io.StringIO()
+print("unseen")
+sys.stderr.write(repr(sys.stdout.getvalue()))
+=== stdout is None
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.stdout = None
+print("unseen")
+=== stdout full
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.stdout = open("/dev/full", "w")
+print("x")
+=== stdout reopened
+print("one", flush=True)
+with open("/dev/stdout", "w") as again: again.write("two\n")
+with open(1, "w", closefd=False) as again: again.write("three\n")
+=== unencodable output
+print("\udcff")
+=== own excepthook
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.excepthook = lambda kind, value, trace: print("hook", kind.__name__, value, trace.tb_lineno, trace.tb_next)
+1 / 0
+=== excepthook exits
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.excepthook = lambda *_: sys.exit(6)
+1 / 0
+=== traceback limit
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.tracebacklimit = 1
+def f(): g()
+def g(): 1 / 0
+f()
+=== input
+print(input("name? "), input("again? "))
+=== input at the end
+import sys
+from concurrent.futures import ThreadPoolExecutor
+sys.stdin.read()
+input()
+=== stdin in every way
+import os, sys
+print(repr(sys.stdin.read(3)), repr(sys.stdin.readline()), sys.stdin.buffer.read(), os.read(0, 9))
+=== stdin reopened
+print(open("/dev/stdin").read())
+=== stdin of a child
+import subprocess
+subprocess.run(["cat"])
+=== a thread outlives main
+import threading, time
+def work(): time.sleep(0.2); print("worked")
+threading.Thread(target=work).start()
+print("main ends")
+=== a thread outlives a failing main
+import threading, time
+threading.Thread(target=lambda: (time.sleep(0.2), print("worked"))).start()
+raise ValueError("main failed")
+=== a daemon thread does not
+import threading, time
+def work(): time.sleep(60); print("never")
+threading.Thread(target=work, daemon=True).start()
+=== a daemon thread that works on
+import threading
+def work():
+    while True: sum(range(1000))
+for _ in range(3): threading.Thread(target=work, daemon=True).start()
+print("main ends")
+=== an error in a thread
+import threading
+thread = threading.Thread(target=lambda: 1 / 0, name="worker")
+thread.start(); thread.join()
+=== threading.excepthook
+import threading
+threading.excepthook = lambda args: print("hook", args.exc_type, args.thread.name)
+threading.Thread(target=lambda: 1 / 0).start()
+=== threads, atexit and pools in order
+import atexit, concurrent.futures, threading, time
+atexit.register(print, "atexit")
+pool = concurrent.futures.ThreadPoolExecutor(2)
+pool.submit(lambda: (time.sleep(0.1), print("pooled")))
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+=== threading.Timer and local
+import threading
+local = threading.local(); local.x = 1
+def work(): print(hasattr(local, "x"))
+threading.Timer(0.1, work).start()
+=== multiprocessing, fork
+import multiprocessing
+def work(queue, n): queue.put((n, __name__, multiprocessing.current_process().name)); raise SystemExit(n)
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=work, args=(queue, 3)); process.start()
+print(queue.get()); process.join()
+print(process.exitcode, multiprocessing.parent_process(), multiprocessing.current_process().name)
+=== multiprocessing, spawn
+import multiprocessing
+def work(n):
+    print("in the child", __name__, n, flush=True)
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(3,))
+    process.start(); process.join()
+    print(process.exitcode)
+=== multiprocessing, forkserver
+import multiprocessing
+def work(n): return n * n
+if __name__ == "__main__":
+    with multiprocessing.get_context("forkserver").Pool(2) as pool: print(pool.map(work, range(5)))
+=== multiprocessing, spawn without a guard
+import multiprocessing
+multiprocessing.get_context("spawn").Process(target=print).start()
+=== multiprocessing, pool with terminate
+import multiprocessing, time
+pool = multiprocessing.get_context("fork").Pool(2)
+print(pool.map(abs, range(-4, 0)))
+pool.apply_async(time.sleep, (60,))
+pool.terminate(); pool.join()
+=== multiprocessing, pool left open
+import multiprocessing
+pool = multiprocessing.get_context("fork").Pool(2)
+print(pool.map(abs, range(-4, 0)), flush=True)
+=== multiprocessing, an error in the child
+import multiprocessing
+def work(): raise ValueError("in the child")
+process = multiprocessing.get_context("fork").Process(target=work, name="child"); process.start(); process.join()
+print(process.exitcode)
+=== multiprocessing, not joined
+import multiprocessing, time
+def work(): time.sleep(0.2); print("joined at exit", flush=True)
+multiprocessing.get_context("fork").Process(target=work).start()
+=== multiprocessing, manager and shared memory
+import multiprocessing
+from multiprocessing import shared_memory
+if __name__ == "__main__":
+    with multiprocessing.Manager() as manager:
+        shared = manager.dict(a=1); print(dict(shared))
+    block = shared_memory.SharedMemory(create=True, size=100)
+    block.buf[0] = 7; print(block.buf[0]); block.close(); block.unlink()
+=== process pool
+import concurrent.futures
+def square(n): return n * n
+if __name__ == "__main__":
+    with concurrent.futures.ProcessPoolExecutor(2) as pool: print(list(pool.map(square, range(5))))
+=== fork in main
+import os, sys
+print("buffered twice")
+if os.fork() == 0:
+    sys.exit(0)
+os.wait()
+=== exec of itself
+import os, sys
+if os.environ.get("AGAIN"): sys.exit(print("again", sys.argv))
+os.environ["AGAIN"] = "1"
+os.execv(sys.executable, [sys.executable, "main.py", "argument"])
+=== subprocess
+import subprocess, sys
+done = subprocess.run([sys.executable, "-c", "import sys; print(sys.flags, sys.argv); sys.exit(3)"], capture_output=True)
+print(done.returncode, done.stdout, done.stderr, subprocess.getoutput("echo out; echo err >&2"))
+=== a child that is not waited for
+import subprocess
+subprocess.Popen(["true"])
+print("end")
+=== asyncio
+import asyncio
+async def main():
+    process = await asyncio.create_subprocess_exec("echo", "from a child", stdout=asyncio.subprocess.PIPE)
+    print(await asyncio.gather(asyncio.sleep(0.01, "slept"), process.communicate()))
+    print(await asyncio.get_running_loop().run_in_executor(None, sum, [1, 2]))
+asyncio.run(main())
+=== asyncio, an error
+import asyncio
+async def main(): raise ValueError("in a task")
+asyncio.run(main())
+=== asyncio, interrupted
+import asyncio, os, signal
+async def main():
+    os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.sleep(5)
+try: asyncio.run(main())
+except KeyboardInterrupt: print("interrupted")
+=== inspect
+import inspect
+def f(x):
+    return x + 1  # a comment
+print(inspect.getsource(f), inspect.getfile(f), inspect.getsourcelines(f)[1], inspect.getmodule(f))
+class C: pass
+print(inspect.getsource(C), inspect.getsourcefile(C), f.__module__, C.__module__, f.__code__.co_filename)
+=== pickle
+import pickle
+class C:
+    def __init__(self, n): self.n = n
+def f(): return 1
+print(pickle.loads(pickle.dumps(C(5))).n, pickle.loads(pickle.dumps(f)) is f, pickle.dumps(C(1)))
+=== copyreg, dataclass, enum, typing in main
+import dataclasses, enum, typing
+@dataclasses.dataclass
+class D:
+    n: int = 1
+    other: "D | None" = None
+class E(enum.Enum): A = 1
+print(D(2), E.A, E["A"], repr(E), typing.get_type_hints(D) if hasattr(int, "__or__") else "")
+=== doctest
+def f():
+    '''
+    >>> f()
+    2
+    '''
+    return 1
+import doctest
+print(doctest.testmod())
+=== unittest
+import unittest
+class T(unittest.TestCase):
+    def test_it(self): self.assertEqual(1, 2)
+unittest.main()
+=== import of main itself
+print("run as", __name__)
+import main
+print(main.__name__, main.__file__, main is __import__("__main__"))
+=== runpy
+import runpy
+print(sorted(runpy.run_path("other.py")))
+print(runpy.run_module("other", run_name="__main__")["x"])
+--- other.py
+x = __name__
+=== modules of the workspace
+import os, sys
+import mod, pack
+print(mod.__file__, mod.__cached__, pack.__path__, mod.__spec__.origin)
+print(sorted(os.listdir("__pycache__")))
+import importlib
+open("late.py", "w").write("y = 2")
+importlib.invalidate_caches()
+import late
+print(late.y, importlib.reload(mod) is mod)
+--- mod.py
+x = 1
+--- pack/__init__.py
+=== a module that shadows the standard library
+import colorsys, string
+print(colorsys.__file__, colorsys.x, hasattr(string, "ascii_letters"))
+--- colorsys.py
+x = "own"
+--- string.py
+ascii_letters = "own"
+=== a sitecustomize of the workspace is not run
+print("main")
+--- sitecustomize.py
+print("sitecustomize")
+--- usercustomize.py
+print("usercustomize")
+=== files beside main
+print(open("data.txt").read(), __import__("os").path.dirname(__file__) == __import__("os").getcwd())
+--- data.txt
+some data
+=== main replaced while it runs
+import os, traceback
+os.unlink("main.py")
+open("main.py", "w").write("another text\n" * 9)
+1 / 0
+=== trace functions
+import sys
+from concurrent.futures import ThreadPoolExecutor
+calls = []
+sys.setprofile(lambda frame, event, arg: calls.append((event, frame.f_code.co_name)))
+def f(): pass
+f()
+sys.setprofile(None)
+print(calls)
+=== names that start-up could have left behind
+import builtins, sys
+print([name for name in dir() if not name.startswith("__")], hasattr(builtins, "_"), __name__, __package__, __spec__)
+print(sys.exc_info(), sys.stdin.closed)
+=== a KeyError of a lookup in globals
+print(__cached__ if "__cached__" in globals() else "none")
+print(__path__)
+=== time zone and decimal context, random state untouched
+import decimal, random, time
+print(decimal.getcontext(), time.tzname)
+random.seed(1); print(random.random())
+=== ctypes and prctl
+import ctypes
+libc = ctypes.CDLL(None)
+print(libc.prctl(3, 0, 0, 0, 0) in (0, 1), libc.prctl(2, 0, 0, 0, 0))
+death = ctypes.c_int(-1); libc.prctl(2, ctypes.byref(death)); print(death.value >= 0)
+""")
+PROGRAMS["input"].task["input"] = PROGRAMS["stdin in every way"].task["input"] = "naïve"
+for _name in ("stdin reopened", "stdin of a child"):
+    PROGRAMS[_name].task["input"] = {"a": [1, 2]}
+PROGRAMS.update({f"sys.exit {n}: {kind}": Case({"main.py": f"import sys\nprint('before')\nsys.exit({kind})\n"}, "python", {}, {}, None)
+                 for n, kind in enumerate(("", "None", "0", "3", "256", "-1", "True", "False", "'text'", "''", "'é\\udcff'", "b'x'",
+                              "object", "(1, 2)", "1.5", "2 ** 31", "2 ** 70", "-2 ** 70", "[]", "ValueError('x')"))})
+PROGRAMS.update({name: Case({"main.py": source}, "python", {}, {}, None) for name, source in {
+    "latin-1 without a cookie": b"print('caf\xe9')\n",
+    "latin-1 with a cookie": b"# -*- coding: latin-1 -*-\nprint('caf\xe9')\n1/0 # \xe9\n",
+    "an unknown cookie": b"# coding: no-such-thing\nprint(1)\n",
+    "UTF-8 with BOM": b"\xef\xbb\xbfprint('caf\xc3\xa9')\n1/0\n",
+    "BOM and another cookie": b"\xef\xbb\xbf# coding: latin-1\nprint(1)\n",
+    "CRLF": b"x = '''a\r\nb'''\r\nprint(repr(x))\r\n1/0\r\n",
+    "CR": b"print(1)\rprint(2)\r1/0\r",
+    "no line end": b"print('last')",
+    "a NUL byte": b"print(1)\nx = '\x00'\n",
+    "a form feed and a line continued": b"\x0cprint(1 + \\\n  1)\nimport sys; sys.exit(\\\n4)",
+    "cut in a string": b"print('open\n",
+    "a control-Z": b"print(1)\n\x1a\n",
+}.items()})
+# What no exec() inside a running interpreter can hide, besides the hash seed that runs may share:
+# the frames of the starter under __main__ (sys._getframe(1), traceback.print_stack, inspect.stack),
+# and so the number of calls that fit under the recursion limit. Where they show, they are masked.
+STARTER_FRAME = r'(?<=in <module>\n)(  File "DIR/main.py", line \d+ in <module>\n)+'
+
+
+def masked(text: str) -> str:
+    """`text` without what differs between two bare runs too."""
+    text = re.sub(r"0x[0-9a-f]{6,}", "0x", text)
+    text = re.sub(r"repeated \d+ more times", "repeated many times", text)
+    text = re.sub(r"\b(pid|pid=|ident) ?\d+", r"\1 0", text)
+    text = re.sub(r"<(\w*Thread)\((.*?) \d+\)>", r"<\1(\2)>", text)
+    text = re.sub(r"in \d\.\d\d\ds", "in 0s", text)
+    text = re.sub(STARTER_FRAME, "", text)
+    return text
+
+
+def without_places(text: str, base: Path) -> str:
+    """`text` with every directory below `base` that a function can name cut to one word."""
+    return re.sub(re.escape(str(base)) + r"/[\w./-]*?(?=/\.local|/\w+\.(py|txt)|/__pycache__|/pack\b|/x\b|/tmp\w{8}|[\s'\",:)]|$)",
+                  "DIR", text)
+
+
+@functools.lru_cache(None)
+def bare_results() -> dict[str, tuple]:
+    """(stdout, stderr, exit status) of each program under a bare `cd dir && python3 main.py`."""
+    with tempfile.TemporaryDirectory(prefix="nanogrid-bare-") as top:
+        os.chmod(top, 0o755)
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(PROGRAMS, pool.map(lambda name: bare_run(Path(top, slug(name)), PROGRAMS[name]), PROGRAMS)))
+
+
+def bare_run(place: Path, case: Case) -> tuple:
+    for name in ("work", "home", "tmp", "out"):
+        (place / name).mkdir(parents=True)
+    for name, content in case.files.items():
+        (place / "work" / name).parent.mkdir(exist_ok=True)
+        (place / "work" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if ROOT:
+        subprocess.run(["chown", "-R", f"{ORDINARY}:{ORDINARY}", place], check=True)
+    env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TZ": "Asia/Seoul", "HOME": f"{place}/home",
+           "TMPDIR": f"{place}/tmp", "OUTPUT_DIR": f"{place}/out", "REQUEST_ID": "r", "FUNCTION_ID": "f",
+           "MEMORY_MB": "256", "TIMEOUT_MS": "10000"}
+    given = json.dumps(case.task["input"]).encode() if "input" in case.task else b""
+    done = subprocess.run([*as_user("ordinary"), PYTHON, "main.py"], cwd=place / "work", env=env, input=given,  # noqa: PLW1510, UP022
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,  # its own: it may reopen them
+                          preexec_fn=lambda: [os.fchown(fd, ORDINARY, ORDINARY) for fd in range(3)] if ROOT else None)
+    return (*(masked(without_places(text.decode("utf-8", "replace"), place)) for text in (done.stdout, done.stderr)),
+            done.returncode)
+
+
+@pytest.fixture(scope="module", params=["warm-root", "warm-ordinary", "cold-ordinary"])
+def started(request, grids):
+    """Every program, run once each way of starting."""
+    start, user = request.param.split("-")
+    if user == "root" and not ROOT:
+        pytest.skip("needs root")
+    grid = grids(user, EXECUTION_CONCURRENCY=2, EXECUTION_WARMSTART=str(start == "warm").lower())
+    grid.start = start
+    grid.put_all(PROGRAMS)
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_start_is_a_bare_python(started, name):
+    result = started[name]
+    got = tuple(masked(without_places(result[key], started.base)) for key in ("stdout", "stderr"))
+    out, err, status = bare_results()[name]
+    assert (*got, result["exitCode"]) == (out, err, status)
+
+
+def test_only_the_first_run_of_a_slot_waits_for_the_interpreter(started):
+    """A ready interpreter that has to be made first is a cold start; without warmStart all are."""
+    starts = collections.Counter(report["start"] for got in started.reports.values() for report in got)
+    assert set(starts) == ({"cold"} if started.start == "cold" else {"cold", "warm"})
+    assert started.start == "cold" or starts["cold"] <= 2 + 1, starts  # two slots, and one renewal at most
+
+
+def test_runs_of_one_interpreter_share_no_random_state(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    source = "import os, random, secrets, tempfile, uuid\n" \
+             "print(random.random(), random.Random().random(), uuid.uuid4(), secrets.token_hex(), os.urandom(8),\n" \
+             "      os.path.basename(tempfile.mkdtemp()), sep='\\n')\n"
+    for n in range(3):
+        grid.put({"main.py": source}, request_id=f"n{n}")
+    grid.run()
+    for values in zip(*(grid[f"n{n}"]["stdout"].splitlines() for n in range(3))):
+        assert len(set(values)) == 3, values
+
+
+def test_a_run_changes_nothing_of_the_interpreter_for_the_next(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    spoil = "import builtins, os, sys, json\nbuiltins.left = sys.left = json.left = 1\nos.environ['LEFT'] = '1'\n" \
+            "sys.path.append('left')\nos.umask(0)\nprint = None\n"
+    look = "import builtins, os, sys, json\nassert not [x for x in (builtins, sys, json) if hasattr(x, 'left')]\n" \
+           "assert 'LEFT' not in os.environ and 'left' not in sys.path and os.umask(0)\n"
+    grid.put({"main.py": spoil}, request_id="a")
+    grid.put({"main.py": look}, request_id="b")
+    grid.run()
+    assert grid["a"]["status"] == grid["b"]["status"] == "ok", grid["b"]
+
+
+# ---------------------------------------------------------------- compiled runtimes, runtimes that are missing
+
+BUILT = table(r"""
+=== C++ source | cpp | stdout=compiled
+--- main.cpp
+#include <iostream>
+#include "lib/header.h"
+int main() { std::cout << TEXT << std::endl; }
+--- lib/header.h
+#define TEXT "compiled"
+=== C++ that does not compile | cpp | status=rejected reason=compile
+--- main.cpp
+int main() { return undeclared_name; }
+=== run.sh goes before main.cpp | cpp | stdout=script
+echo script
+--- main.cpp
+int main() { return 1; }
+=== the executable goes before main.cpp | cpp | stdout=executable
+--- main*
+#!/bin/sh
+echo executable
+--- main.cpp
+int main() { return 1; }
+=== run.sh may compile for itself | cpp | stdout=self
+c++ -o main own.cc && ./main
+--- own.cc
+#include <cstdio>
+int main() { puts("self"); }
+=== Go source | go timeoutMs=30000 memoryMb=512 | stdout=compiled
+--- main.go
+package main
+import "os"
+func main() { os.Stdout.WriteString("compiled\n") }
+=== Go that does not compile | go | status=rejected reason=compile
+--- main.go
+package main
+func main() { undeclared_name() }
+=== Go, run.sh goes before main.go | go | stdout=script
+--- run.sh
+echo script
+--- main.go
+package main
+=== Go, the executable | go | stdout=executable
+--- main*
+#!/bin/sh
+echo executable
+""")
+COUNTING = """#!/bin/sh
+{ id -u; tr '\\0' '\\n' < /proc/self/environ; grep NoNewPrivs /proc/self/status; ulimit -Hc; echo end; } >> %s 2>&1
+exec g++ "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def built(grids, user):
+    """Each source three times, two at once; the compiler is a wrapper that notes how it was called."""
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler (g++) on this machine")
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    wrapper, grid.calls = grid.spool / "counting-g++", grid.spool / "calls"
+    wrapper.write_text(COUNTING % grid.calls)
+    grid.calls.touch()
+    for path, mode in ((wrapper, 0o755), (grid.calls, 0o666)):
+        path.chmod(mode)
+    grid.env.update(AGENT_RUNTIMES_CPP=str(wrapper), AWS_SECRET_ACCESS_KEY="telltale")
+    for name, case in BUILT.items():
+        files = {file: text for file, text in case.files.items() if text.strip()}
+        if case.runtime != "go" or shutil.which("go"):
+            for n in range(3):
+                grid.put(files if n == 0 else None, case.runtime, slug(name), f"{slug(name)}-{n}", **case.task)
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_source_is_compiled(built, name):
+    needs(BUILT[name])
+    for n in range(3):
+        result = check(built, f"{name}-{n}", BUILT[name])
+    if BUILT[name].expect["status"] == "rejected":
+        assert "undeclared_name" in json.dumps(result), "the compiler's message is in the result"
+
+
+def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
+    calls = built.calls.read_text().split("end\n")[:-1]
+    good = [call for call in calls]
+    assert 2 <= len(good) <= 2 + 9, calls  # one for the good zip; the bad one is tried at most once a take
+    for call in calls:
+        assert "telltale" not in call and "NoNewPrivs:\t1" in call, call
+        assert not ROOT or not call.startswith("0\n"), call
+
+
+def test_a_good_source_is_compiled_exactly_once(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=3)
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler (g++) on this machine")
+    wrapper, calls = grid.spool / "counting-g++", grid.spool / "calls"
+    wrapper.write_text(f'#!/bin/sh\necho call >> {calls}\nexec g++ "$@"\n')
+    calls.touch()
+    for path, mode in ((wrapper, 0o755), (calls, 0o666)):
+        path.chmod(mode)
+    grid.env["AGENT_RUNTIMES_CPP"] = str(wrapper)
+    ids = [grid.put({"main.cpp": '#include <cstdio>\nint main() { puts("hi"); }\n'} if n == 0 else None, "cpp")
+           for n in range(6)]
+    grid.run()
+    assert [grid.result(each)["stdout"] for each in ids] == ["hi\n"] * 6
+    assert calls.read_text() == "call\n"
+
+
+@pytest.mark.parametrize("runtime, entry", [("nodejs", "index.js"), ("go", "main.go"), ("python", "main.py"), ("cpp", "main.cpp")])
+def test_a_runtime_that_is_not_installed_is_an_error(grids, runtime, entry):
+    grid = grids("ordinary", **{f"RUNTIMES_{runtime.upper()}": "/nonexistent/program"})
+    grid.put({entry: "text"}, runtime, request_id="missing")
+    grid.put({"run.sh": "echo fine"}, "cpp", function_id="shell", request_id="neighbour")
+    grid.run()
+    assert [(each["status"], each["reason"]) for each in grid.reports["missing"]] == [("error", "runtime")] * 3
+    assert grid["neighbour"]["status"] == "ok"
+    start = grid.log.partition(" REPORT ")[0]
+    assert re.search(rf"(?i)runtime.*{runtime}", start), start
+
+
+# ---------------------------------------------------------------- --invoke
+
+INVOKED = r"""
+import os, sys
+data = sys.stdin.buffer.read()
+os.write(1, b"\xff\x00\r\nout " + data * 3)
+os.write(2, b"\xfe\x1b[1merr no line end")
+print(sorted(os.listdir()), os.environ["FUNCTION_ID"], os.environ["MEMORY_MB"], os.environ["TIMEOUT_MS"])
+open("new", "w").write("x")
+open("data.txt", "w").write("changed") if os.access("data.txt", os.W_OK) else None
+sys.exit(len(data) % 2)
+"""
+
+
+def invoke(grid: Grid, *args, data: bytes = b"") -> subprocess.CompletedProcess:
+    return subprocess.run([*as_user(grid.user), PYTHON, MODULE, "--invoke", *map(str, args)], input=data,  # noqa: PLW1510, UP022
+                          env={**os.environ, **grid.env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def invoked(grids, user):
+    """A Grid with one function as a folder and as a zip."""
+    grid = grids(user)
+    (grid.top / "fn").mkdir()
+    (grid.top / "fn").chmod(0o755)
+    for name, text in (("main.py", INVOKED), ("data.txt", "data")):
+        (grid.top / "fn" / name).write_text(text)
+    (grid.top / "fn.zip").write_bytes(make_zip({"main.py": INVOKED, "data.txt": "data"}))
+    return grid
+
+
+@pytest.mark.parametrize("source", ["fn", "fn.zip"])
+@pytest.mark.parametrize("size", [0, 1, 300_000])
+def test_invoke_passes_everything_through(invoked, source, size):
+    data = (b"\x00\xffx" * size)[:size]
+    done = invoke(invoked, invoked.top / source, "--runtime", "python", "--function-id", "my/fn", "--memory-mb", "99",
+                  "--timeout-ms", "7000", data=data)
+    assert done.returncode == size % 2, done.stderr
+    assert done.stdout == b"\xff\x00\r\nout " + data * 3 + b"['data.txt', 'main.py'] my/fn 99 7000\n"
+    err, _, log = done.stderr.partition(b"\xfe\x1b[1merr no line end")  # noqa: RUF059
+    report, = reports(log.decode().lstrip("\n"))
+    assert report["functionId"] == "my/fn" and report["status"] == ("failed" if size % 2 else "ok"), done.stderr
+    assert report["exitCode"] == str(size % 2)
+
+
+def test_invoke_leaves_the_folder_as_it_was(invoked):
+    invoke(invoked, invoked.top / "fn", "--runtime", "python")
+    assert sorted(path.name for path in (invoked.top / "fn").iterdir()) == ["data.txt", "main.py"]
+    assert (invoked.top / "fn" / "data.txt").read_text() == "data"
+
+
+@pytest.mark.parametrize("source, args, status", [
+    ("import time\ntime.sleep(60)", ["--timeout-ms", "300"], "timeout"),
+    ("x = bytearray(900 << 20)", ["--memory-mb", "64"], "oom"),
+    ("1/0", [], "failed")])
+def test_invoke_fails_with_1(invoked, source, args, status):
+    path = invoked.top / "failing.zip"
+    path.write_bytes(make_zip({"main.py": source}))
+    done = invoke(invoked, path, "--runtime", "python", *args)
+    assert done.returncode == 1
+    assert [report["status"] for report in reports(done.stderr.decode())] == [status], done.stderr
+
+
+@pytest.mark.parametrize("name, args", [
+    ("missing.zip", ["--runtime", "python"]), ("fn.zip", ["--runtime", "cobol"]),
+    ("fn.zip", ["--runtime", "python", "--timeout-ms", "0"]), ("fn.zip", ["--runtime", "cpp"])])
+def test_invoke_says_what_is_wrong(invoked, name, args):
+    done = invoke(invoked, invoked.top / name, *args)
+    assert done.returncode in (1, 2), done
+    assert done.stdout == b"" and b"Traceback" not in done.stderr and done.stderr.strip(), done
+
+
+# --------------------------------------------------------------------------------------------
+# Delivery: a proxy that fails by rule, a site, /proc
+# --------------------------------------------------------------------------------------------
+#
+# What the tests of delivery add to the harness: a proxy that fails by rule, a site, /proc.
+
+
+# ---------------------------------------------------------------------- the fault proxy
+
+# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message)
+REFUSALS = {
+    "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
+    "throttling": (503, "ThrottlingException", "SlowDown", "Rate exceeded"),
+    "expired": (403, "ExpiredTokenException", "ExpiredToken", "The security token is expired"),
+    "denied": (403, "AccessDeniedException", "AccessDenied", "User is not authorized"),
+    "no bucket": (404, "NoSuchBucket", "NoSuchBucket", "The specified bucket does not exist"),
+}
+
+
+@dataclass
+class Rule:
+    """Fails requests of the operations that match `pattern`: `times` of them, or all."""
+    pattern: str
+    fault: str
+    times: int | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Seen:
+    """One request as the proxy saw it."""
+    at: float
+    operation: str
+    fault: str
+    path: str
+    body: bytes = field(repr=False)
+
+
+def operation_of(method: str, path: str, headers, body: bytes) -> str:
+    """The AWS operation of a request, whichever protocol botocore chose for the service."""
+    if target := headers.get("X-Amz-Target"):
+        return target.rpartition(".")[2]
+    if "/operation/" in path:
+        return path.rpartition("/")[2]
+    if headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded"):
+        return urllib.parse.parse_qs(body.decode())["Action"][0]
+    key = urllib.parse.urlsplit(path).path.strip("/").partition("/")[2]
+    return {"GET": "GetObject" if key else "ListObjectsV2", "PUT": "PutObject", "POST": "PutObject",
+            "HEAD": "HeadObject" if key else "HeadBucket", "DELETE": "DeleteObject"}[method]
+
+
+def matches(pattern: str, operation: str) -> bool:
+    """Whether one of the patterns, parted by `|`, matches the operation's name."""
+    return any(fnmatch.fnmatch(operation, part) for part in pattern.split("|"))
+
+
+def cbor(texts: dict[str, str]) -> bytes:
+    """A CBOR map of up to 23 pairs of texts under 256 bytes: what an error of CloudWatch is."""
+    coded = [bytes((0x78, len(text))) + text.encode() for pair in texts.items() for text in pair]
+    return bytes((0xA0 + len(texts),)) + b"".join(coded)
+
+
+def proxy_refusal(fault: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of an AWS error in the protocol of the request."""
+    status, code, s3_code, message = REFUSALS[fault]
+    error = {"__type": f"com.amazon.coral.service#{code}", "message": message}
+    if "X-Amz-Target" in headers:
+        return status, {"Content-Type": "application/x-amz-json-1.0"}, json.dumps(error).encode()
+    if "Smithy-Protocol" in headers:
+        kind = {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
+        return status, kind, cbor(error)
+    xml = f"<Error><Code>{s3_code}</Code><Message>{message}</Message></Error>"
+    if b"Action=" in body:
+        xml = f"<ErrorResponse>{xml.replace(s3_code, code)}</ErrorResponse>"
+    return status, {"Content-Type": "application/xml"}, xml.encode()
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 300
+
+    def handle_request(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        operation = operation_of(self.command, self.path, self.headers, body)
+        rule = self.server.proxy.take(operation, self.path, body)
+        fault = rule.fault if rule else ""
+        if fault in REFUSALS:
+            return self.answer(*proxy_refusal(fault, self.headers, body))
+        if fault == "reset":
+            return self.reset()
+        if fault == "black hole":
+            self.server.proxy.closing.wait()
+            return self.reset()
+        if fault == "delay":
+            self.server.proxy.closing.wait(rule.seconds)
+        if fault == "partial":
+            refused, body = split_batch(body)
+        status, headers, content = self.forward(body)
+        if fault == "lost answer":
+            return self.reset()
+        if fault == "partial":
+            content = with_failed(content, refused)
+        if operation == "ReceiveMessage" and status == 200:
+            self.server.proxy.received += json.loads(content or b"{}").get("Messages") or []
+        self.answer(status, headers, content, cut=fault == "truncated")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
+
+    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        backend = http.client.HTTPConnection(self.server.proxy.backend, timeout=300)
+        headers = {**self.headers, "Content-Length": str(len(body)), "Connection": "close"}
+        headers.pop("Expect", None)
+        try:
+            backend.request(self.command, self.path, body, headers)
+            response = backend.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+        finally:
+            backend.close()
+
+    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False):
+        """Send the answer; `cut`: half of it, then end the connection."""
+        length = headers.get("Content-Length") if self.command == "HEAD" else None
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[:len(content) // 2] if cut else content)
+        if cut:
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+    def reset(self):
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.rfile.close()
+        self.connection.close()
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+    def log_message(self, *_):
+        pass
+
+
+def split_batch(body: bytes) -> tuple[list[str], bytes]:
+    """Takes the first half (at least one) of a batch's entries out; their ids, and the rest."""
+    request = json.loads(body)
+    entries = request["Entries"]
+    half = (len(entries) + 1) // 2
+    request["Entries"] = entries[half:]
+    return [entry["Id"] for entry in entries[:half]], json.dumps(request).encode()
+
+
+def with_failed(content: bytes, refused: list[str]) -> bytes:
+    """The answer of a batch with `refused` added to its failed entries."""
+    answer = json.loads(content) if b'"Successful"' in content else {"Successful": []}
+    failed = [{"Id": entry, "SenderFault": False, "Code": "InternalError", "Message": "try again"}
+              for entry in refused]
+    return json.dumps({**answer, "Failed": answer.get("Failed", []) + failed}).encode()
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_):
+        """A client that goes away, or a backend that does, is what these tests are about."""
+
+
+class FaultProxy:
+    """Stands before `url`; `fail("DeleteMessage*", "reset", times=2)` until `heal()`.
+
+    Faults: those of REFUSALS; "reset"; "black hole" (read, never answered, not even after heal());
+    "delay" (seconds=); "lost answer" (done by the backend, then reset); "truncated" (half a body);
+    "partial" (half of a batch's entries fail).
+    `requests` is what came, `received` the messages that were given out.
+    """
+
+    def __init__(self, url: str):
+        self.backend = urllib.parse.urlsplit(url).netloc
+        self.requests: list[Seen] = []
+        self.received: list[dict] = []
+        self.rules: list[Rule] = []
+        self.closing = threading.Event()
+        self.lock = threading.Lock()
+        self.server = QuietServer(("127.0.0.1", 0), ProxyHandler)
+        self.server.proxy = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fail(self, pattern: str, fault: str, times: int | None = None, seconds: float = 0.0):
+        with self.lock:
+            self.rules.append(Rule(pattern, fault, times, seconds))
+
+    def heal(self):
+        with self.lock:
+            self.rules.clear()
+
+    def take(self, operation: str, path: str, body: bytes) -> Rule | None:
+        """The rule that this request falls under, used up by one; the request is noted."""
+        with self.lock:
+            found = next((rule for rule in self.rules
+                          if rule.times != 0 and matches(rule.pattern, operation)), None)
+            if found and found.times:
+                found.times -= 1
+            fault = found.fault if found else ""
+            self.requests.append(Seen(time.monotonic(), operation, fault, path, body))
+            return found
+
+    def count(self, pattern: str, fault: str = "*") -> int:
+        with self.lock:
+            return sum(matches(pattern, seen.operation) and fnmatch.fnmatch(seen.fault, fault)
+                       for seen in self.requests)
+
+
+@contextlib.contextmanager
+def moto_server():
+    """A moto_server of the caller's own, for what would disturb others (IAM); its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers():
+        try:
+            return urllib.request.urlopen(url + "/moto-api/", timeout=5).status == 200
+        except OSError:
+            return False
+    try:
+        until(answers, 60, "moto_server")
+        yield url
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+# ---------------------------------------------------------------------- a site of a test's own
+
+# Leaves a file for each run, named REQUEST_ID.RANDOM and holding its pid; then as its input says.
+MARKER = {"main.py": """
+import json, os, sys, time
+task = json.load(sys.stdin)
+name = os.path.join(task["marks"], os.environ["REQUEST_ID"] + "." + os.urandom(6).hex())
+with open(name + "~", "x") as mark:
+    mark.write(str(os.getpid()))
+os.rename(name + "~", name)
+time.sleep(task.get("sleep", 0))
+sys.exit(task.get("exit", 0))
+"""}
+
+
+@contextlib.contextmanager
+def scratch():
+    """A directory that every user may enter, with a folder `marks` that every user may write."""
+    path = Path(tempfile.mkdtemp(prefix="nanogrid-delivery-"))
+    path.chmod(0o755)
+    (path / "marks").mkdir()
+    (path / "marks").chmod(0o1777)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def site(moto: str, **options):
+    """An Aws of its own whose agents go through a FaultProxy, `aws.proxy`; MARKER is at fn.zip."""
+    with scratch() as path, FaultProxy(moto) as proxy:
+        aws = Aws(moto, path, **options)
+        aws.proxy = proxy
+        aws.env["AWS_ENDPOINT_URL"] = proxy.url
+        aws.put(MARKER)
+        yield aws
+
+
+def start(aws: Aws, *args, wait: int = 1, env=None, prefix=(), **sections) -> Agent:
+    """An agent of this site; sections of its settings as dicts: execution={"concurrency": 1}."""
+    extra = ""
+    for name, values in sections.items():
+        extra += f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
+    return Agent("--config", aws.config(extra, wait), *args, prefix=prefix,
+                 env={**aws.env, **(env or {})})
+
+
+def job(aws: Aws, request_id: str = "r1", sleep: float = 0, exit: int = 0, **task) -> str:
+    """Send a task for MARKER; its message id."""
+    told = {"marks": str(aws.path / "marks"), "sleep": sleep, "exit": exit}
+    return aws.send(request_id, input=told, **task)
+
+
+def proxy_runs(path: Path) -> Counter:
+    """How often each request id was run, by the marks under `path`."""
+    marks = (path / "marks").iterdir()
+    return Counter(mark.name.partition(".")[0] for mark in marks if mark.name[-1] != "~")
+
+
+def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 30):
+    """Wait until the queue is empty and the dead-letter queue holds as many messages."""
+    try:
+        until(lambda: not aws.count() and dead(aws) == in_dlq, seconds, "the end of all messages")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {aws.count()} are in the queue and {dead(aws)} in the DLQ; "
+                             f"the log:\n{agent.log}") from None
+
+
+def until_ran(path: Path, request_id: str = "r1", times: int = 1):
+    """Wait until the function of a request has begun."""
+    until(lambda: proxy_runs(path)[request_id] >= times, 30, f"a run of {request_id}")
+
+
+def run_pids(path: Path) -> list[int]:
+    return [int(mark.read_text()) for mark in (path / "marks").iterdir() if mark.name[-1] != "~"]
+
+
+def visible(aws: Aws, url: str | None = None) -> int:
+    """Messages that a receive would get now."""
+    name = "ApproximateNumberOfMessages"
+    got = aws.sqs.get_queue_attributes(QueueUrl=url or aws.queue_url, AttributeNames=[name])
+    return int(got["Attributes"][name])
+
+
+def dead(aws: Aws) -> int:
+    """Messages in the dead-letter queue."""
+    return aws.count(aws.dlq_url)
+
+
+def metric_values(aws: Aws, function_id: str) -> float:
+    """How many PeakMemoryBytes values CloudWatch holds for a function, by both dimensions."""
+    got = aws.cloudwatch.get_metric_statistics(
+        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes", Period=86400,
+        StartTime=time.time() - 86400, EndTime=time.time() + 86400, Statistics=["SampleCount"],
+        Dimensions=[{"Name": "FunctionId", "Value": function_id},
+                    {"Name": "Runtime", "Value": "python"}])
+    return sum(point["SampleCount"] for point in got["Datapoints"])
+
+
+def complaints(log: str) -> list[str]:
+    """The log's lines of level WARNING and above, but the one that an ordinary user gets."""
+    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!not started as root).*$", log, re.MULTILINE)
+
+
+def notices(log: str) -> list[str]:
+    """The log's lines but those of runs and of published values."""
+    return [line for line in log.splitlines()
+            if not re.search(r"INFO (REPORT|\[|Successfully published)", line)]
+
+
+# ---------------------------------------------------------------------- processes
+
+
+def stat_of(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on, or None when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def family(pid: int) -> list[int]:
+    """`pid` and its living descendants."""
+    parents = {int(entry): stat for entry in os.listdir("/proc")
+               if entry.isdigit() and (stat := stat_of(int(entry)))}
+    found = [pid]
+    for member in found:
+        found += [child for child, stat in parents.items() if int(stat[1]) == member]
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time used by the process and its living descendants."""
+    stats = filter(None, map(stat_of, family(pid)))
+    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def alive(pid: int) -> bool:
+    return bool((stat := stat_of(pid)) and stat[0] not in "ZX")
+
+
+def until_gone(pids: list[int]):
+    """Wait until none of these processes lives."""
+    until(lambda: not any(map(alive, pids)), 5, f"the end of {pids}")
+
+
+# --------------------------------------------------------------------------------------------
+# Delivery
+# --------------------------------------------------------------------------------------------
+#
+# Delivery that loses nothing: leases, retries, shutdown, faults; black-box, from the contract.
+
+
+# ---------------------------------------------------------------------- faults, by name
+
+# what fails: (operations, visibility timeout, seconds that the fault lasts, and the function)
+SCENES = {
+    "receive": ("ReceiveMessage", 6, 5, 0),
+    "delete": ("DeleteMessage*", 3, 5, 0),
+    "get": ("GetObject|HeadObject", 6, 5, 0),
+    "metric": ("PutMetricData", 6, 5, 0),
+    "visibility": ("ChangeMessageVisibility*", 6, 2, 9),
+    "start": ("*", 6, 5, 0),
+}
+FAULTS = ["status 500", "throttling", "reset", "truncated", "black hole", "delay", "expired",
+          "denied", "lost answer"]
+SENSELESS = {("get", "lost answer"), ("visibility", "denied")} | {
+    ("start", fault) for fault in ("truncated", "delay", "expired", "denied", "lost answer")}
+TRIALS = [(what, fault) for what in SCENES for fault in FAULTS if (what, fault) not in SENSELESS]
+
+
+def test_message_that_comes_again_while_it_runs_is_not_started_twice(moto):
+    """Its lease is ended from outside: SQS may do that at any time (at-least-once)."""
+    with site(moto, visibility=30) as aws, start(aws, execution={"concurrency": 2}) as agent:
+        job(aws, sleep=4)
+        until_ran(aws.path)
+        aws.sqs.change_message_visibility(QueueUrl=aws.queue_url, VisibilityTimeout=0,
+                                          ReceiptHandle=aws.proxy.received[0]["ReceiptHandle"])
+        until(lambda: len(aws.proxy.received) == 2, 10, "the duplicate")
+        until_settled(aws, agent)
+        assert agent.stop() == 0
+        assert proxy_runs(aws.path) == {"r1": 1}
+        assert [each["status"] for each in reports(agent.log)].count("ok") == 1
+
+
+def test_finished_message_that_comes_back_is_deleted_not_run(moto):
+    """Its delete is refused until its visibility timeout is over and it was received again."""
+    with site(moto, visibility=2) as aws, start(aws) as agent:
+        aws.proxy.fail("DeleteMessage*", "reset")
+        job(aws)
+        until(lambda: len(aws.proxy.received) >= 2, 30, "the second receive")
+        aws.proxy.heal()
+        until_settled(aws, agent)
+        agent.stop()
+        assert proxy_runs(aws.path) == {"r1": 1}
+
+
+def test_entries_that_a_batch_delete_refuses_are_deleted_later(moto):
+    with site(moto, visibility=30) as aws:
+        aws.proxy.fail("DeleteMessageBatch", "partial", times=2)
+        for number in range(10):
+            job(aws, f"r{number}")
+        with start(aws) as agent:
+            until_settled(aws, agent, seconds=40)
+            agent.stop()
+        assert proxy_runs(aws.path) == {f"r{number}": 1 for number in range(10)}
+        assert aws.proxy.count("DeleteMessageBatch", "partial") == 2
+
+
+# ---------------------------------------------------------------------- leases and statuses
+
+
+def test_lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
+    with site(moto, visibility=2) as aws, start(aws, execution={"concurrency": 2}) as agent:
+        for request_id in ("r1", "r2"):
+            job(aws, request_id, sleep=8)
+        until_settled(aws, agent, seconds=40)
+        agent.stop()
+        assert proxy_runs(aws.path) == {"r1": 1, "r2": 1} and len(aws.proxy.received) == 2
+        assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
+        assert not complaints(agent.log)
+
+
+def test_lost_lease_is_said_and_its_result_is_not_deleted(moto):
+    """The beats fail for longer than the lease, and another consumer has the message by then."""
+    with site(moto, visibility=3) as aws, start(aws, execution={"concurrency": 1}) as agent:
+        aws.proxy.fail("ChangeMessageVisibility*", "status 500")
+        job(aws, sleep=7)
+        until_ran(aws.path)
+        held = {"QueueUrl": aws.queue_url, "WaitTimeSeconds": 1, "VisibilityTimeout": 60}
+        other = until(lambda: aws.sqs.receive_message(**held).get("Messages"), 15, "the message")
+        aws.proxy.heal()
+        agent.wait_for("REPORT requestId=r1", 20)
+        agent.stop()
+        assert aws.count() == 1 and proxy_runs(aws.path) == {"r1": 1}
+        assert any("lease" in line for line in complaints(agent.log)), agent.log
+        aws.sqs.delete_message(QueueUrl=aws.queue_url, ReceiptHandle=other[0]["ReceiptHandle"])
+
+
+def test_without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
+    with site(moto, visibility=4) as aws, start(aws) as agent:
+        aws.proxy.fail("ChangeMessageVisibility*", "denied")
+        for number in range(3):
+            job(aws, f"fits{number}", timeoutMs=1000)
+            job(aws, f"long{number}", timeoutMs=60000)
+        until_settled(aws, agent, 3, 60)
+        agent.stop()
+        seen = {(each["requestId"], each["status"], each.get("reason"))
+                for each in reports(agent.log)}
+        assert seen == {(f"fits{number}", "ok", None) for number in range(3)} | {
+            (f"long{number}", "rejected", "visibility") for number in range(3)}
+        assert set(proxy_runs(aws.path)) == {"fits0", "fits1", "fits2"}
+        warnings = [line for line in complaints(agent.log) if " [long" not in line]
+        assert len(warnings) == 1 and "sqs:ChangeMessageVisibility" in warnings[0]
+
+
+def test_failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(moto):
+    with site(moto, visibility=3) as aws, start(aws, execution={"concurrency": 3}) as agent:
+        aws.put({"main.py": "junk = b'x' * (200 << 20)"}, "large.zip")
+        sent = time.monotonic()
+        job(aws, "failed", exit=3)
+        job(aws, "timeout", sleep=30, timeoutMs=300)
+        job(aws, "oom", key="large.zip", memoryMb=64)
+        until_settled(aws, agent, 3, 40)
+        assert time.monotonic() - sent > 2 * 3, "they were given back"
+        agent.stop()
+        assert sorted((each["requestId"], each["receiveCount"]) for each in reports(agent.log)) == \
+            [(kind, count) for kind in ("failed", "oom", "timeout") for count in "123"]
+        assert all(each["status"] == each["requestId"] for each in reports(agent.log))
+        assert len(re.findall("status=failed exitCode=3 ", agent.log)) == 3
+
+
+def test_rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
+    with site(moto, visibility=600) as aws, start(aws) as agent:
+        aws.send(body="no JSON {")
+        job(aws, "wrong", runtime="cobol")
+        job(aws, "fine")
+        until_settled(aws, agent, 2)
+        agent.stop()
+        seen = Counter((each["requestId"], each["status"]) for each in reports(agent.log))
+        assert seen == {("-", "rejected"): 3, ("wrong", "rejected"): 3, ("fine", "ok"): 1}
+        assert proxy_runs(aws.path) == {"fine": 1}
+
+
+DEEP = ('{"requestId":"deep","functionId":"fn","runtime":"python","s3Key":"fn.zip","input":'
+        + "[" * 200000 + "]" * 200000 + "}")
+
+
+def test_bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
+    with site(moto, visibility=60) as aws, start(aws) as agent:
+        aws.put({"main.py": "import sys; print('input of', len(sys.stdin.read()))"}, "size.zip")
+        task = {"requestId": "large", "functionId": "fn", "runtime": "python", "s3Key": "size.zip",
+                "input": ""}
+        task["input"] = "x" * ((1 << 20) - len(json.dumps(task)))
+        aws.send(body=json.dumps(task))
+        aws.send(body=DEEP)
+        until_settled(aws, agent, 1, 40)
+        agent.stop()
+        assert f"stdout: input of {len(task['input']) + 2}" in agent.log
+        assert Counter(each["status"] for each in reports(agent.log)) == {"ok": 1, "rejected": 3}
+        assert "Traceback" not in agent.log
+
+
+# ---------------------------------------------------------------------- S3
+
+# what is wrong: (fault, the task's fields, status, reason, what the log names)
+S3_TROUBLE = {
+    "no such key": ("", {"key": "missing.zip"}, "rejected", "key", "missing.zip"),
+    "403": ("denied", {}, "error", None, "s3:GetObject"),
+    "bucket gone": ("no bucket", {}, "error", None, "-code"),
+    "500": ("status 500", {}, "error", None, ""),
+    "cut": ("truncated", {}, "error", None, ""),
+}
+
+
+def test_wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
+    with site(moto, visibility=2) as aws, start(aws) as agent:
+        aws.proxy.fail("GetObject|HeadObject", "denied")
+        for number in range(10):
+            job(aws, f"r{number}")
+        agent.wait_for("REPORT requestId=", 30)
+        time.sleep(10)
+        assert aws.count() == 10 and not dead(aws), agent.log
+        aws.proxy.heal()
+        until_settled(aws, agent, seconds=60)
+        assert proxy_runs(aws.path) == {f"r{number}": 1 for number in range(10)} and not dead(aws)
+
+
+def test_zip_overwritten_under_its_key_is_used_by_messages_sent_after(moto):
+    with site(moto) as aws, start(aws) as agent:
+        for version in ("one", "two", "three"):
+            aws.put({"main.py": f"print('version {version}')"}, "v.zip")
+            for number in range(3):
+                aws.send(f"{version}-{number}", key="v.zip")
+            until_settled(aws, agent)
+        agent.stop()
+        for version in ("one", "two", "three"):
+            for number in range(3):
+                assert f"[{version}-{number}] stdout: version {version}" in agent.log
+
+
+# ---------------------------------------------------------------------- results
+
+LEAVES = {"main.py": """
+import os
+os.makedirs(os.environ["OUTPUT_DIR"] + "/sub")
+for name in ("a.txt", "sub/b.bin"):
+    open(os.path.join(os.environ["OUTPUT_DIR"], name), "w").write("left in " + name)
+os.symlink("/etc/passwd", os.environ["OUTPUT_DIR"] + "/link")
+print("done")
+"""}
+
+
+def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(moto):
+    with site(moto) as aws:
+        results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
+        aws.put(LEAVES)
+        output = {"bucket": aws.bucket, "s3Prefix": "out", "queueUrl": results}
+        with start(aws, output=output) as agent:
+            aws.send("r1", input={"a": 1})
+            until_settled(aws, agent)
+            agent.stop()
+        stored = {item["Key"]: aws.s3.get_object(Bucket=aws.bucket, Key=item["Key"])["Body"].read()
+                  for item in aws.s3.list_objects_v2(Bucket=aws.bucket, Prefix="out/")["Contents"]}
+        assert set(stored) == {"out/r1/result.json", "out/r1/a.txt", "out/r1/sub/b.bin"}
+        assert stored["out/r1/sub/b.bin"] == b"left in sub/b.bin"
+        result = json.loads(stored["out/r1/result.json"])
+        assert (result["status"], result["success"], result["stdout"]) == ("ok", True, "done\n")
+        sent = aws.sqs.receive_message(QueueUrl=results)["Messages"]
+        assert json.loads(sent[0]["Body"])["requestId"] == "r1"
+        order = [seen.operation for seen in aws.proxy.requests]
+        before = order[:order.index("DeleteMessageBatch")]
+        assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
+
+
+# ---------------------------------------------------------------------- admission
+
+
+def test_no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starve(moto):
+    """512 MB: two of 200 at once; one of 512 is sent among them and must not wait for them all."""
+    with site(moto, visibility=60) as aws:
+        for number in range(16):
+            job(aws, f"s{number:02d}", sleep=0.5, memoryMb=200)
+            if number == 1:
+                job(aws, "large", sleep=0.5, memoryMb=512)
+        with start(aws, execution={"concurrency": 4, "memoryMb": 512}) as agent:
+            most = 0
+            while aws.count():
+                most = max(most, sum(map(alive, run_pids(aws.path))))
+                time.sleep(0.05)
+            agent.stop()
+        order = [each["requestId"] for each in reports(agent.log)]
+        assert len(order) == 17 and most == 2
+        assert order.index("large") < 12, order
+
+
+def test_task_over_the_memory_of_the_machine_is_rejected(moto):
+    with site(moto, visibility=60) as aws, start(aws, execution={"memoryMb": 512}) as agent:
+        job(aws, "huge", memoryMb=513)
+        job(aws, "fits", memoryMb=512)
+        until_settled(aws, agent, 1)
+        assert {(each["requestId"], each["status"]) for each in reports(agent.log)} == \
+            {("huge", "rejected"), ("fits", "ok")}
+        assert "memoryMb" in agent.log
+
+
+def test_long_jobs_are_not_received_ahead_so_that_another_agent_can_take_them(moto):
+    with site(moto, visibility=60) as aws:
+        for number in range(8):
+            job(aws, f"r{number}", sleep=5)
+        with start(aws, execution={"concurrency": 1}) as first:
+            until(lambda: proxy_runs(aws.path), 30, "the first run")
+            time.sleep(1)
+            assert visible(aws) >= 6
+            polls = aws.proxy.count("ReceiveMessage")
+            time.sleep(2)
+            assert aws.proxy.count("ReceiveMessage") - polls <= 1, "nothing can start"
+            with start(aws, execution={"concurrency": 7}) as second:
+                until(lambda: len(proxy_runs(aws.path)) == 8, 15, "all of them running or done")
+                until_settled(aws, second)
+                assert len(reports(second.log)) >= 5 and len(reports(first.log)) >= 1
+
+
+# ---------------------------------------------------------------------- shutdown
+
+
+def test_sigterm_while_idle(moto):
+    with site(moto) as aws, start(aws, wait=3) as agent:
+        until(lambda: aws.proxy.count("ReceiveMessage"), 30, "a poll")
+        begun = time.monotonic()
+        assert agent.stop(seconds=15) == 0
+        polls = [seen.at for seen in aws.proxy.requests if seen.operation == "ReceiveMessage"]
+        assert max(polls) <= begun + 0.5, "it went on polling"
+
+
+def test_message_that_comes_with_the_last_poll_is_given_back(moto):
+    """SIGTERM while a long poll is out, then a message: it may not wait for its lease's end."""
+    with site(moto, visibility=600) as aws, start(aws, wait=5) as agent:
+        until(lambda: aws.proxy.count("ReceiveMessage"), 30, "a poll")
+        time.sleep(0.5)
+        agent.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        job(aws)
+        assert agent.end(20) == 0
+        assert visible(aws) == 1 or not aws.count(), "received and neither run nor given back"
+
+
+def test_sigterm_lets_a_run_within_the_grace_finish(moto):
+    with site(moto) as aws, start(aws) as agent:
+        job(aws, sleep=3)
+        until_ran(aws.path)
+        assert agent.stop() == 0
+        assert [each["status"] for each in reports(agent.log)] == ["ok"] and not aws.count()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(moto, number):
+    grace = {"shutdownGraceSeconds": 1}
+    with site(moto, visibility=600) as aws, start(aws, execution=grace) as agent:
+        job(aws, sleep=300, timeoutMs=400000)
+        until_ran(aws.path)
+        assert agent.stop(number, 15) == 0
+        assert [each["status"] for each in reports(agent.log)] == ["released"]
+        assert visible(aws) == 1 and not any(map(alive, run_pids(aws.path)))
+
+
+def test_sigterm_gives_back_what_waits_behind_a_running_one(moto):
+    with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
+        for number in range(30):  # short ones first, so that it receives ahead
+            job(aws, f"quick{number}")
+        until_settled(aws, agent, seconds=60)
+        aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
+        for number in range(10):
+            job(aws, f"slow{number}", sleep=6)
+        until(lambda: re.search("slow", str(proxy_runs(aws.path))), 30, "the first slow run")
+        agent.process.send_signal(signal.SIGTERM)
+        until(lambda: visible(aws) == 9, 5, f"nine messages\n{agent.log}")
+        assert agent.end(40) == 0
+        assert aws.count() == visible(aws) == 9
+
+
+def test_second_signal_ends_it_at_once(moto):
+    grace = {"shutdownGraceSeconds": 300}
+    with site(moto, visibility=600) as aws, start(aws, execution=grace) as agent:
+        job(aws, sleep=300, timeoutMs=400000)
+        until_ran(aws.path)
+        agent.process.send_signal(signal.SIGTERM)
+        time.sleep(2)
+        assert agent.process.poll() is None
+        agent.stop(seconds=5)
+        assert visible(aws) == 1
+        until_gone(run_pids(aws.path))
+
+
+class Imds(BaseHTTPRequestHandler):
+    """Instance metadata, version 2: a token for a PUT, and with it what was announced."""
+    announced = False
+
+    def do_PUT(self):
+        self.reply(200 if "X-aws-ec2-metadata-token-ttl-seconds" in self.headers else 400, b"TOKEN")
+
+    def do_GET(self):
+        known = (self.path == "/latest/meta-data/spot/instance-action"
+                 and self.headers["X-aws-ec2-metadata-token"] == "TOKEN")
+        self.reply(200 if known and Imds.announced else 404,
+                   b'{"action": "terminate", "time": "2026-11-22T12:02:00Z"}')
+
+    def reply(self, status, content):
+        self.send_response_only(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_spot_interruption_starts_the_same_shutdown(moto):
+    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.1", 0), Imds) as imds:
+        threading.Thread(target=imds.serve_forever, args=(0.05,), daemon=True).start()
+        Imds.announced = False
+        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{imds.server_port}",
+               "AGENT_AWS_SPOTINTERRUPTION": "true", "AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}
+        with start(aws, env=env) as agent:
+            job(aws, sleep=300, timeoutMs=400000)
+            until_ran(aws.path)
+            assert agent.process.poll() is None
+            Imds.announced = True
+            assert agent.end(30) == 0
+        imds.shutdown()
+        assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_is_told_of_start_status_stop_and_life(moto, kind):
+    with site(moto) as aws, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        name = f"{aws.path}/notify" if kind == "path" else f"@{aws.name}"
+        notify.bind(name.replace("@", "\0"))
+        told = []
+
+        def listen():
+            while text := notify.recv(4096).decode():
+                told.extend(text.splitlines())
+
+        def hear(word):
+            return [line for line in told if line.startswith(word)]
+
+        threading.Thread(target=listen, daemon=True).start()
+        aws.put({"main.py": "import os; print(sorted(os.environ))"})
+        with start(aws, env={"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "1000000"}) as agent:
+            until(lambda: hear("READY=1"), 20, "READY")
+            aws.send()
+            until(lambda: re.search(r"\b1\b", str(hear("STATUS="))), 30, "a STATUS with a 1")
+            until(lambda: len(hear("WATCHDOG=1")) >= 4, 10, "WATCHDOG")
+            assert not hear("STOPPING=1")
+            agent.process.send_signal(signal.SIGTERM)
+            assert agent.end() == 0
+        notify.shutdown(socket.SHUT_RD)
+        assert told.count("READY=1") == told.count("STOPPING=1") == 1
+        assert re.search(r"running.*done.*failed", hear("STATUS=")[-1], re.IGNORECASE)
+        assert not re.search("NOTIFY_SOCKET|WATCHDOG", agent.log)
+
+
+def test_systemd_that_does_not_listen_stops_nothing(moto):
+    with site(moto) as aws, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(f"{aws.path}/notify")
+        env = {"NOTIFY_SOCKET": f"{aws.path}/notify", "WATCHDOG_USEC": "20000"}
+        with start(aws, env=env) as agent:
+            job(aws)
+            until_settled(aws, agent)
+            assert agent.stop(seconds=20) == 0
+
+
+# ---------------------------------------------------------------------- commands
+
+GUIDE_YML = """agent:
+  # AWS settings
+  aws:
+    region: ap-northeast-2  # Seoul region
+
+  # SQS settings
+  sqs:
+    queueUrl: https://sqs.ap-northeast-2.amazonaws.com/123456789012/nanogrid-task-queue
+    # ↑ put your real AWS account id in place of YOUR_ACCOUNT_ID
+    # e.g. 123456789012
+    waitTimeSeconds: 20
+    maxNumberOfMessages: 10
+
+  # S3 settings
+  s3:
+    codeBucket: nanogrid-code-bucket
+    # ↑ put the name of the bucket that you created
+"""
+GUIDE_MESSAGE = """{
+  "requestId": "test-001",
+  "functionId": "hello-python",
+  "runtime": "python",
+  "s3Bucket": "nanogrid-code-bucket",
+  "s3Key": "functions/hello-python/v1.zip",
+  "timeoutMs": 5000,
+  "memoryMb": 256
+}
+"""
+GUIDE_ZIP = {"main.py": '''#!/usr/bin/env python3
+print("Hello from NanoGrid!")
+print("Result: 42")
+'''}
+GUIDE_POLICY = ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes", "s3:GetObject",
+                "s3:ListBucket", "cloudwatch:PutMetricData"]
+MOTO_ONLY = ["sqs:DeleteMessageBatch", "monitoring:PutMetricData"]  # AWS does not know these
+CHANGE = ["sqs:ChangeMessageVisibility", "sqs:ChangeMessageVisibilityBatch"]  # moto wants both
+GUIDE_NAMES = ("nanogrid-task-queue", "nanogrid-code-bucket")
+
+
+@contextlib.contextmanager
+def guide_site(url):
+    """What the guide says to create, under the guide's names, in a moto of the test's own."""
+    with scratch() as path:
+        aws = Aws(url, path)
+        queue, bucket = GUIDE_NAMES
+        arn = f"arn:aws:sqs:ap-northeast-2:123456789012:{queue}-dlq"
+        aws.dlq_url = aws.sqs.create_queue(QueueName=queue + "-dlq")["QueueUrl"]
+        aws.queue_url = aws.sqs.create_queue(QueueName=queue, Attributes={
+            "VisibilityTimeout": "300", "MessageRetentionPeriod": "1209600",
+            "ReceiveMessageWaitTimeSeconds": "20", "RedrivePolicy": json.dumps(
+                {"deadLetterTargetArn": arn, "maxReceiveCount": 3})})["QueueUrl"]
+        aws.bucket = bucket
+        aws.s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={
+            "LocationConstraint": "ap-northeast-2"})
+        aws.put(GUIDE_ZIP, "functions/hello-python/v1.zip")
+        aws.sqs.send_message(QueueUrl=aws.queue_url, MessageBody=GUIDE_MESSAGE)
+        (path / "application.yml").write_text(GUIDE_YML)
+        aws.env["AGENT_TASKBASEDIR"] = str(path / "task")
+        yield aws
+
+
+def hello_seen(agent):
+    wanted = {"requestId": "test-001", "functionId": "hello-python", "runtime": "python",
+              "status": "ok", "exitCode": "0", "memoryMb": "256", "timeoutMs": "5000",
+              "receiveCount": "1"}
+    report, = reports(agent.log)
+    return wanted.items() <= report.items() and all(
+        f"INFO [test-001] stdout: {line}\n" in agent.log
+        for line in ("Hello from NanoGrid!", "Result: 42"))
+
+
+def test_guide_walkthrough_as_written():
+    with moto_server() as url, guide_site(url) as aws, Agent(env=aws.env, cwd=aws.path) as agent:
+        agent.wait_for("Successfully published 1 value", 40)
+        assert hello_seen(agent) and aws.count() == dead(aws) == 0
+        metric, = aws.cloudwatch.list_metrics(Namespace="NanoGrid/FunctionRunner")["Metrics"]
+        assert metric["MetricName"] == "PeakMemoryBytes"
+        assert {each["Name"]: each["Value"] for each in metric["Dimensions"]} == \
+            {"FunctionId": "hello-python", "Runtime": "python"}
+        assert metric_values(aws, "hello-python") == 1
+
+
+@pytest.mark.parametrize("more", [[], CHANGE], ids=["least", "more"])
+def test_least_privilege_policy_is_enough(more):
+    """moto enforces IAM and checks signatures; a warning only where a lease cannot be extended."""
+    def enforce(count):
+        urllib.request.urlopen(urllib.request.Request(
+            url + "/moto-api/reset-auth", str(count).encode(), {"Content-Type": "text/plain"}))
+
+    with moto_server() as url, guide_site(url) as aws:
+        import boto3
+        iam = boto3.client("iam", region_name="ap-northeast-2", endpoint_url=url,
+                           aws_access_key_id="testing", aws_secret_access_key="testing")
+        iam.create_user(UserName="agent")
+        iam.put_user_policy(UserName="agent", PolicyName="least", PolicyDocument=json.dumps(
+            {"Version": "2012-10-17", "Statement": [
+                {"Effect": "Allow", "Action": GUIDE_POLICY + MOTO_ONLY + more, "Resource": "*"}]}))
+        key = iam.create_access_key(UserName="agent")["AccessKey"]
+        aws.env.update(AWS_ACCESS_KEY_ID=key["AccessKeyId"],
+                       AWS_SECRET_ACCESS_KEY=key["SecretAccessKey"])
+        aws.env["AGENT_METRICS_FLUSHSECONDS"] = "1"
+        enforce(0)
+        with Agent(env=aws.env, cwd=aws.path) as agent:
+            agent.wait_for("Successfully published 1 value", 40)
+        enforce("inf")
+        assert hello_seen(agent) and aws.count() == 0
+        said = complaints(agent.log)
+        assert len(said) <= (not more) and all(CHANGE[0] in line for line in said), said
+
+
+def test_drain_ends_with_a_table_when_the_queue_is_empty(moto):
+    with site(moto) as aws:
+        for number in range(5):
+            job(aws, f"a{number}", function_id="steady")
+        job(aws, "b0", function_id="broken", exit=7)
+        with start(aws, "--drain", wait=1) as agent:
+            assert agent.end(60) == 0
+        table = agent.out + agent.log
+        assert re.search(r"^steady\s.*\b5\b", table, re.MULTILINE), table
+        assert re.search(r"^broken\s.*\b1\b", table, re.MULTILINE), table
+        assert len(proxy_runs(aws.path)) == 6 and dead(aws) + aws.count() == 1
+
+
+def test_drain_of_an_empty_queue_ends(moto):
+    with site(moto) as aws, start(aws, "--drain", wait=1) as agent:
+        assert agent.end(30) == 0
+
+
+NOTHING = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": "/nonexistent",
+           "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_CONFIG_FILE": "/nonexistent"}
+
+
+@pytest.mark.parametrize("trouble,status,words", [
+    ("no boto3", 1, "boto3"),
+    ("no credentials", 1, "credentials"),
+    ("no region", None, "region"),
+    ("no queue", 1, "nowhere"),
+])
+def test_what_cannot_start_says_so_in_one_line(moto, trouble, status, words):
+    with site(moto) as aws:
+        config, python, prefix = aws.config(), sys.executable, []
+        if trouble == "no boto3":
+            prefix, python = ["/usr/bin/python3", "-I"], "-S"
+        if trouble == "no credentials":
+            aws.env.update(NOTHING)
+        if trouble == "no region":
+            aws.env.update(AWS_DEFAULT_REGION="", AWS_REGION="")
+            config.write_text(config.read_text().replace("region: ap-northeast-2", "region:"))
+        if trouble == "no queue":
+            config.write_text(config.read_text().replace(aws.name + "\n", "nowhere\n"))
+        with Agent("--config", config, env=aws.env, python=python, prefix=prefix) as agent:
+            code = agent.end(60)
+        assert code == status if status else code in (1, 2)
+        lines = agent.log.strip().splitlines()
+        assert "Traceback" not in agent.log and len(lines) <= 3 and words in agent.log, agent.log
+        assert len(complaints(agent.log)) <= 1
+
+
+def test_check_of_a_usable_site_changes_nothing(moto):
+    with site(moto) as aws:
+        job(aws)
+        with start(aws, "--check") as agent:
+            assert agent.end(60) == 0, agent.out + agent.log
+        text = agent.out + agent.log
+        for word in ("setting", "credential", "queue", "visibility", "DLQ|dead-letter", "bucket",
+                     "CloudWatch", "python", "sandbox"):
+            assert re.search(word, text, re.IGNORECASE), f"{word} in\n{text}"
+        assert not aws.proxy.count("Receive*|Delete*|Change*|Send*|PutObject|DeleteObject")
+        assert not any(b"PeakMemoryBytes" in seen.body for seen in aws.proxy.requests)
+        assert visible(aws) == 1
+
+
+# what is wrong: (operations that fail, fault, what one of the lines names)
+CHECKS = {
+    "queue": ("GetQueueAttributes", "denied", "sqs:GetQueueAttributes"),
+    "bucket": ("HeadBucket|ListObjects*|GetObject|HeadObject", "denied", "bucket"),
+    "bucket gone": ("HeadBucket|ListObjects*|GetObject|HeadObject", "no bucket", "bucket"),
+    "credentials": ("*", "expired", "credential|expired|token"),
+}
+
+
+@pytest.mark.parametrize("trouble", CHECKS)
+def test_check_names_what_is_not_usable(moto, trouble):
+    operations, fault, word = CHECKS[trouble]
+    with site(moto) as aws:
+        aws.proxy.fail(operations, fault)
+        with start(aws, "--check") as agent:
+            assert agent.end(60) == 1
+        text = agent.out + agent.log
+        assert re.search(word, text, re.IGNORECASE) and "Traceback" not in text, text
+        assert len(text.splitlines()) >= 5, "the other lines are missing\n" + text
+
+
+def test_check_without_a_dlq_or_an_interpreter(moto):
+    with site(moto) as aws:
+        aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"RedrivePolicy": ""})
+        with start(aws, "--check", runtimes={"python": "/nonexistent/python3"}) as agent:
+            assert agent.end(60) == 1
+        assert "/nonexistent/python3" in agent.out + agent.log
+        assert re.search("DLQ|dead-letter", agent.out + agent.log)
+
+
+# ---------------------------------------------------------------------- the machine's own faults
+
+
+def test_launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
+    with site(moto, visibility=4) as aws, start(aws, execution={"concurrency": 2}) as agent:
+        for request_id in ("r1", "r2"):
+            job(aws, request_id, sleep=3)
+        until(lambda: len(proxy_runs(aws.path)) == 2, 30, "the runs")
+        os.kill(family(agent.process.pid)[1], signal.SIGKILL)  # the agent's only child
+        until_gone(run_pids(aws.path))
+        until_settled(aws, agent, seconds=60)
+        assert agent.stop() == 0
+        assert Counter(each["status"] for each in reports(agent.log)) == {"error": 2, "ok": 2}
+        assert "launcher" in "".join(complaints(agent.log))
+
+
+# ---------------------------------------------------------------------- --local
+
+
+@contextlib.contextmanager
+def local_site():
+    """A Folder with MARKER as fn.zip; the workspaces are in its own scratch directory."""
+    with scratch() as path:
+        folder = Folder(path / "grid")
+        (folder.path / "code" / "fn.zip").write_bytes(make_zip(MARKER))
+        folder.scratch, folder.env = path, {"AGENT_TASKBASEDIR": str(path / "task")}
+        yield folder
+
+
+def local(folder, *args, env=None, **options) -> Agent:
+    return Agent("--local", folder.path, *args, env={**folder.env, **(env or {})}, **options)
+
+
+def local_job(folder, request_id, sleep=0, exit=0, **task):
+    told = {"marks": str(folder.scratch / "marks"), "sleep": sleep, "exit": exit}
+    return folder.put(request_id=request_id, input=told, **task)
+
+
+def names(folder, *parts) -> list[str]:
+    """The visible names in one of the folder's directories; none where it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(name for name in os.listdir(folder.path.joinpath(*parts)) if name[0] != ".")
+    return []
+
+
+def test_local_several_agents_share_a_folder_and_run_each_task_once():
+    with local_site() as folder, local(folder) as first, local(folder) as second:
+        for number in range(60):
+            local_job(folder, f"r{number:02d}", sleep=0.1)
+        until(lambda: len(names(folder, "results")) == 60 and not names(folder, "running"), 60,
+              "sixty results")
+        assert proxy_runs(folder.scratch) == {f"r{number:02d}": 1 for number in range(60)}
+        assert reports(first.log) and reports(second.log)
+        assert first.stop() == second.stop() == 0
+        assert not names(folder, "queue") and not names(folder, "dead")
+
+
+def test_local_task_is_claimed_by_rename_and_recovered_at_the_next_start():
+    with local_site() as folder:
+        local_job(folder, "r1", sleep=2)
+        with local(folder) as agent:
+            until_ran(folder.scratch)
+            assert not names(folder, "queue") and len(names(folder, "running")) >= 1
+            agent.stop(signal.SIGKILL)
+        assert not names(folder, "results")
+        with local(folder, "--drain") as agent:
+            assert agent.end(30) == 0
+        report, = reports(agent.log)
+        assert (report["status"], report["receiveCount"]) == ("ok", "2")
+        assert not any(names(folder, each) for each in ("queue", "running", "dead"))
+
+
+def test_local_running_tasks_of_a_living_agent_are_left_to_it():
+    with local_site() as folder, local(folder) as first:
+        local_job(folder, "r1", sleep=4)
+        until_ran(folder.scratch)
+        with local(folder) as second:
+            until(lambda: names(folder, "results"), 30, "the result")
+            assert proxy_runs(folder.scratch) == {"r1": 1} and not reports(second.log)
+            assert len(reports(first.log)) == 1
+
+
+def test_local_third_failure_is_dead_with_its_result_beside_it():
+    with local_site() as folder:
+        local_job(folder, "bad", exit=3)
+        local_job(folder, "good")
+        task = json.loads((folder.path / "queue" / "bad.json").read_text())
+        (folder.path / "queue" / "wrong.json").write_text("{")
+        with local(folder, "--drain") as agent:
+            assert agent.end(60) == 0
+        left = {each.name: each.read_text() for each in (folder.path / "dead").iterdir()}
+        assert set(left) == {"bad.json", "bad.result.json", "wrong.json", "wrong.result.json"}
+        assert json.loads(left["bad.json"]) == task and left["wrong.json"] == "{"
+        result = json.loads(left["bad.result.json"])
+        assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
+        assert json.loads(left["wrong.result.json"])["status"] == "rejected"
+        assert proxy_runs(folder.scratch) == {"bad": 3, "good": 1}
+
+
+def test_local_names_that_begin_with_a_dot_are_passed_over():
+    with local_site() as folder:
+        local_job(folder, "r1")
+        hidden = folder.path / "queue" / ".half.json"
+        hidden.write_text('{"requestId": "half"')
+        with local(folder, "--drain") as agent:
+            assert agent.end(30) == 0
+        assert hidden.exists() and [each["requestId"] for each in reports(agent.log)] == ["r1"]
+
+
+def test_local_sigterm_gives_back_what_runs_longer_than_the_grace():
+    with local_site() as folder:
+        local_job(folder, "r1", sleep=300, timeoutMs=400000)
+        with local(folder, env={"AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}) as agent:
+            until_ran(folder.scratch)
+            assert agent.stop(seconds=15) == 0
+        assert [each["status"] for each in reports(agent.log)] == ["released"]
+        assert len(names(folder, "queue")) == 1 and not names(folder, "running")
+
+
+def held(pid: int, task_dir: Path) -> dict[str, int]:
+    """What an agent and its descendants hold of memory, descriptors, processes and disk."""
+    held, members = Counter(zombies=0, descriptors=0, files=0), family(pid)
+    for each in members:
+        status = Path(f"/proc/{each}/status").read_text()
+        held["kib"] += sum(map(int, re.findall(r"^RssAnon:\s+(\d+)", status, re.MULTILINE)))
+        held["zombies"] += "State:\tZ" in status
+        held["processes"] += 1
+        with contextlib.suppress(PermissionError):  # an ordinary user sees only some of them
+            held["descriptors"] += len(os.listdir(f"/proc/{each}/fd"))
+    for _, dirs, files in os.walk(task_dir):
+        held["files"] += len(dirs) + len(files)
+    return held
+
+
+# libfaketime 0.9.10 answers EINVAL to the sleep of Python 3.11 and later when it leaves the
+# monotonic clock alone (as setting a machine's clock does): that one call goes past it.
+SLEEP_C = """#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#include <errno.h>
+int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, struct timespec *left)
+{ return syscall(SYS_clock_nanosleep, clock, flags, until, left) ? errno : 0; }
+"""
+
+
+# --------------------------------------------------------------------------------------------
+# setup_resources.sh
+# --------------------------------------------------------------------------------------------
+#
+# setup_resources.sh against an emulator with the real CLI, and against a CLI that refuses.
+
+
+# --- setup_resources.sh -------------------------------------------------------
+
+SETUP = Path(__file__).with_name("setup_resources.sh")
+ACCOUNT = "123456789012"
+CODE_BUCKET = f"nanogrid-code-bucket-{ACCOUNT}"
+ALL_BLOCKED = dict.fromkeys(
+    ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets"), True)
+TRUST = {"Version": "2012-10-17", "Statement": [
+    {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]}
+LEAST_ACTIONS = ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"]
+
+
+def run_setup(cwd: Path, *flags, env=None, answer: str = "", status: int = 0) -> str:
+    """Everything that the script printed; fails unless it ended with `status`."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    own |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **(env or {})}
+    done = subprocess.run(["bash", SETUP, *flags], cwd=cwd, env=own, input=answer, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
+                          check=False)
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+class Account:
+    """An empty account in the emulator, the script's working directory and what it made."""
+
+    def __init__(self, url: str, path: Path, region: str = "ap-northeast-2"):
+        self.url, self.path, self.config = url, path, path / "application.yml"
+        self.emulator("reset")
+        self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url}
+        del self.env["AWS_DEFAULT_REGION"]
+        options = {"region_name": region, "endpoint_url": url,
+                   "aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+        self.sqs, self.s3, self.iam = (boto3.client(n, **options) for n in ("sqs", "s3", "iam"))
+
+    def emulator(self, order: str, text: str = ""):
+        """Order the emulator itself: reset, or reset-auth with a count of free requests."""
+        request = urllib.request.Request(f"{self.url}/moto-api/{order}", text.encode(),
+                                         headers={"Content-Type": "text/plain"}, method="POST")
+        urllib.request.urlopen(request, timeout=30).close()
+
+    def run(self, *flags, env=None, **rest) -> str:
+        return run_setup(self.path, *flags, env={**self.env, **(env or {})}, **rest)
+
+    def queue(self, name: str = "nanogrid-task-queue") -> dict:
+        url = self.sqs.get_queue_url(QueueName=name)["QueueUrl"]
+        return self.sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+
+    def bucket(self, name: str) -> dict:
+        block = self.s3.get_public_access_block(Bucket=name)
+        owner = self.s3.get_bucket_ownership_controls(Bucket=name)["OwnershipControls"]
+        rules = self.s3.get_bucket_encryption(Bucket=name)["ServerSideEncryptionConfiguration"]
+        return {"region": self.s3.get_bucket_location(Bucket=name)["LocationConstraint"],
+                "block": block["PublicAccessBlockConfiguration"],
+                "owner": owner["Rules"][0]["ObjectOwnership"],
+                "encryption": rules["Rules"][0]["ApplyServerSideEncryptionByDefault"]}
+
+    def role(self, name: str = "NanoGridAgentRole") -> dict:
+        policies = self.iam.list_role_policies(RoleName=name)["PolicyNames"]
+        return {"trust": self.iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"],
+                "policies": {one: self.iam.get_role_policy(RoleName=name, PolicyName=one)
+                             ["PolicyDocument"] for one in policies}}
+
+    def statements(self) -> list[dict]:
+        policies = self.role()["policies"]
+        assert list(policies) == ["NanoGridAgentPolicy"]
+        return policies["NanoGridAgentPolicy"]["Statement"]
+
+    def profile_roles(self, name: str = "NanoGridAgentProfile") -> list[str]:
+        profile = self.iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
+        return [role["RoleName"] for role in profile["Roles"]]
+
+    def names(self) -> dict:
+        """What there is at all, by kind."""
+        return {"queues": sorted(url.rsplit("/", 1)[1]
+                                 for url in self.sqs.list_queues().get("QueueUrls", [])),
+                "buckets": [bucket["Name"] for bucket in self.s3.list_buckets()["Buckets"]],
+                "roles": [role["RoleName"] for role in self.iam.list_roles()["Roles"]],
+                "profiles": [profile["InstanceProfileName"]
+                             for profile in self.iam.list_instance_profiles()["InstanceProfiles"]],
+                "files": sorted(path.name for path in self.path.iterdir())}
+
+    def everything(self) -> list:
+        """The whole set with its attributes; a queue's hold the time of its last change."""
+        return [self.names(), self.queue(), self.queue("nanogrid-task-queue-dlq"),
+                self.bucket(CODE_BUCKET), self.role(), self.profile_roles(),
+                self.config.read_bytes()]
+
+    def check_set(self):
+        """What the guide asks for, whatever was there before."""
+        dlq, queue = self.queue("nanogrid-task-queue-dlq"), self.queue()
+        assert dlq["MessageRetentionPeriod"] == "1209600"
+        wanted = {"VisibilityTimeout": "300", "MessageRetentionPeriod": "1209600",
+                  "MaximumMessageSize": "262144", "ReceiveMessageWaitTimeSeconds": "20"}
+        assert {key: queue[key] for key in wanted} == wanted
+        redrive = json.loads(queue["RedrivePolicy"])
+        assert redrive["deadLetterTargetArn"] == dlq["QueueArn"]
+        assert int(redrive["maxReceiveCount"]) == 3
+        assert self.bucket(CODE_BUCKET) == {
+            "region": "ap-northeast-2", "block": ALL_BLOCKED, "owner": "BucketOwnerEnforced",
+            "encryption": {"SSEAlgorithm": "AES256"}}
+        assert self.role()["trust"] == TRUST
+        assert self.profile_roles() == ["NanoGridAgentRole"]
+
+
+@pytest.fixture
+def account(moto, tmp_path):
+    return Account(moto, tmp_path)
+
+
+def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
+    before = account.names()
+    planned = account.run("--dry-run")
+    assert account.names() == before
+    assert "would be made: queue nanogrid-task-queue\n" in planned
+    assert "nothing was changed" in planned
+    assert f"aws s3api create-bucket --bucket {CODE_BUCKET} " in planned
+
+    assert "Done; changes: 11." in account.run()
+    account.check_set()
+    assert [(one["Sid"], one["Action"], one["Resource"]) for one in account.statements()] == [
+        ("SQSAccess", [*LEAST_ACTIONS, "sqs:ChangeMessageVisibility"],
+         f"arn:aws:sqs:ap-northeast-2:{ACCOUNT}:nanogrid-task-queue"),
+        ("S3Access", ["s3:GetObject", "s3:ListBucket"],
+         [f"arn:aws:s3:::{CODE_BUCKET}", f"arn:aws:s3:::{CODE_BUCKET}/*"]),
+        ("CloudWatchAccess", ["cloudwatch:PutMetricData"], "*")]
+    assert {one["Effect"] for one in account.statements()} == {"Allow"}
+    queue_url = account.sqs.get_queue_url(QueueName="nanogrid-task-queue")["QueueUrl"]
+    written = account.config.read_text()
+    for line in ("region: ap-northeast-2", f"queueUrl: {queue_url}", f"codeBucket: {CODE_BUCKET}"):
+        assert f"\n    {line}\n" in written
+    assert "YOUR_ACCOUNT_ID" not in written
+
+    made = account.everything()
+    again = account.run()
+    assert "Nothing changed" in again
+    assert not re.search("^(made|set|written|differs)", again, re.MULTILINE)
+    assert account.everything() == made
+
+
+def test_setup_completes_a_half_made_set_and_names_what_differs(account):
+    account.sqs.create_queue(QueueName="nanogrid-task-queue",
+                             Attributes={"VisibilityTimeout": "30"})
+    account.s3.create_bucket(Bucket=CODE_BUCKET,
+                             CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
+    account.s3.put_public_access_block(Bucket=CODE_BUCKET, PublicAccessBlockConfiguration={
+        **ALL_BLOCKED, "BlockPublicPolicy": False})
+    account.s3.put_bucket_encryption(Bucket=CODE_BUCKET, ServerSideEncryptionConfiguration={
+        "Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms"}}]})
+    other = json.dumps(TRUST).replace("ec2", "lambda")
+    for role in ("NanoGridAgentRole", "other-role"):
+        account.iam.create_role(RoleName=role, AssumeRolePolicyDocument=other)
+    account.iam.create_instance_profile(InstanceProfileName="NanoGridAgentProfile")
+    account.iam.add_role_to_instance_profile(InstanceProfileName="NanoGridAgentProfile",
+                                             RoleName="other-role")
+    account.config.write_text("agent:  # somebody's own\n")
+
+    said = account.run()
+    account.check_set()
+    for line in ("made: queue nanogrid-task-queue-dlq",
+                 "differs: queue nanogrid-task-queue: VisibilityTimeout is 30, should be 300",
+                 "differs: queue nanogrid-task-queue: RedrivePolicy is None, should be ",
+                 "public access block is True True False True, should be True True True True",
+                 "encryption is aws:kms, should be AES256",
+                 "differs: role NanoGridAgentRole: the trust policy is",
+                 "NanoGridAgentProfile: role is other-role, should be NanoGridAgentRole",
+                 "left: application.yml is there and does not name this queue and bucket"):
+        assert line in said
+    assert account.config.read_text() == "agent:  # somebody's own\n"
+
+    said = account.run("--least", "--force")
+    assert "set: role policy NanoGridAgentPolicy" in said and "written: application.yml" in said
+    assert "Done; changes: 2." in said
+    assert account.statements()[0]["Action"] == LEAST_ACTIONS
+    assert f"codeBucket: {CODE_BUCKET}\n" in account.config.read_text()
+
+
+def test_setup_believes_a_real_403(account):
+    account.iam.create_user(UserName="half")
+    account.iam.put_user_policy(UserName="half", PolicyName="no-s3", PolicyDocument=json.dumps({
+        "Version": "2012-10-17",
+        "Statement": [{"Effect": "Allow", "Action": ["sqs:*", "iam:*"], "Resource": "*"}]}))
+    key = account.iam.create_access_key(UserName="half")["AccessKey"]
+    env = {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
+    account.emulator("reset-auth", "0")
+    try:
+        said = account.run("--dry-run", env=env, status=1)
+    finally:
+        account.emulator("reset-auth", "inf")
+    assert "as arn:aws:iam::123456789012:user/half" in said
+    assert f"failed at: bucket {CODE_BUCKET}\n" in said and "(AccessDenied)" in said
+    assert "create-bucket" not in said
+
+
+def test_setup_takes_down_all_but_a_bucket_with_objects(moto, tmp_path):
+    account = Account(moto, tmp_path, "us-east-1")
+    mine = ("--queue", "mine", "--dlq", "mine-dead", "--bucket", "mine-code", "--role", "mine-role",
+            "--instance-profile", "mine-profile")
+    env = {"AWS_REGION": "us-east-1"}
+    account.sqs.create_queue(QueueName="not-mine")
+    before = account.names()
+
+    account.run(*mine, env=env)
+    assert account.names() == {
+        "queues": ["mine", "mine-dead", "not-mine"], "buckets": ["mine-code"],
+        "roles": ["mine-role"], "profiles": ["mine-profile"], "files": ["application.yml"]}
+    assert account.bucket("mine-code")["region"] is None  # how S3 spells us-east-1
+    assert "\n    region: us-east-1\n" in account.config.read_text()
+    account.s3.put_object(Bucket="mine-code", Key="functions/kept.zip", Body=b"x")
+
+    made = account.names()
+    assert "nothing was removed" in account.run("--down", *mine, env=env, answer="y\n", status=1)
+    planned = account.run("--down", "--dry-run", *mine, env=env)
+    assert "would be removed: queue mine\n" in planned
+    assert account.names() == made
+    said = account.run("--down", *mine, env=env, answer="yes\n")
+    assert "left: bucket mine-code holds objects (such as functions/kept.zip)" in said
+    assert account.names() == {**before, "buckets": ["mine-code"]}
+
+    account.s3.delete_object(Bucket="mine-code", Key="functions/kept.zip")
+    said = account.run("--down", *mine, env=env, answer="yes\n")
+    assert "not there: queue mine\n" in said and "removed: bucket mine-code" in said
+    assert account.names() == before
+
+
+# --- setup_resources.sh and a CLI that answers what the test says -------------
+
+FAKE_AWS = r'''#!/bin/bash
+# An account that has nothing and takes everything but what FAKE_REFUSES names.
+printf '%s\n' "$*" >>"$FAKE_LOG"
+case "$*" in
+  *" ${FAKE_REFUSES:-nothing at all} "*) printf '%s\n' "$FAKE_ANSWER" >&2; exit 254 ;;
+  *" get-caller-identity "*) printf '123456789012\t%s\n' "$FAKE_CALLER" ;;
+  *" get-queue-url --queue-name ${FAKE_QUEUE:-nothing at all} "*) echo http://old/address ;;
+  *" sqs get-"*) echo "An error occurred (QueueDoesNotExist) when calling …" >&2; exit 254 ;;
+  *" s3api get-"*) echo "An error occurred (NoSuchBucket) when calling …" >&2; exit 254 ;;
+  *" iam get-"*) echo "An error occurred (NoSuchEntity) when calling …" >&2; exit 254 ;;
+  *" s3 cp "*) cp "${@:(-2):1}" "$FAKE_LOG.zip" ;;
+  *" send-message "*)
+    for word; do case "$word" in file://*) cp "${word#file://}" "$FAKE_LOG.json" ;; esac; done ;;
+esac
+'''
+TOOLS = ("bash", "cat", "cp", "dirname", "mktemp", "rm", "tr")  # cp is only the fake's
+
+
+class FakeAccount:
+    """The script with nothing on PATH but coreutils, Python and the CLI above."""
+
+    def __init__(self, path: Path):
+        self.path, self.log, tools = path / "here", path / "log", path / "bin"
+        self.path.mkdir()
+        tools.mkdir()
+        for tool in TOOLS:
+            (tools / tool).symlink_to(shutil.which(tool))
+        (tools / "python3").symlink_to(sys.executable)
+        (tools / "aws").write_text(FAKE_AWS)
+        (tools / "aws").chmod(0o755)
+        self.env = {"PATH": str(tools), "FAKE_LOG": str(self.log), "FAKE_QUEUE": "",
+                    "FAKE_CALLER": f"arn:aws:iam::{ACCOUNT}:user/somebody"}
+
+    def run(self, *flags, refuses="", refusal="", queue="", **rest) -> str:
+        env = {**self.env, "FAKE_REFUSES": refuses, "FAKE_ANSWER": refusal, "FAKE_QUEUE": queue}
+        return run_setup(self.path, *flags, env=env, **rest)
+
+    def calls(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return FakeAccount(tmp_path)
+
+
+DENIED = "An error occurred (AccessDenied) when calling the operation: not authorized to do it"
+
+
+@pytest.mark.parametrize("look, change, step", [
+    ("sqs get-queue-url", "create-queue", "queue nanogrid-task-queue-dlq"),
+    ("s3api get-bucket-location", "create-bucket", f"bucket {CODE_BUCKET}"),
+    ("s3api get-public-access-block", "put-public-access-block", f"bucket {CODE_BUCKET}"),
+    ("s3api get-bucket-ownership-controls", "put-bucket-ownership", f"bucket {CODE_BUCKET}"),
+    ("s3api get-bucket-encryption", "put-bucket-encryption", f"bucket {CODE_BUCKET}"),
+    ("iam get-role", "create-role", "role NanoGridAgentRole"),
+    ("iam get-role-policy", "put-role-policy", "role policy NanoGridAgentPolicy"),
+    ("iam get-instance-profile", "create-instance", "instance profile NanoGridAgentProfile"),
+])
+def test_setup_does_not_take_a_refusal_for_not_there(fake, look, change, step):
+    said = fake.run(refuses=look, refusal=DENIED, status=1)
+    assert f"failed at: {step}\n" in said and f"command: aws {look} " in said
+    assert f"answer:  {DENIED}\n" in said and "permission" in said
+    assert look in fake.calls() and f" {change}" not in fake.calls()
+
+
+@pytest.mark.parametrize("refuses, answer, remedy", [
+    ("sts get-caller-identity", "Unable to locate credentials.", "AWS_PROFILE"),
+    ("sts get-caller-identity", "(InvalidClientTokenId)", "AWS_PROFILE"),
+    ("sts get-caller-identity", "Could not connect to the endpoint URL", "is the network up"),
+    ("sqs create-queue", "(QueueDeletedRecently)", "60 seconds"),
+    ("s3api create-bucket", "(BucketAlreadyExists)", "--bucket NAME"),
+    ("iam create-role", "(AccessDenied)", "permission that the answer"),
+    ("iam put-role-policy", "(Throttling)", "wait a minute"),
+    ("iam add-role-to-instance-profile", "(Strange)", "the answer says"),
+])
+def test_setup_failure_names_step_answer_and_remedy(fake, refuses, answer, remedy):
+    said = fake.run(refuses=refuses, refusal=answer, status=1)
+    assert f"command: aws {refuses} " in said and f"answer:  {answer}\n" in said
+    assert remedy in said.split("to do:   ")[1] and "run the script again" in said
+    assert fake.calls().splitlines()[-1].find(f" {refuses} ") > 0  # nothing was tried after it
+    assert not (fake.path / "application.yml").exists()
+
+
+@pytest.mark.parametrize("partition, region, suffix", [
+    ("aws", "eu-west-1", "amazonaws.com"),
+    ("aws-cn", "cn-north-1", "amazonaws.com.cn"),
+    ("aws-us-gov", "us-gov-west-1", "amazonaws.com"),
+])
+def test_setup_fills_in_the_partition_of_the_caller(fake, partition, region, suffix):
+    fake.env["FAKE_CALLER"] = f"arn:{partition}:iam::{ACCOUNT}:user/somebody"
+    fake.run("--region", region)
+    calls = fake.calls()
+    assert f'"Service":"ec2.{suffix}"' in calls
+    assert set(re.findall(r"arn:([a-z-]+):(?:sqs|s3):", calls)) == {partition}
+    assert f"arn:{partition}:sqs:{region}:{ACCOUNT}:nanogrid-task-queue-dlq" in calls
+    assert f"LocationConstraint={region}\n" in calls
+    assert calls.count(f"--region {region} --output text ") == len(calls.splitlines())
+    written = (fake.path / "application.yml").read_text()
+    assert f"queueUrl: https://sqs.{region}.{suffix}/{ACCOUNT}/nanogrid-task-queue\n" in written
+
+
+def test_setup_region_comes_from_the_flag_then_the_environment_then_the_guide(fake):
+    fake.env["AWS_DEFAULT_REGION"] = "eu-north-1"
+    assert "region eu-north-1," in fake.run("--dry-run")
+    fake.env["AWS_REGION"] = "eu-south-1"
+    said = fake.run("--dry-run")
+    assert "region eu-south-1," in said and "LocationConstraint=eu-south-1" in said
+    said = fake.run("--dry-run", "--region", "us-east-1")
+    assert "region us-east-1," in said
+    assert "create-bucket" in said and "LocationConstraint" not in said  # S3 refuses this one
+    del fake.env["AWS_REGION"], fake.env["AWS_DEFAULT_REGION"]
+    assert "region ap-northeast-2," in fake.run("--dry-run", "--endpoint", "http://[::1]:9")
+    assert "--endpoint-url http://[::1]:9 " in fake.calls().splitlines()[-1]
+
+
+def test_setup_test_message_is_the_guides(fake):
+    said = fake.run("--test-message", queue="nanogrid-task-queue")  # with Python, without zip
+    assert "[test-001] stdout: Hello from NanoGrid!" in said and "status=ok" in said
+    assert json.loads(Path(f"{fake.log}.json").read_text()) == {
+        "requestId": "test-001", "functionId": "hello-python", "runtime": "python",
+        "s3Bucket": CODE_BUCKET, "s3Key": "functions/hello-python/v1.zip",
+        "timeoutMs": 5000, "memoryMb": 256}
+    with zipfile.ZipFile(f"{fake.log}.zip") as archive:
+        assert archive.namelist() == ["main.py"]
+        assert archive.read("main.py").decode() == (
+            '#!/usr/bin/env python3\nprint("Hello from NanoGrid!")\nprint("Result: 42")\n')
+    assert f" s3://{CODE_BUCKET}/functions/hello-python/v1.zip\n" in fake.calls()
+
+    said = fake.run("--test-message", refuses="sqs get-queue-url", status=1,
+                    refusal="An error occurred (AWS.SimpleQueueService.NonExistentQueue) …")
+    assert "run setup_resources.sh without --test-message first" in said
+    calls = len(fake.calls().splitlines())
+    assert "would be sent" in fake.run("--test-message", "--dry-run", queue="nanogrid-task-queue")
+    assert len(fake.calls().splitlines()) == calls + 2  # who am I, where is the queue
+
+
+def test_setup_removes_application_yml_only_as_it_wrote_it(fake):
+    config = fake.path / "application.yml"
+    fake.run()
+    assert "removed: application.yml\n" in fake.run("--down", answer="yes\n")
+    assert not config.exists()
+    fake.run()
+    config.write_text(config.read_text().replace("flushSeconds: 10", "flushSeconds: 60"))
+    edited = config.read_bytes()
+    assert "unchanged: application.yml (edited since" in fake.run()
+    assert "left: application.yml is not as" in fake.run("--down", answer="yes\n")
+    assert config.read_bytes() == edited
+
+
+def test_setup_goes_on_only_in_the_account_that_was_named(fake):
+    said = fake.run("--account", "999999999999", status=1)
+    assert f"account {ACCOUNT}, not 999999999999" in said and "AWS_PROFILE" in said
+    assert len(fake.calls().splitlines()) == 1
+    assert "Dry run" in fake.run("--account", ACCOUNT, "--dry-run")
+
+
+@pytest.mark.parametrize("flags, problem", [
+    (["--regoin", "x"], "there is no flag --regoin"),
+    (["queue"], "there is no flag queue"),
+    (["--queue"], "--queue needs a value"),
+    (["--queue", ""], "--queue needs a value"),
+    (["--queue", "a.fifo"], "not FIFO"),
+    (["--queue", "same", "--dlq", "same"], "are both same"),
+    (["--bucket", "Capital"], "--bucket is 'Capital'"),
+    (["--role", 'a"b'], "--role is 'a\"b'"),
+    (["--down", "--test-message"], "do not go together"),
+])
+def test_setup_wrong_usage(fake, flags, problem):
+    said = fake.run(*flags, status=2)
+    assert problem in said and "--help" in said
+    assert fake.calls() == ""
+
+
+def test_setup_help_names_every_flag_that_it_takes(fake):
+    parser = re.search(r"^parse_flags.*?^}", SETUP.read_text(), re.MULTILINE | re.DOTALL)[0]
+    taken = set(re.findall(r"--[a-z-]+", parser))
+    shown = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", fake.run("--help"), re.MULTILINE))
+    assert shown == taken and "--dry-run" in taken
+    assert fake.calls() == ""
+
+
+def test_setup_without_what_it_needs_makes_nothing(fake, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(SETUP, alone)
+    done = subprocess.run(["bash", alone / SETUP.name], cwd=alone, env=fake.env, text=True,
+                          timeout=60, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert done.returncode == 1 and "application.yml.example: it is not beside" in done.stderr
+    assert "create" not in fake.calls()
+    (tmp_path / "bin" / "aws").unlink()
+    assert "AWS CLI (aws) is not on PATH" in fake.run(status=1)
+
+
+def test_setup_that_was_cut_short_does_nothing(fake, tmp_path):
+    lines = SETUP.read_text().splitlines(keepends=True)
+    assert lines[-1] == 'main "$@"\n'
+    for end in range(1, len(lines), 40):
+        (tmp_path / "cut.sh").write_text("".join(lines[:end]))
+        subprocess.run(["bash", tmp_path / "cut.sh"], cwd=fake.path, env=fake.env, timeout=60,
+                       stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert fake.calls() == "" and not list(fake.path.iterdir())
+
+
+def test_setup_uses_nothing_that_bash_3_lacks():
+    newer = {
+        "associative array, nameref": r"\b(declare|local|typeset) -[a-zA-Z]*[An]",
+        "mapfile": r"\b(mapfile|readarray)\b", "case conversion": r"\$\{\w+[,^]", "|&": r"\|&",
+        "&>>": r"&>>", "coproc": r"\bcoproc\b", "@ operator": r"\$\{\w+@", ";;&": r";;?&",
+        "negative index": r"\[-\d", "-v": r"\[\[? -v ", "printf time": r"printf '[^']*%\(",
+        "a status that is lost": r"\b(local|export|readonly) \w+=\"?\$\("}
+    text = SETUP.read_text()
+    assert [name for name, pattern in newer.items() if re.search(pattern, text)] == []
+
+
+# --------------------------------------------------------------------------------------------
+# The guide, from the shell
+# --------------------------------------------------------------------------------------------
+#
+# The resources guide from its first command to the metric in CloudWatch, as a person does it.
+
+
+# --- the walkthrough -------------------------------------------------------
+
+def test_walkthrough_from_nothing_to_a_metric(moto, tmp_path):
+    account = Account(moto, tmp_path)
+    account.run()
+    # The queue, the bucket, the region and the emulator's address are all in application.yml.
+    env = {**account.env, "AGENT_TASKBASEDIR": str(tmp_path / "task"),
+           "AGENT_SQS_WAITTIMESECONDS": "1"}
+    del env["AWS_ENDPOINT_URL"]
+    with Agent("--config", "application.yml", cwd=tmp_path, env=env) as agent:
+        assert "[test-001] stdout: Hello from NanoGrid!" in account.run("--test-message")
+        agent.wait_for(r" INFO REPORT requestId=test-001 .*\n", 60)
+        assert reports(agent.log)[0]["status"] == "ok", agent.log
+        agent.wait_for(r" INFO Successfully published 1 value", 60)
+        until(lambda: left(account) == 0, 30, "the end of the message")
+        assert agent.stop() == 0, agent.log
+
+    [report] = reports(agent.log)
+    assert report["functionId"] == "hello-python" and report["runtime"] == "python"
+    assert report["exitCode"] == "0" and report["receiveCount"] == "1"
+    assert 0 < int(report["peakMemoryBytes"]) < 256 * 2**20
+    assert re.findall(r"INFO \[test-001\] stdout: (.*)$", agent.log, re.MULTILINE) == [
+        "Hello from NanoGrid!", "Result: 42"]
+    assert left(account, "nanogrid-task-queue-dlq") == 0
+    check_metric(moto, int(report["peakMemoryBytes"]))
+
+
+def left(account: Account, name: str = "nanogrid-task-queue") -> int:
+    """Messages in a queue, visible, in flight or delayed."""
+    return sum(int(value) for key, value in account.queue(name).items()
+               if key.startswith("ApproximateNumberOfMessages"))
+
+
+def check_metric(url: str, peak_bytes: int):
+    """CloudWatch has one metric of ours, with both dimensions and the value of the REPORT."""
+    cloudwatch = boto3.client("cloudwatch", region_name="ap-northeast-2", endpoint_url=url,
+                              aws_access_key_id="testing", aws_secret_access_key="testing")
+    [metric] = cloudwatch.list_metrics(Namespace="NanoGrid/FunctionRunner")["Metrics"]
+    assert metric["MetricName"] == "PeakMemoryBytes"
+    dimensions = {one["Name"]: one["Value"] for one in metric["Dimensions"]}
+    assert dimensions == {"FunctionId": "hello-python", "Runtime": "python"}
+    now = datetime.now(timezone.utc)
+    [point] = cloudwatch.get_metric_statistics(
+        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes",
+        Dimensions=metric["Dimensions"], StartTime=now - timedelta(hours=1),
+        EndTime=now + timedelta(hours=1), Period=7200, Statistics=["Maximum", "SampleCount"],
+        Unit="Bytes")["Datapoints"]
+    assert (point["Maximum"], point["SampleCount"]) == (peak_bytes, 1)
+
+
+# --------------------------------------------------------------------------------------------
+# README
+# --------------------------------------------------------------------------------------------
+#
+# README.md's commands and examples, run as they stand there; an emulator is AWS.
+
+
+README = Path(__file__).with_name("README.md")
+TEXT = README.read_text()
+
+
+# The fenced blocks that stand behind a comment `<!-- test: NAME -->`, by name.
+BLOCKS = dict(re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
+
+
+def need(*programs: str) -> None:
+    for program in programs:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed here")
+
+
+def sh(script: str, cwd: Path, env=None, seconds=180, **options) -> subprocess.CompletedProcess:
+    """Run lines of the README in bash, with this Python as theirs; every line must succeed."""
+    script = script.replace("python3 nanogrid.py", f"{shlex.quote(sys.executable)} {MODULE}")
+    ended = subprocess.run(["bash", "-euc", script], cwd=cwd, env={**os.environ, **(env or {})},  # noqa: PLW1510
+                           capture_output=True, text=True, timeout=seconds, **options)
+    assert ended.returncode == 0, f"{script}\n{ended.stdout}\n{ended.stderr}"
+    return ended
+
+
+def alike(text: str) -> str:
+    """The text with every number, bar and run of blanks made the same."""
+    return re.sub(r" +", " ", re.sub(r"\d+", "0", re.sub(r"\[#* *\]", "[]", text)))
+
+
+# --- The text itself
+
+
+def test_links_in_the_page_lead_to_headings():
+    headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)}
+    wanted = set(re.findall(r"\]\(#([^)]+)\)", TEXT))
+    assert wanted and wanted <= headings
+
+
+def test_settings_that_it_names_exist():
+    sections = "aws|sqs|s3|execution|output|metrics"
+    named = set(re.findall(rf"`(?:agent\.)?((?:{sections})\.\w+)", TEXT))
+    variables = set(re.findall(r"\bAGENT_\w+", TEXT))
+    assert len(named) > 8 and len(variables) > 4
+    assert named <= {row.path.removeprefix("agent.") for row in ng.SETTINGS}
+    assert variables <= {row.variable for row in ng.SETTINGS}
+
+
+# --- Commands that need no AWS
+
+
+def test_demo_prints_what_is_shown(tmp_path):
+    ended = sh(BLOCKS["demo"], tmp_path)
+    lines = [alike(line) for line in (ended.stderr + ended.stdout).splitlines()]
+    has_compiler = any(map(shutil.which, ng.RUNTIMES["cpp"].programs))
+    for shown in BLOCKS["demo output"].splitlines():
+        if not has_compiler and re.search(r"cpp|C\+\+", shown):
+            continue
+        pattern = ".*".join(re.escape(alike(part)) for part in shown.split("…"))
+        assert any(re.fullmatch(pattern, line) for line in lines), (shown, lines)
+
+
+@pytest.mark.parametrize("runtime, source, program", [
+    ("python", "main.py", "python3"), ("cpp", "main.cpp", "g++"),
+    ("nodejs", "index.js", "node"), ("go", "main.go", "go")])
+def test_function_of_each_runtime(tmp_path, runtime, source, program):
+    need(program)
+    (tmp_path / "total").mkdir()
+    (tmp_path / "total" / source).write_text(BLOCKS[f"total/{source}"])
+    ended = sh(BLOCKS["invoke"].replace("--runtime python", f"--runtime {runtime}"), tmp_path)
+    assert ended.stdout == "total 7\n"
+    assert reports(ended.stderr)[0]["status"] == "ok"
+
+
+def test_message_and_result_have_these_fields(folder):
+    shown = json.loads(BLOCKS["result"])
+    message = {**json.loads(BLOCKS["message"]), "requestId": shown["requestId"],
+               "functionId": shown["functionId"]}
+    request_id = folder.put({"main.py": BLOCKS["total/main.py"]}, request_id=shown["requestId"],
+                            **message)
+    sh(BLOCKS["environment"].replace("DIR", str(folder.path)), folder.path)
+    result = folder.result(request_id)
+    assert list(result) == list(shown)
+    differ = {"durationMillis", "peakMemoryBytes", "startedAt", "finishedAt", "recommendedMemoryMb",
+              "optimizationTip"}
+    assert {k: result[k] for k in result if k not in differ} == {
+        k: shown[k] for k in shown if k not in differ}
+    assert alike(result["optimizationTip"]) == alike(shown["optimizationTip"])
+
+
+# --- Commands for the machine
+
+
+def test_unit_is_one_that_systemd_takes(tmp_path):
+    need("systemd-analyze")
+    unit = tmp_path / "nanogrid.service"
+    unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable))
+    ended = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True,  # noqa: PLW1510
+                           timeout=60)
+    assert "nanogrid.service" not in ended.stdout + ended.stderr
+    assert ended.returncode == 0
+
+
+def test_unit_waits_for_longer_than_a_shutdown_takes():
+    seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", BLOCKS["unit"], re.MULTILINE)[1])
+    settings = ng.Settings()
+    assert seconds > settings.shutdown_grace_seconds + settings.wait_time_seconds
+
+
+@pytest.mark.parametrize("program", ["nft", "iptables"])
+def test_rules_that_close_the_instance_metadata(tmp_path, program):
+    need(program, "unshare")
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True, timeout=10).returncode:  # noqa: PLW1510
+        pytest.skip("a network namespace of its own needs root")
+    uids = f"{ng.FIRST_UID}-{ng.LAST_UID}"
+    show = "nft list ruleset" if program == "nft" else "iptables -S OUTPUT && ip6tables -S OUTPUT"
+    rules = sh(f"unshare -n bash -euc {shlex.quote(BLOCKS[program] + show)}", tmp_path).stdout
+    assert rules.count(uids) == 2 and "169.254.169.254" in rules and "fd00:ec2::254" in rules
+
+
+# --- Commands for AWS
+
+
+@pytest.fixture
+def shell(moto, tmp_path):
+    """What runs lines of the README against the emulator, in a folder with the files they name."""
+    need("aws")
+    # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "aws").write_text(f'#!/bin/sh\nexec {shutil.which("aws")} --endpoint-url {moto} "$@"\n')
+    (tools / "aws").chmod(0o755)
+    shutil.copy(README.with_name("application.yml.example"), tmp_path)
+    (tmp_path / "policy.json").write_text(BLOCKS["policy.json"])
+    env = {**AWS_ENV, "AWS_ENDPOINT_URL": moto, "AWS_PAGER": "",
+           "PATH": f"{tools}:{os.environ['PATH']}"}
+    return lambda script, **more: sh(script, tmp_path, {**env, **more})
+
+
+def emulated(moto: str, service: str):
+    import boto3
+    return boto3.client(service, region_name="ap-northeast-2", endpoint_url=moto,
+                        aws_access_key_id="testing", aws_secret_access_key="testing")
+
+
+def test_from_the_cli_to_a_report_of_the_cron_line(moto, shell, tmp_path):
+    need("flock")
+    shell(BLOCKS["cli"] + BLOCKS["send"])
+    command = BLOCKS["cron"].split(" ", 6)[6]
+    for there, here in (("/run/", f"{tmp_path}/"), ("/var/log/", f"{tmp_path}/"),
+                        ("/opt/nanogrid/venv/bin/python", sys.executable),
+                        ("/opt/nanogrid/nanogrid.py", str(MODULE)),
+                        ("/opt/nanogrid/", f"{tmp_path}/")):
+        command = command.replace(there, here)
+    shell(command, AGENT_SQS_WAITTIMESECONDS="1", AGENT_TASKBASEDIR=str(tmp_path / "task"))
+    log = (tmp_path / "nanogrid.log").read_text()
+    assert "[test-001] stdout: Result: 42" in log
+    assert reports(log)[0]["status"] == "ok"
+    [metric] = emulated(moto, "cloudwatch").list_metrics(
+        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes", Dimensions=[
+            {"Name": "FunctionId", "Value": "hello-python"}])["Metrics"]
+    assert {"Name": "Runtime", "Value": "python"} in metric["Dimensions"]
+
+
+def test_group_and_alarm(moto, shell):
+    ec2 = emulated(moto, "ec2")
+    [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
+    shell(BLOCKS["scaling"] + BLOCKS["alarm"], INSTANCE=instance["InstanceId"],
+          SUBNETS=ec2.describe_subnets()["Subnets"][0]["SubnetId"],
+          TOPIC=emulated(moto, "sns").create_topic(Name="nanogrid")["TopicArn"])
+    [policy] = emulated(moto, "autoscaling").describe_policies(
+        AutoScalingGroupName="nanogrid")["ScalingPolicies"]
+    assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
+    [alarm] = emulated(moto, "cloudwatch").describe_alarms(
+        AlarmNames=["nanogrid-dlq"])["MetricAlarms"]
+    assert alarm["Dimensions"] == [{"Name": "QueueName", "Value": "nanogrid-task-queue-dlq"}]
