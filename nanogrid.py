@@ -1584,7 +1584,7 @@ def output_files(directory: str, uid: int | None) -> list[str]:
     something that the function may not.
     """
     found = []
-    pending = [""]
+    pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
     for relative in pending:
         for entry in sorted(os.scandir(os.path.join(directory, relative)), key=lambda e: e.name):
             name = os.path.join(relative, entry.name)
@@ -2111,6 +2111,7 @@ class Workspace:
         if package != self.package:
             self.package, self.wanted = package, self._scan(package)
             self.seen.clear()
+        os.makedirs(self.trash, exist_ok=True)
         sweep(self.trash, self.trash)
         for name in self.PRIVATE:
             self._restore(os.path.join(self.root, name), {}, "", 0o700)
@@ -2138,6 +2139,8 @@ class Workspace:
 
     def _restore(self, path: str, entries: dict, relative: str, mode: int) -> None:
         """Give a directory just these entries, unless it has them still."""
+        if not os.path.lexists(path):
+            os.mkdir(path)  # a function owned the slot's directory, and removed it
         status = os.lstat(path)
         if self.seen.get(path) == self._mark(status) and (self.linked or all(
                 stat.S_ISDIR(want.st_mode)
