@@ -2084,6 +2084,13 @@ def disk_usage(paths: list[str], most_files: int) -> tuple[int, int]:
     return size, count
 
 
+def make_dir(path: str) -> None:
+    """Have a directory at `path`, whatever a function that owned its parent put there."""
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+        os.unlink(path)
+    os.makedirs(path, exist_ok=True)
+
+
 class Workspace:
     """A slot's private directories, made pristine before a run for the price of what changed.
 
@@ -2104,19 +2111,20 @@ class Workspace:
         self.wanted: dict[str, dict[str, os.stat_result]] = {}
         self.seen: dict[str, tuple[int, int]] = {}
         for name in ("trash", "work", *self.PRIVATE):
-            os.makedirs(os.path.join(self.root, name), exist_ok=True)
+            make_dir(os.path.join(self.root, name))
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what the run of `package` shall find; raises OSError."""
         if package != self.package:
             self.package, self.wanted = package, self._scan(package)
             self.seen.clear()
-        os.makedirs(self.trash, exist_ok=True)
+        make_dir(self.trash)
         sweep(self.trash, self.trash)
         for name in self.PRIVATE:
             self._restore(os.path.join(self.root, name), {}, "", 0o700)
         for relative, entries in self.wanted.items():
-            self._restore(os.path.join(self.work, relative), entries, relative, 0o755)
+            # Without the slash that join leaves at the end: "work/" would follow a link.
+            self._restore(os.path.join(self.work, relative).rstrip("/"), entries, relative, 0o755)
         path = os.path.join(self.root, "stdin")
         with open(path, "wb", buffering=0) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
@@ -2139,17 +2147,13 @@ class Workspace:
 
     def _restore(self, path: str, entries: dict, relative: str, mode: int) -> None:
         """Give a directory just these entries, unless it has them still."""
-        if not os.path.lexists(path):
-            os.mkdir(path)  # a function owned the slot's directory, and removed it
+        make_dir(path)
         status = os.lstat(path)
         if self.seen.get(path) == self._mark(status) and (self.linked or all(
                 stat.S_ISDIR(want.st_mode)
                 or self.seen.get(file := os.path.join(path, name)) == self._mark(os.lstat(file))
                 for name, want in entries.items())):
             return
-        if not stat.S_ISDIR(status.st_mode):  # only where a function owns the slot's directory
-            os.unlink(path)
-            os.mkdir(path)
         os.chmod(path, 0o700)
         kept = set()
         for entry in list(os.scandir(path)):
@@ -3183,7 +3187,7 @@ class Slots:
         trash.mkdir()
         for name in os.listdir(self.base):
             path = str(self.base / name)
-            if name != "trash" and os.path.isdir(path):
+            if name != "trash" and os.path.isdir(path) and not os.path.islink(path):
                 sweep(path, str(trash))
         shutil.rmtree(self.base, ignore_errors=True)
         os.close(self.lock)
