@@ -4006,21 +4006,6 @@ DEEP = ('{"requestId":"deep","functionId":"fn","runtime":"python","s3Key":"fn.zi
         + "[" * 200000 + "]" * 200000 + "}")
 
 
-def test_bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
-    with site(moto, visibility=60) as aws, start(aws) as agent:
-        aws.put({"main.py": "import sys; print('input of', len(sys.stdin.read()))"}, "size.zip")
-        task = {"requestId": "large", "functionId": "fn", "runtime": "python", "s3Key": "size.zip",
-                "input": ""}
-        task["input"] = "x" * ((1 << 20) - len(json.dumps(task)))
-        aws.send(body=json.dumps(task))
-        aws.send(body=DEEP)
-        until_settled(aws, agent, 1, 40)
-        agent.stop()
-        assert f"stdout: input of {len(task['input']) + 2}" in agent.log
-        assert Counter(each["status"] for each in reports(agent.log)) == {"ok": 1, "rejected": 3}
-        assert "Traceback" not in agent.log
-
-
 # ---------------------------------------------------------------------- S3
 
 # what is wrong: (fault, the task's fields, status, reason, what the log names)
@@ -5203,45 +5188,6 @@ def test_settings_that_it_names_exist():
 # --- Commands that need no AWS
 
 
-def test_demo_prints_what_is_shown(tmp_path):
-    ended = sh(BLOCKS["demo"], tmp_path)
-    lines = [alike(line) for line in (ended.stderr + ended.stdout).splitlines()]
-    has_compiler = any(map(shutil.which, ng.RUNTIMES["cpp"].programs))
-    for shown in BLOCKS["demo output"].splitlines():
-        if not has_compiler and re.search(r"cpp|C\+\+", shown):
-            continue
-        pattern = ".*".join(re.escape(alike(part)) for part in shown.split("…"))
-        assert any(re.fullmatch(pattern, line) for line in lines), (shown, lines)
-
-
-@pytest.mark.parametrize("runtime, source, program", [
-    ("python", "main.py", "python3"), ("cpp", "main.cpp", "g++"),
-    ("nodejs", "index.js", "node"), ("go", "main.go", "go")])
-def test_function_of_each_runtime(tmp_path, runtime, source, program):
-    need(program)
-    (tmp_path / "total").mkdir()
-    (tmp_path / "total" / source).write_text(BLOCKS[f"total/{source}"])
-    ended = sh(BLOCKS["invoke"].replace("--runtime python", f"--runtime {runtime}"), tmp_path)
-    assert ended.stdout == "total 7\n"
-    assert reports(ended.stderr)[0]["status"] == "ok"
-
-
-def test_message_and_result_have_these_fields(folder):
-    shown = json.loads(BLOCKS["result"])
-    message = {**json.loads(BLOCKS["message"]), "requestId": shown["requestId"],
-               "functionId": shown["functionId"]}
-    request_id = folder.put({"main.py": BLOCKS["total/main.py"]}, request_id=shown["requestId"],
-                            **message)
-    sh(BLOCKS["environment"].replace("DIR", str(folder.path)), folder.path)
-    result = folder.result(request_id)
-    assert list(result) == list(shown)
-    differ = {"durationMillis", "peakMemoryBytes", "startedAt", "finishedAt", "recommendedMemoryMb",
-              "optimizationTip"}
-    assert {k: result[k] for k in result if k not in differ} == {
-        k: shown[k] for k in shown if k not in differ}
-    assert alike(result["optimizationTip"]) == alike(shown["optimizationTip"])
-
-
 # --- Commands for the machine
 
 
@@ -5259,17 +5205,6 @@ def test_unit_waits_for_longer_than_a_shutdown_takes():
     seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", BLOCKS["unit"], re.MULTILINE)[1])
     settings = ng.Settings()
     assert seconds > settings.shutdown_grace_seconds + settings.wait_time_seconds
-
-
-@pytest.mark.parametrize("program", ["nft", "iptables"])
-def test_rules_that_close_the_instance_metadata(tmp_path, program):
-    need(program, "unshare")
-    if subprocess.run(["unshare", "-n", "true"], capture_output=True, timeout=10).returncode:  # noqa: PLW1510
-        pytest.skip("a network namespace of its own needs root")
-    uids = f"{ng.FIRST_UID}-{ng.LAST_UID}"
-    show = "nft list ruleset" if program == "nft" else "iptables -S OUTPUT && ip6tables -S OUTPUT"
-    rules = sh(f"unshare -n bash -euc {shlex.quote(BLOCKS[program] + show)}", tmp_path).stdout
-    assert rules.count(uids) == 2 and "169.254.169.254" in rules and "fd00:ec2::254" in rules
 
 
 # --- Commands for AWS
@@ -5297,34 +5232,3 @@ def emulated(moto: str, service: str):
                         aws_access_key_id="testing", aws_secret_access_key="testing")
 
 
-def test_from_the_cli_to_a_report_of_the_cron_line(moto, shell, tmp_path):
-    need("flock")
-    shell(BLOCKS["cli"] + BLOCKS["send"])
-    command = BLOCKS["cron"].split(" ", 6)[6]
-    for there, here in (("/run/", f"{tmp_path}/"), ("/var/log/", f"{tmp_path}/"),
-                        ("/opt/nanogrid/venv/bin/python", sys.executable),
-                        ("/opt/nanogrid/nanogrid.py", str(MODULE)),
-                        ("/opt/nanogrid/", f"{tmp_path}/")):
-        command = command.replace(there, here)
-    shell(command, AGENT_SQS_WAITTIMESECONDS="1", AGENT_TASKBASEDIR=str(tmp_path / "task"))
-    log = (tmp_path / "nanogrid.log").read_text()
-    assert "[test-001] stdout: Result: 42" in log
-    assert reports(log)[0]["status"] == "ok"
-    [metric] = emulated(moto, "cloudwatch").list_metrics(
-        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes", Dimensions=[
-            {"Name": "FunctionId", "Value": "hello-python"}])["Metrics"]
-    assert {"Name": "Runtime", "Value": "python"} in metric["Dimensions"]
-
-
-def test_group_and_alarm(moto, shell):
-    ec2 = emulated(moto, "ec2")
-    [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
-    shell(BLOCKS["scaling"] + BLOCKS["alarm"], INSTANCE=instance["InstanceId"],
-          SUBNETS=ec2.describe_subnets()["Subnets"][0]["SubnetId"],
-          TOPIC=emulated(moto, "sns").create_topic(Name="nanogrid")["TopicArn"])
-    [policy] = emulated(moto, "autoscaling").describe_policies(
-        AutoScalingGroupName="nanogrid")["ScalingPolicies"]
-    assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
-    [alarm] = emulated(moto, "cloudwatch").describe_alarms(
-        AlarmNames=["nanogrid-dlq"])["MetricAlarms"]
-    assert alarm["Dimensions"] == [{"Name": "QueueName", "Value": "nanogrid-task-queue-dlq"}]
