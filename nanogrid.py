@@ -1850,7 +1850,7 @@ def become(request):
     try:
         code = compile(source, path, "exec", dont_inherit=True)
     except Exception:  # the interpreter itself words this best
-        os.execv(sys.executable, ["python3", "main.py"])
+        os.execv(sys.executable, [sys.executable, "main.py"])
     sys.modules["__main__"] = main
     return main, code
 
