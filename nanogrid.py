@@ -1133,7 +1133,9 @@ class SqsQueue:
                 if n in again:
                     continue
                 if not beat:
-                    self.changes.pop(key, None)
+                    # A message may have come and been given back again since: that one stays due.
+                    if self.changes.get(key, ("",))[0] == receipt:
+                        del self.changes[key]
                 elif lease and lease.receipt == receipt:
                     if n in lost:
                         lease.ends = lease.beat = asked
@@ -1366,6 +1368,7 @@ def write_json(directory: str, name: str, value: object) -> None:
 # Code: fetched once for each version, checked, unpacked, and kept
 # --------------------------------------------------------------------------------------------
 
+S3_READ_SECONDS = 8  # between two pieces of a body; a job must go on soon after S3 does
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
 CACHE_BYTES = 8 * 1024 * MIB  # packages in no use are dropped beyond this, oldest use first
 
@@ -1395,7 +1398,7 @@ class S3Code:
         Raises Rejected when there is no such object, MachineFault and OSError otherwise.
         """
         with self.lock:
-            self.client = self.client or self.clients.make("s3", 30)
+            self.client = self.client or self.clients.make("s3", S3_READ_SECONDS)
         condition = {"IfNoneMatch": known} if known else {}
         answer, error = attempt(self.client.get_object, Bucket=task.bucket, Key=task.key,
                                 **condition)
@@ -1626,7 +1629,7 @@ class AwsResults:
 
     def __init__(self, clients: Clients, settings: Settings):
         self.settings = settings
-        self.s3 = clients.make("s3", 30) if settings.output_bucket else None
+        self.s3 = clients.make("s3", S3_READ_SECONDS) if settings.output_bucket else None
         self.sqs = clients.make("sqs", 10) if settings.output_queue_url else None
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
