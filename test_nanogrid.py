@@ -3568,6 +3568,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         status, headers, content = self.forward(body)
         if fault == "lost answer":
             return self.reset()
+        if fault == "late answer":
+            self.server.proxy.closing.wait(rule.seconds)
         if fault == "partial":
             content = with_failed(content, refused)
         if operation == "ReceiveMessage" and status == 200:
@@ -3646,8 +3648,8 @@ class FaultProxy:
     """Stands before `url`; `fail("DeleteMessage*", "reset", times=2)` until `heal()`.
 
     Faults: those of REFUSALS; "reset"; "black hole" (read, never answered, not even after heal());
-    "delay" (seconds=); "lost answer" (done by the backend, then reset); "truncated" (half a body);
-    "partial" (half of a batch's entries fail).
+    "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
+    reset); "truncated" (half a body); "partial" (half of a batch's entries fail).
     `requests` is what came, `received` the messages that were given out.
     """
 
@@ -3901,6 +3903,14 @@ def test_message_that_comes_again_while_it_runs_is_not_started_twice(moto):
         assert agent.stop() == 0
         assert proxy_runs(aws.path) == {"r1": 1}
         assert [each["status"] for each in reports(agent.log)].count("ok") == 1
+
+
+def test_message_that_comes_again_before_it_is_known_to_be_given_back_is_given_back_again(moto):
+    """SQS has made it visible, and it was received and rejected anew, before the answer came."""
+    with site(moto, visibility=600) as aws, start(aws) as agent:
+        aws.proxy.fail("ChangeMessageVisibility*", "late answer", seconds=3)
+        job(aws, "wrong", runtime="cobol")
+        until_settled(aws, agent, 1)
 
 
 def test_finished_message_that_comes_back_is_deleted_not_run(moto):
