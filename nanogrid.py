@@ -17,6 +17,7 @@ kills what it runs and ends, so no function survives even a SIGKILL of the agent
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import errno
@@ -1289,7 +1290,7 @@ class FolderQueue:
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
             names = sorted(os.listdir(self.root / "queue"))
-            self.names.extend(name for name in names if name.endswith(".json") and name[0] != ".")
+            self.names.extend(filter(is_task, names))
             self.again.update(name[1:-6] for name in names if name.endswith(".takes"))
         taken: list[Message] = []
         while self.names and len(taken) < limit:
@@ -1334,9 +1335,7 @@ class FolderQueue:
     def is_empty(self) -> bool:
         """Whether no task waits."""
         self.recover()
-        return not self.names and not any(
-            entry.name.endswith(".json") and entry.name[0] != "."
-            for entry in os.scandir(self.root / "queue"))
+        return not self.names and not any(map(is_task, os.listdir(self.root / "queue")))
 
     def interrupt(self) -> None:
         """End a wait in receive()."""
@@ -1345,6 +1344,11 @@ class FolderQueue:
 
     def close(self) -> None:
         """Nothing is left to send."""
+
+
+def is_task(name: str) -> bool:
+    """Whether a name in queue/ is a task's."""
+    return name.endswith(".json") and name[0] != "."
 
 
 def read_nonblocking(fd: int) -> bytes:
@@ -1624,8 +1628,6 @@ class FolderResults:
 
 class AwsResults:
     """s3://output.bucket/s3Prefix/requestId/ and output.queueUrl, each when it is set."""
-
-    MESSAGE_BYTES = 1024 * 1024  # the most that SQS takes
 
     def __init__(self, clients: Clients, settings: Settings):
         self.settings = settings
@@ -1939,7 +1941,6 @@ class Place:
 class Job:
     """One run, as the agent asks a supervisor for it."""
 
-    runtime: str
     command: tuple[str, ...]
     warm: str  # the interpreter to keep ready for it; "" for none
     env: dict[str, str]
@@ -2139,7 +2140,7 @@ class Workspace:
     @staticmethod
     def _scan(package: str) -> dict[str, dict[str, os.stat_result]]:
         """relative directory -> name -> lstat, parents first."""
-        found: dict[str, dict[str, os.stat_result]] = {"": {}}
+        found: dict[str, dict[str, os.stat_result]] = {}
         for relative in (pending := [""]):
             found[relative] = {}
             for entry in os.scandir(os.path.join(package, relative)):
@@ -2473,7 +2474,7 @@ class Supervisor:
     def serve(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
         requests = self.agent.makefile("r", encoding="utf-8")
-        while not self._gone(None):
+        while not self._gone():
             line = requests.readline()
             if not line:
                 break
@@ -2485,9 +2486,9 @@ class Supervisor:
             self.agent.sendall(json.dumps(answer).encode() + b"\n")
         self.end_all()
 
-    def _gone(self, timeout: float | None) -> bool:
+    def _gone(self) -> bool:
         """Wait for a request; whether the launcher went instead."""
-        return self.life in select.select([self.agent, self.life], [], [], timeout)[0]
+        return self.life in select.select([self.agent, self.life], [], [])[0]
 
     def run(self, job: Job) -> dict[str, Any]:
         """One run from its workspace to its outcome; raises OSError or ConnectionError."""
@@ -3044,7 +3045,7 @@ class Slots:
     """The machine's side of running: directories, users, programs, and the slots themselves."""
 
     def __init__(self, settings: Settings, launcher: Launcher, log: Log):
-        self.settings, self.launcher, self.log = settings, launcher, log
+        self.settings = settings
         self.base, self.lock = make_task_dir(settings, log)
         self.uid_locks: list[socket.socket] = []
         self.all = [Slot(self._place(n), launcher) for n in range(settings.concurrency)]
@@ -3063,7 +3064,7 @@ class Slots:
 
     def _place(self, number: int) -> Place:
         """The place of a slot, with its directory made."""
-        uid, gid, groups, private = self._user(number)
+        uid, gid, groups, private = self._user()
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
         shell = self.base / "sh"
@@ -3082,7 +3083,7 @@ class Slots:
                       0 if private else user_tasks(os.getuid() if uid is None else uid))}
         return Place(str(directory), uid, gid, groups, private, str(shell), limits)
 
-    def _user(self, number: int) -> tuple[int | None, int | None, tuple[int, ...], bool]:
+    def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot."""
         name = self.settings.run_as
         if name is not None:
@@ -3128,9 +3129,9 @@ class Slots:
         env.update(REQUEST_ID=task.request_id, FUNCTION_ID=task.function_id,
                    MEMORY_MB=str(task.memory_mb), TIMEOUT_MS=str(task.timeout_ms))
         warm = self.programs["python"] if task.runtime == "python" else ""
-        return Job(task.runtime, command, warm if self.settings.warm_start else "", env,
-                   str(package.path), task.input.decode("utf-8", "surrogateescape"),
-                   task.timeout_ms, task.memory_mb, self.settings.max_disk_mb, self.settings.max_files, tee)
+        return Job(command, warm if self.settings.warm_start else "", env, str(package.path),
+                   task.input.decode("utf-8", "surrogateescape"), task.timeout_ms, task.memory_mb,
+                   self.settings.max_disk_mb, self.settings.max_files, tee)
 
     def environment(self, slot: Slot) -> dict[str, str]:
         """What every run of a slot has in its environment."""
@@ -3156,13 +3157,12 @@ class Slots:
         built = built_path(package.path)
         with package.lock:
             if not built.exists():
-                self._build(task, package, slot, self.command(compiler, task.runtime), built)
+                self._build(package, slot, self.command(compiler, task.runtime), built)
         return replace(package, path=built, entry="main")
 
-    def _build(self, task: Task, package: Package, slot: Slot, command: tuple[str, ...],
-               built: Path) -> None:
-        job = Job(task.runtime, command, "", self.environment(slot), str(package.path), "",
-                  COMPILE_MS, COMPILE_MB, self.settings.max_disk_mb, self.settings.max_files, False)
+    def _build(self, package: Package, slot: Slot, command: tuple[str, ...], built: Path) -> None:
+        job = Job(command, "", self.environment(slot), str(package.path), "", COMPILE_MS,
+                  COMPILE_MB, self.settings.max_disk_mb, self.settings.max_files, False)
         answer = slot.run(job)
         if answer["end"] in ("error", "cancelled"):
             raise Ended(outcome_of(answer))
@@ -3206,6 +3206,18 @@ class Ended(Exception):
     def __init__(self, outcome: Outcome):
         super().__init__(outcome.text)
         self.outcome = outcome
+
+
+def outcome_of_error(error: Exception) -> Outcome:
+    """The outcome of a turn that an exception ended."""
+    if isinstance(error, Ended):
+        return error.outcome
+    if isinstance(error, (Rejected, MachineFault)):
+        status = "rejected" if isinstance(error, Rejected) else "error"
+        return Outcome(status, error.reason, str(error))
+    if isinstance(error, OSError):
+        return Outcome("error", reason_of(error), f"the machine failed: {error}")
+    return Outcome("error", "agent", f"{type(error).__name__}: {error}")
 
 
 def user_tasks(uid: int) -> int:
@@ -3503,16 +3515,8 @@ class Agent:
                 return outcome_of(slot.run(job))
             finally:
                 self.code.release(package)
-        except Rejected as error:
-            return Outcome("rejected", error.reason, str(error))
-        except Ended as error:
-            return error.outcome
-        except MachineFault as error:
-            return Outcome("error", error.reason, str(error))
-        except OSError as error:
-            return Outcome("error", reason_of(error), f"the machine failed: {error}")
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
-            return Outcome("error", "agent", f"{type(error).__name__}: {error}")
+            return outcome_of_error(error)
 
     def _settle(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
                 slot: Slot | None = None) -> None:
@@ -3594,12 +3598,23 @@ def spot_notice() -> bool:
 # --------------------------------------------------------------------------------------------
 
 
-def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
-    """Run an agent on SQS, or on a folder; raises GiveUp."""
+@contextlib.contextmanager
+def machine(settings: Settings, log: Log) -> Iterator[Slots]:
+    """The launcher and its slots, which end with the block; raises GiveUp."""
     launcher = Launcher(log)  # before boto3 is imported
-    slots = queue = None
+    slots = None
     try:
         slots = Slots(settings, launcher, log)
+        yield slots
+    finally:
+        launcher.close()
+        if slots:
+            slots.close()
+
+
+def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
+    """Run an agent on SQS, or on a folder; raises GiveUp."""
+    with machine(settings, log) as slots:
         if folder:
             queue, source = FolderQueue(folder, log), FolderCode(folder)
             results = FolderResults(folder)
@@ -3614,10 +3629,6 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
         agent.run(drain)
         if agent.summary:
             print(agent.summary.table(), flush=True)
-    finally:
-        launcher.close()
-        if slots:
-            slots.close()
 
 
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
@@ -3628,10 +3639,7 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
     body = {name: value for name, value in known.items() if value is not None}
     given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
     message = Message("invoke", "", 1, 0.0)
-    launcher = Launcher(log)
-    slots = None
-    try:
-        slots = Slots(replace(settings, concurrency=1), launcher, log)
+    with machine(replace(settings, concurrency=1), log) as slots:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slots.all[0].cancel())
         try:
@@ -3641,16 +3649,8 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             slot = slots.all[0]
             job = slots.job(task, slots.compile(task, package, slot), slot, tee=True)
             outcome = outcome_of(slot.run(job))
-        except Rejected as error:
-            outcome = Outcome("rejected", error.reason, str(error))
-        except Ended as error:
-            outcome = error.outcome
-        except MachineFault as error:
-            outcome = Outcome("error", error.reason, str(error))
-    finally:
-        launcher.close()
-        if slots:
-            slots.close()
+        except (Rejected, Ended, MachineFault) as error:
+            outcome = outcome_of_error(error)
     log.least = 0
     if outcome.text:
         log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
@@ -3727,10 +3727,13 @@ def check(settings: Settings, log: Log, folder: Path | None, origin: str) -> int
     checks("settings", lambda: origin)
     if not folder:
         check_aws(settings, checks)
-    launcher = Launcher(log)
-    slots = None
-    try:
-        slots = Slots(replace(settings, concurrency=1), launcher, log)
+    checks("sandbox", lambda: check_machine(settings, log, checks))
+    return int(checks.failed)
+
+
+def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
+    """Check each runtime; what a trial run in the sandbox says. Raises GiveUp."""
+    with machine(replace(settings, concurrency=1), log) as slots:
         for name, runtime in RUNTIMES.items():
             if slots.programs[name] or name in settings.runtimes:
                 checks(f"runtime {name}",
@@ -3738,19 +3741,7 @@ def check(settings: Settings, log: Log, folder: Path | None, origin: str) -> int
             else:
                 print(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
                       "function can run; its tasks end as error", flush=True)
-        checks("sandbox", lambda: check_sandbox(slots))
-    except GiveUp as error:
-        checks("sandbox", lambda error=error: fail(str(error)))
-    finally:
-        launcher.close()
-        if slots:
-            slots.close()
-    return int(checks.failed)
-
-
-def fail(text: str) -> str:
-    """Raise GiveUp, where an expression is wanted."""
-    raise GiveUp(text)
+        return check_sandbox(slots)
 
 
 def check_sandbox(slots: Slots) -> str:
@@ -3759,8 +3750,8 @@ def check_sandbox(slots: Slots) -> str:
     place.mkdir()
     (place / "run.sh").write_text("test -w . && exit 0\n")
     slot = slots.all[0]
-    job = Job("cpp", ("/bin/sh", "run.sh"), "", slots.environment(slot), str(place), "", 10_000, 64,
-              64, 1000, False)
+    job = Job(("/bin/sh", "run.sh"), "", slots.environment(slot), str(place), "", 10_000, 64, 64,
+              1000, False)
     outcome = outcome_of(slot.run(job))
     if outcome.status != "ok":
         raise GiveUp(f"a trial run ended {outcome.status} ({outcome.text or outcome.stderr})")
