@@ -2777,6 +2777,8 @@ def outcome_of(answer: Mapping[str, Any]) -> Outcome:
     """The outcome of what a supervisor says of a run."""
     if answer["end"] == "error":
         return Outcome("error", answer["reason"], answer["text"])
+    if "exit_code" not in answer:  # let go of before it began
+        return Outcome(STATUS_OF_END[answer["end"]])
     code = answer["exit_code"]
     status = STATUS_OF_END.get(answer["end"]) or ("failed" if code else "ok")
     return Outcome(status, "disk" if answer["end"] == "disk" else None, "", code,

@@ -4194,6 +4194,13 @@ def test_sigterm_gives_back_what_waits_behind_a_running_one(moto):
         assert aws.count() == visible(aws) == 9
 
 
+def test_run_that_is_let_go_of_before_it_begins_is_released():
+    slot = ng.Slot(None, None)
+    slot.cancel()
+    job = ng.Job((), "", {}, "", "", 1, 1, 1, 1, False)
+    assert ng.outcome_of(slot.run(job)).status == "released"
+
+
 def test_second_signal_ends_it_at_once(moto):
     grace = {"shutdownGraceSeconds": 300}
     with site(moto, visibility=600) as aws, start(aws, execution=grace) as agent:
