@@ -186,13 +186,6 @@ def folder(tmp_path):
     return Folder(tmp_path / "grid")
 
 
-def run_one(folder: Folder, files, args=(), env=None, **task) -> dict:
-    """Run one function through --local --drain; its result.json, and the log under 'log'."""
-    request_id = folder.put(files, **task)
-    agent = folder.drain(*args, env=env)
-    return {**folder.result(request_id), "log": agent.log}
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -1656,7 +1649,7 @@ def cpp_case(mode: str, expect: dict, **task) -> Case:
 
 # ---------------------------------------------------------------- cap, time limit, hostile functions
 
-SHORT = "print('fine')\n"
+
 RUNS = table(r"""
 === neighbour | | stdout=fine
 print("fine")
@@ -1892,16 +1885,6 @@ def test_every_take_has_a_report(runs):
     assert not list((runs.path / "queue").iterdir()) and not list((runs.path / "running").iterdir())
 
 
-FORK_BOMB = """
-import os
-while True:
-    try:
-        os.fork()
-    except OSError:
-        pass
-"""
-
-
 def test_output_keeps_its_first_and_last_32_kib(runs):
     line = "%01023d\n"
     result = runs["300 MB of output"]
@@ -1982,44 +1965,6 @@ def test_peak_is_what_the_function_itself_sees(grids, user, concurrency, prefix)
         assert report["status"] == "ok", grid.log[-3000:]
         own = int(re.search(r"VmHWM:\s*(\d+) kB", grid.result(request_id)["stdout"])[1]) << 10
         assert abs(int(report["peakMemoryBytes"]) - own) <= max(MIB, 0.03 * own), (own / MIB, report)
-
-
-TREES = table("""
-=== a parent of 100 MB and three children of 50 | memoryMb=512
-import os, time
-shared = bytearray(100 << 20)
-for _ in range(3):
-    if os.fork() == 0:
-        own = bytearray(50 << 20)
-        time.sleep(0.6)
-        os._exit(0)
-for _ in range(3):
-    os.wait()
-=== a short child of 250 MB | memoryMb=512
-import os
-if os.fork() == 0:
-    block = bytearray(250 << 20)
-    os._exit(0)
-os.wait()
-=== a short child of another program, 250 MB | memoryMb=512
-import subprocess, sys
-subprocess.run([sys.executable, "-c", "bytearray(250 << 20)"], check=True)
-""")
-
-
-@pytest.fixture(scope="module")
-def timed(grids, user):
-    """Trees, and durations: one at a time, each duration five times, for a machine may be busy."""
-    grid = grids(user, EXECUTION_CONCURRENCY=1)
-    grid.put_all(TREES)
-    cpp = make_zip({"main*": cpp_binary()})
-    for n in range(5):
-        grid.put({"main.py": "import time\nstart = time.monotonic()\ntime.sleep(0.2)\n"
-                             "print((time.monotonic() - start) * 1e3)\n"}, function_id="py", request_id=f"python-{n}")
-        grid.put(cpp, runtime="cpp", function_id="cpp", input="sleep", request_id=f"cpp-{n}")
-    for name in ("sleeps", "spins", "stops its group"):
-        grid.put_all({name: RUNS[name]})
-    return grid.run()
 
 
 def descendants(pid: int) -> list[int]:
@@ -3851,12 +3796,6 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time used by the process and its living descendants."""
-    stats = filter(None, map(stat_of, family(pid)))
-    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
-
-
 def alive(pid: int) -> bool:
     return bool((stat := stat_of(pid)) and stat[0] not in "ZX")
 
@@ -3876,19 +3815,6 @@ def until_gone(pids: list[int]):
 # ---------------------------------------------------------------------- faults, by name
 
 # what fails: (operations, visibility timeout, seconds that the fault lasts, and the function)
-SCENES = {
-    "receive": ("ReceiveMessage", 6, 5, 0),
-    "delete": ("DeleteMessage*", 3, 5, 0),
-    "get": ("GetObject|HeadObject", 6, 5, 0),
-    "metric": ("PutMetricData", 6, 5, 0),
-    "visibility": ("ChangeMessageVisibility*", 6, 2, 9),
-    "start": ("*", 6, 5, 0),
-}
-FAULTS = ["status 500", "throttling", "reset", "truncated", "black hole", "delay", "expired",
-          "denied", "lost answer"]
-SENSELESS = {("get", "lost answer"), ("visibility", "denied")} | {
-    ("start", fault) for fault in ("truncated", "delay", "expired", "denied", "lost answer")}
-TRIALS = [(what, fault) for what in SCENES for fault in FAULTS if (what, fault) not in SENSELESS]
 
 
 def test_message_that_comes_again_while_it_runs_is_not_started_twice(moto):
@@ -4012,20 +3938,9 @@ def test_rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
         assert proxy_runs(aws.path) == {"fine": 1}
 
 
-DEEP = ('{"requestId":"deep","functionId":"fn","runtime":"python","s3Key":"fn.zip","input":'
-        + "[" * 200000 + "]" * 200000 + "}")
-
-
 # ---------------------------------------------------------------------- S3
 
 # what is wrong: (fault, the task's fields, status, reason, what the log names)
-S3_TROUBLE = {
-    "no such key": ("", {"key": "missing.zip"}, "rejected", "key", "missing.zip"),
-    "403": ("denied", {}, "error", None, "s3:GetObject"),
-    "bucket gone": ("no bucket", {}, "error", None, "-code"),
-    "500": ("status 500", {}, "error", None, ""),
-    "cut": ("truncated", {}, "error", None, ""),
-}
 
 
 def test_wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
@@ -4633,13 +4548,6 @@ def held(pid: int, task_dir: Path) -> dict[str, int]:
 
 # libfaketime 0.9.10 answers EINVAL to the sleep of Python 3.11 and later when it leaves the
 # monotonic clock alone (as setting a machine's clock does): that one call goes past it.
-SLEEP_C = """#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-#include <errno.h>
-int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, struct timespec *left)
-{ return syscall(SYS_clock_nanosleep, clock, flags, until, left) ? errno : 0; }
-"""
 
 
 # --------------------------------------------------------------------------------------------
@@ -5178,11 +5086,6 @@ def sh(script: str, cwd: Path, env=None, seconds=180, **options) -> subprocess.C
     return ended
 
 
-def alike(text: str) -> str:
-    """The text with every number, bar and run of blanks made the same."""
-    return re.sub(r" +", " ", re.sub(r"\d+", "0", re.sub(r"\[#* *\]", "[]", text)))
-
-
 # --- The text itself
 
 
@@ -5241,11 +5144,5 @@ def shell(moto, tmp_path):
     env = {**AWS_ENV, "AWS_ENDPOINT_URL": moto, "AWS_PAGER": "",
            "PATH": f"{tools}:{os.environ['PATH']}"}
     return lambda script, **more: sh(script, tmp_path, {**env, **more})
-
-
-def emulated(moto: str, service: str):
-    import boto3
-    return boto3.client(service, region_name="ap-northeast-2", endpoint_url=moto,
-                        aws_access_key_id="testing", aws_secret_access_key="testing")
 
 
