@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import difflib
 import errno
 import fcntl
 import io
@@ -36,7 +35,6 @@ import shutil
 import signal
 import socket
 import stat
-import statistics
 import struct
 import subprocess
 import sys
@@ -54,6 +52,10 @@ from typing import Any, NamedTuple, NoReturn
 __version__ = "1.0.0"
 MIB = 1024 * 1024
 PAGE = resource.getpagesize()
+# The launcher runs the same code, whatever becomes of the file meanwhile; compiling it again would
+# take 50 ms and leave 12 MiB behind.
+CODE = sys._getframe().f_code
+LOADER = "import marshal, sys; exec(marshal.load(sys.stdin.buffer))"
 
 
 # --------------------------------------------------------------------------------------------
@@ -401,6 +403,7 @@ def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[
         else:
             known = {".".join(one).lower(): ".".join(one) for one in (*_SECTIONS, *_LEAVES)
                      if len(one) >= len(keys)}
+            import difflib
             nearest = known[difflib.get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
     return written, problems, warnings
@@ -2858,6 +2861,7 @@ class Summary:
 
     def table(self) -> str:
         """function, runs, ok and not, median and largest duration, largest peak and its cap."""
+        import statistics
         width = max([8, *map(len, self.rows)])
         lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
         for name, runs in sorted(self.rows.items()):
@@ -2896,11 +2900,12 @@ class Launcher:
     def _start(self) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         env = {name: os.environ[name] for name in BASE_ENV if name in os.environ}
-        with theirs:
+        with theirs, open(os.memfd_create("nanogrid"), "w+b") as code:
+            marshal.dump(CODE, code)
+            code.seek(0)
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", os.path.abspath(__file__), "--launcher",
-                 str(theirs.fileno())],
-                env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+                [sys.executable, "-I", "-S", "-c", LOADER, "--launcher", str(theirs.fileno())],
+                env=env, pass_fds=[theirs.fileno()], stdin=code)
 
     def supervisor(self, place: Place) -> socket.socket:
         """A connection to a new supervisor for this place."""
