@@ -147,6 +147,8 @@ refused() {
 
 remedy() {
   case "$1" in
+    "$CONFIG:"*)
+      echo "run the script in a directory that you may write to, with room on its disk; a half-written $CONFIG has to go first." ;;
     *QueueDeletedRecently*)
       echo "SQS wants 60 seconds between a queue's end and a new one of its name: wait and run again." ;;
     *NonExistentQueue* | *QueueDoesNotExist* | *NoSuchBucket*)
@@ -154,7 +156,7 @@ remedy() {
     *BucketAlreadyExists* | "bucket "*AccessDenied* | "bucket "*"(403)"*)
       echo "if the name $BUCKET is another account's, take one of your own with --bucket NAME; if the bucket is yours, its permissions for the command above are missing." ;;
     *"Unable to locate credentials"* | *"config profile"* | *InvalidClientTokenId* | *ExpiredToken* | \
-      *SignatureDoesNotMatch* | *UnrecognizedClient* | *InvalidAccessKeyId* | *AuthFailure* | *SSO* | *"Token has expired"*)
+      *SignatureDoesNotMatch* | *UnrecognizedClient* | *InvalidAccessKeyId* | *AuthFailure* | *"SSO "* | *"Token has expired"*)
       echo "sign in (aws configure, aws sso login) or set AWS_PROFILE; credentials of China and GovCloud also need their own --region." ;;
     *AccessDenied* | *UnauthorizedOperation* | *"(403)"*)
       echo "give the caller the permission that the answer names, or set AWS_PROFILE to one that has it." ;;
@@ -230,7 +232,7 @@ compact() { tr -d ' \t\r\n'; }
 
 prepare() {
   type -P aws >/dev/null || stop "the AWS CLI (aws) is not on PATH: install it, then run this again"
-  TEMP="$(mktemp -d "${TMPDIR:-/tmp}/nanogrid.XXXXXX")"
+  TEMP="$(mktemp -d "${TMPDIR:-/tmp}/nanogrid.XXXXXX")" || stop "no temporary directory can be made: set TMPDIR to one that you may write to"
   trap 'rm -rf "$TEMP"' EXIT
   if [ -n "$DRY_RUN" ]; then only_print_changes; fi
 }
@@ -566,6 +568,7 @@ END
   if [ -z "$DRY_RUN" ]; then what_to_look_for; fi
 }
 
+# No subshells here: bash 3.2 goes on after one that failed.
 make_test_zip() {
   local python
   STEP="zip of hello-python"
@@ -575,11 +578,11 @@ print("Hello from NanoGrid!")
 print("Result: 42")
 END
   if type -P zip >/dev/null; then
-    (cd "$TEMP" && ask zip -q hello-python.zip main.py)
+    ask zip -q -j "$TEMP/hello-python.zip" "$TEMP/main.py"
     return
   fi
   python="$(type -P python3 || type -P python)" || stop "neither zip nor Python is on PATH: install one of them"
-  (cd "$TEMP" && ask "$python" -m zipfile -c hello-python.zip main.py)
+  ask "$python" -m zipfile -c "$TEMP/hello-python.zip" "$TEMP/main.py"
 }
 
 what_to_look_for() {
@@ -671,8 +674,8 @@ remove_bucket() {
   elif [ "$FOUND" = "None${TAB}None" ]; then
     change removed "$STEP" aws s3api delete-bucket --bucket "$BUCKET"
   else
-    printf 'left: %s holds objects (such as %s): empty it, then run --down again, or keep it\n' \
-      "$STEP" "$(example_of "$FOUND")"
+    printf 'left: %s holds objects (such as %s): keep it, or empty it\n' "$STEP" "$(example_of "$FOUND")"
+    printf '      (aws s3 rm s3://%s --recursive; old versions: in the console) and run --down again\n' "$BUCKET"
   fi
 }
 

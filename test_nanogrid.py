@@ -4771,6 +4771,7 @@ def test_setup_takes_down_all_but_a_bucket_with_objects(account):
     assert account.names() == made
     said = account.run("--down", *mine, env=env, answer="yes\n")
     assert "left: bucket mine-code holds objects (such as functions/kept.zip)" in said
+    assert "(aws s3 rm s3://mine-code --recursive; " in said
     assert account.names() == {**before, "buckets": ["mine-code"]}
 
     account.s3.delete_object(Bucket="mine-code", Key="functions/kept.zip")
@@ -4851,6 +4852,7 @@ def test_setup_does_not_take_a_refusal_for_not_there(fake, look, change, step):
     ("sts get-caller-identity", "Unable to locate credentials.", "AWS_PROFILE"),
     ("sts get-caller-identity", "(InvalidClientTokenId)", "AWS_PROFILE"),
     ("sts get-caller-identity", "Could not connect to the endpoint URL", "is the network up"),
+    ("sts get-caller-identity", "The SSO session of this profile has expired", "aws sso login"),
     ("sqs create-queue", "(QueueDeletedRecently)", "60 seconds"),
     ("s3api create-bucket", "(BucketAlreadyExists)", "--bucket NAME"),
     ("iam create-role", "(AccessDenied)", "permission that the answer"),
@@ -4863,6 +4865,25 @@ def test_setup_failure_names_step_answer_and_remedy(fake, refuses, answer, remed
     assert remedy in said.split("to do:   ")[1] and "run the script again" in said
     assert fake.calls().splitlines()[-1].find(f" {refuses} ") > 0  # nothing was tried after it
     assert not (fake.path / "application.yml").exists()
+
+
+def test_setup_failure_of_the_machine_names_its_step(fake, tmp_path):
+    (fake.path / "application.yml").symlink_to(tmp_path / "nowhere" / "application.yml")
+    said = fake.run(status=1)
+    assert "failed at: application.yml\n" in said and "No such file" in said
+    assert "a directory that you may write to" in said
+    (tmp_path / "bin" / "zip").write_text("#!/bin/bash\necho disk full >&2; exit 9\n")
+    (tmp_path / "bin" / "zip").chmod(0o755)
+    said = fake.run("--test-message", queue="nanogrid-task-queue", status=1)
+    assert "failed at: zip of hello-python\n" in said and "answer:  disk full\n" in said
+    assert " s3 cp " not in fake.calls() and " send-message " not in fake.calls()
+    fake.env["TMPDIR"] = str(tmp_path / "nowhere")
+    assert "set TMPDIR" in fake.run(status=1)
+
+
+def test_setup_remedy_is_for_the_answer_not_for_a_name(fake):
+    said = fake.run("--queue", "MISSOURI", refuses="sqs create-queue", refusal="(Strange)", status=1)
+    assert "the answer says what is wrong" in said
 
 
 @pytest.mark.parametrize("partition, region, suffix", [
@@ -4991,9 +5012,11 @@ def test_setup_uses_nothing_that_bash_3_lacks():
         "mapfile": r"\b(mapfile|readarray)\b", "case conversion": r"\$\{\w+[,^]", "|&": r"\|&",
         "&>>": r"&>>", "coproc": r"\bcoproc\b", "@ operator": r"\$\{\w+@", ";;&": r";;?&",
         "negative index": r"\[-\d", "-v": r"\[\[? -v ", "printf time": r"printf '[^']*%\(",
-        "a status that is lost": r"\b(local|export|readonly) \w+=\"?\$\("}
+        "a status that is lost": r"\b(local|export|readonly) \w+=\"?\$\(",
+        "a subshell, whose failure does not end it": r"^\s*\((?!\()", "case in $()": r"\$\(\s*case ",
+        "a name that runs into a letter": r"\$\w+[^\x00-\x7f]"}
     text = SETUP.read_text()
-    assert [name for name, pattern in newer.items() if re.search(pattern, text)] == []
+    assert [name for name, pattern in newer.items() if re.search(pattern, text, re.MULTILINE)] == []
 
 
 # --------------------------------------------------------------------------------------------
