@@ -5121,6 +5121,15 @@ def test_links_in_the_page_lead_to_headings():
     assert wanted and wanted <= headings
 
 
+def test_every_command_is_run_by_a_test():
+    """All but the line for the tests, which .ci/run runs, and the script's, which has its own tests."""
+    found = re.findall(r"^(?:<!-- test: ([^\n]+) -->\n)?```sh\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    unnamed = [text.split()[0] + " " + text.split()[-1] for name, text in found if not name]
+    assert len(found) > 12 and unnamed == ["python3 pytest", "./setup_resources.sh first"], unnamed
+    tests = Path(__file__).read_text()
+    assert [name for name in BLOCKS if f'"{name}"' not in tests and "total/" not in name] == []
+
+
 def test_settings_that_it_names_exist():
     sections = "aws|sqs|s3|execution|output|metrics"
     named = set(re.findall(rf"`(?:agent\.)?((?:{sections})\.\w+)", TEXT))
@@ -5198,10 +5207,46 @@ def test_message_and_result_have_these_fields(folder):
 # --- Commands for the machine
 
 
-def test_unit_is_one_that_systemd_takes(tmp_path):
+def tool(path: Path, script: str):
+    """An executable shell script at `path`, which stands in for a program."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_three_commands_install_it(tmp_path):
+    """scp and ssh reach a folder that stands in for the host; pip there only lists."""
+    here, host, tools = tmp_path / "here", tmp_path / "host", tmp_path / "bin"
+    here.mkdir()
+    (host / "units").mkdir(parents=True)
+    files = {"nanogrid.py": MODULE.read_text(), "application.yml": "agent:\n",
+             "nanogrid.service": BLOCKS["unit"]}
+    for name, text in files.items():
+        (here / name).write_text(text)
+    tool(tools / "scp", f'[ "${{!#}}" = ec2-user@HOST: ] && cp "${{@:1:$#-1}}" {host}')
+    tool(tools / "ssh", f'[ "$1" = ec2-user@HOST ] && cd {host} && exec bash -euc "$2"')
+    tool(tools / "sudo", 'exec "$@"')
+    tool(tools / "systemctl", f'echo "$*" >>{host}/systemctl')
+    commands = BLOCKS["install"].replace("install boto3", "list")
+    for there, in_host in (("/opt/nanogrid", "opt"), ("/etc/systemd/system", "units")):
+        commands = commands.replace(there, str(host / in_host))
+    for _ in range(2):  # a new version comes the same way
+        sh(commands, here, {"PATH": f"{tools}:{os.environ['PATH']}"})
+    assert (host / "systemctl").read_text().split("\n")[:3] == [
+        "daemon-reload", "enable nanogrid", "restart nanogrid"]
+    assert (host / "units" / "nanogrid.service").read_text() == files["nanogrid.service"]
+    python = str(host / "opt" / "venv" / "bin" / "python")
+    said = subprocess.run([python, host / "opt" / "nanogrid.py", "--version"], text=True, timeout=60,
+                          capture_output=True, check=True)
+    assert said.stdout
+
+
+@pytest.mark.parametrize("addition", [False, True])
+def test_unit_is_one_that_systemd_takes(tmp_path, addition):
     need("systemd-analyze")
     unit = tmp_path / "nanogrid.service"
-    unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable))
+    unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable)
+                    + BLOCKS["unit addition"] * addition)
     ended = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True,
                            timeout=60, check=False)
     assert "nanogrid.service" not in ended.stdout + ended.stderr
@@ -5221,7 +5266,8 @@ def test_rules_that_close_the_instance_metadata(tmp_path, program):
         pytest.skip("a network namespace of its own needs root")
     uids = f"{ng.FIRST_UID}-{ng.LAST_UID}"
     show = "nft list ruleset" if program == "nft" else "iptables -S OUTPUT && ip6tables -S OUTPUT"
-    rules = sh(f"unshare -n bash -euc {shlex.quote(BLOCKS[program] + show)}", tmp_path).stdout
+    again = BLOCKS[program] if program == "nft" else ""  # run at every start of the agent
+    rules = sh(f"unshare -n bash -euc {shlex.quote(BLOCKS[program] + again + show)}", tmp_path).stdout
     assert rules.count(uids) == 2 and "169.254.169.254" in rules and "fd00:ec2::254" in rules
 
 
@@ -5234,14 +5280,11 @@ class Shell:
     def __init__(self, url: str, path: Path):
         self.url, self.path = url, path
         # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
-        tools = path / "bin"
-        tools.mkdir()
-        (tools / "aws").write_text(f'#!/bin/sh\nexec {shutil.which("aws")} --endpoint-url {url} "$@"\n')
-        (tools / "aws").chmod(0o755)
+        tool(path / "bin" / "aws", f'exec {shutil.which("aws")} --endpoint-url {url} "$@"')
         shutil.copy(README.with_name("application.yml.example"), path)
         (path / "policy.json").write_text(BLOCKS["policy.json"])
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url, "AWS_PAGER": "",
-                    "PATH": f"{tools}:{os.environ['PATH']}"}
+                    "PATH": f"{path / 'bin'}:{os.environ['PATH']}"}
 
     def run(self, script: str, **env) -> subprocess.CompletedProcess:
         return sh(script, self.path, {**self.env, **env})
@@ -5284,12 +5327,15 @@ def test_what_the_cli_makes_is_what_the_script_makes(shell, tmp_path):
     assert "Nothing changed" in said and said.count("\nunchanged: ") == 9, said
 
 
-def test_group_and_alarm(shell):
+def test_profile_group_and_alarm(shell):
     ec2 = shell.client("ec2")
     [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
-    shell.run(BLOCKS["scaling"] + BLOCKS["alarm"], INSTANCE=instance["InstanceId"],
+    shell.client("iam").create_instance_profile(InstanceProfileName="NanoGridAgentProfile")
+    shell.run(BLOCKS["profile"] + BLOCKS["scaling"] + BLOCKS["alarm"], INSTANCE=instance["InstanceId"],
               SUBNETS=ec2.describe_subnets()["Subnets"][0]["SubnetId"],
               TOPIC=shell.client("sns").create_topic(Name="nanogrid")["TopicArn"])
+    [association] = ec2.describe_iam_instance_profile_associations()["IamInstanceProfileAssociations"]
+    assert association["InstanceId"] == instance["InstanceId"]
     [policy] = shell.client("autoscaling").describe_policies(
         AutoScalingGroupName="nanogrid")["ScalingPolicies"]
     assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
