@@ -147,6 +147,8 @@ refused() {
 
 remedy() {
   case "$1" in
+    "$CONFIG:"*)
+      echo "run the script in a directory that you may write to, with room on its disk; a half-written $CONFIG has to go first." ;;
     *QueueDeletedRecently*)
       echo "SQS wants 60 seconds between a queue's end and a new one of its name: wait and run again." ;;
     *NonExistentQueue* | *QueueDoesNotExist* | *NoSuchBucket*)
@@ -154,7 +156,7 @@ remedy() {
     *BucketAlreadyExists* | "bucket "*AccessDenied* | "bucket "*"(403)"*)
       echo "if the name $BUCKET is another account's, take one of your own with --bucket NAME; if the bucket is yours, its permissions for the command above are missing." ;;
     *"Unable to locate credentials"* | *"config profile"* | *InvalidClientTokenId* | *ExpiredToken* | \
-      *SignatureDoesNotMatch* | *UnrecognizedClient* | *InvalidAccessKeyId* | *AuthFailure* | *SSO* | *"Token has expired"*)
+      *SignatureDoesNotMatch* | *UnrecognizedClient* | *InvalidAccessKeyId* | *AuthFailure* | *"SSO "* | *"Token has expired"*)
       echo "sign in (aws configure, aws sso login) or set AWS_PROFILE; credentials of China and GovCloud also need their own --region." ;;
     *AccessDenied* | *UnauthorizedOperation* | *"(403)"*)
       echo "give the caller the permission that the answer names, or set AWS_PROFILE to one that has it." ;;
@@ -230,7 +232,7 @@ compact() { tr -d ' \t\r\n'; }
 
 prepare() {
   type -P aws >/dev/null || stop "the AWS CLI (aws) is not on PATH: install it, then run this again"
-  TEMP="$(mktemp -d "${TMPDIR:-/tmp}/nanogrid.XXXXXX")"
+  TEMP="$(mktemp -d "${TMPDIR:-/tmp}/nanogrid.XXXXXX")" || stop "no temporary directory can be made: set TMPDIR to one that you may write to"
   trap 'rm -rf "$TEMP"' EXIT
   if [ -n "$DRY_RUN" ]; then only_print_changes; fi
 }
@@ -263,19 +265,28 @@ dns_suffix() {
 
 # --------------------------------------------------------------------------- queues
 
+# Whether the queue is there; QUEUE_URL is its URL afterwards, there or not.
+find_queue() {
+  local there=yes
+  STEP="queue $1"
+  look aws sqs get-queue-url --queue-name "$1" --query QueueUrl || there=""
+  QUEUE_URL="$(queue_url "$1")"
+  [ -n "$there" ]
+}
+
 # ensure_queue NAME ATTRIBUTE=VALUE…; QUEUE_URL is its URL afterwards.
 ensure_queue() {
-  local name="$1" pair names=""
+  local name="$1" pair names="" json=""
   shift
-  STEP="queue $name"
-  if ! look aws sqs get-queue-url --queue-name "$name" --query QueueUrl; then
-    change made "$STEP" aws sqs create-queue --queue-name "$name" --attributes "$(attributes "$@")" \
-      --query QueueUrl
+  for pair in "$@"; do
+    names="$names,${pair%%=*}"
+    json="$json$(member "$pair")"
+  done
+  if ! find_queue "$name"; then
+    change made "$STEP" aws sqs create-queue --queue-name "$name" --attributes "{${json#,}}" --query QueueUrl
     QUEUE_URL="$(queue_url "$name")"
     return
   fi
-  QUEUE_URL="$(queue_url "$name")"
-  for pair in "$@"; do names="$names,${pair%%=*}"; done
   ask aws sqs get-queue-attributes --queue-url "$QUEUE_URL" --attribute-names All \
     --query "Attributes.[${names#,}]"
   correct_queue "$@"
@@ -311,14 +322,7 @@ correct_queue() {
   change set "$STEP" aws sqs set-queue-attributes --queue-url "$QUEUE_URL" --attributes "{${wrong#,}}"
 }
 
-# ATTRIBUTE=VALUE… as the JSON object that the CLI takes.
-attributes() {
-  local pair json=""
-  for pair in "$@"; do json="$json$(member "$pair")"; done
-  printf '{%s}' "${json#,}"
-}
-
-# One pair as a member of that object; quotes in the value are escaped already.
+# ATTRIBUTE=VALUE as a member of the JSON object that the CLI takes; quotes in it are escaped already.
 member() { printf ',"%s":"%s"' "${1%%=*}" "${1#*=}"; }
 
 # An attribute without what may differ in how its JSON is written: quotes, escapes, spaces, braces.
@@ -427,17 +431,17 @@ ensure_role() {
 }
 
 ensure_role_policy() {
-  local wanted
+  local wanted verb=set
   wanted="$(role_policy | compact)"
   STEP="role policy $POLICY"
   if ! look aws iam get-role-policy --role-name "$ROLE" --policy-name "$POLICY" \
     --query PolicyDocument --output json; then
-    change made "$STEP" aws iam put-role-policy --role-name "$ROLE" --policy-name "$POLICY" \
-      --policy-document "$wanted"
-  elif differs_from "document" "$wanted"; then
-    change set "$STEP" aws iam put-role-policy --role-name "$ROLE" --policy-name "$POLICY" \
-      --policy-document "$wanted"
+    verb=made
+  elif ! differs_from document "$wanted"; then
+    return
   fi
+  change "$verb" "$STEP" aws iam put-role-policy --role-name "$ROLE" --policy-name "$POLICY" \
+    --policy-document "$wanted"
 }
 
 # Whether the JSON in FOUND is another than WANTED (compact); says which of the two it is.
@@ -451,11 +455,16 @@ differs_from() {
   printf 'differs: %s: the %s is\n    %s\n  and should be\n    %s\n' "$STEP" "$1" "$now" "$2"
 }
 
+# Whether the profile is there; FOUND is the role in it, or None.
+find_profile() {
+  STEP="instance profile $PROFILE"
+  look aws iam get-instance-profile --instance-profile-name "$PROFILE" \
+    --query "InstanceProfile.Roles[0].RoleName"
+}
+
 # A profile holds one role at most, so another one in it has to go first.
 ensure_instance_profile() {
-  STEP="instance profile $PROFILE"
-  if ! look aws iam get-instance-profile --instance-profile-name "$PROFILE" \
-    --query "InstanceProfile.Roles[0].RoleName"; then
+  if ! find_profile; then
     change made "$STEP" aws iam create-instance-profile --instance-profile-name "$PROFILE"
     FOUND=None
   elif [ "$FOUND" = "$ROLE" ]; then
@@ -464,12 +473,16 @@ ensure_instance_profile() {
   else
     differs role "$FOUND" "$ROLE"
   fi
+  empty_profile
+  change set "$STEP: role $ROLE" aws iam add-role-to-instance-profile \
+    --instance-profile-name "$PROFILE" --role-name "$ROLE"
+}
+
+empty_profile() {
   if [ "$FOUND" != None ]; then
     change removed "$STEP: role $FOUND" aws iam remove-role-from-instance-profile \
       --instance-profile-name "$PROFILE" --role-name "$FOUND"
   fi
-  change set "$STEP: role $ROLE" aws iam add-role-to-instance-profile \
-    --instance-profile-name "$PROFILE" --role-name "$ROLE"
 }
 
 # --------------------------------------------------------------------------- application.yml
@@ -542,10 +555,8 @@ summary() {
 }
 
 send_test_message() {
-  local key="functions/hello-python/v1.zip" url
-  STEP="queue $QUEUE"
-  ask aws sqs get-queue-url --queue-name "$QUEUE" --query QueueUrl
-  url="$(queue_url "$QUEUE")"
+  local key="functions/hello-python/v1.zip"
+  find_queue "$QUEUE" || stop "it is not there: run setup_resources.sh without --test-message first, with the same names"
   make_test_zip
   STEP="upload to bucket $BUCKET"
   change uploaded "s3://$BUCKET/$key" aws s3 cp --only-show-errors "$TEMP/hello-python.zip" "s3://$BUCKET/$key"
@@ -561,11 +572,12 @@ send_test_message() {
 }
 END
   STEP="message to queue $QUEUE"
-  change sent "test-001 to $url" aws sqs send-message --queue-url "$url" \
+  change sent "test-001 to $QUEUE_URL" aws sqs send-message --queue-url "$QUEUE_URL" \
     --message-body "file://$TEMP/test-message.json" --query MessageId
   if [ -z "$DRY_RUN" ]; then what_to_look_for; fi
 }
 
+# No subshells here: bash 3.2 goes on after one that failed.
 make_test_zip() {
   local python
   STEP="zip of hello-python"
@@ -575,11 +587,11 @@ print("Hello from NanoGrid!")
 print("Result: 42")
 END
   if type -P zip >/dev/null; then
-    (cd "$TEMP" && ask zip -q hello-python.zip main.py)
+    ask zip -q -j "$TEMP/hello-python.zip" "$TEMP/main.py"
     return
   fi
   python="$(type -P python3 || type -P python)" || stop "neither zip nor Python is on PATH: install one of them"
-  (cd "$TEMP" && ask "$python" -m zipfile -c hello-python.zip main.py)
+  ask "$python" -m zipfile -c "$TEMP/hello-python.zip" "$TEMP/main.py"
 }
 
 what_to_look_for() {
@@ -622,18 +634,11 @@ agree() {
 gone() { printf 'not there: %s\n' "$1"; }
 
 remove_instance_profile() {
-  local role
-  STEP="instance profile $PROFILE"
-  if ! look aws iam get-instance-profile --instance-profile-name "$PROFILE" \
-    --query "InstanceProfile.Roles[0].RoleName"; then
+  if ! find_profile; then
     gone "$STEP"
     return
   fi
-  role="$FOUND"
-  if [ "$role" != None ]; then
-    change removed "$STEP: role $role" aws iam remove-role-from-instance-profile \
-      --instance-profile-name "$PROFILE" --role-name "$role"
-  fi
+  empty_profile
   change removed "$STEP" aws iam delete-instance-profile --instance-profile-name "$PROFILE"
 }
 
@@ -650,16 +655,13 @@ remove_role() {
   change removed "$STEP" aws iam delete-role --role-name "$ROLE"
 }
 
-# QUEUE_URL is the last one's URL afterwards, there or not: application.yml is known by it.
+# The main queue goes last: application.yml is known by QUEUE_URL.
 remove_queue() {
-  STEP="queue $1"
-  if ! look aws sqs get-queue-url --queue-name "$1" --query QueueUrl; then
-    QUEUE_URL="$(queue_url "$1")"
+  if find_queue "$1"; then
+    change removed "$STEP" aws sqs delete-queue --queue-url "$QUEUE_URL"
+  else
     gone "$STEP"
-    return
   fi
-  QUEUE_URL="$(queue_url "$1")"
-  change removed "$STEP" aws sqs delete-queue --queue-url "$QUEUE_URL"
 }
 
 # Old versions and delete markers are objects too: S3 deletes no bucket that holds any.
@@ -671,14 +673,10 @@ remove_bucket() {
   elif [ "$FOUND" = "None${TAB}None" ]; then
     change removed "$STEP" aws s3api delete-bucket --bucket "$BUCKET"
   else
-    printf 'left: %s holds objects (such as %s): empty it, then run --down again, or keep it\n' \
-      "$STEP" "$(example_of "$FOUND")"
+    FOUND="${FOUND#None"$TAB"}"  # one key, or two
+    printf 'left: %s holds objects (such as %s): keep it, or empty it\n' "$STEP" "${FOUND%%"$TAB"*}"
+    printf '      (aws s3 rm s3://%s --recursive; old versions: in the console) and run --down again\n' "$BUCKET"
   fi
-}
-
-# The key in "KEY<tab>None", "None<tab>KEY" or "KEY<tab>KEY".
-example_of() {
-  if [ "${1%%"$TAB"*}" = None ]; then printf '%s' "${1#*"$TAB"}"; else printf '%s' "${1%%"$TAB"*}"; fi
 }
 
 # Only a file that nobody has edited is ours to remove.

@@ -4585,16 +4585,15 @@ class Account:
 
     def __init__(self, url: str, path: Path, region: str = "ap-northeast-2"):
         self.url, self.path, self.config = url, path, path / "application.yml"
-        self.emulator("reset")
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url}
         del self.env["AWS_DEFAULT_REGION"]
         options = {"region_name": region, "endpoint_url": url,
                    "aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
         self.sqs, self.s3, self.iam = (boto3.client(n, **options) for n in ("sqs", "s3", "iam"))
 
-    def emulator(self, order: str, text: str = ""):
-        """Order the emulator itself: reset, or reset-auth with a count of free requests."""
-        request = urllib.request.Request(f"{self.url}/moto-api/{order}", text.encode(),
+    def enforce_permissions(self):
+        """From here on the emulator answers only what the caller's IAM policies allow."""
+        request = urllib.request.Request(f"{self.url}/moto-api/reset-auth", b"0",
                                          headers={"Content-Type": "text/plain"}, method="POST")
         urllib.request.urlopen(request, timeout=30).close()
 
@@ -4663,8 +4662,9 @@ class Account:
 
 
 @pytest.fixture
-def account(moto, tmp_path):
-    return Account(moto, tmp_path)
+def account(tmp_path):
+    with moto_server() as url:
+        yield Account(url, tmp_path)
 
 
 def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
@@ -4741,18 +4741,15 @@ def test_setup_believes_a_real_403(account):
         "Statement": [{"Effect": "Allow", "Action": ["sqs:*", "iam:*"], "Resource": "*"}]}))
     key = account.iam.create_access_key(UserName="half")["AccessKey"]
     env = {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
-    account.emulator("reset-auth", "0")
-    try:
-        said = account.run("--dry-run", env=env, status=1)
-    finally:
-        account.emulator("reset-auth", "inf")
+    account.enforce_permissions()
+    said = account.run("--dry-run", env=env, status=1)
     assert "as arn:aws:iam::123456789012:user/half" in said
     assert f"failed at: bucket {CODE_BUCKET}\n" in said and "(AccessDenied)" in said
     assert "create-bucket" not in said
 
 
-def test_setup_takes_down_all_but_a_bucket_with_objects(moto, tmp_path):
-    account = Account(moto, tmp_path, "us-east-1")
+def test_setup_takes_down_all_but_a_bucket_with_objects(account):
+    account = Account(account.url, account.path, "us-east-1")
     mine = ("--queue", "mine", "--dlq", "mine-dead", "--bucket", "mine-code", "--role", "mine-role",
             "--instance-profile", "mine-profile")
     env = {"AWS_REGION": "us-east-1"}
@@ -4774,6 +4771,7 @@ def test_setup_takes_down_all_but_a_bucket_with_objects(moto, tmp_path):
     assert account.names() == made
     said = account.run("--down", *mine, env=env, answer="yes\n")
     assert "left: bucket mine-code holds objects (such as functions/kept.zip)" in said
+    assert "(aws s3 rm s3://mine-code --recursive; " in said
     assert account.names() == {**before, "buckets": ["mine-code"]}
 
     account.s3.delete_object(Bucket="mine-code", Key="functions/kept.zip")
@@ -4854,6 +4852,7 @@ def test_setup_does_not_take_a_refusal_for_not_there(fake, look, change, step):
     ("sts get-caller-identity", "Unable to locate credentials.", "AWS_PROFILE"),
     ("sts get-caller-identity", "(InvalidClientTokenId)", "AWS_PROFILE"),
     ("sts get-caller-identity", "Could not connect to the endpoint URL", "is the network up"),
+    ("sts get-caller-identity", "The SSO session of this profile has expired", "aws sso login"),
     ("sqs create-queue", "(QueueDeletedRecently)", "60 seconds"),
     ("s3api create-bucket", "(BucketAlreadyExists)", "--bucket NAME"),
     ("iam create-role", "(AccessDenied)", "permission that the answer"),
@@ -4866,6 +4865,25 @@ def test_setup_failure_names_step_answer_and_remedy(fake, refuses, answer, remed
     assert remedy in said.split("to do:   ")[1] and "run the script again" in said
     assert fake.calls().splitlines()[-1].find(f" {refuses} ") > 0  # nothing was tried after it
     assert not (fake.path / "application.yml").exists()
+
+
+def test_setup_failure_of_the_machine_names_its_step(fake, tmp_path):
+    (fake.path / "application.yml").symlink_to(tmp_path / "nowhere" / "application.yml")
+    said = fake.run(status=1)
+    assert "failed at: application.yml\n" in said and "No such file" in said
+    assert "a directory that you may write to" in said
+    (tmp_path / "bin" / "zip").write_text("#!/bin/bash\necho disk full >&2; exit 9\n")
+    (tmp_path / "bin" / "zip").chmod(0o755)
+    said = fake.run("--test-message", queue="nanogrid-task-queue", status=1)
+    assert "failed at: zip of hello-python\n" in said and "answer:  disk full\n" in said
+    assert " s3 cp " not in fake.calls() and " send-message " not in fake.calls()
+    fake.env["TMPDIR"] = str(tmp_path / "nowhere")
+    assert "set TMPDIR" in fake.run(status=1)
+
+
+def test_setup_remedy_is_for_the_answer_not_for_a_name(fake):
+    said = fake.run("--queue", "MISSOURI", refuses="sqs create-queue", refusal="(Strange)", status=1)
+    assert "the answer says what is wrong" in said
 
 
 @pytest.mark.parametrize("partition, region, suffix", [
@@ -4994,9 +5012,11 @@ def test_setup_uses_nothing_that_bash_3_lacks():
         "mapfile": r"\b(mapfile|readarray)\b", "case conversion": r"\$\{\w+[,^]", "|&": r"\|&",
         "&>>": r"&>>", "coproc": r"\bcoproc\b", "@ operator": r"\$\{\w+@", ";;&": r";;?&",
         "negative index": r"\[-\d", "-v": r"\[\[? -v ", "printf time": r"printf '[^']*%\(",
-        "a status that is lost": r"\b(local|export|readonly) \w+=\"?\$\("}
+        "a status that is lost": r"\b(local|export|readonly) \w+=\"?\$\(",
+        "a subshell, whose failure does not end it": r"^\s*\((?!\()", "case in $()": r"\$\(\s*case ",
+        "a name that runs into a letter": r"\$\w+[^\x00-\x7f]"}
     text = SETUP.read_text()
-    assert [name for name, pattern in newer.items() if re.search(pattern, text)] == []
+    assert [name for name, pattern in newer.items() if re.search(pattern, text, re.MULTILINE)] == []
 
 
 # --------------------------------------------------------------------------------------------
@@ -5008,8 +5028,7 @@ def test_setup_uses_nothing_that_bash_3_lacks():
 
 # --- the walkthrough -------------------------------------------------------
 
-def test_walkthrough_from_nothing_to_a_metric(moto, tmp_path):
-    account = Account(moto, tmp_path)
+def test_walkthrough_from_nothing_to_a_metric(account, tmp_path):
     account.run()
     # The queue, the bucket, the region and the emulator's address are all in application.yml.
     env = {**account.env, "AGENT_TASKBASEDIR": str(tmp_path / "task"),
@@ -5030,7 +5049,7 @@ def test_walkthrough_from_nothing_to_a_metric(moto, tmp_path):
     assert re.findall(r"INFO \[test-001\] stdout: (.*)$", agent.log, re.MULTILINE) == [
         "Hello from NanoGrid!", "Result: 42"]
     assert left(account, "nanogrid-task-queue-dlq") == 0
-    check_metric(moto, int(report["peakMemoryBytes"]))
+    check_metric(account.url, int(report["peakMemoryBytes"]))
 
 
 def left(account: Account, name: str = "nanogrid-task-queue") -> int:
@@ -5072,9 +5091,10 @@ BLOCKS = dict(re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, 
 
 
 def need(*programs: str) -> None:
+    """Skip the test where a program is missing, but fail in CI, which installs them all."""
     for program in programs:
         if not shutil.which(program):
-            pytest.skip(f"{program} is not installed here")
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed here")
 
 
 def sh(script: str, cwd: Path, env=None, seconds=180, **options) -> subprocess.CompletedProcess:
@@ -5084,6 +5104,11 @@ def sh(script: str, cwd: Path, env=None, seconds=180, **options) -> subprocess.C
                            capture_output=True, text=True, timeout=seconds, **options)
     assert ended.returncode == 0, f"{script}\n{ended.stdout}\n{ended.stderr}"
     return ended
+
+
+def alike(text: str) -> str:
+    """The text with every number, bar and run of blanks made the same."""
+    return re.sub(r" +", " ", re.sub(r"\d+", "0", re.sub(r"\[#* *\]", "[]", text)))
 
 
 # --- The text itself
@@ -5096,6 +5121,15 @@ def test_links_in_the_page_lead_to_headings():
     assert wanted and wanted <= headings
 
 
+def test_every_command_is_run_by_a_test():
+    """All but the line for the tests, which .ci/run runs, and the script's, which has its own tests."""
+    found = re.findall(r"^(?:<!-- test: ([^\n]+) -->\n)?```sh\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    unnamed = [text.split()[0] + " " + text.split()[-1] for name, text in found if not name]
+    assert len(found) > 12 and unnamed == ["python3 pytest", "./setup_resources.sh first"], unnamed
+    tests = Path(__file__).read_text()
+    assert [name for name in BLOCKS if f'"{name}"' not in tests and "total/" not in name] == []
+
+
 def test_settings_that_it_names_exist():
     sections = "aws|sqs|s3|execution|output|metrics"
     named = set(re.findall(rf"`(?:agent\.)?((?:{sections})\.\w+)", TEXT))
@@ -5105,18 +5139,121 @@ def test_settings_that_it_names_exist():
     assert variables <= {row.variable for row in ng.SETTINGS}
 
 
+GUIDE_COMMENTS = [
+    "  # AWS settings\n", "    region: ap-northeast-2  # Seoul region\n", "  # SQS settings\n",
+    "    # ↑ put your real AWS account id in place of YOUR_ACCOUNT_ID\n    # e.g. 123456789012\n",
+    "  # S3 settings\n", "    # ↑ put the name of the bucket that you created\n"]
+
+
+def test_application_yml_example_has_every_setting_with_its_default_and_a_word_on_it():
+    text = README.with_name("application.yml.example").read_text()
+    written = dict(ng._keys(ng.parse_yaml(text)))
+    for row in ng.SETTINGS:
+        value = written[tuple(row.path.split("."))]  # a KeyError here: the setting is missing
+        if row.field not in ng._REQUIRED:
+            assert value == (None if callable(row.default) else [] if row.default == () else row.default)
+        key = row.path.rpartition(".")[2]
+        if row.field != "runtimes":  # the section's comment is for its four keys
+            assert re.search(rf"^ *#.*\n *{key}:|^ *{key}:.* #|^ *{key}:.*\n *# ↑", text, re.MULTILINE), row.path
+    assert [line for line in GUIDE_COMMENTS if line not in text] == []
+
+
+def test_application_yml_example_loads_but_for_the_account_id(tmp_path):
+    text = README.with_name("application.yml.example").read_text()
+    [problem] = problems(tmp_path, text)
+    assert "still holds YOUR_ACCOUNT_ID" in problem
+    settings, warnings = load(tmp_path, text.replace("queueUrl: https://sqs.ap-northeast-2.amazonaws.com/"
+                                                     "YOUR_ACCOUNT_ID", f"queueUrl: {QUEUE.rpartition('/')[0]}"))
+    assert settings == load(tmp_path, GUIDE)[0] and not warnings
+
+
 # --- Commands that need no AWS
+
+
+def test_demo_prints_what_is_shown(tmp_path):
+    ended = sh(BLOCKS["demo"], tmp_path)
+    lines = [alike(line) for line in (ended.stderr + ended.stdout).splitlines()]
+    has_compiler = any(map(shutil.which, ng.RUNTIMES["cpp"].programs))
+    for shown in BLOCKS["demo output"].splitlines():
+        if not has_compiler and re.search(r"cpp|C\+\+", shown):
+            continue
+        pattern = ".*".join(re.escape(alike(part)) for part in shown.split("…"))
+        assert any(re.fullmatch(pattern, line) for line in lines), (shown, lines)
+
+
+@pytest.mark.parametrize("runtime, source, program", [
+    ("python", "main.py", "python3"), ("cpp", "main.cpp", "g++"),
+    ("nodejs", "index.js", "node"), ("go", "main.go", "go")])
+def test_function_of_each_runtime(tmp_path, runtime, source, program):
+    need(program)
+    (tmp_path / "total").mkdir()
+    (tmp_path / "total" / source).write_text(BLOCKS[f"total/{source}"])
+    ended = sh(BLOCKS["invoke"].replace("--runtime python", f"--runtime {runtime}"), tmp_path)
+    assert ended.stdout == "total 7\n"
+    assert reports(ended.stderr)[0]["status"] == "ok"
+
+
+def test_message_and_result_have_these_fields(folder):
+    shown = json.loads(BLOCKS["result"])
+    message = {**json.loads(BLOCKS["message"]), "requestId": shown["requestId"],
+               "functionId": shown["functionId"]}
+    request_id = folder.put({"main.py": BLOCKS["total/main.py"]}, request_id=shown["requestId"],
+                            **message)
+    sh(BLOCKS["environment"].replace("DIR", shlex.quote(str(folder.path))), folder.path)
+    result = folder.result(request_id)
+    assert list(result) == list(shown)
+    differ = {"durationMillis", "peakMemoryBytes", "startedAt", "finishedAt", "recommendedMemoryMb",
+              "optimizationTip"}
+    assert {k: result[k] for k in result if k not in differ} == {
+        k: shown[k] for k in shown if k not in differ}
+    assert alike(result["optimizationTip"]) == alike(shown["optimizationTip"])
 
 
 # --- Commands for the machine
 
 
-def test_unit_is_one_that_systemd_takes(tmp_path):
+def tool(path: Path, script: str):
+    """An executable shell script at `path`, which stands in for a program."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_three_commands_install_it(tmp_path):
+    """scp and ssh reach a folder that stands in for the host; pip there only lists."""
+    here, host, tools = tmp_path / "here", tmp_path / "host", tmp_path / "bin"
+    here.mkdir()
+    (host / "units").mkdir(parents=True)
+    files = {"nanogrid.py": MODULE.read_text(), "application.yml": "agent:\n",
+             "nanogrid.service": BLOCKS["unit"]}
+    for name, text in files.items():
+        (here / name).write_text(text)
+    tool(tools / "scp", f'[ "${{!#}}" = ec2-user@HOST: ] && cp "${{@:1:$#-1}}" {host}')
+    tool(tools / "ssh", f'[ "$1" = ec2-user@HOST ] && cd {host} && exec bash -euc "$2"')
+    tool(tools / "sudo", 'exec "$@"')
+    tool(tools / "systemctl", f'echo "$*" >>{host}/systemctl')
+    commands = BLOCKS["install"].replace("install boto3", "list")
+    for there, in_host in (("/opt/nanogrid", "opt"), ("/etc/systemd/system", "units")):
+        commands = commands.replace(there, str(host / in_host))
+    for _ in range(2):  # a new version comes the same way
+        sh(commands, here, {"PATH": f"{tools}:{os.environ['PATH']}"})
+    assert (host / "systemctl").read_text().split("\n")[:3] == [
+        "daemon-reload", "enable nanogrid", "restart nanogrid"]
+    assert (host / "units" / "nanogrid.service").read_text() == files["nanogrid.service"]
+    python = str(host / "opt" / "venv" / "bin" / "python")
+    said = subprocess.run([python, host / "opt" / "nanogrid.py", "--version"], text=True, timeout=60,
+                          capture_output=True, check=True)
+    assert said.stdout
+
+
+@pytest.mark.parametrize("addition", [False, True])
+def test_unit_is_one_that_systemd_takes(tmp_path, addition):
     need("systemd-analyze")
     unit = tmp_path / "nanogrid.service"
-    unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable))
-    ended = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True,  # noqa: PLW1510
-                           timeout=60)
+    unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable)
+                    + BLOCKS["unit addition"] * addition)
+    ended = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True,
+                           timeout=60, check=False)
     assert "nanogrid.service" not in ended.stdout + ended.stderr
     assert ended.returncode == 0
 
@@ -5127,22 +5264,86 @@ def test_unit_waits_for_longer_than_a_shutdown_takes():
     assert seconds > settings.shutdown_grace_seconds + settings.wait_time_seconds
 
 
+@pytest.mark.parametrize("program", ["nft", "iptables"])
+def test_rules_that_close_the_instance_metadata(tmp_path, program):
+    need(program, "unshare")
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True, timeout=10, check=False).returncode:
+        pytest.skip("a network namespace of its own needs root")
+    uids = f"{ng.FIRST_UID}-{ng.LAST_UID}"
+    show = "nft list ruleset" if program == "nft" else "iptables -S OUTPUT && ip6tables -S OUTPUT"
+    again = BLOCKS[program] if program == "nft" else ""  # run at every start of the agent
+    rules = sh(f"unshare -n bash -euc {shlex.quote(BLOCKS[program] + again + show)}", tmp_path).stdout
+    assert rules.count(uids) == 2 and "169.254.169.254" in rules and "fd00:ec2::254" in rules
+
+
 # --- Commands for AWS
 
 
+class Shell:
+    """A folder with the files that the README's lines name, and an emulator of its own as AWS."""
+
+    def __init__(self, url: str, path: Path):
+        self.url, self.path = url, path
+        # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
+        tool(path / "bin" / "aws", f'exec {shutil.which("aws")} --endpoint-url {url} "$@"')
+        shutil.copy(README.with_name("application.yml.example"), path)
+        (path / "policy.json").write_text(BLOCKS["policy.json"])
+        self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url, "AWS_PAGER": "",
+                    "PATH": f"{path / 'bin'}:{os.environ['PATH']}"}
+
+    def run(self, script: str, **env) -> subprocess.CompletedProcess:
+        return sh(script, self.path, {**self.env, **env})
+
+    def client(self, service: str):
+        return boto3.client(service, region_name="ap-northeast-2", endpoint_url=self.url,
+                            aws_access_key_id="testing", aws_secret_access_key="testing")
+
+
 @pytest.fixture
-def shell(moto, tmp_path):
-    """What runs lines of the README against the emulator, in a folder with the files they name."""
+def shell(tmp_path):
     need("aws")
-    # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "aws").write_text(f'#!/bin/sh\nexec {shutil.which("aws")} --endpoint-url {moto} "$@"\n')
-    (tools / "aws").chmod(0o755)
-    shutil.copy(README.with_name("application.yml.example"), tmp_path)
-    (tmp_path / "policy.json").write_text(BLOCKS["policy.json"])
-    env = {**AWS_ENV, "AWS_ENDPOINT_URL": moto, "AWS_PAGER": "",
-           "PATH": f"{tools}:{os.environ['PATH']}"}
-    return lambda script, **more: sh(script, tmp_path, {**env, **more})
+    with moto_server() as url:
+        yield Shell(url, tmp_path)
 
 
+def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
+    need("flock")
+    shell.run(BLOCKS["cli"] + BLOCKS["send"])
+    command = BLOCKS["cron"].split(" ", 6)[6]
+    for there, here in (("/run/", f"{tmp_path}/"), ("/var/log/", f"{tmp_path}/"),
+                        ("/opt/nanogrid/venv/bin/python", sys.executable),
+                        ("/opt/nanogrid/nanogrid.py", str(MODULE)),
+                        ("/opt/nanogrid/", f"{tmp_path}/")):
+        command = command.replace(there, here)
+    with scratch() as place:
+        shell.run(command, AGENT_SQS_WAITTIMESECONDS="1", AGENT_TASKBASEDIR=str(place / "task"))
+    log = (tmp_path / "nanogrid.log").read_text()
+    assert "[test-001] stdout: Result: 42" in log
+    assert reports(log)[0]["status"] == "ok"
+    [metric] = shell.client("cloudwatch").list_metrics(
+        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes")["Metrics"]
+    assert {each["Name"]: each["Value"] for each in metric["Dimensions"]} == {
+        "FunctionId": "hello-python", "Runtime": "python"}
+
+
+def test_what_the_cli_makes_is_what_the_script_makes(shell, tmp_path):
+    shell.run(BLOCKS["cli"])
+    said = run_setup(tmp_path, env=shell.env)
+    assert "Nothing changed" in said and said.count("\nunchanged: ") == 9, said
+
+
+def test_profile_group_and_alarm(shell):
+    ec2 = shell.client("ec2")
+    [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
+    shell.client("iam").create_instance_profile(InstanceProfileName="NanoGridAgentProfile")
+    shell.run(BLOCKS["profile"] + BLOCKS["scaling"] + BLOCKS["alarm"], INSTANCE=instance["InstanceId"],
+              SUBNETS=ec2.describe_subnets()["Subnets"][0]["SubnetId"],
+              TOPIC=shell.client("sns").create_topic(Name="nanogrid")["TopicArn"])
+    [association] = ec2.describe_iam_instance_profile_associations()["IamInstanceProfileAssociations"]
+    assert association["InstanceId"] == instance["InstanceId"]
+    [policy] = shell.client("autoscaling").describe_policies(
+        AutoScalingGroupName="nanogrid")["ScalingPolicies"]
+    assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
+    [alarm] = shell.client("cloudwatch").describe_alarms(
+        AlarmNames=["nanogrid-dlq"])["MetricAlarms"]
+    assert alarm["Dimensions"] == [{"Name": "QueueName", "Value": "nanogrid-task-queue-dlq"}]
