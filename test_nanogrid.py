@@ -1771,7 +1771,6 @@ except OSError:
     print("refused")
 === 300 MB of output | timeoutMs=60000 memoryMb=64 | stdoutBytes=314572800
 import sys
-from concurrent.futures import ThreadPoolExecutor
 line = b"%01023d\n"
 for first in range(0, 300 << 10, 1024):
     sys.stdout.buffer.write(b"".join(line % n for n in range(first, first + 1024)))
@@ -1912,7 +1911,6 @@ def test_who_kills_its_parent_gains_nothing(runs):
 
 FORGED = r"""
 import sys
-from concurrent.futures import ThreadPoolExecutor
 line = "2026-11-22T12:00:00.123Z INFO REPORT requestId=forged functionId=fn runtime=python status=ok"
 for end in ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\u2029", "\x1b[2K\x1b[1A", "\x9b1A", "\x00", "\b", "\x7f", "\u202e"):
     for stream in (sys.stdout, sys.stderr):
@@ -2170,7 +2168,6 @@ assert sys.stdin.read() == ""
 print(json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":")))
 === no input
 import sys
-from concurrent.futures import ThreadPoolExecutor
 assert sys.stdin.buffer.read() == b""
 === no secret of the agent's is in reach
 import glob, os
@@ -2466,20 +2463,16 @@ import sys, __main__
 print(__main__.__dict__ is globals(), sys.modules["__main__"], "main" in sys.modules)
 === arguments and paths
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(sys.argv, sys.orig_argv, sys.path, sys.executable, sys._base_executable, sys.prefix, sys.exec_prefix)
 print(sys.warnoptions, sys._xoptions, sys.pycache_prefix, sys.dont_write_bytecode, sys.platlibdir)
 === flags
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(sys.flags)
 === modules at the start
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(*sorted(sys.modules), sep="\n")
 === hooks and import machinery
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(sys.meta_path, len(sys.path_hooks), sys.excepthook is sys.__excepthook__, sys.displayhook is sys.__displayhook__,
       sys.unraisablehook is sys.__unraisablehook__, sys.breakpointhook is sys.__breakpointhook__,
       sys.gettrace(), sys.getprofile(), sys.getrecursionlimit(), sys.getswitchinterval(), sys.get_asyncgen_hooks(),
@@ -2487,7 +2480,6 @@ print(sys.meta_path, len(sys.path_hooks), sys.excepthook is sys.__excepthook__, 
 print(sorted(vars(sys)), sorted(vars(__builtins__)))
 === path importer cache
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(sorted(key.rpartition("/")[2] for key in sys.path_importer_cache))
 === site
 import site, sys
@@ -2608,7 +2600,6 @@ def f(n): return f(n + 1)
 f(0)
 === recursion, raised limit
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.setrecursionlimit(5000)
 def f(n): return n and 1 + f(n - 1)
 print(f(4000), sys.getrecursionlimit())
@@ -2694,7 +2685,6 @@ print("before")
 quit(4)
 === exit from deep inside, finally runs
 import sys
-from concurrent.futures import ThreadPoolExecutor
 def f():
     try:
         sys.exit("text of the exit")
@@ -2737,7 +2727,6 @@ weakref.finalize(b, print, "early")
 del b
 === __del__ of globals
 import sys
-from concurrent.futures import ThreadPoolExecutor
 class D:
     def __init__(self, name): self.name = name
     def __del__(self): print("del", self.name, sys is not None, helper is not None and helper())
@@ -2786,14 +2775,12 @@ logging.getLogger().addHandler(logging.handlers.MemoryHandler(100, target=target
 logging.warning("kept in memory until the end")
 === output without a line end
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdout.write("out"); sys.stderr.write("err")
 === output in bytes and text
 import os, sys
 sys.stdout.write("text "); sys.stdout.flush(); sys.stdout.buffer.write(b"\xff\x00bytes "); sys.stdout.flush(); os.write(1, b"raw")
 === sys.stdout.close
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print("before")
 sys.stdout.close()
 === descriptor 1 closed
@@ -2806,7 +2793,6 @@ os.close(2)
 1 / 0
 === print after close
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdout.close()
 print("x")
 === stdout replaced
@@ -2816,12 +2802,10 @@ print("unseen")
 sys.stderr.write(repr(sys.stdout.getvalue()))
 === stdout is None
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdout = None
 print("unseen")
 === stdout full
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdout = open("/dev/full", "w")
 print("x")
 === stdout reopened
@@ -2832,17 +2816,14 @@ with open(1, "w", closefd=False) as again: again.write("three\n")
 print("\udcff")
 === own excepthook
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.excepthook = lambda kind, value, trace: print("hook", kind.__name__, value, trace.tb_lineno, trace.tb_next)
 1 / 0
 === excepthook exits
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.excepthook = lambda *_: sys.exit(6)
 1 / 0
 === traceback limit
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.tracebacklimit = 1
 def f(): g()
 def g(): 1 / 0
@@ -2851,7 +2832,6 @@ f()
 print(input("name? "), input("again? "))
 === input at the end
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdin.read()
 input()
 === stdin in every way
@@ -3075,7 +3055,6 @@ open("main.py", "w").write("another text\n" * 9)
 1 / 0
 === trace functions
 import sys
-from concurrent.futures import ThreadPoolExecutor
 calls = []
 sys.setprofile(lambda frame, event, arg: calls.append((event, frame.f_code.co_name)))
 def f(): pass
