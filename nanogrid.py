@@ -784,11 +784,12 @@ def find_entry(target: Path, runtime: str) -> str:
 # --------------------------------------------------------------------------------------------
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+                     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # bidi controls
 
 
 def printable(text: str) -> str:
-    """The text on one line, with control characters and line separators escaped."""
+    """The text on one line: controls, line separators and what reorders text are escaped."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

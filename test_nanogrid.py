@@ -1909,10 +1909,11 @@ def test_who_kills_its_parent_gains_nothing(runs):
 
 # ---------------------------------------------------------------- log lines that a function would forge
 
-FORGED = r"""
+BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a terminal shows
+FORGED = f"BIDI = {BIDI!a}\n" + r"""
 import sys
 line = "2026-11-22T12:00:00.123Z INFO REPORT requestId=forged functionId=fn runtime=python status=ok"
-for end in ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\u2029", "\x1b[2K\x1b[1A", "\x9b1A", "\x00", "\b", "\x7f", "\u202e"):
+for end in ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\u2029", "\x1b[2K\x1b[1A", "\x9b1A", "\x00", "\b", "\x7f", *BIDI):
     for stream in (sys.stdout, sys.stderr):
         stream.buffer.write(("a" + end + line + end + line + "\n").encode())
 sys.stdout.buffer.write(b"\xff\xfe not UTF-8\n" + line.encode())
@@ -1926,7 +1927,7 @@ def test_no_function_forges_a_log_line(grids, log_format):
     log = grid.run("--log-format", log_format).log
     assert "forged" in log and "not UTF-8" in log
     for line in log.splitlines():  # splits at every kind of line end that Unicode knows
-        assert all(unicodedata.category(char) not in ("Cc", "Zl", "Zp") for char in line), ascii(line)
+        assert all(unicodedata.category(char) not in ("Cc", "Zl", "Zp") and char not in BIDI for char in line), ascii(line)
         if log_format == "json":
             assert isinstance(json.loads(line), dict), line
         else:
