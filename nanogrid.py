@@ -1585,26 +1585,33 @@ def tree_size(path: Path) -> int:
 # --------------------------------------------------------------------------------------------
 
 
-def output_files(directory: str, uid: int | None) -> list[str]:
+# S3 takes keys of 1,024 bytes of UTF-8, of which requestId may have 128 and s3Prefix has as many.
+LONGEST_OUTPUT = 768
+
+
+def output_files(directory: str, uid: int | None) -> tuple[list[str], int]:
     """The regular files a function left in $OUTPUT_DIR, as relative names; links are passed over.
 
     A file that is not its own counts only if anybody may read it: it could be a hard link to
-    something that the function may not.
+    something that the function may not. Also how many entries have names that cannot be stored.
     """
-    found = []
+    found, unnamed = [], 0
     pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
     for relative in pending:
         for entry in sorted(os.scandir(os.path.join(directory, relative)), key=lambda e: e.name):
             name = os.path.join(relative, entry.name)
             status = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
+            text = name.encode("utf-8", "ignore")
+            if len(text) > LONGEST_OUTPUT or text != os.fsencode(name) or text == b"result.json":
+                unnamed += 1
+            elif stat.S_ISDIR(status.st_mode):
                 pending.append(name)
                 if uid is None:
                     os.chmod(entry.path, 0o700)
             elif stat.S_ISREG(status.st_mode) and (
                     uid is None or status.st_uid == uid or status.st_mode & 0o004):
                 found.append(name)
-    return sorted(found)
+    return sorted(found), unnamed
 
 
 class FolderResults:
@@ -3529,7 +3536,12 @@ class Agent:
         try:
             directory = f"{slot.place.directory}/output" if slot else ""
             ran = slot and outcome.exit_code is not None
-            names = output_files(directory, slot.place.uid) if ran else []
+            names, unnamed = output_files(directory, slot.place.uid) if ran else ([], 0)
+            if unnamed:
+                self.log("WARNING", f"[{known.get('requestId')}] {unnamed} entries of $OUTPUT_DIR "
+                                    "are left out: a name must be UTF-8, no longer than "
+                                    f"{LONGEST_OUTPUT} bytes with its directories, and not "
+                                    "result.json")
             result = result_of(report_pairs(known, outcome, message), outcome, names, peaks)
             if known.get("requestId") and outcome.status != "released":
                 self.results.put(result, directory, names)

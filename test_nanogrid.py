@@ -2383,6 +2383,33 @@ def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
     assert results == b"", "the target of a link was collected as output"
 
 
+NESTED = """
+import os
+os.chdir(os.environ["OUTPUT_DIR"])
+open("near.txt", "w").write("near")
+open(b"no-utf-8-\\xff", "w").close()
+os.mkdir("result.json")
+for depth in range(2000):
+    os.mkdir("nested")
+    os.chdir("nested")
+    if depth in (50, 1000, 1999):
+        open("file.txt", "w").write(f"at {depth}")
+"""
+
+
+def test_outputs_too_deep_for_a_key_are_left_out_and_said(grids, user):
+    """S3 takes keys of 1,024 bytes of UTF-8; a folder is no other, so that both keep the same."""
+    grid = grids(user)
+    grid.put({"main.py": NESTED}, request_id="deep")
+    grid.run()
+    assert grid["deep"]["status"] == "ok", grid.log
+    names = ["near.txt", "nested/" * 51 + "file.txt"]
+    assert grid["deep"]["outputFiles"] == names
+    kept = grid.path / "results" / "deep"
+    assert [(kept / name).read_text() for name in names] == ["near", "at 50"]
+    assert re.search(r" WARNING \[deep\] 3 .*OUTPUT_DIR", grid.log), grid.log
+
+
 def test_small_files_without_end_are_bounded(grids, user):
     """A million files would take the disk's inodes from everybody; the report says what ended the run."""
     grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXFILES=5000)
@@ -3957,6 +3984,12 @@ os.makedirs(os.environ["OUTPUT_DIR"] + "/sub")
 for name in ("a.txt", "sub/b.bin"):
     open(os.path.join(os.environ["OUTPUT_DIR"], name), "w").write("left in " + name)
 os.symlink("/etc/passwd", os.environ["OUTPUT_DIR"] + "/link")
+os.chdir(os.environ["OUTPUT_DIR"])
+open(b"no-utf-8-\\xff", "w").close()
+for _ in range(700):
+    os.mkdir("nested")
+    os.chdir("nested")
+open("too-deep", "w").close()
 print("done")
 """}
 
