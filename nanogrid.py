@@ -1804,7 +1804,7 @@ READY_PYTHON = r'''
 bare = dict(globals())
 import sys
 import os
-here = list(sys.modules)
+here = {name: (module, set(vars(module))) for name, module in sys.modules.items()}
 looked_at = list(sys.path_importer_cache)
 import ctypes, gc, marshal, resource
 os.chdir("/")
@@ -1890,6 +1890,11 @@ def finish(status):
             if name != "__builtins__":
                 module.__dict__[name] = None
     gc.collect()
+    here["__main__"] = here["builtins"]  # not this file
+    for module, names in here["builtins"], *reversed(list(here.values())):
+        if len(vars(module)) != len(names):  # looking at every name would touch pages, too
+            for name in set(vars(module)) - names:
+                del vars(module)[name]
     flush(status)
     os._exit(status)
 
@@ -1903,7 +1908,9 @@ def flush(status):
                 raise SystemExit(status)
 
 def ended(error):
-    """The exit status of what reached the top, printed as it should be."""
+    """The exit status of what reached the top, if anything did; printed as it should be."""
+    if error is None:
+        return 0
     if isinstance(error, SystemExit):
         if error.code is None or type(error.code) is int and 0 <= error.code <= 255:
             return error.code or 0
@@ -1912,22 +1919,42 @@ def ended(error):
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
     if sys.version_info >= (3, 12):
         sys.last_exc = error
-    sys.excepthook(type(error), error, trace)
+    show(error, trace)
     if isinstance(error, KeyboardInterrupt):
         error.__traceback__ = None
         sys.excepthook = lambda *_: None  # it is said; what is left is to die of SIGINT
         raise error
     return 1
 
+def show(error, trace):
+    """Give an error to sys.excepthook, with the interpreter's own words for one that fails."""
+    failure = None
+    if hasattr(sys, "excepthook"):
+        try:
+            return sys.excepthook(type(error), error, trace)
+        except SystemExit:
+            raise
+        except BaseException as raised:
+            failure = raised
+        failure.__traceback__ = failure.__traceback__.tb_next
+        sys.stderr.write("Error in sys.excepthook:\n")
+        sys.__excepthook__(type(failure), failure, failure.__traceback__)
+        sys.stderr.write("\nOriginal exception was:\n")
+    else:
+        sys.stderr.write("sys.excepthook is missing\n")
+    sys.__excepthook__(type(error), error, trace)
+
 main, code = become(serve())
 names = main.__dict__
 del main
-status = 0
+failure = None
 try:
     exec(code, names)
 except BaseException as error:
-    status = ended(error)
+    failure = error
 del names, code
+status = ended(failure)
+del failure
 finish(status)
 '''
 
@@ -2414,10 +2441,11 @@ class ReadyPython:
             file.write(READY_PYTHON)
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         null = os.open(os.devnull, os.O_RDWR)
+        unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
         self.pid = spawn(place, [interpreter, "main.py"], env,
-                         [null, null, null, theirs.fileno()], directory, privileged=True)
-        os.close(null)
-        theirs.close()
+                         [null, output, output, theirs.fileno()], directory, privileged=True)
+        for fd in (null, unread, output, theirs.detach()):
+            os.close(fd)
         self._receive(30)
 
     def _receive(self, seconds: float) -> bytes:

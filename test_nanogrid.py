@@ -2499,6 +2499,13 @@ print(sys.flags)
 === modules at the start
 import sys
 print(*sorted(sys.modules), sep="\n")
+=== standard streams
+import sys
+for stream in (sys.stdin, sys.stdout, sys.stderr):
+    print(stream.name, stream.mode, stream.encoding, stream.errors, stream.line_buffering, stream.write_through,
+          stream.newlines, stream.isatty(), stream.fileno(), stream.closed, stream.readable(), stream.writable(),
+          stream.seekable() if stream is not sys.stdin else "", type(stream.buffer), stream.buffer.raw)
+print(sys.stdin is sys.__stdin__, sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__)
 === hooks and import machinery
 import sys
 print(sys.meta_path, len(sys.path_hooks), sys.excepthook is sys.__excepthook__, sys.displayhook is sys.__displayhook__,
@@ -2761,6 +2768,37 @@ class D:
 def helper(): return "helped"
 a = D("a"); _b = D("_b"); c = [D("c")]
 print("end")
+=== __del__ that fails
+class D:
+    def __del__(self): raise ValueError("in del")
+d = D()
+del d
+=== __del__ in a module
+import mod
+class D:
+    def __init__(self, name): self.name = name
+    def __del__(self): mod.os.write(1, self.name)
+mod.kept = D(b"module "); kept = D(b"main ")
+--- mod.py
+import os
+=== __del__ of what a module of its own holds
+import os, first, second
+class D:
+    def __init__(self, name): self.name = name
+    def __del__(self): os.write(1, self.name)
+second.D, second.kept, first.kept, kept = D, D(b"second "), D(b"first "), D(b"main ")
+--- first.py
+import os
+def f(): pass
+--- second.py
+def f(): pass
+=== __del__ of what hangs in sys, builtins and os
+import builtins, os, sys
+class D:
+    def __init__(self, name): self.name = name
+    def __del__(self): self.write(1, self.name)
+    write = staticmethod(os.write)
+sys.kept, builtins.kept, os.kept = D(b"sys "), D(b"builtins "), D(b"os ")
 === __del__ of a cycle
 class D:
     def __del__(self): print("del", self.name)
@@ -2845,6 +2883,15 @@ print("\udcff")
 === own excepthook
 import sys
 sys.excepthook = lambda kind, value, trace: print("hook", kind.__name__, value, trace.tb_lineno, trace.tb_next)
+1 / 0
+=== own excepthook fails
+import sys
+def hook(*_): print(sys.exc_info()); raise TypeError("hook failed")
+sys.excepthook = hook
+1 / 0
+=== no excepthook
+import sys
+del sys.excepthook
 1 / 0
 === excepthook exits
 import sys
