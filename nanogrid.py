@@ -1823,15 +1823,13 @@ def serve(channel=3):
             os._exit(0)
         child = os.fork()
         if not child:
-            os.close(channel)
-            return marshal.loads(request)
-        os.write(channel, b"%d" % child)
+            return channel, marshal.loads(request)
         pid = 0
         while pid != child:  # clone(CLONE_PARENT) makes others its children
             pid, status, usage = os.wait4(-1, 0)
         os.write(channel, marshal.dumps((status, usage.ru_maxrss), 2))
 
-def become(request):
+def become(channel, request):
     """Turn this fork into the process of the request; its main module and code."""
     os.setsid()
     for fd, (path, flags) in enumerate(request["files"]):
@@ -1849,6 +1847,8 @@ def become(request):
     os.environ.update(request["env"])
     sys.modules["posix"].environ.update((name.encode(), os.fsencode(value))
                                         for name, value in request["env"].items())
+    os.write(channel, b"%d" % os.getpid())  # from here on the time is the function's
+    os.close(channel)
     path = os.getcwd() + "/main.py"
     for name in set(sys.path_importer_cache).difference(looked_at):
         del sys.path_importer_cache[name]
@@ -1944,7 +1944,7 @@ def show(error, trace):
         sys.stderr.write("sys.excepthook is missing\n")
     sys.__excepthook__(type(error), error, trace)
 
-main, code = become(serve())
+main, code = become(*serve())
 names = main.__dict__
 del main
 failure = None
@@ -2463,9 +2463,13 @@ class ReadyPython:
         self.channel.send(marshal.dumps({
             "files": [(f"{root}/stdin", os.O_RDONLY), (f"{root}/stdout", os.O_WRONLY),
                       (f"{root}/stderr", os.O_WRONLY)],
-            "data": data_bytes, "processes": process_limit(place), "uid": place.uid, "gid": place.gid, "groups": list(place.groups),
+            "data": data_bytes, "processes": process_limit(place), "uid": place.uid,
+            "gid": place.gid, "groups": list(place.groups),
             "cwd": f"{root}/work", "env": {name: job.env[name] for name in RUN_ENV}}, 2))
-        return int(self._receive(5))
+        answer = self._receive(5)
+        if not answer.isdigit():
+            raise ConnectionError("the function's process ended before it began")
+        return int(answer)
 
     def done(self, child: int) -> int:
         """A descriptor that is readable once the run has ended."""
@@ -2535,16 +2539,16 @@ class Supervisor:
         texts = []
         try:
             helper, warm = self._helper(job)
-            started_at, started = time.time(), time.monotonic()
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
             child = helper.start(job, (4 * job.memory_mb + 256) * MIB)
+            started_at, started = time.time(), time.monotonic()  # the fork is not the function's
             watch = Watch(self, job, child, helper, outputs, started)
             end = watch.wait()
+            duration = time.monotonic() - started
             if end != "exit":
                 self._kill(child)
             status, peak_kib = helper.wait(child)
-            duration = time.monotonic() - started
             self.end_run()
         finally:
             texts = [output.close() for output in outputs]

@@ -1884,6 +1884,28 @@ def test_every_take_has_a_report(runs):
     assert not list((runs.path / "queue").iterdir()) and not list((runs.path / "running").iterdir())
 
 
+FORK_BOMB = """
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
+
+
+def test_a_fork_bomb_leaves_the_neighbours_alone(grids, user):
+    """One slot holds the bomb; as root, what runs in the other may even start processes of its own."""
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    grid.put({"main.py": FORK_BOMB}, function_id="bomb", request_id="a-bomb", timeoutMs=1000)
+    fork = "import subprocess\nsubprocess.run(['true'], check=True)\n" if user == "root" else "print('fine')\n"
+    for n in range(20):
+        grid.put({"main.py": fork}, function_id="neighbour", request_id=f"neighbour-{n:02}")
+    grid.run()
+    assert {report["status"] for report in grid.reports["a-bomb"]} <= {"timeout", "oom", "failed"}, grid.log[-3000:]
+    assert {grid[f"neighbour-{n:02}"]["status"] for n in range(20)} == {"ok"}, grid.log[-3000:]
+
+
 def test_output_keeps_its_first_and_last_32_kib(runs):
     line = "%01023d\n"
     result = runs["300 MB of output"]
@@ -1905,6 +1927,23 @@ def test_who_kills_its_parent_gains_nothing(runs):
     """Either the kernel refuses, or the run is lost and said to be."""
     result = runs["SIGKILL for its parent"]
     assert (result["status"] == "ok") == (result["stdout"] == "refused\n"), result
+
+
+def test_python_numpy_runs_under_128_mb(grids, user):
+    """numpy reserves far more than it touches; it comes in the zip, as in Lambda."""
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    version = subprocess.run([PYTHON, "-c", "import sys; print(sys.version_info[:2])"],
+                             stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    if version != str(sys.version_info[:2]):
+        pytest.skip(f"this numpy is not for {PYTHON} ({version})")
+    site = Path(numpy.__file__).parents[1]
+    skip = re.compile(r"/tests/|/__pycache__/|\.(pyi|a|h)$")
+    files = {str(path.relative_to(site)): path.read_bytes() for part in ("numpy", "numpy.libs")
+             for path in (site / part).rglob("*") if path.is_file() and not skip.search(str(path))}
+    files["main.py"] = "import numpy\nprint(int(numpy.ones((200, 200)).dot(numpy.ones(200)).sum()))\n"
+    grid = grids(user)
+    grid.put(make_zip(files), memoryMb=128, timeoutMs=60000, request_id="numpy")
+    assert grid.run()["numpy"]["stdout"] == "40000\n", grid.log[-3000:]
 
 
 # ---------------------------------------------------------------- log lines that a function would forge
@@ -1964,6 +2003,63 @@ def test_peak_is_what_the_function_itself_sees(grids, user, concurrency, prefix)
         assert report["status"] == "ok", grid.log[-3000:]
         own = int(re.search(r"VmHWM:\s*(\d+) kB", grid.result(request_id)["stdout"])[1]) << 10
         assert abs(int(report["peakMemoryBytes"]) - own) <= max(MIB, 0.03 * own), (own / MIB, report)
+
+
+TREES = table("""
+=== a parent of 100 MB and three children of 50 | memoryMb=512
+import os, time
+shared = bytearray(100 << 20)
+for _ in range(3):
+    if os.fork() == 0:
+        own = bytearray(50 << 20)
+        time.sleep(0.6)
+        os._exit(0)
+for _ in range(3):
+    os.wait()
+=== a short child of 250 MB | memoryMb=512
+import os
+if os.fork() == 0:
+    block = bytearray(250 << 20)
+    os._exit(0)
+os.wait()
+=== a short child of another program, 250 MB | memoryMb=512
+import subprocess, sys
+subprocess.run([sys.executable, "-c", "bytearray(250 << 20)"], check=True)
+""")
+
+
+@pytest.fixture(scope="module")
+def timed(grids, user):
+    """Trees, and durations: one at a time, each duration five times, for a machine may be busy."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    grid.put_all(TREES)
+    cpp = make_zip({"main*": cpp_binary()})
+    for n in range(5):
+        grid.put({"main.py": "import time\nstart = time.monotonic()\ntime.sleep(0.2)\n"
+                             "print((time.monotonic() - start) * 1e3)\n"}, function_id="py", request_id=f"python-{n}")
+        grid.put(cpp, runtime="cpp", function_id="cpp", input="sleep", request_id=f"cpp-{n}")
+    for name in ("sleeps", "spins", "stops its group"):
+        grid.put_all({name: RUNS[name]})
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_peak_of_a_tree(timed, name):
+    """The largest process, or the largest sum with shared pages once."""
+    check(timed, name, TREES[name])
+    assert 245 * MIB <= timed[name]["peakMemoryBytes"] <= 290 * MIB, timed[name]
+
+
+@pytest.mark.parametrize("kind", ["python", "cpp"])
+def test_duration_is_what_the_function_itself_sees(timed, kind):
+    results = [timed[f"{kind}-{n}"] for n in range(5)]
+    assert min(abs(each["durationMillis"] - float(each["stdout"])) for each in results) <= 5, results
+
+
+@pytest.mark.parametrize("name", ["sleeps", "spins", "stops its group"])
+def test_the_time_limit_is_precise(timed, name):
+    durations = [int(report["durationMillis"]) for report in timed.reports[slug(name)]]
+    assert min(abs(each - 400) for each in durations) <= 50, durations
 
 
 def descendants(pid: int) -> list[int]:
@@ -2215,6 +2311,11 @@ def confined(grids, user):
 @pytest.mark.parametrize("name", CONFINED)
 def test_a_function_is_confined(confined, name):
     check(confined, name, CONFINED[name])
+
+
+def test_the_log_says_once_what_an_ordinary_user_cannot_have(confined):
+    warnings = re.findall(r"^\S+ WARN\w* .*not started as root.*$", confined.log, re.MULTILINE)
+    assert len(warnings) == (0 if confined.user == "root" else 1), warnings
 
 
 def test_no_core_file_is_left(confined):
