@@ -1774,6 +1774,7 @@ class CloudWatchMetrics:
 
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
+FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
 DISK_LOOK_SECONDS = 0.25
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID = 60600  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
@@ -2069,18 +2070,28 @@ def reap(pids: Iterable[int]) -> None:
             pass
 
 
-def resident_bytes(pids: list[int], most: int) -> int:
-    """The resident memory of these processes together; pages they share count once above `most`.
+def resident(pids: list[int]) -> dict[int, int]:
+    """The resident bytes of each of these processes; cheap, and pages they share count for each."""
+    return {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids}
 
-    statm is cheap and counts a shared page for each; the proportional sizes cost a walk of the
-    page tables, and are asked for only when the cheap sum says more than `most`.
-    """
-    total = sum(int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids)
-    if total <= most or len(pids) < 2:
-        return total
+
+def resident_together(pids: list[int]) -> int:
+    """The resident bytes of these processes, shared pages once; walks their page tables."""
     shares = re.findall(rb"^Pss: +(\d+)", b"".join(
         read_proc(f"/proc/{pid}/smaps_rollup") for pid in pids), re.MULTILINE)
-    return sum(map(int, shares)) * 1024 if shares else total
+    return sum(map(int, shares)) * 1024
+
+
+@contextlib.contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    """Hold those of these processes that run."""
+    running = [pid for pid in pids
+               if read_proc(f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
+    signal_all(running, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        signal_all(running, signal.SIGCONT)
 
 
 def sweep(path: str, trash: str) -> None:
@@ -2315,7 +2326,7 @@ def write_all(fd: int, content: bytes) -> None:
 
 def confine(place: Place, files: list[int]) -> None:
     """In a new child: descriptors 0, 1, 2, … from `files` alone, then limits."""
-    os.setpgid(0, 0)  # of the supervisor's session, or it could not move the function later
+    os.setpgid(0, 0)  # of the supervisor's session, or it could not give the function a group
     kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
     for target, fd in enumerate(kept):
         os.dup2(fd, target)
@@ -2372,6 +2383,9 @@ class ForkShell:
 
     def __init__(self, place: Place, env: dict[str, str]):
         self.script = os.path.join(place.directory, "run")
+        # The kernel shares the processors between sessions first (sched(7), autogroup): a function
+        # in that of its supervisor could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
+        self.session = [path] if (path := shutil.which("setsid")) else []
         gate, self.gate = os.pipe()
         commands, self.commands = os.pipe()
         self.replies, replies = os.pipe()
@@ -2391,7 +2405,7 @@ class ForkShell:
                  f"cd {root}/work", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(job.env[name])}"
                    for name in RUN_ENV if name in job.env),
-                 (f"exec {shlex.join(job.command)} <{root}/stdin >{root}/stdout 2>{root}/stderr"
+                 (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin >{root}/stdout 2>{root}/stderr"
                   " 3<&- 4<&- 5>&-")]
         with open(self.script, "w") as file:
             file.write("\n".join(lines) + "\n")
@@ -2408,7 +2422,8 @@ class ForkShell:
                     raise ConnectionError("the fork shell ended")
                 answer += chunk
             child = int(answer)
-            os.setpgid(child, child)
+            if not self.session:
+                os.setpgid(child, child)
             os.write(self.gate, b"\n")
         except BrokenPipeError:
             raise ConnectionError("the fork shell ended") from None
@@ -2640,6 +2655,7 @@ class Watch:
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
         self.largest = 0  # bytes: the largest sum over more than one process that was seen
+        self.together, self.sizes = 0, {}  # bytes: of all, and of each, when last looked exactly
         self.free = self._free()
 
     def wait(self) -> str:
@@ -2670,18 +2686,36 @@ class Watch:
 
     def _look(self, now: float) -> str:
         """Whether the run is over its memory or its disk; "" when it is not."""
-        pids = self.supervisor.run_pids()
         cap = self.job.memory_mb * MIB
-        held = resident_bytes(pids, min(cap, self.largest) if len(pids) > 1 else cap)
-        if len(pids) > 1:
-            self.largest = max(self.largest, held)
-        if held > cap:
+        if self._held(cap) > cap:
             return "oom"
         if now >= self.next_disk_look and self._over_disk():
             return "disk"
-        # A look at a large tree is not cheap: never more than a quarter of the time.
-        self.next_look = now + max(LOOK_SECONDS, 4 * (time.monotonic() - now))
+        # A look at a large tree is not cheap: not more than a quarter of the time, unless a run
+        # that fills memory as fast as memory is could get over what it may hold at most.
+        self.next_look = now + max(LOOK_SECONDS, min(4 * (time.monotonic() - now),
+                                                     (cap + 256 * MIB) / FILL_BYTES_PER_SECOND))
         return ""
+
+    def _held(self, cap: int) -> int:
+        """No less than what the run holds now; exactly that when it is over `cap`.
+
+        What processes share is known from the last exact look, and what they hold together has
+        grown by no more than each of them has since. Over the cap they are held for the look, for
+        they could outrun it: on a busy machine it gets no more of the processor than each of them.
+        """
+        pids = self.supervisor.run_pids()
+        sizes = resident(pids)
+        if len(pids) < 2:
+            return sum(sizes.values())
+        held = self.together + sum(max(0, size - self.sizes.get(pid, 0))
+                                   for pid, size in sizes.items())
+        if held > min(cap, self.largest * 1.01):
+            with stopped(pids) if held > cap else contextlib.nullcontext():
+                self.sizes = resident(pids)
+                held = self.together = resident_together(pids) or sum(self.sizes.values())
+            self.largest = max(self.largest, held)
+        return held
 
     def _free(self) -> tuple[int, int]:
         """(bytes, inodes) free where the workspace is."""

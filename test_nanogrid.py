@@ -2282,6 +2282,12 @@ for name in ("environ", "mem", "maps"):
         raise SystemExit(f"/proc/PPID/{name} can be read")
     except OSError:
         pass
+=== a session and a process group of its own | | stdout=True_True
+import os
+print(os.getpid() == os.getsid(0), os.getpid() == os.getpgid(0), sep="_")
+=== a session and a process group of a shell's own | cpp
+read -r pid name state parent group session rest </proc/$$/stat
+[ "$pid $pid $pid" = "$$ $group $session" ] || { cat /proc/$$/stat; exit 1; }
 === the standard streams can be opened again | cpp | stdout=in_out
 echo -n in_ > /dev/stdout; echo out >> /proc/self/fd/1; echo err > /dev/stderr; cat /dev/stdin
 === a terminal is out of reach
