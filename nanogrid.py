@@ -1776,6 +1776,7 @@ KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
 FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
 DISK_LOOK_SECONDS = 0.25
+COUNT_SECONDS = 2
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID = 60600  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 LAST_UID = 61183
@@ -2656,6 +2657,7 @@ class Watch:
         self.next_disk_look = started + DISK_LOOK_SECONDS
         self.largest = 0  # bytes: the largest sum over more than one process that was seen
         self.together, self.sizes = 0, {}  # bytes: of all, and of each, when last looked exactly
+        self.next_count = started + COUNT_SECONDS
         self.free = self._free()
 
     def wait(self) -> str:
@@ -2723,16 +2725,19 @@ class Watch:
         return status.f_bfree * status.f_frsize, status.f_ffree
 
     def _over_disk(self) -> bool:
-        """Whether the run holds too much; counted only if the file system lost that much."""
+        """Whether the run holds too much; counted when the file system has lost that much, and
+        seldom else, for a neighbour may free what the run takes."""
         self.next_disk_look = time.monotonic() + DISK_LOOK_SECONDS
         most = self.job.disk_mb * MIB, self.job.files
-        if all(before - now <= limit for before, now, limit in zip(self.free, self._free(), most)):
-            return False
         started = time.monotonic()
+        if started < self.next_count and all(
+                before - now <= limit for before, now, limit in zip(self.free, self._free(), most)):
+            return False
         root = self.supervisor.place.directory
         used = disk_usage([f"{root}/{name}" for name in ("work", *Workspace.PRIVATE)], most[1])
-        self.next_disk_look = time.monotonic() + max(DISK_LOOK_SECONDS,
-                                                     5 * (time.monotonic() - started))
+        took = time.monotonic() - started
+        self.next_disk_look = time.monotonic() + max(DISK_LOOK_SECONDS, 5 * took)
+        self.next_count = time.monotonic() + max(COUNT_SECONDS, 50 * took)
         return used[0] > most[0] or used[1] > most[1]
 
 

@@ -2529,6 +2529,31 @@ def test_small_files_without_end_are_bounded(grids, user):
     assert grid["probe"]["status"] == "ok", grid["probe"]
 
 
+HIDDEN = """
+import json, os, sys, time
+neighbour = json.load(sys.stdin)
+for name in os.listdir(neighbour):
+    os.unlink(neighbour + "/" + name)
+for n in range(3000):
+    open(str(n), "w").close()
+time.sleep(20)
+"""
+
+
+def test_files_are_counted_though_a_neighbour_frees_as_many(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXFILES=2000)
+    neighbour = grid.spool / "neighbour"
+    neighbour.mkdir()
+    neighbour.chmod(0o777)
+    for n in range(4000):
+        (neighbour / str(n)).touch()
+    grid.put({"main.py": HIDDEN}, request_id="many", timeoutMs=20000, input=str(neighbour))
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        agent.wait_for("REPORT requestId=many ")
+        assert reports(agent.log)[0].get("reason") == "disk", agent.log
+        agent.stop(signal.SIGKILL)
+
+
 TREE = {"main.py": None, "run*": "#!/bin/sh\necho ran\n", "data.txt": "data", "lib/one.py": "one = 1\n",
         "lib/deep/two.py": "two = 2\n", "lib/tool*": b"\x7fELF\x00", "name with space": "x"}
 SPOILER = r"""
