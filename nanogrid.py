@@ -788,11 +788,12 @@ def find_entry(target: Path, runtime: str) -> str:
 # --------------------------------------------------------------------------------------------
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+                     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # bidi controls
 
 
 def printable(text: str) -> str:
-    """The text on one line, with control characters and line separators escaped."""
+    """The text on one line: controls, line separators and what reorders text are escaped."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -1593,26 +1594,33 @@ def tree_size(path: Path) -> int:
 # --------------------------------------------------------------------------------------------
 
 
-def output_files(directory: str, uid: int | None) -> list[str]:
+# S3 takes keys of 1,024 bytes of UTF-8, of which requestId may have 128 and s3Prefix has as many.
+LONGEST_OUTPUT = 768
+
+
+def output_files(directory: str, uid: int | None) -> tuple[list[str], int]:
     """The regular files a function left in $OUTPUT_DIR, as relative names; links are passed over.
 
     A file that is not its own counts only if anybody may read it: it could be a hard link to
-    something that the function may not.
+    something that the function may not. Also how many entries have names that cannot be stored.
     """
-    found = []
+    found, unnamed = [], 0
     pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
     for relative in pending:
         for entry in sorted(os.scandir(os.path.join(directory, relative)), key=lambda e: e.name):
             name = os.path.join(relative, entry.name)
             status = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
+            text = name.encode("utf-8", "ignore")
+            if len(text) > LONGEST_OUTPUT or text != os.fsencode(name) or text == b"result.json":
+                unnamed += 1
+            elif stat.S_ISDIR(status.st_mode):
                 pending.append(name)
                 if uid is None:
                     os.chmod(entry.path, 0o700)
             elif stat.S_ISREG(status.st_mode) and (
                     uid is None or status.st_uid == uid or status.st_mode & 0o004):
                 found.append(name)
-    return sorted(found)
+    return sorted(found), unnamed
 
 
 class FolderResults:
@@ -1775,7 +1783,9 @@ class CloudWatchMetrics:
 
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
+FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
 DISK_LOOK_SECONDS = 0.25
+COUNT_SECONDS = 2
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID = 60600  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 LAST_UID = 61183
@@ -1805,7 +1815,7 @@ READY_PYTHON = r'''
 bare = dict(globals())
 import sys
 import os
-here = list(sys.modules)
+here = {name: (module, set(vars(module))) for name, module in sys.modules.items()}
 looked_at = list(sys.path_importer_cache)
 import ctypes, gc, marshal, resource
 os.chdir("/")
@@ -1824,15 +1834,13 @@ def serve(channel=3):
             os._exit(0)
         child = os.fork()
         if not child:
-            os.close(channel)
-            return marshal.loads(request)
-        os.write(channel, b"%d" % child)
+            return channel, marshal.loads(request)
         pid = 0
         while pid != child:  # clone(CLONE_PARENT) makes others its children
             pid, status, usage = os.wait4(-1, 0)
         os.write(channel, marshal.dumps((status, usage.ru_maxrss), 2))
 
-def become(request):
+def become(channel, request):
     """Turn this fork into the process of the request; its main module and code."""
     os.setsid()
     for fd, (path, flags) in enumerate(request["files"]):
@@ -1850,6 +1858,8 @@ def become(request):
     os.environ.update(request["env"])
     sys.modules["posix"].environ.update((name.encode(), os.fsencode(value))
                                         for name, value in request["env"].items())
+    os.write(channel, b"%d" % os.getpid())  # from here on the time is the function's
+    os.close(channel)
     path = os.getcwd() + "/main.py"
     for name in set(sys.path_importer_cache).difference(looked_at):
         del sys.path_importer_cache[name]
@@ -1891,6 +1901,11 @@ def finish(status):
             if name != "__builtins__":
                 module.__dict__[name] = None
     gc.collect()
+    here["__main__"] = here["builtins"]  # not this file
+    for module, names in here["builtins"], *reversed(list(here.values())):
+        if len(vars(module)) != len(names):  # looking at every name would touch pages, too
+            for name in set(vars(module)) - names:
+                del vars(module)[name]
     flush(status)
     os._exit(status)
 
@@ -1904,7 +1919,9 @@ def flush(status):
                 raise SystemExit(status)
 
 def ended(error):
-    """The exit status of what reached the top, printed as it should be."""
+    """The exit status of what reached the top, if anything did; printed as it should be."""
+    if error is None:
+        return 0
     if isinstance(error, SystemExit):
         if error.code is None or type(error.code) is int and 0 <= error.code <= 255:
             return error.code or 0
@@ -1913,22 +1930,42 @@ def ended(error):
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
     if sys.version_info >= (3, 12):
         sys.last_exc = error
-    sys.excepthook(type(error), error, trace)
+    show(error, trace)
     if isinstance(error, KeyboardInterrupt):
         error.__traceback__ = None
         sys.excepthook = lambda *_: None  # it is said; what is left is to die of SIGINT
         raise error
     return 1
 
-main, code = become(serve())
+def show(error, trace):
+    """Give an error to sys.excepthook, with the interpreter's own words for one that fails."""
+    failure = None
+    if hasattr(sys, "excepthook"):
+        try:
+            return sys.excepthook(type(error), error, trace)
+        except SystemExit:
+            raise
+        except BaseException as raised:
+            failure = raised
+        failure.__traceback__ = failure.__traceback__.tb_next
+        sys.stderr.write("Error in sys.excepthook:\n")
+        sys.__excepthook__(type(failure), failure, failure.__traceback__)
+        sys.stderr.write("\nOriginal exception was:\n")
+    else:
+        sys.stderr.write("sys.excepthook is missing\n")
+    sys.__excepthook__(type(error), error, trace)
+
+main, code = become(*serve())
 names = main.__dict__
 del main
-status = 0
+failure = None
 try:
     exec(code, names)
 except BaseException as error:
-    status = ended(error)
+    failure = error
 del names, code
+status = ended(failure)
+del failure
 finish(status)
 '''
 
@@ -2043,18 +2080,28 @@ def reap(pids: Iterable[int]) -> None:
             pass
 
 
-def resident_bytes(pids: list[int], most: int) -> int:
-    """The resident memory of these processes together; pages they share count once above `most`.
+def resident(pids: list[int]) -> dict[int, int]:
+    """The resident bytes of each of these processes; cheap, and pages they share count for each."""
+    return {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids}
 
-    statm is cheap and counts a shared page for each; the proportional sizes cost a walk of the
-    page tables, and are asked for only when the cheap sum says more than `most`.
-    """
-    total = sum(int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids)
-    if total <= most or len(pids) < 2:
-        return total
+
+def resident_together(pids: list[int]) -> int:
+    """The resident bytes of these processes, shared pages once; walks their page tables."""
     shares = re.findall(rb"^Pss: +(\d+)", b"".join(
         read_proc(f"/proc/{pid}/smaps_rollup") for pid in pids), re.MULTILINE)
-    return sum(map(int, shares)) * 1024 if shares else total
+    return sum(map(int, shares)) * 1024
+
+
+@contextlib.contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    """Hold those of these processes that run."""
+    running = [pid for pid in pids
+               if read_proc(f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
+    signal_all(running, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        signal_all(running, signal.SIGCONT)
 
 
 def sweep(path: str, trash: str) -> None:
@@ -2289,7 +2336,7 @@ def write_all(fd: int, content: bytes) -> None:
 
 def confine(place: Place, files: list[int]) -> None:
     """In a new child: descriptors 0, 1, 2, … from `files` alone, then limits."""
-    os.setpgid(0, 0)  # of the supervisor's session, or it could not move the function later
+    os.setpgid(0, 0)  # of the supervisor's session, or it could not give the function a group
     kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
     for target, fd in enumerate(kept):
         os.dup2(fd, target)
@@ -2346,6 +2393,9 @@ class ForkShell:
 
     def __init__(self, place: Place, env: dict[str, str]):
         self.script = os.path.join(place.directory, "run")
+        # The kernel shares the processors between sessions first (sched(7), autogroup): a function
+        # in that of its supervisor could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
+        self.session = [path] if (path := shutil.which("setsid")) else []
         gate, self.gate = os.pipe()
         commands, self.commands = os.pipe()
         self.replies, replies = os.pipe()
@@ -2365,7 +2415,7 @@ class ForkShell:
                  f"cd {root}/work", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(job.env[name])}"
                    for name in RUN_ENV if name in job.env),
-                 (f"exec {shlex.join(job.command)} <{root}/stdin >{root}/stdout 2>{root}/stderr"
+                 (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin >{root}/stdout 2>{root}/stderr"
                   " 3<&- 4<&- 5>&-")]
         with open(self.script, "w") as file:
             file.write("\n".join(lines) + "\n")
@@ -2382,7 +2432,8 @@ class ForkShell:
                     raise ConnectionError("the fork shell ended")
                 answer += chunk
             child = int(answer)
-            os.setpgid(child, child)
+            if not self.session:
+                os.setpgid(child, child)
             os.write(self.gate, b"\n")
         except BrokenPipeError:
             raise ConnectionError("the fork shell ended") from None
@@ -2415,10 +2466,11 @@ class ReadyPython:
             file.write(READY_PYTHON)
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         null = os.open(os.devnull, os.O_RDWR)
+        unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
         self.pid = spawn(place, [interpreter, "main.py"], env,
-                         [null, null, null, theirs.fileno()], directory, privileged=True)
-        os.close(null)
-        theirs.close()
+                         [null, output, output, theirs.fileno()], directory, privileged=True)
+        for fd in (null, unread, output, theirs.detach()):
+            os.close(fd)
         self._receive(30)
 
     def _receive(self, seconds: float) -> bytes:
@@ -2436,9 +2488,13 @@ class ReadyPython:
         self.channel.send(marshal.dumps({
             "files": [(f"{root}/stdin", os.O_RDONLY), (f"{root}/stdout", os.O_WRONLY),
                       (f"{root}/stderr", os.O_WRONLY)],
-            "data": data_bytes, "processes": process_limit(place), "uid": place.uid, "gid": place.gid, "groups": list(place.groups),
+            "data": data_bytes, "processes": process_limit(place), "uid": place.uid,
+            "gid": place.gid, "groups": list(place.groups),
             "cwd": f"{root}/work", "env": {name: job.env[name] for name in RUN_ENV}}, 2))
-        return int(self._receive(5))
+        answer = self._receive(5)
+        if not answer.isdigit():
+            raise ConnectionError("the function's process ended before it began")
+        return int(answer)
 
     def done(self, child: int) -> int:
         """A descriptor that is readable once the run has ended."""
@@ -2508,16 +2564,16 @@ class Supervisor:
         texts = []
         try:
             helper, warm = self._helper(job)
-            started_at, started = time.time(), time.monotonic()
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
             child = helper.start(job, (4 * job.memory_mb + 256) * MIB)
+            started_at, started = time.time(), time.monotonic()  # the fork is not the function's
             watch = Watch(self, job, child, helper, outputs, started)
             end = watch.wait()
+            duration = time.monotonic() - started
             if end != "exit":
                 self._kill(child)
             status, peak_kib = helper.wait(child)
-            duration = time.monotonic() - started
             self.end_run()
         finally:
             texts = [output.close() for output in outputs]
@@ -2609,6 +2665,8 @@ class Watch:
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
         self.largest = 0  # bytes: the largest sum over more than one process that was seen
+        self.together, self.sizes = 0, {}  # bytes: of all, and of each, when last looked exactly
+        self.next_count = started + COUNT_SECONDS
         self.free = self._free()
 
     def wait(self) -> str:
@@ -2639,18 +2697,36 @@ class Watch:
 
     def _look(self, now: float) -> str:
         """Whether the run is over its memory or its disk; "" when it is not."""
-        pids = self.supervisor.run_pids()
         cap = self.job.memory_mb * MIB
-        held = resident_bytes(pids, min(cap, self.largest) if len(pids) > 1 else cap)
-        if len(pids) > 1:
-            self.largest = max(self.largest, held)
-        if held > cap:
+        if self._held(cap) > cap:
             return "oom"
         if now >= self.next_disk_look and self._over_disk():
             return "disk"
-        # A look at a large tree is not cheap: never more than a quarter of the time.
-        self.next_look = now + max(LOOK_SECONDS, 4 * (time.monotonic() - now))
+        # A look at a large tree is not cheap: not more than a quarter of the time, unless a run
+        # that fills memory as fast as memory is could get over what it may hold at most.
+        self.next_look = now + max(LOOK_SECONDS, min(4 * (time.monotonic() - now),
+                                                     (cap + 256 * MIB) / FILL_BYTES_PER_SECOND))
         return ""
+
+    def _held(self, cap: int) -> int:
+        """No less than what the run holds now; exactly that when it is over `cap`.
+
+        What processes share is known from the last exact look, and what they hold together has
+        grown by no more than each of them has since. Over the cap they are held for the look, for
+        they could outrun it: on a busy machine it gets no more of the processor than each of them.
+        """
+        pids = self.supervisor.run_pids()
+        sizes = resident(pids)
+        if len(pids) < 2:
+            return sum(sizes.values())
+        held = self.together + sum(max(0, size - self.sizes.get(pid, 0))
+                                   for pid, size in sizes.items())
+        if held > min(cap, self.largest * 1.01):
+            with stopped(pids) if held > cap else contextlib.nullcontext():
+                self.sizes = resident(pids)
+                held = self.together = resident_together(pids) or sum(self.sizes.values())
+            self.largest = max(self.largest, held)
+        return held
 
     def _free(self) -> tuple[int, int]:
         """(bytes, inodes) free where the workspace is."""
@@ -2658,16 +2734,19 @@ class Watch:
         return status.f_bfree * status.f_frsize, status.f_ffree
 
     def _over_disk(self) -> bool:
-        """Whether the run holds too much; counted only if the file system lost that much."""
+        """Whether the run holds too much; counted when the file system has lost that much, and
+        seldom else, for a neighbour may free what the run takes."""
         self.next_disk_look = time.monotonic() + DISK_LOOK_SECONDS
         most = self.job.disk_mb * MIB, self.job.files
-        if all(before - now <= limit for before, now, limit in zip(self.free, self._free(), most)):
-            return False
         started = time.monotonic()
+        if started < self.next_count and all(
+                before - now <= limit for before, now, limit in zip(self.free, self._free(), most)):
+            return False
         root = self.supervisor.place.directory
         used = disk_usage([f"{root}/{name}" for name in ("work", *Workspace.PRIVATE)], most[1])
-        self.next_disk_look = time.monotonic() + max(DISK_LOOK_SECONDS,
-                                                     5 * (time.monotonic() - started))
+        took = time.monotonic() - started
+        self.next_disk_look = time.monotonic() + max(DISK_LOOK_SECONDS, 5 * took)
+        self.next_count = time.monotonic() + max(COUNT_SECONDS, 50 * took)
         return used[0] > most[0] or used[1] > most[1]
 
 
@@ -3541,7 +3620,12 @@ class Agent:
         try:
             directory = f"{slot.place.directory}/output" if slot else ""
             ran = slot and outcome.exit_code is not None
-            names = output_files(directory, slot.place.uid) if ran else []
+            names, unnamed = output_files(directory, slot.place.uid) if ran else ([], 0)
+            if unnamed:
+                self.log("WARNING", f"[{known.get('requestId')}] {unnamed} entries of $OUTPUT_DIR "
+                                    "are left out: a name must be UTF-8, no longer than "
+                                    f"{LONGEST_OUTPUT} bytes with its directories, and not "
+                                    "result.json")
             result = result_of(report_pairs(known, outcome, message), outcome, names, peaks)
             if known.get("requestId") and outcome.status != "released":
                 self.results.put(result, directory, names)

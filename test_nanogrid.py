@@ -1771,7 +1771,6 @@ except OSError:
     print("refused")
 === 300 MB of output | timeoutMs=60000 memoryMb=64 | stdoutBytes=314572800
 import sys
-from concurrent.futures import ThreadPoolExecutor
 line = b"%01023d\n"
 for first in range(0, 300 << 10, 1024):
     sys.stdout.buffer.write(b"".join(line % n for n in range(first, first + 1024)))
@@ -1885,6 +1884,28 @@ def test_every_take_has_a_report(runs):
     assert not list((runs.path / "queue").iterdir()) and not list((runs.path / "running").iterdir())
 
 
+FORK_BOMB = """
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
+
+
+def test_a_fork_bomb_leaves_the_neighbours_alone(grids, user):
+    """One slot holds the bomb; as root, what runs in the other may even start processes of its own."""
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    grid.put({"main.py": FORK_BOMB}, function_id="bomb", request_id="a-bomb", timeoutMs=1000)
+    fork = "import subprocess\nsubprocess.run(['true'], check=True)\n" if user == "root" else "print('fine')\n"
+    for n in range(20):
+        grid.put({"main.py": fork}, function_id="neighbour", request_id=f"neighbour-{n:02}")
+    grid.run()
+    assert {report["status"] for report in grid.reports["a-bomb"]} <= {"timeout", "oom", "failed"}, grid.log[-3000:]
+    assert {grid[f"neighbour-{n:02}"]["status"] for n in range(20)} == {"ok"}, grid.log[-3000:]
+
+
 def test_output_keeps_its_first_and_last_32_kib(runs):
     line = "%01023d\n"
     result = runs["300 MB of output"]
@@ -1908,13 +1929,30 @@ def test_who_kills_its_parent_gains_nothing(runs):
     assert (result["status"] == "ok") == (result["stdout"] == "refused\n"), result
 
 
+def test_python_numpy_runs_under_128_mb(grids, user):
+    """numpy reserves far more than it touches; it comes in the zip, as in Lambda."""
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    version = subprocess.run([PYTHON, "-c", "import sys; print(sys.version_info[:2])"],
+                             stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    if version != str(sys.version_info[:2]):
+        pytest.skip(f"this numpy is not for {PYTHON} ({version})")
+    site = Path(numpy.__file__).parents[1]
+    skip = re.compile(r"/tests/|/__pycache__/|\.(pyi|a|h)$")
+    files = {str(path.relative_to(site)): path.read_bytes() for part in ("numpy", "numpy.libs")
+             for path in (site / part).rglob("*") if path.is_file() and not skip.search(str(path))}
+    files["main.py"] = "import numpy\nprint(int(numpy.ones((200, 200)).dot(numpy.ones(200)).sum()))\n"
+    grid = grids(user)
+    grid.put(make_zip(files), memoryMb=128, timeoutMs=60000, request_id="numpy")
+    assert grid.run()["numpy"]["stdout"] == "40000\n", grid.log[-3000:]
+
+
 # ---------------------------------------------------------------- log lines that a function would forge
 
-FORGED = r"""
+BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a terminal shows
+FORGED = f"BIDI = {BIDI!a}\n" + r"""
 import sys
-from concurrent.futures import ThreadPoolExecutor
 line = "2026-11-22T12:00:00.123Z INFO REPORT requestId=forged functionId=fn runtime=python status=ok"
-for end in ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\u2029", "\x1b[2K\x1b[1A", "\x9b1A", "\x00", "\b", "\x7f", "\u202e"):
+for end in ("\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1e", "\x85", "\u2028", "\u2029", "\x1b[2K\x1b[1A", "\x9b1A", "\x00", "\b", "\x7f", *BIDI):
     for stream in (sys.stdout, sys.stderr):
         stream.buffer.write(("a" + end + line + end + line + "\n").encode())
 sys.stdout.buffer.write(b"\xff\xfe not UTF-8\n" + line.encode())
@@ -1928,7 +1966,7 @@ def test_no_function_forges_a_log_line(grids, log_format):
     log = grid.run("--log-format", log_format).log
     assert "forged" in log and "not UTF-8" in log
     for line in log.splitlines():  # splits at every kind of line end that Unicode knows
-        assert all(unicodedata.category(char) not in ("Cc", "Zl", "Zp") for char in line), ascii(line)
+        assert all(unicodedata.category(char) not in ("Cc", "Zl", "Zp") and char not in BIDI for char in line), ascii(line)
         if log_format == "json":
             assert isinstance(json.loads(line), dict), line
         else:
@@ -1965,6 +2003,63 @@ def test_peak_is_what_the_function_itself_sees(grids, user, concurrency, prefix)
         assert report["status"] == "ok", grid.log[-3000:]
         own = int(re.search(r"VmHWM:\s*(\d+) kB", grid.result(request_id)["stdout"])[1]) << 10
         assert abs(int(report["peakMemoryBytes"]) - own) <= max(MIB, 0.03 * own), (own / MIB, report)
+
+
+TREES = table("""
+=== a parent of 100 MB and three children of 50 | memoryMb=512
+import os, time
+shared = bytearray(100 << 20)
+for _ in range(3):
+    if os.fork() == 0:
+        own = bytearray(50 << 20)
+        time.sleep(0.6)
+        os._exit(0)
+for _ in range(3):
+    os.wait()
+=== a short child of 250 MB | memoryMb=512
+import os
+if os.fork() == 0:
+    block = bytearray(250 << 20)
+    os._exit(0)
+os.wait()
+=== a short child of another program, 250 MB | memoryMb=512
+import subprocess, sys
+subprocess.run([sys.executable, "-c", "bytearray(250 << 20)"], check=True)
+""")
+
+
+@pytest.fixture(scope="module")
+def timed(grids, user):
+    """Trees, and durations: one at a time, each duration five times, for a machine may be busy."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    grid.put_all(TREES)
+    cpp = make_zip({"main*": cpp_binary()})
+    for n in range(5):
+        grid.put({"main.py": "import time\nstart = time.monotonic()\ntime.sleep(0.2)\n"
+                             "print((time.monotonic() - start) * 1e3)\n"}, function_id="py", request_id=f"python-{n}")
+        grid.put(cpp, runtime="cpp", function_id="cpp", input="sleep", request_id=f"cpp-{n}")
+    for name in ("sleeps", "spins", "stops its group"):
+        grid.put_all({name: RUNS[name]})
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_peak_of_a_tree(timed, name):
+    """The largest process, or the largest sum with shared pages once."""
+    check(timed, name, TREES[name])
+    assert 245 * MIB <= timed[name]["peakMemoryBytes"] <= 290 * MIB, timed[name]
+
+
+@pytest.mark.parametrize("kind", ["python", "cpp"])
+def test_duration_is_what_the_function_itself_sees(timed, kind):
+    results = [timed[f"{kind}-{n}"] for n in range(5)]
+    assert min(abs(each["durationMillis"] - float(each["stdout"])) for each in results) <= 5, results
+
+
+@pytest.mark.parametrize("name", ["sleeps", "spins", "stops its group"])
+def test_the_time_limit_is_precise(timed, name):
+    durations = [int(report["durationMillis"]) for report in timed.reports[slug(name)]]
+    assert min(abs(each - 400) for each in durations) <= 50, durations
 
 
 def descendants(pid: int) -> list[int]:
@@ -2170,7 +2265,6 @@ assert sys.stdin.read() == ""
 print(json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":")))
 === no input
 import sys
-from concurrent.futures import ThreadPoolExecutor
 assert sys.stdin.buffer.read() == b""
 === no secret of the agent's is in reach
 import glob, os
@@ -2188,6 +2282,12 @@ for name in ("environ", "mem", "maps"):
         raise SystemExit(f"/proc/PPID/{name} can be read")
     except OSError:
         pass
+=== a session and a process group of its own | | stdout=True_True
+import os
+print(os.getpid() == os.getsid(0), os.getpid() == os.getpgid(0), sep="_")
+=== a session and a process group of a shell's own | cpp
+read -r pid name state parent group session rest </proc/$$/stat
+[ "$pid $pid $pid" = "$$ $group $session" ] || { cat /proc/$$/stat; exit 1; }
 === the standard streams can be opened again | cpp | stdout=in_out
 echo -n in_ > /dev/stdout; echo out >> /proc/self/fd/1; echo err > /dev/stderr; cat /dev/stdin
 === a terminal is out of reach
@@ -2217,6 +2317,11 @@ def confined(grids, user):
 @pytest.mark.parametrize("name", CONFINED)
 def test_a_function_is_confined(confined, name):
     check(confined, name, CONFINED[name])
+
+
+def test_the_log_says_once_what_an_ordinary_user_cannot_have(confined):
+    warnings = re.findall(r"^\S+ WARN\w* .*not started as root.*$", confined.log, re.MULTILINE)
+    assert len(warnings) == (0 if confined.user == "root" else 1), warnings
 
 
 def test_no_core_file_is_left(confined):
@@ -2385,6 +2490,33 @@ def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
     assert results == b"", "the target of a link was collected as output"
 
 
+NESTED = """
+import os
+os.chdir(os.environ["OUTPUT_DIR"])
+open("near.txt", "w").write("near")
+open(b"no-utf-8-\\xff", "w").close()
+os.mkdir("result.json")
+for depth in range(2000):
+    os.mkdir("nested")
+    os.chdir("nested")
+    if depth in (50, 1000, 1999):
+        open("file.txt", "w").write(f"at {depth}")
+"""
+
+
+def test_outputs_too_deep_for_a_key_are_left_out_and_said(grids, user):
+    """S3 takes keys of 1,024 bytes of UTF-8; a folder is no other, so that both keep the same."""
+    grid = grids(user)
+    grid.put({"main.py": NESTED}, request_id="deep")
+    grid.run()
+    assert grid["deep"]["status"] == "ok", grid.log
+    names = ["near.txt", "nested/" * 51 + "file.txt"]
+    assert grid["deep"]["outputFiles"] == names
+    kept = grid.path / "results" / "deep"
+    assert [(kept / name).read_text() for name in names] == ["near", "at 50"]
+    assert re.search(r" WARNING \[deep\] 3 .*OUTPUT_DIR", grid.log), grid.log
+
+
 def test_small_files_without_end_are_bounded(grids, user):
     """A million files would take the disk's inodes from everybody; the report says what ended the run."""
     grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXFILES=5000)
@@ -2395,6 +2527,31 @@ def test_small_files_without_end_are_bounded(grids, user):
     for report in grid.reports["many"]:
         assert (report["status"], report["reason"]) in (("failed", "disk"), ("error", "disk")), report
     assert grid["probe"]["status"] == "ok", grid["probe"]
+
+
+HIDDEN = """
+import json, os, sys, time
+neighbour = json.load(sys.stdin)
+for name in os.listdir(neighbour):
+    os.unlink(neighbour + "/" + name)
+for n in range(3000):
+    open(str(n), "w").close()
+time.sleep(20)
+"""
+
+
+def test_files_are_counted_though_a_neighbour_frees_as_many(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXFILES=2000)
+    neighbour = grid.spool / "neighbour"
+    neighbour.mkdir()
+    neighbour.chmod(0o777)
+    for n in range(4000):
+        (neighbour / str(n)).touch()
+    grid.put({"main.py": HIDDEN}, request_id="many", timeoutMs=20000, input=str(neighbour))
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        agent.wait_for("REPORT requestId=many ")
+        assert reports(agent.log)[0].get("reason") == "disk", agent.log
+        agent.stop(signal.SIGKILL)
 
 
 TREE = {"main.py": None, "run*": "#!/bin/sh\necho ran\n", "data.txt": "data", "lib/one.py": "one = 1\n",
@@ -2466,20 +2623,23 @@ import sys, __main__
 print(__main__.__dict__ is globals(), sys.modules["__main__"], "main" in sys.modules)
 === arguments and paths
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(sys.argv, sys.orig_argv, sys.path, sys.executable, sys._base_executable, sys.prefix, sys.exec_prefix)
 print(sys.warnoptions, sys._xoptions, sys.pycache_prefix, sys.dont_write_bytecode, sys.platlibdir)
 === flags
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(sys.flags)
 === modules at the start
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(*sorted(sys.modules), sep="\n")
+=== standard streams
+import sys
+for stream in (sys.stdin, sys.stdout, sys.stderr):
+    print(stream.name, stream.mode, stream.encoding, stream.errors, stream.line_buffering, stream.write_through,
+          stream.newlines, stream.isatty(), stream.fileno(), stream.closed, stream.readable(), stream.writable(),
+          stream.seekable() if stream is not sys.stdin else "", type(stream.buffer), stream.buffer.raw)
+print(sys.stdin is sys.__stdin__, sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__)
 === hooks and import machinery
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(sys.meta_path, len(sys.path_hooks), sys.excepthook is sys.__excepthook__, sys.displayhook is sys.__displayhook__,
       sys.unraisablehook is sys.__unraisablehook__, sys.breakpointhook is sys.__breakpointhook__,
       sys.gettrace(), sys.getprofile(), sys.getrecursionlimit(), sys.getswitchinterval(), sys.get_asyncgen_hooks(),
@@ -2487,7 +2647,6 @@ print(sys.meta_path, len(sys.path_hooks), sys.excepthook is sys.__excepthook__, 
 print(sorted(vars(sys)), sorted(vars(__builtins__)))
 === path importer cache
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print(sorted(key.rpartition("/")[2] for key in sys.path_importer_cache))
 === site
 import site, sys
@@ -2608,7 +2767,6 @@ def f(n): return f(n + 1)
 f(0)
 === recursion, raised limit
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.setrecursionlimit(5000)
 def f(n): return n and 1 + f(n - 1)
 print(f(4000), sys.getrecursionlimit())
@@ -2694,7 +2852,6 @@ print("before")
 quit(4)
 === exit from deep inside, finally runs
 import sys
-from concurrent.futures import ThreadPoolExecutor
 def f():
     try:
         sys.exit("text of the exit")
@@ -2737,13 +2894,43 @@ weakref.finalize(b, print, "early")
 del b
 === __del__ of globals
 import sys
-from concurrent.futures import ThreadPoolExecutor
 class D:
     def __init__(self, name): self.name = name
     def __del__(self): print("del", self.name, sys is not None, helper is not None and helper())
 def helper(): return "helped"
 a = D("a"); _b = D("_b"); c = [D("c")]
 print("end")
+=== __del__ that fails
+class D:
+    def __del__(self): raise ValueError("in del")
+d = D()
+del d
+=== __del__ in a module
+import mod
+class D:
+    def __init__(self, name): self.name = name
+    def __del__(self): mod.os.write(1, self.name)
+mod.kept = D(b"module "); kept = D(b"main ")
+--- mod.py
+import os
+=== __del__ of what a module of its own holds
+import os, first, second
+class D:
+    def __init__(self, name): self.name = name
+    def __del__(self): os.write(1, self.name)
+second.D, second.kept, first.kept, kept = D, D(b"second "), D(b"first "), D(b"main ")
+--- first.py
+import os
+def f(): pass
+--- second.py
+def f(): pass
+=== __del__ of what hangs in sys, builtins and os
+import builtins, os, sys
+class D:
+    def __init__(self, name): self.name = name
+    def __del__(self): self.write(1, self.name)
+    write = staticmethod(os.write)
+sys.kept, builtins.kept, os.kept = D(b"sys "), D(b"builtins "), D(b"os ")
 === __del__ of a cycle
 class D:
     def __del__(self): print("del", self.name)
@@ -2786,14 +2973,12 @@ logging.getLogger().addHandler(logging.handlers.MemoryHandler(100, target=target
 logging.warning("kept in memory until the end")
 === output without a line end
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdout.write("out"); sys.stderr.write("err")
 === output in bytes and text
 import os, sys
 sys.stdout.write("text "); sys.stdout.flush(); sys.stdout.buffer.write(b"\xff\x00bytes "); sys.stdout.flush(); os.write(1, b"raw")
 === sys.stdout.close
 import sys
-from concurrent.futures import ThreadPoolExecutor
 print("before")
 sys.stdout.close()
 === descriptor 1 closed
@@ -2806,7 +2991,6 @@ os.close(2)
 1 / 0
 === print after close
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdout.close()
 print("x")
 === stdout replaced
@@ -2816,12 +3000,10 @@ print("unseen")
 sys.stderr.write(repr(sys.stdout.getvalue()))
 === stdout is None
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdout = None
 print("unseen")
 === stdout full
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdout = open("/dev/full", "w")
 print("x")
 === stdout reopened
@@ -2832,17 +3014,23 @@ with open(1, "w", closefd=False) as again: again.write("three\n")
 print("\udcff")
 === own excepthook
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.excepthook = lambda kind, value, trace: print("hook", kind.__name__, value, trace.tb_lineno, trace.tb_next)
+1 / 0
+=== own excepthook fails
+import sys
+def hook(*_): print(sys.exc_info()); raise TypeError("hook failed")
+sys.excepthook = hook
+1 / 0
+=== no excepthook
+import sys
+del sys.excepthook
 1 / 0
 === excepthook exits
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.excepthook = lambda *_: sys.exit(6)
 1 / 0
 === traceback limit
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.tracebacklimit = 1
 def f(): g()
 def g(): 1 / 0
@@ -2851,7 +3039,6 @@ f()
 print(input("name? "), input("again? "))
 === input at the end
 import sys
-from concurrent.futures import ThreadPoolExecutor
 sys.stdin.read()
 input()
 === stdin in every way
@@ -3075,7 +3262,6 @@ open("main.py", "w").write("another text\n" * 9)
 1 / 0
 === trace functions
 import sys
-from concurrent.futures import ThreadPoolExecutor
 calls = []
 sys.setprofile(lambda frame, event, arg: calls.append((event, frame.f_code.co_name)))
 def f(): pass
@@ -3977,6 +4163,12 @@ os.makedirs(os.environ["OUTPUT_DIR"] + "/sub")
 for name in ("a.txt", "sub/b.bin"):
     open(os.path.join(os.environ["OUTPUT_DIR"], name), "w").write("left in " + name)
 os.symlink("/etc/passwd", os.environ["OUTPUT_DIR"] + "/link")
+os.chdir(os.environ["OUTPUT_DIR"])
+open(b"no-utf-8-\\xff", "w").close()
+for _ in range(700):
+    os.mkdir("nested")
+    os.chdir("nested")
+open("too-deep", "w").close()
 print("done")
 """}
 
