@@ -3299,7 +3299,8 @@ class Agent:
         self.tasks = threading.Condition(self.lock)  # for the slots: something waits
         self.space = threading.Condition(self.lock)  # for the receiver: something may be asked for
         self.waiting: deque[tuple[Message, Task]] = deque()
-        self.running = 0
+        self.turns: dict[Slot, tuple[Message, Task]] = {}
+        self.preparing: set[Slot] = set()  # those whose turn has not come to its run yet
         self.free_mb = settings.memory_mb
         self.mean_seconds: float | None = None
         self.hold_until = 0.0
@@ -3330,7 +3331,7 @@ class Agent:
         for thread in (poller, *workers):
             thread.start()
         notify("READY=1")
-        self._attend([poller, *workers])
+        self._attend(poller)
         self.queue.close()
         self.metrics.close()
 
@@ -3342,12 +3343,12 @@ class Agent:
         self.signals += 1
         os.write(self.waker, b"\n")
 
-    def _attend(self, threads: list[threading.Thread]) -> None:
+    def _attend(self, poller: threading.Thread) -> None:
         """Wait for the end; begin the shutdown when a signal comes, and keep systemd informed."""
         watchdog = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6
         said = ""
         deadline = math.inf
-        while any(thread.is_alive() for thread in threads):
+        while poller.is_alive() or self.turns:  # a download that hangs holds no message
             period = min(5.0, watchdog or 5.0, max(0.0, deadline - time.monotonic()) or 0.05)
             select.select([self.wake], [], [], min(0.05, period) if self.stopping else period)
             read_nonblocking(self.wake)
@@ -3357,10 +3358,10 @@ class Agent:
             if self.signals > 1 or time.monotonic() >= deadline:
                 for slot in self.slots.all:
                     slot.cancel()
-            if self.signals > 1 and not any(thread.is_alive() for thread in threads[1:]):
+            if self.signals > 1 and not self.turns:
                 return  # the answer of a poll in flight is not waited for
             good = self.counts["ok"]
-            state = (f"STATUS=running {self.running}, done {good}, "
+            state = (f"STATUS=running {len(self.turns)}, done {good}, "
                      f"failed {sum(self.counts.values()) - good}")
             if state != said:
                 notify(said := state)
@@ -3374,11 +3375,15 @@ class Agent:
         notify("STOPPING=1")
         with self.lock:
             self.stopping = True
-            waiting, self.waiting = list(self.waiting), deque()
+            preparing = list(self.preparing)
+            unstarted = [*self.waiting, *map(self.turns.pop, preparing)]
+            self.waiting.clear()
             self._wake_all()
         self.queue.interrupt()
-        for message, task in waiting:
+        for message, task in unstarted:
             self._settle(message, shown(task), Outcome("released"))
+        for slot in preparing:
+            slot.cancel()  # it may be compiling
 
     def _watch_spot(self) -> None:
         """Begin the shutdown when EC2 says that it will take this spot instance away."""
@@ -3428,16 +3433,16 @@ class Agent:
                             2 * most) if self.mean_seconds else 0
                 if self.waiting and self.waiting[0][1].memory_mb > self.free_mb:
                     ahead = -slots  # what waits for memory goes first
-                room = slots - self.running + ahead - len(self.waiting)
+                room = slots - len(self.turns) + ahead - len(self.waiting)
                 # Short runs free a slot each moment: a request is worth a whole batch then.
-                if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
+                if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.turns):
                     return min(room, most)
                 self.space.wait(max(wait, 0.01) if wait > 0 else 5)
             return 0
 
     def _is_drained(self) -> bool:
         with self.lock:
-            if self.running or self.waiting:
+            if self.turns or self.waiting:
                 self.space.wait(0.5)
                 return False
         return self.queue.is_empty()
@@ -3452,27 +3457,27 @@ class Agent:
                 raise Rejected("visibility", f"timeoutMs {task.timeout_ms} does not fit into the "
                                "queue's visibility timeout, and sqs:ChangeMessageVisibility is not "
                                "granted; grant it, or raise the visibility timeout")
-            if self.stopping:
-                self._settle(message, known, Outcome("released"))
-                return
             with self.lock:
-                self.waiting.append((message, task))
-                self.tasks.notify()
+                if not self.stopping:
+                    self.waiting.append((message, task))
+                    self.tasks.notify()
+                    return
+            self._settle(message, known, Outcome("released"))
         except Rejected as error:
             self._settle(message, known or error.known,
                          Outcome("rejected", error.reason, str(error)))
 
     # The slots' threads.
 
-    def _next(self) -> tuple[Message, Task] | None:
+    def _next(self, slot: Slot) -> tuple[Message, Task] | None:
         """The next task, in the order they came, once its memory is free; None at the end."""
         with self.lock:
             while not (self.waiting and self.waiting[0][1].memory_mb <= self.free_mb):
                 if self.stopping and not self.waiting:
                     return None
                 self.tasks.wait()
-            message, task = self.waiting.popleft()
-            self.running += 1
+            message, task = self.turns[slot] = self.waiting.popleft()
+            self.preparing.add(slot)
             self.free_mb -= task.memory_mb
             if self.waiting:
                 self.tasks.notify()
@@ -3482,14 +3487,16 @@ class Agent:
 
     def _work(self, slot: Slot) -> None:
         """Run tasks in one slot, one after another."""
-        while held := self._next():
+        while held := self._next(slot):
             message, task = held
             started = time.monotonic()
             outcome = self._execute(task, message, slot)
+            if not self._is_held(slot):
+                return
             self._settle(message, shown(task), outcome, slot)
             spent = time.monotonic() - started
             with self.lock:
-                self.running -= 1
+                del self.turns[slot]
                 self.free_mb += task.memory_mb
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
@@ -3499,6 +3506,12 @@ class Agent:
                 else:
                     self.space.notify()
         os.write(self.waker, b"\n")
+
+    def _is_held(self, slot: Slot) -> bool:
+        """Whether the slot's message is still its own, which no shutdown takes from now on."""
+        with self.lock:
+            self.preparing.discard(slot)
+            return slot in self.turns
 
     def _note_health(self, outcome: Outcome) -> None:
         """A machine that fails takes messages more slowly, not to send them all to the DLQ."""
@@ -3514,7 +3527,7 @@ class Agent:
             package = self.code.get(task, message.sent)
             try:
                 job = self.slots.job(task, self.slots.compile(task, package, slot), slot)
-                return outcome_of(slot.run(job))
+                return outcome_of(slot.run(job)) if self._is_held(slot) else Outcome("released")
             finally:
                 self.code.release(package)
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors

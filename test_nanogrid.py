@@ -4094,6 +4094,28 @@ def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(mot
         assert visible(aws) == 1 and not any(map(alive, run_pids(aws.path)))
 
 
+def test_sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
+    """S3 never answers, and a compiler does not come to its end: neither is waited for."""
+    with site(moto, visibility=600) as aws:
+        compiler = aws.path / "c++"
+        compiler.write_text("#!/bin/sh\nsleep 300\n")
+        compiler.chmod(0o755)
+        aws.put({"main.cpp": ""}, "cpp.zip")
+        with start(aws, runtimes={"cpp": compiler}, execution={"concurrency": 2}) as agent:
+            aws.send("compiling", key="cpp.zip", runtime="cpp")
+            until(lambda: any("sleep\x00300" in command_lines().get(pid, "")
+                              for pid in family(agent.process.pid)), 30, "the compiler")
+            aws.proxy.fail("GetObject", "black hole")
+            job(aws, "fetching")
+            until(lambda: aws.proxy.count("GetObject", "black hole"), 30, "the download")
+            agent.process.send_signal(signal.SIGTERM)
+            until(lambda: visible(aws) == 2, 5, f"the messages\n{agent.log}")
+            assert agent.end(10) == 0 and not proxy_runs(aws.path)
+        assert sorted((each["requestId"], each["status"]) for each in reports(agent.log)) == \
+            [("compiling", "released"), ("fetching", "released")]
+        assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*"))
+
+
 def test_sigterm_gives_back_what_waits_behind_a_running_one(moto):
     with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
         for number in range(30):  # short ones first, so that it receives ahead
