@@ -1771,6 +1771,7 @@ READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID = 60600  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 LAST_UID = 61183
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
+PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
 
 # Forks what is exec'd. A child's ru_maxrss starts at the size of the process it was forked from
@@ -2280,6 +2281,8 @@ def write_all(fd: int, content: bytes) -> None:
 
 def confine(place: Place, files: list[int]) -> None:
     """In a new child: descriptors 0, 1, 2, … from `files` alone, then limits."""
+    if place.uid is None and not os.getuid():
+        prctl(PR_SET_SECUREBITS, SECBIT_NOROOT)  # exec leaves even uid 0 no capability
     os.setpgid(0, 0)  # of the supervisor's session, or it could not move the function later
     kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
     for target, fd in enumerate(kept):
@@ -3060,9 +3063,10 @@ class Slots:
         found = ", ".join(f"{name} {path}" for name, path in self.programs.items() if path)
         missing = ", ".join(name for name, path in self.programs.items() if not path)
         log("INFO", f"runtimes: {found or 'none'}" + (f"; not here: {missing}" if missing else ""))
-        if os.geteuid():
-            log("WARNING", "not started as root: functions run as this agent's own user, and may "
-                           "read its files and signal its processes")
+        if first.uid is None:
+            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
+            log("WARNING", f"{why}: functions run as this agent's own user, and may read its "
+                           "files and signal its processes")
 
     def _place(self, number: int) -> Place:
         """The place of a slot, with its directory made."""
@@ -3099,11 +3103,12 @@ class Slots:
                                  ) from None
                 uid = gid = int(name)
                 groups = ()
-            if os.geteuid() and uid != os.geteuid():
+            if can_become(uid):
+                return uid, gid, groups, False
+            if uid != os.geteuid():
                 raise GiveUp(f"agent.execution.runAs is {name}; only root can run functions as "
                              "another user: start the agent as root, or leave runAs out")
-            return (uid, gid, groups, False) if not os.geteuid() else (None, None, (), False)
-        if os.geteuid():
+        if name is not None or not can_become(FIRST_UID):
             return None, None, (), False
         uid = self._lock_uid()
         return uid, uid, (), True
@@ -3220,6 +3225,13 @@ def outcome_of_error(error: Exception) -> Outcome:
     if isinstance(error, OSError):
         return Outcome("error", reason_of(error), f"the machine failed: {error}")
     return Outcome("error", "agent", f"{type(error).__name__}: {error}")
+
+
+def can_become(uid: int) -> bool:
+    """Whether this process is root, and its user namespace has this uid (user_namespaces(7))."""
+    with open("/proc/self/uid_map") as file:
+        rows = [tuple(map(int, line.split())) for line in file]
+    return os.geteuid() == 0 and any(first <= uid < first + count for first, _, count in rows)
 
 
 def user_tasks(uid: int) -> int:

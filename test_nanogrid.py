@@ -2219,6 +2219,24 @@ def test_a_function_is_confined(confined, name):
     check(confined, name, CONFINED[name])
 
 
+def test_root_of_a_user_namespace_without_other_uids_is_an_ordinary_user(grids, user):
+    """It says so once, and its functions have none of the capabilities that it has there."""
+    unshare = [*as_user(user), "unshare", "-Ur"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets this user make no user namespace")
+    grid = grids(user, EXECUTION_CONCURRENCY=3)
+    source = "print(open('/proc/self/status').read())"
+    for request_id, runtime, files in (("warm", "python", {"main.py": source}), (
+            "cold", "cpp", {"run.sh": f'exec {PYTHON} -c "{source}"'})):
+        grid.put(files, runtime, function_id=request_id, request_id=request_id)
+    grid.run(prefix=["unshare", "-Ur"])
+    for request_id in ("warm", "cold"):
+        assert grid[request_id]["status"] == "ok", grid.log
+        assert re.search(r"^CapEff:\s0+$", grid[request_id]["stdout"], re.MULTILINE)
+    said, = complaints(grid.log)
+    assert "user namespace" in said
+
+
 def test_no_core_file_is_left(confined):
     assert [path for path in confined.top.rglob("core*")] == []
 
