@@ -1204,10 +1204,11 @@ class FolderQueue:
     """A folder as queue: a rename claims, and a lock on the file dies with its holder."""
 
     RECEIVES = 3
+    PARTS = ("queue", "running", "dead", "results", "code")
 
     def __init__(self, root: Path, log: Log):
         self.root, self.log = root, log
-        for name in ("queue", "running", "dead", "results", "code"):
+        for name in self.PARTS:
             (root / name).mkdir(parents=True, exist_ok=True)
         self.names: deque[str] = deque()
         self.again: set[str] = set()  # those that were taken before
@@ -3643,9 +3644,12 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
     """Run an agent on SQS, or on a folder; raises GiveUp."""
     with machine(settings, log) as slots:
         if folder:
-            queue, source = FolderQueue(folder, log), FolderCode(folder)
-            results = FolderResults(folder)
-            metrics = FolderMetrics(folder, settings.namespace, log)
+            try:
+                queue, source = FolderQueue(folder, log), FolderCode(folder)
+                results = FolderResults(folder)
+                metrics = FolderMetrics(folder, settings.namespace, log)
+            except OSError as error:
+                raise unusable_folder(error) from None
         else:
             clients = Clients(settings)
             queue, source = SqsQueue(clients, settings, log), S3Code(clients)
@@ -3655,7 +3659,18 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
                       metrics, slots)
         agent.run(drain)
         if agent.summary:
-            print(agent.summary.table(), flush=True)
+            say(agent.summary.table())
+
+
+def say(text: str) -> None:
+    """Lines on standard output; a reader that went away, or a full disk, loses them."""
+    with contextlib.suppress(OSError):
+        write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def unusable_folder(error: OSError) -> GiveUp:
+    """What --local says of a folder that it cannot use."""
+    return GiveUp(f"--local cannot be used: {error}; name a directory that this user can write to")
 
 
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
@@ -3740,11 +3755,11 @@ class Checks:
     def __call__(self, name: str, probe: Callable[[], str]) -> bool:
         """Print whether a part is usable: what `probe` says, or the error that it raises."""
         try:
-            print(f"ok    {name}: {probe()}", flush=True)
+            say(f"ok    {name}: {probe()}")
             return True
         except Exception as error:  # noqa: BLE001  # to say it is what this is for
             self.failed = True
-            print(f"FAIL  {name}: {error}", flush=True)
+            say(f"FAIL  {name}: {error}")
             return False
 
 
@@ -3752,10 +3767,24 @@ def check(settings: Settings, log: Log, folder: Path | None, origin: str) -> int
     """--check: 0 when all that the agent needs is usable, else 1; changes nothing."""
     checks = Checks()
     checks("settings", lambda: origin)
-    if not folder:
+    if folder:
+        checks("folder", lambda: check_folder(folder))
+    else:
         check_aws(settings, checks)
     checks("sandbox", lambda: check_machine(settings, log, checks))
     return int(checks.failed)
+
+
+def check_folder(folder: Path) -> str:
+    """Check a --local folder, and what is there of its parts; raises GiveUp."""
+    try:
+        for one in (folder, *filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))):
+            os.listdir(one)
+            if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "Permission denied", str(one))
+    except OSError as error:
+        raise unusable_folder(error) from None
+    return str(folder)
 
 
 def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
@@ -3766,8 +3795,8 @@ def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
                 checks(f"runtime {name}",
                        lambda name=name: slots.command(("{program}",), name)[0])
             else:
-                print(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
-                      "function can run; its tasks end as error", flush=True)
+                say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
+                    "function can run; its tasks end as error")
         return check_sandbox(slots)
 
 

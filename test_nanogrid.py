@@ -4452,6 +4452,55 @@ def test_check_without_a_dlq_or_an_interpreter(moto):
         assert re.search("DLQ|dead-letter", agent.out + agent.log)
 
 
+@pytest.mark.parametrize("flag", ["--check", "--drain"])
+def test_reader_of_standard_output_that_went_away_ends_nothing(flag):
+    with local_site() as folder:
+        local_job(folder, "r1")
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "wb") as out:
+            ended = subprocess.run(
+                [sys.executable, MODULE, "--local", folder.path, flag], stdout=out, check=False,
+                stderr=subprocess.PIPE, env={**os.environ, **folder.env}, text=True, timeout=60)
+        assert ended.returncode == 0 and "Error" not in ended.stderr, ended.stderr
+
+
+# what is wrong: (what makes it so in a grid's folder, what is then named)
+NO_FOLDERS = {"missing": ("rm -r .", "No such file"),
+              "a file": ("rm -r . && touch {}", "[Nn]ot a directory"),
+              "read-only": ("chmod 500 . queue code", "[Pp]ermission denied"),
+              "a subfolder a file": ("touch running", "running")}
+
+
+@pytest.mark.parametrize("trouble", NO_FOLDERS)
+@pytest.mark.parametrize("flag", ["--check", "--drain"])
+def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
+    """As an ordinary user, whom permissions bind; `--drain` makes a folder that is not there."""
+    grid = grids("ordinary")
+    change, words = NO_FOLDERS[trouble]
+    subprocess.run(["sh", "-c", change.format(grid.path).replace(" .", f" {grid.path}")],
+                   cwd=grid.path, check=True)
+    before = sorted(grid.path.rglob("*"))
+    with Agent("--local", grid.path, flag, python=PYTHON, env=grid.env, cwd="/",
+               prefix=as_user("ordinary")) as agent:
+        status = agent.end(60)
+    if (trouble, flag) == ("missing", "--drain"):
+        assert status == 0
+        return
+    said = agent.out + agent.log
+    assert status == 1 and re.search(words, said) and "Traceback" not in said, said
+    assert sum("FAIL" in line or " ERROR " in line for line in said.splitlines()) == 1, said
+    assert sorted(grid.path.rglob("*")) == before
+
+
+def test_check_of_a_usable_folder_changes_nothing():
+    with local_site() as folder:
+        before = sorted(folder.path.rglob("*"))
+        with local(folder, "--check") as agent:
+            assert agent.end(60) == 0 and f"ok    folder: {folder.path}" in agent.out
+        assert sorted(folder.path.rglob("*")) == before
+
+
 # ---------------------------------------------------------------------- the machine's own faults
 
 
