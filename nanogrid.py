@@ -1699,9 +1699,13 @@ class CloudWatchMetrics:
         """Keep one value for the next flush."""
         with self.lock:
             self.values.append((function_id, runtime, peak_bytes))
-            if len(self.values) > self.MOST_KEPT:
-                self.values.popleft()
-                self.dropped += 1
+            self._bound()
+
+    def _bound(self) -> None:
+        """Drop the oldest values beyond what is kept."""
+        while len(self.values) > self.MOST_KEPT:
+            self.values.popleft()
+            self.dropped += 1
 
     def close(self) -> None:
         """Flush a last time."""
@@ -1718,29 +1722,32 @@ class CloudWatchMetrics:
         """Send what is kept now; 0, or the pause before another try."""
         groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         with self.lock:
-            count = len(self.values)
             for function_id, runtime, peak in self.values:
                 groups[function_id, runtime].append(peak)
             self.values.clear()
         data = [(key, peaks[start:start + self.VALUES]) for key, peaks in groups.items()
                 for start in range(0, len(peaks), self.VALUES)]
-        while data:
+        sent, error = 0, None
+        while data and not error:
             self.client = self.client or self.clients.make("cloudwatch", 10)
             _, error = attempt(self.client.put_metric_data, Namespace=self.settings.namespace,
                                MetricData=[self._datum(*key, peaks)
                                            for key, peaks in data[:self.DATA]])
-            if error:
-                with self.lock:
-                    self.values.extendleft((*key, peak) for key, peaks in data for peak in peaks)
-                hint = " (grant cloudwatch:PutMetricData)" if is_denied(error_code(error)) else ""
-                return self.fault.failed(f"{error}{hint}")
-            del data[:self.DATA]
-        if count:
+            if not error:
+                sent += sum(len(peaks) for _, peaks in data[:self.DATA])
+                del data[:self.DATA]
+        if sent:
             self.fault.worked()
             lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
             self.dropped = 0
-            self.log("INFO", f"Successfully published {count} values to CloudWatch{lost}")
-        return 0
+            self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
+        if not error:
+            return 0
+        with self.lock:  # those that came meanwhile are younger, and there may be too many now
+            self.values.extendleft((*key, peak) for key, peaks in data for peak in peaks)
+            self._bound()
+        hint = " (grant cloudwatch:PutMetricData)" if is_denied(error_code(error)) else ""
+        return self.fault.failed(f"{error}{hint}")
 
     @staticmethod
     def _datum(function_id: str, runtime: str, values: list[int]) -> dict[str, Any]:
