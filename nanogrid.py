@@ -838,7 +838,7 @@ class Fault:
     def __init__(self, log: Log, name: str):
         self.log, self.name = log, name
         self.since: float | None = None
-        self.pause = 0.0
+        self.pause = self.retry_at = 0.0
 
     def failed(self, error: object) -> float:
         """Note a failure; the jittered, growing pause in seconds before the next try."""
@@ -846,14 +846,20 @@ class Fault:
             self.since, self.pause = time.monotonic(), 0.2
             self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
         self.pause = min(self.MOST_SECONDS, self.pause * 2)
-        return self.pause * (0.5 + int.from_bytes(os.urandom(2), "big") / 131072)
+        pause = self.pause * (0.5 + int.from_bytes(os.urandom(2), "big") / 131072)
+        self.retry_at = time.monotonic() + pause
+        return pause
+
+    def note(self, error: object) -> None:
+        """Note how a try ended."""
+        self.failed(error) if error else self.worked()
 
     def worked(self) -> None:
         """Note a success."""
         if self.since is not None:
             self.log("INFO", f"{self.name} works again after "
                              f"{time.monotonic() - self.since:.1f} s")
-            self.since = None
+            self.since, self.retry_at = None, 0.0
 
 
 class GiveUp(Exception):
@@ -932,9 +938,9 @@ class SqsQueue:
         self.finished: OrderedDict[str, None] = OrderedDict()
         self.deletes: dict[str, tuple[str, float, float]] = {}  # id -> receipt, since, lease's end
         self.changes: dict[str, tuple[str, int, float]] = {}  # id -> receipt, seconds, lease's end
-        self.retry_at = 0.0
         self.closing = False
-        self.fault = Fault(log, "deleting or extending messages")
+        self.deleting = Fault(log, "deleting messages")
+        self.changing = Fault(log, "extending or giving back messages")
         self._attributes()
         self.courier = threading.Thread(target=self._deliver, name="courier", daemon=True)
         self.courier.start()
@@ -1036,10 +1042,10 @@ class SqsQueue:
         """The courier's loop."""
         while True:
             with self.condition:
-                while not self.closing and (wait := self._due() - time.monotonic()) > 0:
+                while (wait := self._due() - time.monotonic()) > 0:
+                    if self.closing and not self.deletes and not self.changes:
+                        return
                     self.condition.wait(wait)
-                if self.closing and not self.deletes and not self.changes:
-                    return
                 now = time.monotonic()
                 for due in (self.deletes, self.changes):  # too late: SQS has them back already
                     for key in [key for key, value in due.items() if value[2] < now]:
@@ -1047,22 +1053,22 @@ class SqsQueue:
                 deletes = [(key, value[0]) for key, value in list(self.deletes.items())[:BATCH]]
                 changes = [(key, *value[:2]) for key, value in list(self.changes.items())[:BATCH]]
                 beats = self._beats(now)
-            for send, entries in ((self._delete, deletes), (self._change, changes)):
-                if entries:
-                    send(entries)
             for start in range(0, len(beats), BATCH):
                 self._change(beats[start:start + BATCH], beat=True)
-            if self.fault.since is not None and self.closing:
-                time.sleep(max(0, self.retry_at - time.monotonic()))
+            if changes and self.changing.retry_at <= now:
+                self._change(changes)
+            if deletes and self.deleting.retry_at <= now:
+                self._delete(deletes)
 
     def _due(self) -> float:
         """When the courier has to act next."""
         due = [lease.beat for lease in self.leases.values() if not lease.lost]
-        if self.changes or len(self.deletes) >= BATCH:
-            due.append(self.retry_at)
-        elif self.deletes:
+        if self.changes:
+            due.append(self.changing.retry_at)
+        if self.deletes:
             first = min(since for _, since, _ in self.deletes.values())
-            due.append(max(self.retry_at, first + DELETE_WAIT_SECONDS))
+            full = 0.0 if len(self.deletes) >= BATCH else first + DELETE_WAIT_SECONDS
+            due.append(max(self.deleting.retry_at, full))
         return min(due, default=time.monotonic() + 60)
 
     def _beats(self, now: float) -> list[tuple[str, str, int]]:
@@ -1096,19 +1102,11 @@ class SqsQueue:
                                     "it will be, when it comes back")
             else:
                 error = f"DeleteMessageBatch: {entry.get('Code')}"
-        self._settle(error)
+        self.deleting.note(error)
         with self.condition:
             for key, receipt in done:
                 if self.deletes.get(key, ("",))[0] == receipt:
                     del self.deletes[key]
-
-    def _settle(self, error: object) -> None:
-        """Note whether a call worked, and when to try again."""
-        if error:
-            self.retry_at = time.monotonic() + self.fault.failed(error)
-        else:
-            self.retry_at = 0.0
-            self.fault.worked()
 
     def _change(self, entries: list[tuple[str, str, int]], beat: bool = False) -> None:
         """ChangeMessageVisibilityBatch; what fails is tried again while its lease lasts."""
@@ -1121,11 +1119,11 @@ class SqsQueue:
             if is_denied(error_code(error)):
                 self._deny()
             else:
-                self._settle(error)
+                self.changing.note(error)
             return
         self.may_change = True
         failed = [entry for entry in answer.get("Failed", []) if not entry.get("SenderFault")]
-        self._settle(failed and f"ChangeMessageVisibilityBatch: {failed[0].get('Code')}")
+        self.changing.note(failed and f"ChangeMessageVisibilityBatch: {failed[0].get('Code')}")
         again = {int(entry["Id"]) for entry in failed}
         lost = {int(entry["Id"]) for entry in answer.get("Failed", [])} - again
         with self.condition:

@@ -3955,7 +3955,7 @@ def fault_trial(moto: str, what: str, fault: str):
         if what in ("receive", "delete", "metrics"):
             assert cpu < 0.01, f"{cpu:.1%} of a core meanwhile\n{log}"
         if what == "visibility":
-            assert len(aws.proxy.received) == 1, f"the lease was lost\n{log}"
+            assert len(aws.proxy.received) == 2, f"the lease was lost\n{log}"
         if what == "start":
             assert len(complaints(log)) <= 2, log
         elif what != "code":
