@@ -2712,10 +2712,15 @@ def launch(control: socket.socket) -> None:
             message, fds, _, _ = socket.recv_fds(control, 65536, 1)
             if not message:
                 break
-            pid = os.fork()
-            if not pid:
-                supervise(socket.socket(fileno=fds[0]), life, message, (control, held, wake, waker))
-            supervisors.add(pid)
+            try:
+                pid = os.fork()
+            except OSError as error:  # no more processes: those that run are not to be lost
+                os.write(fds[0], b"-%d\n" % error.errno)
+            else:
+                if not pid:
+                    supervise(socket.socket(fileno=fds[0]), life, message,
+                              (control, held, wake, waker))
+                supervisors.add(pid)
             os.close(fds[0])
         if wake in ready:
             os.read(wake, 4096)
@@ -2962,7 +2967,9 @@ class Slot:
                     if self.connection is None:
                         self.connection = self.launcher.supervisor(self.place)
                         self.connection.settimeout(self.SPARE_SECONDS)
-                        self.pid = int(self._line())
+                        self.pid = max(0, number := int(self._line()))
+                        if number < 0:
+                            raise OSError(-number, os.strerror(-number))
                 try:
                     self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
                     self.connection.sendall(request)
@@ -2977,6 +2984,8 @@ class Slot:
             return answer
         except OSError as error:
             self.drop(kill=True)
+            if reason_of(error) != "launcher":
+                raise
             raise MachineFault("launcher", f"what ran the function was lost ({error!r}); it may "
                                            "have killed it") from None
 

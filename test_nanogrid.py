@@ -4145,6 +4145,30 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         assert agent.stop() == 0 and "Traceback" not in agent.log
 
 
+def limit_processes(pid: int, soft: int) -> None:
+    """Set RLIMIT_NPROC of an ordinary user's process and of all that stands below it."""
+    for each in family(pid):  # by the user itself: root may lack CAP_SYS_RESOURCE
+        subprocess.run([*as_user("ordinary"), "prlimit", f"--pid={each}", f"--nproc={soft}:"],
+                       check=False, stderr=subprocess.DEVNULL)
+
+
+def test_no_more_processes_is_an_error_and_the_agent_lives(grids):
+    """As an ordinary user, whom the limit binds; it is lowered and raised under the agent."""
+    grid, usual = grids("ordinary"), resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
+               prefix=as_user("ordinary")) as agent:
+        for request_id, soft, status in (("before", usual, "ok"), ("during", 1, "error"),
+                                         ("after", usual, "ok")):
+            limit_processes(agent.process.pid, soft)
+            for runtime, files in (("python", {"main.py": ""}), ("cpp", {"run.sh": "true"})):
+                function_id = f"{request_id}-{runtime}"
+                grid.put(files, runtime, function_id, function_id)
+                agent.wait_for(f"REPORT requestId={function_id} .*status={status}")
+        assert agent.process.poll() is None
+        assert re.search("(?i)process|temporarily unavailable|EAGAIN|fork", agent.log), agent.log
+        assert agent.stop() == 0 and agent.log.count("Traceback") == 0, agent.log
+
+
 @pytest.mark.parametrize("name", TRIALS)
 def test_trial(trials, name):
     trials[name].result()
