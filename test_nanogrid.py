@@ -4169,15 +4169,11 @@ def test_no_more_processes_is_an_error_and_the_agent_lives(grids):
         assert agent.stop() == 0 and agent.log.count("Traceback") == 0, agent.log
 
 
-@pytest.mark.parametrize("name", TRIALS)
-def test_trial(trials, name):
-    trials[name].result()
-
-
 # ---------------------------------------------------------------------- duplicates
 
 
-def test_message_that_comes_again_while_it_runs_is_not_started_twice(moto):
+@trial
+def message_that_comes_again_while_it_runs_is_not_started_twice(moto):
     """Its lease is ended from outside: SQS may do that at any time (at-least-once)."""
     with site(moto, visibility=30) as aws, start(aws, execution={"concurrency": 2}) as agent:
         job(aws, sleep=4)
@@ -4191,7 +4187,8 @@ def test_message_that_comes_again_while_it_runs_is_not_started_twice(moto):
         assert [each["status"] for each in reports(agent.log)].count("ok") == 1
 
 
-def test_message_that_comes_again_before_it_is_known_to_be_given_back_is_given_back_again(moto):
+@trial
+def message_that_comes_again_before_it_is_known_to_be_given_back_is_given_back_again(moto):
     """SQS has made it visible, and it was received and rejected anew, before the answer came."""
     with site(moto, visibility=600) as aws, start(aws) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "late answer", seconds=3)
@@ -4199,7 +4196,8 @@ def test_message_that_comes_again_before_it_is_known_to_be_given_back_is_given_b
         until_settled(aws, agent, 1)
 
 
-def test_finished_message_that_comes_back_is_deleted_not_run(moto):
+@trial
+def finished_message_that_comes_back_is_deleted_not_run(moto):
     """Its delete is refused until its visibility timeout is over and it was received again."""
     with site(moto, visibility=2) as aws, start(aws) as agent:
         aws.proxy.fail("DeleteMessage*", "reset")
@@ -4211,7 +4209,8 @@ def test_finished_message_that_comes_back_is_deleted_not_run(moto):
         assert proxy_runs(aws.path) == {"r1": 1}
 
 
-def test_entries_that_a_batch_delete_refuses_are_deleted_later(moto):
+@trial
+def entries_that_a_batch_delete_refuses_are_deleted_later(moto):
     with site(moto, visibility=30) as aws:
         aws.proxy.fail("DeleteMessageBatch", "partial", times=2)
         for number in range(10):
@@ -4226,7 +4225,8 @@ def test_entries_that_a_batch_delete_refuses_are_deleted_later(moto):
 # ---------------------------------------------------------------------- leases and statuses
 
 
-def test_lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
+@trial
+def lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
     with site(moto, visibility=2) as aws, start(aws, execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
             job(aws, request_id, sleep=8)
@@ -4237,7 +4237,8 @@ def test_lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
         assert not complaints(agent.log)
 
 
-def test_lost_lease_is_said_and_its_result_is_not_deleted(moto):
+@trial
+def lost_lease_is_said_and_its_result_is_not_deleted(moto):
     """The beats fail for longer than the lease, and another consumer has the message by then."""
     with site(moto, visibility=3) as aws, start(aws, execution={"concurrency": 1}) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "status 500")
@@ -4253,7 +4254,8 @@ def test_lost_lease_is_said_and_its_result_is_not_deleted(moto):
         aws.sqs.delete_message(QueueUrl=aws.queue_url, ReceiptHandle=other[0]["ReceiptHandle"])
 
 
-def test_without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
+@trial
+def without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
     with site(moto, visibility=4) as aws, start(aws) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
         for number in range(3):
@@ -4270,7 +4272,8 @@ def test_without_change_message_visibility_what_fits_runs_and_what_does_not_is_r
         assert len(warnings) == 1 and "sqs:ChangeMessageVisibility" in warnings[0]
 
 
-def test_failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(moto):
+@trial
+def failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(moto):
     with site(moto, visibility=3) as aws, start(aws, execution={"concurrency": 3}) as agent:
         aws.put({"main.py": "junk = b'x' * (200 << 20)"}, "large.zip")
         sent = time.monotonic()
@@ -4286,7 +4289,8 @@ def test_failures_wait_for_the_visibility_timeout_and_are_dead_after_three_recei
         assert len(re.findall("status=failed exitCode=3 ", agent.log)) == 3
 
 
-def test_rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
+@trial
+def rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
     with site(moto, visibility=600) as aws, start(aws) as agent:
         aws.send(body="no JSON {")
         job(aws, "wrong", runtime="cobol")
@@ -4301,7 +4305,8 @@ def test_rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
 # ---------------------------------------------------------------------- S3
 
 
-def test_wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
+@trial
+def wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
     with site(moto, visibility=2) as aws, start(aws) as agent:
         aws.proxy.fail("GetObject|HeadObject", "denied")
         for number in range(10):
@@ -4314,7 +4319,8 @@ def test_wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
         assert proxy_runs(aws.path) == {f"r{number}": 1 for number in range(10)} and not dead(aws)
 
 
-def test_zip_overwritten_under_its_key_is_used_by_messages_sent_after(moto):
+@trial
+def zip_overwritten_under_its_key_is_used_by_messages_sent_after(moto):
     with site(moto) as aws, start(aws) as agent:
         for version in ("one", "two", "three"):
             aws.put({"main.py": f"print('version {version}')"}, "v.zip")
@@ -4364,7 +4370,8 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
 # ---------------------------------------------------------------------- admission
 
 
-def test_no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starve(moto):
+@trial
+def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starve(moto):
     """512 MB: two of 200 at once; one of 512 is sent among them and must not wait for them all."""
     with site(moto, visibility=60) as aws:
         for number in range(16):
@@ -4433,7 +4440,8 @@ def test_message_that_comes_with_the_last_poll_is_given_back(moto):
         assert visible(aws) == 1 or not aws.count(), "received and neither run nor given back"
 
 
-def test_sigterm_lets_a_run_within_the_grace_finish(moto):
+@trial
+def sigterm_lets_a_run_within_the_grace_finish(moto):
     with site(moto) as aws, start(aws) as agent:
         job(aws, sleep=3)
         until_ran(aws.path)
@@ -4452,7 +4460,8 @@ def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(mot
         assert visible(aws) == 1 and not any(map(alive, run_pids(aws.path)))
 
 
-def test_sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
+@trial
+def sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
     """S3 never answers, and a compiler does not come to its end: neither is waited for."""
     with site(moto, visibility=600) as aws:
         compiler = aws.path / "c++"
@@ -4474,7 +4483,8 @@ def test_sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
         assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*"))
 
 
-def test_sigterm_gives_back_what_waits_behind_a_running_one(moto):
+@trial
+def sigterm_gives_back_what_waits_behind_a_running_one(moto):
     with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
         for number in range(30):  # short ones first, so that it receives ahead
             job(aws, f"quick{number}")
@@ -4496,7 +4506,8 @@ def test_run_that_is_let_go_of_before_it_begins_is_released():
     assert ng.outcome_of(slot.run(job)).status == "released"
 
 
-def test_second_signal_ends_it_at_once(moto):
+@trial
+def second_signal_ends_it_at_once(moto):
     grace = {"shutdownGraceSeconds": 300}
     with site(moto, visibility=600) as aws, start(aws, execution=grace) as agent:
         job(aws, sleep=300, timeoutMs=400000)
@@ -4844,7 +4855,8 @@ def test_check_of_a_usable_folder_changes_nothing():
 # ---------------------------------------------------------------------- the machine's own faults
 
 
-def test_launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
+@trial
+def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
     with site(moto, visibility=4) as aws, start(aws, execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
             job(aws, request_id, sleep=3)
@@ -5030,6 +5042,11 @@ def test_local_clock_set_forward_hangs_nothing(tmp_path):
         assert agent.stop(seconds=20) == 0
         assert {each["status"] for each in reports(agent.log)} == {"ok"}
         assert len(set(stamps)) > 1, "the clock was not moved: the test shows nothing"
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_trial(trials, name):
+    trials[name].result()
 
 
 # --------------------------------------------------------------------------------------------
