@@ -895,6 +895,7 @@ class Lease:
     ends: float
     beat: float  # when to renew it
     lost: bool = False
+    done: float = 0.0  # when its run had ended ok
 
 
 LONGEST_LEASE_SECONDS = 12 * 3600  # SQS: from the receive, whatever was extended since
@@ -936,7 +937,7 @@ class SqsQueue:
         self.condition = threading.Condition()
         self.leases: dict[str, Lease] = {}
         self.finished: OrderedDict[str, None] = OrderedDict()
-        self.deletes: dict[str, tuple[str, float, float]] = {}  # id -> receipt, since, lease's end
+        self.deletes: dict[str, Lease] = {}  # kept alive too, while no delete succeeds
         self.changes: dict[str, tuple[str, int, float]] = {}  # id -> receipt, seconds, lease's end
         self.closing = False
         self.deleting = Fault(log, "deleting messages")
@@ -978,12 +979,13 @@ class SqsQueue:
     def _lease(self, message: Message, receipt: str, asked: float) -> bool:
         """Hold a message; False when it is a duplicate of one that runs or ended here."""
         now = time.monotonic()
-        if message.id in self.finished:
-            self.log("INFO", f"message {message.id} came back after it had ended ok: deleted")
-            self.deletes[message.id] = (receipt, now, now + self.visibility)
-            return False
         lease = Lease(message, receipt, now, max(asked, now - 1) + self.visibility,
                       now + self.visibility / 3)
+        if message.id in self.finished:
+            self.log("INFO", f"message {message.id} came back after it had ended ok: deleted")
+            lease.done = now
+            self.deletes[message.id] = lease
+            return False
         running = self.leases.get(message.id)
         self.leases[message.id] = lease
         if running:
@@ -1004,7 +1006,8 @@ class SqsQueue:
                 self.log("WARNING", f"message {message.id} ended {status} after its lease was lost: "
                                     "it is not deleted or given back from here")
             elif status == "ok":
-                self.deletes[message.id] = (lease.receipt, now, lease.ends)
+                lease.done = now
+                self.deletes[message.id] = lease
             elif status in ("rejected", "released", "error") and self.may_change is not False:
                 delay = 0
                 if status == "error":  # a machine that is ill must not empty the queue into the DLQ
@@ -1047,10 +1050,10 @@ class SqsQueue:
                         return
                     self.condition.wait(wait)
                 now = time.monotonic()
-                for due in (self.deletes, self.changes):  # too late: SQS has them back already
-                    for key in [key for key, value in due.items() if value[2] < now]:
-                        del due[key]
-                deletes = [(key, value[0]) for key, value in list(self.deletes.items())[:BATCH]]
+                # What is too late SQS has back already.
+                self.deletes = {key: one for key, one in self.deletes.items() if one.ends >= now}
+                self.changes = {key: one for key, one in self.changes.items() if one[2] >= now}
+                deletes = [(key, one.receipt) for key, one in list(self.deletes.items())[:BATCH]]
                 changes = [(key, *value[:2]) for key, value in list(self.changes.items())[:BATCH]]
                 beats = self._beats(now)
             for start in range(0, len(beats), BATCH):
@@ -1062,11 +1065,12 @@ class SqsQueue:
 
     def _due(self) -> float:
         """When the courier has to act next."""
-        due = [lease.beat for lease in self.leases.values() if not lease.lost]
+        due = [lease.beat for lease in (*self.leases.values(), *self.deletes.values())
+               if not lease.lost]
         if self.changes:
             due.append(self.changing.retry_at)
         if self.deletes:
-            first = min(since for _, since, _ in self.deletes.values())
+            first = min(lease.done for lease in self.deletes.values())
             full = 0.0 if len(self.deletes) >= BATCH else first + DELETE_WAIT_SECONDS
             due.append(max(self.deleting.retry_at, full))
         return min(due, default=time.monotonic() + 60)
@@ -1074,7 +1078,7 @@ class SqsQueue:
     def _beats(self, now: float) -> list[tuple[str, str, int]]:
         """The leases to renew now; says which are lost."""
         beats = []
-        for key, lease in self.leases.items():
+        for key, lease in (*self.leases.items(), *self.deletes.items()):
             if lease.lost or lease.beat > now:
                 continue
             left = LONGEST_LEASE_SECONDS - (now - lease.taken) - 1
@@ -1105,7 +1109,7 @@ class SqsQueue:
         self.deleting.note(error)
         with self.condition:
             for key, receipt in done:
-                if self.deletes.get(key, ("",))[0] == receipt:
+                if key in self.deletes and self.deletes[key].receipt == receipt:
                     del self.deletes[key]
 
     def _change(self, entries: list[tuple[str, str, int]], beat: bool = False) -> None:
@@ -1128,7 +1132,7 @@ class SqsQueue:
         lost = {int(entry["Id"]) for entry in answer.get("Failed", [])} - again
         with self.condition:
             for n, (key, receipt, seconds) in enumerate(entries):
-                lease = self.leases.get(key)
+                lease = self.leases.get(key) or self.deletes.get(key)
                 if n in again:
                     continue
                 if not beat:
@@ -1209,7 +1213,7 @@ class FolderQueue:
         for name in self.PARTS:
             (root / name).mkdir(parents=True, exist_ok=True)
         self.names: deque[str] = deque()
-        self.again: set[str] = set()  # those that were taken before
+        self.refused: set[str] = set()  # those that cannot be taken, which was said
         self.locks: dict[str, int] = {}
         self.stopping = False
         self.news, self._waker = os.pipe()
@@ -1231,9 +1235,7 @@ class FolderQueue:
             lock = None if name.startswith(".") else self._lock(f"running/{name}")
             if lock is not None:
                 try:
-                    self.again.add(name)
-                    self._count(name, self._takes(name) + 1)
-                    self._move(f"running/{name}", f"queue/{name}")
+                    self._put_back(name, self._takes(name) + 1)
                 finally:
                     os.close(lock)
 
@@ -1242,9 +1244,15 @@ class FolderQueue:
         path = f"{self.root}/{name}"
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._refuse(path, error)
             return None
         try:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                self._refuse(path, "it is a folder")
+                raise IsADirectoryError
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(fd), os.lstat(path)):
                 return fd
@@ -1253,13 +1261,30 @@ class FolderQueue:
         os.close(fd)
         return None
 
+    def _refuse(self, path: str, why: object) -> None:
+        """Say once that a task cannot be taken; no drain waits for it."""
+        if path not in self.refused:
+            self.refused.add(path)
+            self.log("WARNING", f"{path} cannot be taken: {why}")
+
     def _move(self, old: str, new: str) -> None:
         os.rename(f"{self.root}/{old}", f"{self.root}/{new}")
 
+    def _put_back(self, name: str, takes: int) -> str:
+        """Put a running task back; its name in the queue, another where a new task has that."""
+        new, number = name, 0
+        while os.path.lexists(f"{self.root}/queue/{new}"):
+            number += 1
+            new = f"{name[:-5]}.{number}.json"
+        if new != name:
+            self._count(name, 0)
+        if takes:
+            self._count(new, takes)
+        self._move(f"running/{name}", f"queue/{new}")
+        return new
+
     def _takes(self, name: str) -> int:
         """How often a task was taken before."""
-        if name not in self.again:
-            return 0
         try:
             return int((self.root / "queue" / f".{name}.takes").read_text())
         except (OSError, ValueError):
@@ -1269,10 +1294,8 @@ class FolderQueue:
         path = self.root / "queue" / f".{name}.takes"
         if takes:
             path.write_text(str(takes))
-            self.again.add(name)
         else:
             path.unlink(missing_ok=True)
-            self.again.discard(name)
 
     def receive(self, limit: int) -> list[Message]:
         """At most `limit` tasks, after at most a second."""
@@ -1288,22 +1311,23 @@ class FolderQueue:
     def _take(self, limit: int) -> list[Message]:
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
-            names = sorted(os.listdir(self.root / "queue"))
-            self.names.extend(filter(is_task, names))
-            self.again.update(name[1:-6] for name in names if name.endswith(".takes"))
+            self.names.extend(sorted(filter(is_task, os.listdir(self.root / "queue"))))
         taken: list[Message] = []
         while self.names and len(taken) < limit:
             name = self.names.popleft()
+            if os.path.lexists(f"{self.root}/running/{name}"):
+                continue  # one of that name is under way, and would be overwritten
             lock = self._lock(f"queue/{name}")
             if lock is None:
                 continue
             try:
                 status = os.fstat(lock)
-                body = os.pread(lock, status.st_size, 0).decode("utf-8", "surrogateescape")
+                body = (os.pread(lock, status.st_size, 0) if status.st_size else b"").decode(
+                    "utf-8", "surrogateescape")
                 self._move(f"queue/{name}", f"running/{name}")
             except OSError as error:
                 os.close(lock)
-                self.log("WARNING", f"{self.root}/queue/{name} cannot be taken: {error}")
+                self._refuse(f"{self.root}/queue/{name}", error)
                 continue
             self.locks[name] = lock
             taken.append(Message(name, body, self._takes(name) + 1, status.st_mtime))
@@ -1312,19 +1336,17 @@ class FolderQueue:
     def end(self, message: Message, status: str, result: object) -> None:
         """Remove a task that succeeded; take another again at once, or bury it the third time."""
         name, takes = message.id, message.receive_count
+        if takes > 1 and (status == "ok" or status != "released" and takes >= self.RECEIVES):
+            self._count(name, 0)
         if status == "ok":
             os.unlink(f"{self.root}/running/{name}")
         elif status == "released":  # a take that was given back does not count
-            self._move(f"running/{name}", f"queue/{name}")
+            self._put_back(name, takes - 1)
         elif takes >= self.RECEIVES:
             write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
             self._move(f"running/{name}", f"dead/{name}")
         else:
-            self._count(name, takes)
-            self._move(f"running/{name}", f"queue/{name}")
-            self.names.append(name)
-        if takes > 1 and (status == "ok" or takes >= self.RECEIVES):
-            self._count(name, 0)
+            self.names.append(self._put_back(name, takes))
         os.close(self.locks.pop(name))
 
     def fits(self, message: Message, timeout_ms: int) -> bool:
@@ -1334,7 +1356,9 @@ class FolderQueue:
     def is_empty(self) -> bool:
         """Whether no task waits."""
         self.recover()
-        return not self.names and not any(map(is_task, os.listdir(self.root / "queue")))
+        return not self.names and not any(
+            is_task(name) and f"{self.root}/queue/{name}" not in self.refused
+            for name in os.listdir(self.root / "queue"))
 
     def interrupt(self) -> None:
         """End a wait in receive()."""
@@ -3433,6 +3457,8 @@ class Agent:
                     self._take(message)
                 if not messages and self.summary is not None and self._is_drained():
                     break
+                if not messages and not self.local and not self.settings.wait_time_seconds:
+                    self._pause(1)  # SQS answered at once
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
                 advice = queue_advice(error, self.settings.queue_url)
                 self._pause(self.fault.failed(advice or error))

@@ -4086,6 +4086,36 @@ def bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
 
 
 @trial
+def message_whose_delete_fails_for_longer_than_its_lease_is_not_run_by_another_agent(moto):
+    with site(moto, visibility=4) as aws, start(aws) as first:
+        aws.proxy.fail("DeleteMessage*", "status 500")
+        job(aws)
+        first.wait_for("REPORT requestId=r1 .*status=ok")
+        with FaultProxy(moto) as proxy, start(
+                aws, env={"AWS_ENDPOINT_URL": proxy.url}) as second:
+            until(lambda: proxy.count("ReceiveMessage") > 6, 30, "polls of another agent")
+            assert not proxy.received and second.stop() == 0, second.log
+        aws.proxy.heal()
+        until_settled(aws, first)
+        assert proxy_runs(aws.path) == {"r1": 1} and len(aws.proxy.received) == 1
+        assert len(complaints(first.log)) == 1, first.log
+
+
+@trial
+def queue_that_is_empty_is_not_asked_without_a_pause(moto):
+    """waitTimeSeconds 0: SQS answers at once, and asks money for each answer."""
+    with site(moto) as aws, start(aws, wait=0) as agent:
+        until(lambda: aws.proxy.count("ReceiveMessage") > 1, 30, "polls")
+        before = aws.proxy.count("ReceiveMessage")
+        time.sleep(4)
+        assert aws.proxy.count("ReceiveMessage") - before <= 8
+        for number in range(40):
+            job(aws, f"r{number}")
+        until_settled(aws, agent)
+        assert agent.stop() == 0
+
+
+@trial
 def sigterm_while_deleting_deletes_first(moto):
     """The first delete is answered late, and the second refused."""
     with site(moto, visibility=600) as aws, start(aws) as agent:
@@ -4200,7 +4230,7 @@ def message_that_comes_again_before_it_is_known_to_be_given_back_is_given_back_a
 def finished_message_that_comes_back_is_deleted_not_run(moto):
     """Its delete is refused until its visibility timeout is over and it was received again."""
     with site(moto, visibility=2) as aws, start(aws) as agent:
-        aws.proxy.fail("DeleteMessage*", "reset")
+        aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*", "reset")
         job(aws)
         until(lambda: len(aws.proxy.received) >= 2, 30, "the second receive")
         aws.proxy.heal()
@@ -4960,6 +4990,54 @@ def test_local_names_that_begin_with_a_dot_are_passed_over():
         with local(folder, "--drain") as agent:
             assert agent.end(30) == 0
         assert hidden.exists() and [each["requestId"] for each in reports(agent.log)] == ["r1"]
+
+
+def test_local_what_cannot_be_taken_is_said_once_and_ends_no_drain(grids):
+    """As an ordinary user, who may not read everything."""
+    grid = grids("ordinary")
+    queue = grid.path / "queue"
+    (queue / "folder.json").mkdir()
+    (queue / "link.json").symlink_to("/etc/hostname")
+    (queue / "closed.json").write_text("{}")
+    (queue / "closed.json").chmod(0o200)
+    (queue / "nothing.json").write_text("")
+    os.mkfifo(queue / "pipe.json")
+    if ROOT:
+        os.chown(queue / "pipe.json", ORDINARY, ORDINARY)
+        os.chown(queue / "nothing.json", ORDINARY, ORDINARY)
+    grid.put({"main.py": ""}, request_id="fine")
+    grid.run(seconds=30)
+    assert set(os.listdir(queue)) == {"folder.json", "link.json", "closed.json"}
+    said = "".join(complaints(grid.log))
+    for name in ("folder.json", "link.json", "closed.json"):
+        assert said.count(f"{name} cannot be taken") == 1, grid.log
+    assert grid.reports["fine"][0]["status"] == "ok"
+    assert {"pipe.json", "nothing.json"} <= set(os.listdir(grid.path / "dead"))
+
+
+@pytest.mark.parametrize("first", ["ok", "failed", "killed"])
+def test_local_task_of_a_name_that_runs_waits_for_its_turn(first):
+    """Both are run, whatever becomes of the first one's name meanwhile."""
+    with local_site() as folder:
+        with local(folder) as agent:
+            local_job(folder, "r1", sleep=2, exit=first == "failed", functionId="first")
+            until_ran(folder.scratch)
+            local_job(folder, "r1", functionId="second")
+            if first == "killed":
+                agent.stop(signal.SIGKILL)
+            else:
+                agent.wait_for("functionId=second .*status=ok")
+                agent.wait_for("functionId=first .*status=ok" if first == "ok" else
+                               "functionId=first .*receiveCount=3")
+                assert agent.stop() == 0
+            before = "" if first == "killed" else agent.log
+        with local(folder, "--drain") as agent:
+            assert agent.end(60) == 0
+        log = before + agent.log
+        seen = Counter((each["functionId"], each["status"]) for each in reports(log))
+        assert seen == {("second", "ok"): 1, ("first", "failed"): 3} if first == "failed" else \
+            {("second", "ok"): 1, ("first", "ok"): 1}, log
+        assert not names(folder, "running") and not names(folder, "queue")
 
 
 def test_local_sigterm_gives_back_what_runs_longer_than_the_grace():
