@@ -843,7 +843,7 @@ class Fault:
     def __init__(self, log: Log, name: str):
         self.log, self.name = log, name
         self.since: float | None = None
-        self.pause = 0.0
+        self.pause = self.retry_at = 0.0
 
     def failed(self, error: object) -> float:
         """Note a failure; the jittered, growing pause in seconds before the next try."""
@@ -851,14 +851,20 @@ class Fault:
             self.since, self.pause = time.monotonic(), 0.2
             self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
         self.pause = min(self.MOST_SECONDS, self.pause * 2)
-        return self.pause * (0.5 + int.from_bytes(os.urandom(2), "big") / 131072)
+        pause = self.pause * (0.5 + int.from_bytes(os.urandom(2), "big") / 131072)
+        self.retry_at = time.monotonic() + pause
+        return pause
+
+    def note(self, error: object) -> None:
+        """Note how a try ended."""
+        self.failed(error) if error else self.worked()
 
     def worked(self) -> None:
         """Note a success."""
         if self.since is not None:
             self.log("INFO", f"{self.name} works again after "
                              f"{time.monotonic() - self.since:.1f} s")
-            self.since = None
+            self.since, self.retry_at = None, 0.0
 
 
 class GiveUp(Exception):
@@ -894,6 +900,7 @@ class Lease:
     ends: float
     beat: float  # when to renew it
     lost: bool = False
+    done: float = 0.0  # when its run had ended ok
 
 
 LONGEST_LEASE_SECONDS = 12 * 3600  # SQS: from the receive, whatever was extended since
@@ -935,11 +942,11 @@ class SqsQueue:
         self.condition = threading.Condition()
         self.leases: dict[str, Lease] = {}
         self.finished: OrderedDict[str, None] = OrderedDict()
-        self.deletes: dict[str, tuple[str, float, float]] = {}  # id -> receipt, since, lease's end
+        self.deletes: dict[str, Lease] = {}  # kept alive too, while no delete succeeds
         self.changes: dict[str, tuple[str, int, float]] = {}  # id -> receipt, seconds, lease's end
-        self.retry_at = 0.0
         self.closing = False
-        self.fault = Fault(log, "deleting or extending messages")
+        self.deleting = Fault(log, "deleting messages")
+        self.changing = Fault(log, "extending or giving back messages")
         self._attributes()
         self.courier = threading.Thread(target=self._deliver, name="courier", daemon=True)
         self.courier.start()
@@ -977,12 +984,13 @@ class SqsQueue:
     def _lease(self, message: Message, receipt: str, asked: float) -> bool:
         """Hold a message; False when it is a duplicate of one that runs or ended here."""
         now = time.monotonic()
-        if message.id in self.finished:
-            self.log("INFO", f"message {message.id} came back after it had ended ok: deleted")
-            self.deletes[message.id] = (receipt, now, now + self.visibility)
-            return False
         lease = Lease(message, receipt, now, max(asked, now - 1) + self.visibility,
                       now + self.visibility / 3)
+        if message.id in self.finished:
+            self.log("INFO", f"message {message.id} came back after it had ended ok: deleted")
+            lease.done = now
+            self.deletes[message.id] = lease
+            return False
         running = self.leases.get(message.id)
         self.leases[message.id] = lease
         if running:
@@ -1003,7 +1011,8 @@ class SqsQueue:
                 self.log("WARNING", f"message {message.id} ended {status} after its lease was lost: "
                                     "it is not deleted or given back from here")
             elif status == "ok":
-                self.deletes[message.id] = (lease.receipt, now, lease.ends)
+                lease.done = now
+                self.deletes[message.id] = lease
             elif status in ("rejected", "released", "error") and self.may_change is not False:
                 delay = 0
                 if status == "error":  # a machine that is ill must not empty the queue into the DLQ
@@ -1041,39 +1050,40 @@ class SqsQueue:
         """The courier's loop."""
         while True:
             with self.condition:
-                while not self.closing and (wait := self._due() - time.monotonic()) > 0:
+                while (wait := self._due() - time.monotonic()) > 0:
+                    if self.closing and not self.deletes and not self.changes:
+                        return
                     self.condition.wait(wait)
-                if self.closing and not self.deletes and not self.changes:
-                    return
                 now = time.monotonic()
-                for due in (self.deletes, self.changes):  # too late: SQS has them back already
-                    for key in [key for key, value in due.items() if value[2] < now]:
-                        del due[key]
-                deletes = [(key, value[0]) for key, value in list(self.deletes.items())[:BATCH]]
+                # What is too late SQS has back already.
+                self.deletes = {key: one for key, one in self.deletes.items() if one.ends >= now}
+                self.changes = {key: one for key, one in self.changes.items() if one[2] >= now}
+                deletes = [(key, one.receipt) for key, one in list(self.deletes.items())[:BATCH]]
                 changes = [(key, *value[:2]) for key, value in list(self.changes.items())[:BATCH]]
                 beats = self._beats(now)
-            for send, entries in ((self._delete, deletes), (self._change, changes)):
-                if entries:
-                    send(entries)
             for start in range(0, len(beats), BATCH):
                 self._change(beats[start:start + BATCH], beat=True)
-            if self.fault.since is not None and self.closing:
-                time.sleep(max(0, self.retry_at - time.monotonic()))
+            if changes and self.changing.retry_at <= now:
+                self._change(changes)
+            if deletes and self.deleting.retry_at <= now:
+                self._delete(deletes)
 
     def _due(self) -> float:
         """When the courier has to act next."""
-        due = [lease.beat for lease in self.leases.values() if not lease.lost]
-        if self.changes or len(self.deletes) >= BATCH:
-            due.append(self.retry_at)
-        elif self.deletes:
-            first = min(since for _, since, _ in self.deletes.values())
-            due.append(max(self.retry_at, first + DELETE_WAIT_SECONDS))
+        due = [lease.beat for lease in (*self.leases.values(), *self.deletes.values())
+               if not lease.lost]
+        if self.changes:
+            due.append(self.changing.retry_at)
+        if self.deletes:
+            first = min(lease.done for lease in self.deletes.values())
+            full = 0.0 if len(self.deletes) >= BATCH else first + DELETE_WAIT_SECONDS
+            due.append(max(self.deleting.retry_at, full))
         return min(due, default=time.monotonic() + 60)
 
     def _beats(self, now: float) -> list[tuple[str, str, int]]:
         """The leases to renew now; says which are lost."""
         beats = []
-        for key, lease in self.leases.items():
+        for key, lease in (*self.leases.items(), *self.deletes.items()):
             if lease.lost or lease.beat > now:
                 continue
             left = LONGEST_LEASE_SECONDS - (now - lease.taken) - 1
@@ -1101,19 +1111,11 @@ class SqsQueue:
                                     "it will be, when it comes back")
             else:
                 error = f"DeleteMessageBatch: {entry.get('Code')}"
-        self._settle(error)
+        self.deleting.note(error)
         with self.condition:
             for key, receipt in done:
-                if self.deletes.get(key, ("",))[0] == receipt:
+                if key in self.deletes and self.deletes[key].receipt == receipt:
                     del self.deletes[key]
-
-    def _settle(self, error: object) -> None:
-        """Note whether a call worked, and when to try again."""
-        if error:
-            self.retry_at = time.monotonic() + self.fault.failed(error)
-        else:
-            self.retry_at = 0.0
-            self.fault.worked()
 
     def _change(self, entries: list[tuple[str, str, int]], beat: bool = False) -> None:
         """ChangeMessageVisibilityBatch; what fails is tried again while its lease lasts."""
@@ -1126,16 +1128,16 @@ class SqsQueue:
             if is_denied(error_code(error)):
                 self._deny()
             else:
-                self._settle(error)
+                self.changing.note(error)
             return
         self.may_change = True
         failed = [entry for entry in answer.get("Failed", []) if not entry.get("SenderFault")]
-        self._settle(failed and f"ChangeMessageVisibilityBatch: {failed[0].get('Code')}")
+        self.changing.note(failed and f"ChangeMessageVisibilityBatch: {failed[0].get('Code')}")
         again = {int(entry["Id"]) for entry in failed}
         lost = {int(entry["Id"]) for entry in answer.get("Failed", [])} - again
         with self.condition:
             for n, (key, receipt, seconds) in enumerate(entries):
-                lease = self.leases.get(key)
+                lease = self.leases.get(key) or self.deletes.get(key)
                 if n in again:
                     continue
                 if not beat:
@@ -1214,13 +1216,14 @@ class FolderQueue:
     """A folder as queue: a rename claims, and a lock on the file dies with its holder."""
 
     RECEIVES = 3
+    PARTS = ("queue", "running", "dead", "results", "code")
 
     def __init__(self, root: Path, log: Log):
         self.root, self.log = root, log
-        for name in ("queue", "running", "dead", "results", "code"):
+        for name in self.PARTS:
             (root / name).mkdir(parents=True, exist_ok=True)
         self.names: deque[str] = deque()
-        self.again: set[str] = set()  # those that were taken before
+        self.refused: set[str] = set()  # those that cannot be taken, which was said
         self.locks: dict[str, int] = {}
         self.stopping = False
         self.news, self._waker = os.pipe()
@@ -1242,9 +1245,7 @@ class FolderQueue:
             lock = None if name.startswith(".") else self._lock(f"running/{name}")
             if lock is not None:
                 try:
-                    self.again.add(name)
-                    self._count(name, self._takes(name) + 1)
-                    self._move(f"running/{name}", f"queue/{name}")
+                    self._put_back(name, self._takes(name) + 1)
                 finally:
                     os.close(lock)
 
@@ -1253,9 +1254,15 @@ class FolderQueue:
         path = f"{self.root}/{name}"
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._refuse(path, error)
             return None
         try:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                self._refuse(path, "it is a folder")
+                raise IsADirectoryError
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(fd), os.lstat(path)):
                 return fd
@@ -1264,13 +1271,30 @@ class FolderQueue:
         os.close(fd)
         return None
 
+    def _refuse(self, path: str, why: object) -> None:
+        """Say once that a task cannot be taken; no drain waits for it."""
+        if path not in self.refused:
+            self.refused.add(path)
+            self.log("WARNING", f"{path} cannot be taken: {why}")
+
     def _move(self, old: str, new: str) -> None:
         os.rename(f"{self.root}/{old}", f"{self.root}/{new}")
 
+    def _put_back(self, name: str, takes: int) -> str:
+        """Put a running task back; its name in the queue, another where a new task has that."""
+        new, number = name, 0
+        while os.path.lexists(f"{self.root}/queue/{new}"):
+            number += 1
+            new = f"{name[:-5]}.{number}.json"
+        if new != name:
+            self._count(name, 0)
+        if takes:
+            self._count(new, takes)
+        self._move(f"running/{name}", f"queue/{new}")
+        return new
+
     def _takes(self, name: str) -> int:
         """How often a task was taken before."""
-        if name not in self.again:
-            return 0
         try:
             return int((self.root / "queue" / f".{name}.takes").read_text())
         except (OSError, ValueError):
@@ -1280,10 +1304,8 @@ class FolderQueue:
         path = self.root / "queue" / f".{name}.takes"
         if takes:
             path.write_text(str(takes))
-            self.again.add(name)
         else:
             path.unlink(missing_ok=True)
-            self.again.discard(name)
 
     def receive(self, limit: int) -> list[Message]:
         """At most `limit` tasks, after at most a second."""
@@ -1299,22 +1321,23 @@ class FolderQueue:
     def _take(self, limit: int) -> list[Message]:
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
-            names = sorted(os.listdir(self.root / "queue"))
-            self.names.extend(filter(is_task, names))
-            self.again.update(name[1:-6] for name in names if name.endswith(".takes"))
+            self.names.extend(sorted(filter(is_task, os.listdir(self.root / "queue"))))
         taken: list[Message] = []
         while self.names and len(taken) < limit:
             name = self.names.popleft()
+            if os.path.lexists(f"{self.root}/running/{name}"):
+                continue  # one of that name is under way, and would be overwritten
             lock = self._lock(f"queue/{name}")
             if lock is None:
                 continue
             try:
                 status = os.fstat(lock)
-                body = os.pread(lock, status.st_size, 0).decode("utf-8", "surrogateescape")
+                body = (os.pread(lock, status.st_size, 0) if status.st_size else b"").decode(
+                    "utf-8", "surrogateescape")
                 self._move(f"queue/{name}", f"running/{name}")
             except OSError as error:
                 os.close(lock)
-                self.log("WARNING", f"{self.root}/queue/{name} cannot be taken: {error}")
+                self._refuse(f"{self.root}/queue/{name}", error)
                 continue
             self.locks[name] = lock
             taken.append(Message(name, body, self._takes(name) + 1, status.st_mtime))
@@ -1323,19 +1346,17 @@ class FolderQueue:
     def end(self, message: Message, status: str, result: object) -> None:
         """Remove a task that succeeded; take another again at once, or bury it the third time."""
         name, takes = message.id, message.receive_count
+        if takes > 1 and (status == "ok" or status != "released" and takes >= self.RECEIVES):
+            self._count(name, 0)
         if status == "ok":
             os.unlink(f"{self.root}/running/{name}")
         elif status == "released":  # a take that was given back does not count
-            self._move(f"running/{name}", f"queue/{name}")
+            self._put_back(name, takes - 1)
         elif takes >= self.RECEIVES:
             write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
             self._move(f"running/{name}", f"dead/{name}")
         else:
-            self._count(name, takes)
-            self._move(f"running/{name}", f"queue/{name}")
-            self.names.append(name)
-        if takes > 1 and (status == "ok" or takes >= self.RECEIVES):
-            self._count(name, 0)
+            self.names.append(self._put_back(name, takes))
         os.close(self.locks.pop(name))
 
     def fits(self, message: Message, timeout_ms: int) -> bool:
@@ -1345,7 +1366,9 @@ class FolderQueue:
     def is_empty(self) -> bool:
         """Whether no task waits."""
         self.recover()
-        return not self.names and not any(map(is_task, os.listdir(self.root / "queue")))
+        return not self.names and not any(
+            is_task(name) and f"{self.root}/queue/{name}" not in self.refused
+            for name in os.listdir(self.root / "queue"))
 
     def interrupt(self) -> None:
         """End a wait in receive()."""
@@ -1715,9 +1738,13 @@ class CloudWatchMetrics:
         """Keep one value for the next flush."""
         with self.lock:
             self.values.append((function_id, runtime, peak_bytes))
-            if len(self.values) > self.MOST_KEPT:
-                self.values.popleft()
-                self.dropped += 1
+            self._bound()
+
+    def _bound(self) -> None:
+        """Drop the oldest values beyond what is kept."""
+        while len(self.values) > self.MOST_KEPT:
+            self.values.popleft()
+            self.dropped += 1
 
     def close(self) -> None:
         """Flush a last time."""
@@ -1734,29 +1761,32 @@ class CloudWatchMetrics:
         """Send what is kept now; 0, or the pause before another try."""
         groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         with self.lock:
-            count = len(self.values)
             for function_id, runtime, peak in self.values:
                 groups[function_id, runtime].append(peak)
             self.values.clear()
         data = [(key, peaks[start:start + self.VALUES]) for key, peaks in groups.items()
                 for start in range(0, len(peaks), self.VALUES)]
-        while data:
+        sent, error = 0, None
+        while data and not error:
             self.client = self.client or self.clients.make("cloudwatch", 10)
             _, error = attempt(self.client.put_metric_data, Namespace=self.settings.namespace,
                                MetricData=[self._datum(*key, peaks)
                                            for key, peaks in data[:self.DATA]])
-            if error:
-                with self.lock:
-                    self.values.extendleft((*key, peak) for key, peaks in data for peak in peaks)
-                hint = " (grant cloudwatch:PutMetricData)" if is_denied(error_code(error)) else ""
-                return self.fault.failed(f"{error}{hint}")
-            del data[:self.DATA]
-        if count:
+            if not error:
+                sent += sum(len(peaks) for _, peaks in data[:self.DATA])
+                del data[:self.DATA]
+        if sent:
             self.fault.worked()
             lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
             self.dropped = 0
-            self.log("INFO", f"Successfully published {count} values to CloudWatch{lost}")
-        return 0
+            self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
+        if not error:
+            return 0
+        with self.lock:  # those that came meanwhile are younger, and there may be too many now
+            self.values.extendleft((*key, peak) for key, peaks in data for peak in peaks)
+            self._bound()
+        hint = " (grant cloudwatch:PutMetricData)" if is_denied(error_code(error)) else ""
+        return self.fault.failed(f"{error}{hint}")
 
     @staticmethod
     def _datum(function_id: str, runtime: str, values: list[int]) -> dict[str, Any]:
@@ -1790,6 +1820,7 @@ READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID = 60600  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 LAST_UID = 61183
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
+PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
 
 # Forks what is exec'd. A child's ru_maxrss starts at the size of the process it was forked from
@@ -2336,6 +2367,8 @@ def write_all(fd: int, content: bytes) -> None:
 
 def confine(place: Place, files: list[int]) -> None:
     """In a new child: descriptors 0, 1, 2, … from `files` alone, then limits."""
+    if place.uid is None and not os.getuid():
+        prctl(PR_SET_SECUREBITS, SECBIT_NOROOT)  # exec leaves even uid 0 no capability
     os.setpgid(0, 0)  # of the supervisor's session, or it could not give the function a group
     kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
     for target, fd in enumerate(kept):
@@ -2791,10 +2824,15 @@ def launch(control: socket.socket) -> None:
             message, fds, _, _ = socket.recv_fds(control, 65536, 1)
             if not message:
                 break
-            pid = os.fork()
-            if not pid:
-                supervise(socket.socket(fileno=fds[0]), life, message, (control, held, wake, waker))
-            supervisors.add(pid)
+            try:
+                pid = os.fork()
+            except OSError as error:  # no more processes: those that run are not to be lost
+                os.write(fds[0], b"-%d\n" % error.errno)
+            else:
+                if not pid:
+                    supervise(socket.socket(fileno=fds[0]), life, message,
+                              (control, held, wake, waker))
+                supervisors.add(pid)
             os.close(fds[0])
         if wake in ready:
             os.read(wake, 4096)
@@ -3043,7 +3081,9 @@ class Slot:
                     if self.connection is None:
                         self.connection = self.launcher.supervisor(self.place)
                         self.connection.settimeout(self.SPARE_SECONDS)
-                        self.pid = int(self._line())
+                        self.pid = max(0, number := int(self._line()))
+                        if number < 0:
+                            raise OSError(-number, os.strerror(-number))
                 try:
                     self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
                     self.connection.sendall(request)
@@ -3058,6 +3098,8 @@ class Slot:
             return answer
         except OSError as error:
             self.drop(kill=True)
+            if reason_of(error) != "launcher":
+                raise
             raise MachineFault("launcher", f"what ran the function was lost ({error!r}); it may "
                                            "have killed it") from None
 
@@ -3150,9 +3192,10 @@ class Slots:
         found = ", ".join(f"{name} {path}" for name, path in self.programs.items() if path)
         missing = ", ".join(name for name, path in self.programs.items() if not path)
         log("INFO", f"runtimes: {found or 'none'}" + (f"; not here: {missing}" if missing else ""))
-        if os.geteuid():
-            log("WARNING", "not started as root: functions run as this agent's own user, and may "
-                           "read its files and signal its processes")
+        if first.uid is None:
+            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
+            log("WARNING", f"{why}: functions run as this agent's own user, and may read its "
+                           "files and signal its processes")
 
     def _place(self, number: int) -> Place:
         """The place of a slot, with its directory made."""
@@ -3189,11 +3232,12 @@ class Slots:
                                  ) from None
                 uid = gid = int(name)
                 groups = ()
-            if os.geteuid() and uid != os.geteuid():
+            if can_become(uid):
+                return uid, gid, groups, False
+            if uid != os.geteuid():
                 raise GiveUp(f"agent.execution.runAs is {name}; only root can run functions as "
                              "another user: start the agent as root, or leave runAs out")
-            return (uid, gid, groups, False) if not os.geteuid() else (None, None, (), False)
-        if os.geteuid():
+        if name is not None or not can_become(FIRST_UID):
             return None, None, (), False
         uid = self._lock_uid()
         return uid, uid, (), True
@@ -3312,6 +3356,13 @@ def outcome_of_error(error: Exception) -> Outcome:
     return Outcome("error", "agent", f"{type(error).__name__}: {error}")
 
 
+def can_become(uid: int) -> bool:
+    """Whether this process is root, and its user namespace has this uid (user_namespaces(7))."""
+    with open("/proc/self/uid_map") as file:
+        rows = [tuple(map(int, line.split())) for line in file]
+    return os.geteuid() == 0 and any(first <= uid < first + count for first, _, count in rows)
+
+
 def user_tasks(uid: int) -> int:
     """How many tasks (threads count) a user has now, which RLIMIT_NPROC counts too."""
     count = 0
@@ -3389,7 +3440,8 @@ class Agent:
         self.tasks = threading.Condition(self.lock)  # for the slots: something waits
         self.space = threading.Condition(self.lock)  # for the receiver: something may be asked for
         self.waiting: deque[tuple[Message, Task]] = deque()
-        self.running = 0
+        self.turns: dict[Slot, tuple[Message, Task]] = {}
+        self.preparing: set[Slot] = set()  # those whose turn has not come to its run yet
         self.free_mb = settings.memory_mb
         self.mean_seconds: float | None = None
         self.hold_until = 0.0
@@ -3422,7 +3474,7 @@ class Agent:
         for thread in (poller, *workers):
             thread.start()
         notify("READY=1")
-        self._attend([poller, *workers])
+        self._attend(poller)
         self.queue.close()
         self.metrics.close()
 
@@ -3434,12 +3486,12 @@ class Agent:
         self.signals += 1
         os.write(self.waker, b"\n")
 
-    def _attend(self, threads: list[threading.Thread]) -> None:
+    def _attend(self, poller: threading.Thread) -> None:
         """Wait for the end; begin the shutdown when a signal comes, and keep systemd informed."""
         watchdog = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6
         said = ""
         deadline = math.inf
-        while any(thread.is_alive() for thread in threads):
+        while poller.is_alive() or self.turns:  # a download that hangs holds no message
             period = min(5.0, watchdog or 5.0, max(0.0, deadline - time.monotonic()) or 0.05)
             select.select([self.wake], [], [], min(0.05, period) if self.stopping else period)
             read_nonblocking(self.wake)
@@ -3449,10 +3501,10 @@ class Agent:
             if self.signals > 1 or time.monotonic() >= deadline:
                 for slot in self.slots.all:
                     slot.cancel()
-            if self.signals > 1 and not any(thread.is_alive() for thread in threads[1:]):
+            if self.signals > 1 and not self.turns:
                 return  # the answer of a poll in flight is not waited for
             good = self.counts["ok"]
-            state = (f"STATUS=running {self.running}, done {good}, "
+            state = (f"STATUS=running {len(self.turns)}, done {good}, "
                      f"failed {sum(self.counts.values()) - good}")
             if state != said:
                 notify(said := state)
@@ -3466,11 +3518,15 @@ class Agent:
         notify("STOPPING=1")
         with self.lock:
             self.stopping = True
-            waiting, self.waiting = list(self.waiting), deque()
+            preparing = list(self.preparing)
+            unstarted = [*self.waiting, *map(self.turns.pop, preparing)]
+            self.waiting.clear()
             self._wake_all()
         self.queue.interrupt()
-        for message, task in waiting:
+        for message, task in unstarted:
             self._settle(message, shown(task), Outcome("released"))
+        for slot in preparing:
+            slot.cancel()  # it may be compiling
 
     def _watch_spot(self) -> None:
         """Begin the shutdown when EC2 says that it will take this spot instance away."""
@@ -3493,6 +3549,8 @@ class Agent:
                     self._take(message)
                 if not messages and self.summary is not None and self._is_drained():
                     break
+                if not messages and not self.local and not self.settings.wait_time_seconds:
+                    self._pause(1)  # SQS answered at once
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
                 advice = queue_advice(error, self.settings.queue_url)
                 self._pause(self.fault.failed(advice or error))
@@ -3520,16 +3578,16 @@ class Agent:
                             2 * most) if self.mean_seconds else 0
                 if self.waiting and self.waiting[0][1].memory_mb > self.free_mb:
                     ahead = -slots  # what waits for memory goes first
-                room = slots - self.running + ahead - len(self.waiting)
+                room = slots - len(self.turns) + ahead - len(self.waiting)
                 # Short runs free a slot each moment: a request is worth a whole batch then.
-                if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
+                if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.turns):
                     return min(room, most)
                 self.space.wait(max(wait, 0.01) if wait > 0 else 5)
             return 0
 
     def _is_drained(self) -> bool:
         with self.lock:
-            if self.running or self.waiting:
+            if self.turns or self.waiting:
                 self.space.wait(0.5)
                 return False
         return self.queue.is_empty()
@@ -3544,27 +3602,27 @@ class Agent:
                 raise Rejected("visibility", f"timeoutMs {task.timeout_ms} does not fit into the "
                                "queue's visibility timeout, and sqs:ChangeMessageVisibility is not "
                                "granted; grant it, or raise the visibility timeout")
-            if self.stopping:
-                self._settle(message, known, Outcome("released"))
-                return
             with self.lock:
-                self.waiting.append((message, task))
-                self.tasks.notify()
+                if not self.stopping:
+                    self.waiting.append((message, task))
+                    self.tasks.notify()
+                    return
+            self._settle(message, known, Outcome("released"))
         except Rejected as error:
             self._settle(message, known or error.known,
                          Outcome("rejected", error.reason, str(error)))
 
     # The slots' threads.
 
-    def _next(self) -> tuple[Message, Task] | None:
+    def _next(self, slot: Slot) -> tuple[Message, Task] | None:
         """The next task, in the order they came, once its memory is free; None at the end."""
         with self.lock:
             while not (self.waiting and self.waiting[0][1].memory_mb <= self.free_mb):
                 if self.stopping and not self.waiting:
                     return None
                 self.tasks.wait()
-            message, task = self.waiting.popleft()
-            self.running += 1
+            message, task = self.turns[slot] = self.waiting.popleft()
+            self.preparing.add(slot)
             self.free_mb -= task.memory_mb
             if self.waiting:
                 self.tasks.notify()
@@ -3574,14 +3632,16 @@ class Agent:
 
     def _work(self, slot: Slot) -> None:
         """Run tasks in one slot, one after another."""
-        while held := self._next():
+        while held := self._next(slot):
             message, task = held
             started = time.monotonic()
             outcome = self._execute(task, message, slot)
+            if not self._is_held(slot):
+                return
             self._settle(message, shown(task), outcome, slot)
             spent = time.monotonic() - started
             with self.lock:
-                self.running -= 1
+                del self.turns[slot]
                 self.free_mb += task.memory_mb
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
@@ -3591,6 +3651,12 @@ class Agent:
                 else:
                     self.space.notify()
         os.write(self.waker, b"\n")
+
+    def _is_held(self, slot: Slot) -> bool:
+        """Whether the slot's message is still its own, which no shutdown takes from now on."""
+        with self.lock:
+            self.preparing.discard(slot)
+            return slot in self.turns
 
     def _note_health(self, outcome: Outcome) -> None:
         """A machine that fails takes messages more slowly, not to send them all to the DLQ."""
@@ -3606,7 +3672,7 @@ class Agent:
             package = self.code.get(task, message.sent)
             try:
                 job = self.slots.job(task, self.slots.compile(task, package, slot), slot)
-                return outcome_of(slot.run(job))
+                return outcome_of(slot.run(job)) if self._is_held(slot) else Outcome("released")
             finally:
                 self.code.release(package)
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
@@ -3715,9 +3781,12 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
     """Run an agent on SQS, or on a folder; raises GiveUp."""
     with machine(settings, log) as slots:
         if folder:
-            queue, source = FolderQueue(folder, log), FolderCode(folder)
-            results = FolderResults(folder)
-            metrics = FolderMetrics(folder, settings.namespace, log)
+            try:
+                queue, source = FolderQueue(folder, log), FolderCode(folder)
+                results = FolderResults(folder)
+                metrics = FolderMetrics(folder, settings.namespace, log)
+            except OSError as error:
+                raise unusable_folder(error) from None
         else:
             clients = Clients(settings)
             queue, source = SqsQueue(clients, settings, log), S3Code(clients)
@@ -3727,7 +3796,18 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
                       metrics, slots)
         agent.run(drain)
         if agent.summary:
-            print(agent.summary.table(), flush=True)
+            say(agent.summary.table())
+
+
+def say(text: str) -> None:
+    """Lines on standard output; a reader that went away, or a full disk, loses them."""
+    with contextlib.suppress(OSError):
+        write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def unusable_folder(error: OSError) -> GiveUp:
+    """What --local says of a folder that it cannot use."""
+    return GiveUp(f"--local cannot be used: {error}; name a directory that this user can write to")
 
 
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
@@ -3812,11 +3892,11 @@ class Checks:
     def __call__(self, name: str, probe: Callable[[], str]) -> bool:
         """Print whether a part is usable: what `probe` says, or the error that it raises."""
         try:
-            print(f"ok    {name}: {probe()}", flush=True)
+            say(f"ok    {name}: {probe()}")
             return True
         except Exception as error:  # noqa: BLE001  # to say it is what this is for
             self.failed = True
-            print(f"FAIL  {name}: {error}", flush=True)
+            say(f"FAIL  {name}: {error}")
             return False
 
 
@@ -3824,10 +3904,24 @@ def check(settings: Settings, log: Log, folder: Path | None, origin: str) -> int
     """--check: 0 when all that the agent needs is usable, else 1; changes nothing."""
     checks = Checks()
     checks("settings", lambda: origin)
-    if not folder:
+    if folder:
+        checks("folder", lambda: check_folder(folder))
+    else:
         check_aws(settings, checks)
     checks("sandbox", lambda: check_machine(settings, log, checks))
     return int(checks.failed)
+
+
+def check_folder(folder: Path) -> str:
+    """Check a --local folder, and what is there of its parts; raises GiveUp."""
+    try:
+        for one in (folder, *filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))):
+            os.listdir(one)
+            if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "Permission denied", str(one))
+    except OSError as error:
+        raise unusable_folder(error) from None
+    return str(folder)
 
 
 def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
@@ -3838,8 +3932,8 @@ def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
                 checks(f"runtime {name}",
                        lambda name=name: slots.command(("{program}",), name)[0])
             else:
-                print(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
-                      "function can run; its tasks end as error", flush=True)
+                say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
+                    "function can run; its tasks end as error")
         return check_sandbox(slots)
 
 

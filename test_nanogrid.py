@@ -2324,6 +2324,24 @@ def test_the_log_says_once_what_an_ordinary_user_cannot_have(confined):
     assert len(warnings) == (0 if confined.user == "root" else 1), warnings
 
 
+def test_root_of_a_user_namespace_without_other_uids_is_an_ordinary_user(grids, user):
+    """It says so once, and its functions have none of the capabilities that it has there."""
+    unshare = [*as_user(user), "unshare", "-Ur"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets this user make no user namespace")
+    grid = grids(user, EXECUTION_CONCURRENCY=3)
+    source = "print(open('/proc/self/status').read())"
+    for request_id, runtime, files in (("warm", "python", {"main.py": source}), (
+            "cold", "cpp", {"run.sh": f'exec {PYTHON} -c "{source}"'})):
+        grid.put(files, runtime, function_id=request_id, request_id=request_id)
+    grid.run(prefix=["unshare", "-Ur"])
+    for request_id in ("warm", "cold"):
+        assert grid[request_id]["status"] == "ok", grid.log
+        assert re.search(r"^CapEff:\s0+$", grid[request_id]["stdout"], re.MULTILINE)
+    said, = complaints(grid.log)
+    assert "user namespace" in said
+
+
 def test_no_core_file_is_left(confined):
     assert [path for path in confined.top.rglob("core*")] == []
 
@@ -3611,7 +3629,8 @@ def test_invoke_says_what_is_wrong(invoked, name, args):
 # fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message)
 REFUSALS = {
     "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
-    "throttling": (503, "ThrottlingException", "SlowDown", "Rate exceeded"),
+    "status 503": (503, "ServiceUnavailable", "ServiceUnavailable", "Service is unavailable"),
+    "throttling": (400, "ThrottlingException", "SlowDown", "Rate exceeded"),
     "expired": (403, "ExpiredTokenException", "ExpiredToken", "The security token is expired"),
     "denied": (403, "AccessDeniedException", "AccessDenied", "User is not authorized"),
     "no bucket": (404, "NoSuchBucket", "NoSuchBucket", "The specified bucket does not exist"),
@@ -3955,12 +3974,6 @@ def complaints(log: str) -> list[str]:
     return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!not started as root).*$", log, re.MULTILINE)
 
 
-def notices(log: str) -> list[str]:
-    """The log's lines but those of runs and of published values."""
-    return [line for line in log.splitlines()
-            if not re.search(r"INFO (REPORT|\[|Successfully published)", line)]
-
-
 # ---------------------------------------------------------------------- processes
 
 
@@ -3982,6 +3995,12 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time used by the process and its living descendants."""
+    stats = filter(None, map(stat_of, family(pid)))
+    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
 def alive(pid: int) -> bool:
     return bool((stat := stat_of(pid)) and stat[0] not in "ZX")
 
@@ -3998,12 +4017,379 @@ def until_gone(pids: list[int]):
 # Delivery that loses nothing: leases, retries, shutdown, faults; black-box, from the contract.
 
 
+# ---------------------------------------------------------------------- trials, all at once
+
+# Trials wait for far longer than they work, so they run in threads of their own, each with its
+# own queue, bucket, proxy and agents: name -> a function of the emulator's URL.
+TRIALS: dict = {}
+
+
+def trial(function):
+    """Have a function be one of the trials."""
+    TRIALS[function.__name__.replace("_", " ")] = function
+    return function
+
+
+@pytest.fixture(scope="module")
+def trials(moto, request):
+    """The trials that were asked for, begun in the order of the table: the long ones first."""
+    wanted = {item.callspec.params["name"] for item in request.session.items
+              if item.name.startswith("test_trial[")}
+    with ThreadPoolExecutor(16) as pool:
+        futures = {name: pool.submit(TRIALS[name], moto) for name in TRIALS if name in wanted}
+        try:
+            yield futures
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------- kills
+
+
+@trial
+def sigkill_of_agents_at_random_loses_nothing(moto):
+    """Two serve one queue; one of them is killed and replaced, again and again."""
+    seed = random.randrange(1 << 30)
+    chance, wanted = random.Random(seed), {f"r{number}" for number in range(200)}
+    with site(moto, visibility=5, receives=99) as aws, contextlib.ExitStack() as stack:
+        for request_id in wanted:
+            job(aws, request_id, sleep=chance.choice((0, 0, 0.5)))
+        agents = [stack.enter_context(start(aws, execution={"concurrency": 2})) for _ in range(2)]
+        for _ in range(8):
+            seen = len(aws.proxy.received)
+            until(lambda seen=seen: len(aws.proxy.received) > seen or not aws.count(), 60, "work")
+            time.sleep(chance.uniform(0.0, 1.0))
+            victim = agents.pop(chance.randrange(2))
+            members = family(victim.process.pid)
+            victim.stop(signal.SIGKILL)
+            until_gone(members)
+            agents.append(stack.enter_context(start(aws, execution={"concurrency": 2})))
+        until_settled(aws, agents[0], seconds=120)
+        assert set(proxy_runs(aws.path)) == wanted, f"seed {seed}"
+
+
+@trial
+def sigkill_of_agents_of_one_folder_at_random_loses_nothing(_):
+    seed = random.randrange(1 << 30)
+    chance, wanted = random.Random(seed), {f"r{number:03d}" for number in range(200)}
+    with local_site() as folder, contextlib.ExitStack() as stack:
+        for request_id in sorted(wanted):
+            local_job(folder, request_id, sleep=chance.choice((0, 0.05, 0.3)))
+        agents = [stack.enter_context(local(folder)) for _ in range(2)]
+        for _ in range(12):
+            time.sleep(chance.uniform(0.2, 1.2))
+            agents.pop(chance.randrange(2)).stop(signal.SIGKILL)
+            agents.append(stack.enter_context(local(folder)))
+        until(lambda: not names(folder, "queue") and not names(folder, "running"), 120,
+              f"an empty folder (seed {seed})")
+        assert set(proxy_runs(folder.scratch)) == wanted == set(names(folder, "results")), seed
+        assert {folder.result(request_id)["status"] for request_id in wanted} == {"ok"}
+        assert not names(folder, "dead"), f"seed {seed}"
+
+
 # ---------------------------------------------------------------------- faults, by name
 
 # what fails: (operations, visibility timeout, seconds that the fault lasts, and the function)
+SCENES = {
+    "visibility": ("ChangeMessageVisibility*", 24, 12, 28),
+    "receive": ("ReceiveMessage", 6, 12, 0),
+    "delete": ("DeleteMessage*", 6, 12, 0),
+    "metrics": ("PutMetricData", 6, 12, 0),
+    "code": ("GetObject", 6, 6, 0),
+    "start": ("*", 6, 12, 0),
+}
+FAULTS = ["black hole", "timeout", "status 500", "status 503", "throttling", "reset", "truncated",
+          "expired"]
+UNHEARD = ("timeout", "truncated")  # what was asked for was done
 
 
-def test_message_that_comes_again_while_it_runs_is_not_started_twice(moto):
+def fault_trial(moto: str, what: str, fault: str):
+    """One job, and a fault that begins before it; within 30 s of the fault's end all is well."""
+    operations, visibility, lasts, takes = SCENES[what]
+    with site(moto, visibility=visibility, receives=9) as aws:
+        proxy_fault = "late answer" if fault == "timeout" else fault  # later than any limit
+        if what == "start":
+            aws.proxy.fail(operations, proxy_fault, seconds=12)
+        with start(aws, wait=5, metrics={"flushSeconds": 1}) as agent:
+            if what != "start":
+                until(lambda: aws.proxy.count("ReceiveMessage"), 60, "a poll")
+                aws.proxy.fail(operations, proxy_fault, seconds=12)
+            def failing():
+                return aws.proxy.count(operations, proxy_fault)
+
+            if what == "receive":  # not with the answer of a poll that is still well
+                until(failing, 60, "a poll that fails")
+            job(aws, sleep=takes, function_id=aws.name, timeoutMs=1000 * (takes + 2))
+            until(failing, 60, "a request that fails")
+            time.sleep(4)
+            cpu = cpu_seconds(agent.process.pid)
+            time.sleep(lasts - 4)
+            cpu = (cpu_seconds(agent.process.pid) - cpu) / (lasts - 4)
+            left, tried = aws.count(), failing()
+            aws.proxy.heal()
+            job(aws, "after", function_id=aws.name)
+            until(lambda: not aws.count() and metric_values(aws, aws.name) >= 2, 30,
+                  f"recovery; {[(s.operation, s.fault) for s in aws.proxy.requests]}\n{agent.log}")
+            assert agent.stop() == 0
+        log = agent.log
+        assert proxy_runs(aws.path) == {"r1": 1, "after": 1} and not dead(aws), log
+        assert [each["status"] for each in reports(log)].count("ok") == 2
+        assert "Traceback" not in log
+        assert metric_values(aws, aws.name) == 2 or what == "metrics" and fault in UNHEARD
+        assert tried <= 12, "tries that do not grow apart"
+        assert left == (what != "metrics") or what == "delete" and fault in UNHEARD
+        if what in ("receive", "delete", "metrics"):
+            assert cpu < 0.01, f"{cpu:.1%} of a core meanwhile\n{log}"
+        if what == "visibility":
+            assert len(aws.proxy.received) == 2, f"the lease was lost\n{log}"
+        if what == "start":
+            assert len(complaints(log)) <= 2, log
+        elif what != "code":
+            assert len(complaints(log)) == 1 == log.count(" works again after "), log
+
+
+for _what in SCENES:
+    for _fault in FAULTS:
+        TRIALS[f"{_what} {_fault}"] = functools.partial(fault_trial, what=_what, fault=_fault)
+
+# what is wrong: (fault, the task's fields, status, reason, what the log names)
+S3_TROUBLE = {
+    "no such key": ("", {"key": "missing.zip"}, "rejected", "key", "missing.zip"),
+    "403": ("denied", {}, "error", "permission", "s3:GetObject"),
+    "no bucket": ("no bucket", {}, "error", "bucket", "-code"),
+}
+
+
+def s3_trial(moto: str, trouble: str):
+    """With the guide's visibility timeout: what S3 failed for 2 s does not wait for 300."""
+    fault, task, status, reason, word = S3_TROUBLE[trouble]
+    with site(moto, visibility=300) as aws, start(aws) as agent:
+        if fault:
+            aws.proxy.fail("GetObject", fault)
+        job(aws, **task)
+        agent.wait_for("REPORT requestId=r1", 60)
+        first = reports(agent.log)[0]
+        assert (first["status"], first["reason"]) == (status, reason) and word in agent.log
+        if status == "error":
+            time.sleep(1)
+            assert aws.count() == 1 and not dead(aws)
+            aws.proxy.heal()
+        until_settled(aws, agent, in_dlq=status == "rejected", seconds=35)
+        assert proxy_runs(aws.path) == ({"r1": 1} if status == "error" else {})
+
+
+for _trouble in S3_TROUBLE:
+    TRIALS[f"s3 {_trouble}"] = functools.partial(s3_trial, trouble=_trouble)
+
+
+def result_trial(moto: str, operation: str):
+    """A result that cannot be stored leaves the message."""
+    with site(moto, visibility=3, receives=9) as aws:
+        results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
+        aws.proxy.fail(operation, "denied")
+        with start(aws, output={"bucket": aws.bucket, "queueUrl": results}) as agent:
+            job(aws)
+            agent.wait_for("REPORT requestId=r1", 60)
+            time.sleep(1)
+            assert reports(agent.log)[0]["status"] == "error" and aws.count() == 1
+            aws.proxy.heal()
+            until_settled(aws, agent, seconds=60)
+            assert reports(agent.log)[-1]["status"] == "ok"
+            assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
+            assert visible(aws, results) == 1
+
+
+for _operation in ("PutObject", "SendMessage"):
+    TRIALS[f"result {_operation}"] = functools.partial(result_trial, operation=_operation)
+
+# Runs nanogrid.py with another value for a constant: `python -c … python nanogrid.py ARGUMENTS`.
+PATCHED = """import sys
+sys.path.insert(0, sys.argv[2].rpartition("/")[0])
+import nanogrid as ng
+{}
+sys.exit(ng.main(sys.argv[3:]))"""
+
+
+@trial
+def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
+    """Five are kept at most; four come while a request with five is under way."""
+    prefix = [sys.executable, "-c", PATCHED.format("ng.CloudWatchMetrics.MOST_KEPT = 5")]
+    with site(moto) as aws:
+        aws.proxy.fail("PutMetricData", "black hole")
+        with start(aws, prefix=prefix, metrics={"flushSeconds": 3}) as agent:
+            for number in range(5):
+                job(aws, f"r{number}", function_id=aws.name)
+            until(lambda: aws.proxy.count("PutMetricData"), 60, "a request to CloudWatch")
+            for number in range(5, 9):
+                job(aws, f"r{number}", function_id=aws.name)
+            until_settled(aws, agent)
+            aws.proxy.heal()
+            agent.wait_for("publishing metrics to CloudWatch works again", 40)
+            until(lambda: metric_values(aws, aws.name), 10, "values")
+            agent.stop()
+        assert len(reports(agent.log)) == 9 and metric_values(aws, aws.name) == 5
+        assert "Successfully published 5 values to CloudWatch (4 older ones" in agent.log
+
+
+@trial
+def a_lease_ends_after_twelve_hours_whatever_extends_it(moto):
+    """Here after eight seconds: that is said, and the message is deleted when it comes back."""
+    prefix = [sys.executable, "-c", PATCHED.format("ng.LONGEST_LEASE_SECONDS = 8")]
+    with site(moto, visibility=6) as aws:
+        with start(aws, prefix=prefix, execution={"concurrency": 1}) as agent:
+            job(aws, sleep=14, timeoutMs=20000)
+            until_ran(aws.path)
+            until(lambda: visible(aws), 15, "the end of the lease")
+            agent.wait_for("REPORT requestId=r1", 30)
+            until_settled(aws, agent)
+            assert agent.stop() == 0
+        asked = [json.loads(seen.body) for seen in aws.proxy.requests
+                 if seen.operation == "ChangeMessageVisibilityBatch"]
+        assert asked and all(entry["VisibilityTimeout"] <= 6 for each in asked
+                             for entry in each["Entries"])
+        assert proxy_runs(aws.path) == {"r1": 1}
+        assert any("is lost" in line for line in complaints(agent.log)), agent.log
+
+
+DEEP = ('{"requestId":"deep","functionId":"fn","runtime":"python","s3Key":"fn.zip","input":'
+        + "[" * 200000 + "]" * 200000 + "}")
+
+
+@trial
+def bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
+    with site(moto, visibility=60) as aws, start(aws) as agent:
+        aws.put({"main.py": "import sys; print('input of', len(sys.stdin.read()))"}, "size.zip")
+        task = {"requestId": "large", "functionId": "fn", "runtime": "python", "s3Key": "size.zip",
+                "input": ""}
+        task["input"] = "x" * ((1 << 20) - len(json.dumps(task)))
+        aws.send(body=json.dumps(task))
+        aws.send(body=DEEP)
+        until_settled(aws, agent, 1, 40)
+        agent.stop()
+        assert f"stdout: input of {len(task['input']) + 2}" in agent.log
+        assert Counter(each["status"] for each in reports(agent.log)) == {"ok": 1, "rejected": 3}
+        assert "Traceback" not in agent.log
+
+
+@trial
+def message_whose_delete_fails_for_longer_than_its_lease_is_not_run_by_another_agent(moto):
+    with site(moto, visibility=4) as aws, start(aws) as first:
+        aws.proxy.fail("DeleteMessage*", "status 500")
+        job(aws)
+        first.wait_for("REPORT requestId=r1 .*status=ok")
+        with FaultProxy(moto) as proxy, start(
+                aws, env={"AWS_ENDPOINT_URL": proxy.url}) as second:
+            until(lambda: proxy.count("ReceiveMessage") > 6, 30, "polls of another agent")
+            assert not proxy.received and second.stop() == 0, second.log
+        aws.proxy.heal()
+        until_settled(aws, first)
+        assert proxy_runs(aws.path) == {"r1": 1} and len(aws.proxy.received) == 1
+        assert len(complaints(first.log)) == 1, first.log
+
+
+@trial
+def queue_that_is_empty_is_not_asked_without_a_pause(moto):
+    """waitTimeSeconds 0: SQS answers at once, and asks money for each answer."""
+    with site(moto) as aws, start(aws, wait=0) as agent:
+        until(lambda: aws.proxy.count("ReceiveMessage") > 1, 30, "polls")
+        before = aws.proxy.count("ReceiveMessage")
+        time.sleep(4)
+        assert aws.proxy.count("ReceiveMessage") - before <= 8
+        for number in range(40):
+            job(aws, f"r{number}")
+        until_settled(aws, agent)
+        assert agent.stop() == 0
+
+
+@trial
+def sigterm_while_deleting_deletes_first(moto):
+    """The first delete is answered late, and the second refused."""
+    with site(moto, visibility=600) as aws, start(aws) as agent:
+        aws.proxy.fail("DeleteMessageBatch", "delay", times=1, seconds=3)
+        job(aws, "r1")
+        until(lambda: aws.proxy.count("DeleteMessageBatch"), 60, "the delete")
+        aws.proxy.fail("DeleteMessageBatch", "status 500", times=2)
+        job(aws, "r2")
+        agent.wait_for("REPORT requestId=r2 .*status=ok")
+        assert agent.stop() == 0 and not aws.count(), agent.log
+
+
+# ---------------------------------------------------------------------- no more of something
+
+
+@trial
+def full_disk_is_an_error_and_the_agent_lives(moto):
+    """8 MiB under taskBaseDir (an ordinary user: no file over 8 MiB): a zip of 20 does not fit."""
+    with site(moto, visibility=60) as aws:
+        aws.put({"main.py": "print(1)", "ballast": os.urandom(20 << 20)}, "large.zip")
+        task = aws.path / "task"
+        task.mkdir()
+        script = f'mount -t tmpfs -o size=8m,mode=755 none {task} && exec "$@"'
+        prefix = ["unshare", "-m", "sh", "-c", script, "sh"]
+        if not ROOT:
+            prefix = ["prlimit", f"--fsize={8 << 20}"]
+        elif subprocess.run([*prefix, "true"], check=False).returncode:
+            pytest.skip("this machine lets root mount no tmpfs")
+        with start(aws, prefix=prefix) as agent:
+            aws.send("large", key="large.zip")
+            job(aws, "fine")
+            agent.wait_for("REPORT requestId=large", 60)
+            agent.wait_for("REPORT requestId=fine", 60)
+            seen = {(each["requestId"], each["status"]) for each in reports(agent.log)}
+            assert seen == {("large", "error"), ("fine", "ok")}, agent.log
+            assert re.search("No space left|File too large", agent.log)
+            assert "Traceback" not in agent.log and agent.process.poll() is None
+
+
+@trial
+def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
+    """The limit is lowered under a running agent, to less than it has open."""
+    with site(moto, visibility=3, receives=99) as aws, start(aws) as agent:
+        job(aws, "before")
+        until_settled(aws, agent)
+        pid = agent.process.pid
+        kept = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (10, kept[1]))
+        aws.put({"main.py": "print('new code')"}, "new.zip")
+        aws.send("during", key="new.zip")
+        cpu = cpu_seconds(pid)
+        time.sleep(5)
+        assert agent.process.poll() is None, agent.log
+        assert cpu_seconds(pid) - cpu < 1.0
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
+        until_settled(aws, agent, seconds=40)
+        assert agent.stop() == 0 and "Traceback" not in agent.log
+
+
+def limit_processes(pid: int, soft: int) -> None:
+    """Set RLIMIT_NPROC of an ordinary user's process and of all that stands below it."""
+    for each in family(pid):  # by the user itself: root may lack CAP_SYS_RESOURCE
+        subprocess.run([*as_user("ordinary"), "prlimit", f"--pid={each}", f"--nproc={soft}:"],
+                       check=False, stderr=subprocess.DEVNULL)
+
+
+def test_no_more_processes_is_an_error_and_the_agent_lives(grids):
+    """As an ordinary user, whom the limit binds; it is lowered and raised under the agent."""
+    grid, usual = grids("ordinary"), resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
+               prefix=as_user("ordinary")) as agent:
+        for request_id, soft, status in (("before", usual, "ok"), ("during", 1, "error"),
+                                         ("after", usual, "ok")):
+            limit_processes(agent.process.pid, soft)
+            for runtime, files in (("python", {"main.py": ""}), ("cpp", {"run.sh": "true"})):
+                function_id = f"{request_id}-{runtime}"
+                grid.put(files, runtime, function_id, function_id)
+                agent.wait_for(f"REPORT requestId={function_id} .*status={status}")
+        assert agent.process.poll() is None
+        assert re.search("(?i)process|temporarily unavailable|EAGAIN|fork", agent.log), agent.log
+        assert agent.stop() == 0 and agent.log.count("Traceback") == 0, agent.log
+
+
+# ---------------------------------------------------------------------- duplicates
+
+
+@trial
+def message_that_comes_again_while_it_runs_is_not_started_twice(moto):
     """Its lease is ended from outside: SQS may do that at any time (at-least-once)."""
     with site(moto, visibility=30) as aws, start(aws, execution={"concurrency": 2}) as agent:
         job(aws, sleep=4)
@@ -4017,7 +4403,8 @@ def test_message_that_comes_again_while_it_runs_is_not_started_twice(moto):
         assert [each["status"] for each in reports(agent.log)].count("ok") == 1
 
 
-def test_message_that_comes_again_before_it_is_known_to_be_given_back_is_given_back_again(moto):
+@trial
+def message_that_comes_again_before_it_is_known_to_be_given_back_is_given_back_again(moto):
     """SQS has made it visible, and it was received and rejected anew, before the answer came."""
     with site(moto, visibility=600) as aws, start(aws) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "late answer", seconds=3)
@@ -4025,10 +4412,11 @@ def test_message_that_comes_again_before_it_is_known_to_be_given_back_is_given_b
         until_settled(aws, agent, 1)
 
 
-def test_finished_message_that_comes_back_is_deleted_not_run(moto):
+@trial
+def finished_message_that_comes_back_is_deleted_not_run(moto):
     """Its delete is refused until its visibility timeout is over and it was received again."""
     with site(moto, visibility=2) as aws, start(aws) as agent:
-        aws.proxy.fail("DeleteMessage*", "reset")
+        aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*", "reset")
         job(aws)
         until(lambda: len(aws.proxy.received) >= 2, 30, "the second receive")
         aws.proxy.heal()
@@ -4037,7 +4425,8 @@ def test_finished_message_that_comes_back_is_deleted_not_run(moto):
         assert proxy_runs(aws.path) == {"r1": 1}
 
 
-def test_entries_that_a_batch_delete_refuses_are_deleted_later(moto):
+@trial
+def entries_that_a_batch_delete_refuses_are_deleted_later(moto):
     with site(moto, visibility=30) as aws:
         aws.proxy.fail("DeleteMessageBatch", "partial", times=2)
         for number in range(10):
@@ -4052,7 +4441,8 @@ def test_entries_that_a_batch_delete_refuses_are_deleted_later(moto):
 # ---------------------------------------------------------------------- leases and statuses
 
 
-def test_lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
+@trial
+def lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
     with site(moto, visibility=2) as aws, start(aws, execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
             job(aws, request_id, sleep=8)
@@ -4063,7 +4453,8 @@ def test_lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
         assert not complaints(agent.log)
 
 
-def test_lost_lease_is_said_and_its_result_is_not_deleted(moto):
+@trial
+def lost_lease_is_said_and_its_result_is_not_deleted(moto):
     """The beats fail for longer than the lease, and another consumer has the message by then."""
     with site(moto, visibility=3) as aws, start(aws, execution={"concurrency": 1}) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "status 500")
@@ -4079,7 +4470,8 @@ def test_lost_lease_is_said_and_its_result_is_not_deleted(moto):
         aws.sqs.delete_message(QueueUrl=aws.queue_url, ReceiptHandle=other[0]["ReceiptHandle"])
 
 
-def test_without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
+@trial
+def without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
     with site(moto, visibility=4) as aws, start(aws) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
         for number in range(3):
@@ -4096,7 +4488,8 @@ def test_without_change_message_visibility_what_fits_runs_and_what_does_not_is_r
         assert len(warnings) == 1 and "sqs:ChangeMessageVisibility" in warnings[0]
 
 
-def test_failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(moto):
+@trial
+def failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(moto):
     with site(moto, visibility=3) as aws, start(aws, execution={"concurrency": 3}) as agent:
         aws.put({"main.py": "junk = b'x' * (200 << 20)"}, "large.zip")
         sent = time.monotonic()
@@ -4112,7 +4505,8 @@ def test_failures_wait_for_the_visibility_timeout_and_are_dead_after_three_recei
         assert len(re.findall("status=failed exitCode=3 ", agent.log)) == 3
 
 
-def test_rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
+@trial
+def rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
     with site(moto, visibility=600) as aws, start(aws) as agent:
         aws.send(body="no JSON {")
         job(aws, "wrong", runtime="cobol")
@@ -4126,10 +4520,9 @@ def test_rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
 
 # ---------------------------------------------------------------------- S3
 
-# what is wrong: (fault, the task's fields, status, reason, what the log names)
 
-
-def test_wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
+@trial
+def wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
     with site(moto, visibility=2) as aws, start(aws) as agent:
         aws.proxy.fail("GetObject|HeadObject", "denied")
         for number in range(10):
@@ -4142,7 +4535,8 @@ def test_wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
         assert proxy_runs(aws.path) == {f"r{number}": 1 for number in range(10)} and not dead(aws)
 
 
-def test_zip_overwritten_under_its_key_is_used_by_messages_sent_after(moto):
+@trial
+def zip_overwritten_under_its_key_is_used_by_messages_sent_after(moto):
     with site(moto) as aws, start(aws) as agent:
         for version in ("one", "two", "three"):
             aws.put({"main.py": f"print('version {version}')"}, "v.zip")
@@ -4198,7 +4592,8 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
 # ---------------------------------------------------------------------- admission
 
 
-def test_no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starve(moto):
+@trial
+def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starve(moto):
     """512 MB: two of 200 at once; one of 512 is sent among them and must not wait for them all."""
     with site(moto, visibility=60) as aws:
         for number in range(16):
@@ -4267,7 +4662,8 @@ def test_message_that_comes_with_the_last_poll_is_given_back(moto):
         assert visible(aws) == 1 or not aws.count(), "received and neither run nor given back"
 
 
-def test_sigterm_lets_a_run_within_the_grace_finish(moto):
+@trial
+def sigterm_lets_a_run_within_the_grace_finish(moto):
     with site(moto) as aws, start(aws) as agent:
         job(aws, sleep=3)
         until_ran(aws.path)
@@ -4286,7 +4682,31 @@ def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(mot
         assert visible(aws) == 1 and not any(map(alive, run_pids(aws.path)))
 
 
-def test_sigterm_gives_back_what_waits_behind_a_running_one(moto):
+@trial
+def sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
+    """S3 never answers, and a compiler does not come to its end: neither is waited for."""
+    with site(moto, visibility=600) as aws:
+        compiler = aws.path / "c++"
+        compiler.write_text("#!/bin/sh\nsleep 300\n")
+        compiler.chmod(0o755)
+        aws.put({"main.cpp": ""}, "cpp.zip")
+        with start(aws, runtimes={"cpp": compiler}, execution={"concurrency": 2}) as agent:
+            aws.send("compiling", key="cpp.zip", runtime="cpp")
+            until(lambda: any("sleep\x00300" in command_lines().get(pid, "")
+                              for pid in family(agent.process.pid)), 30, "the compiler")
+            aws.proxy.fail("GetObject", "black hole")
+            job(aws, "fetching")
+            until(lambda: aws.proxy.count("GetObject", "black hole"), 30, "the download")
+            agent.process.send_signal(signal.SIGTERM)
+            until(lambda: visible(aws) == 2, 5, f"the messages\n{agent.log}")
+            assert agent.end(10) == 0 and not proxy_runs(aws.path)
+        assert sorted((each["requestId"], each["status"]) for each in reports(agent.log)) == \
+            [("compiling", "released"), ("fetching", "released")]
+        assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*"))
+
+
+@trial
+def sigterm_gives_back_what_waits_behind_a_running_one(moto):
     with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
         for number in range(30):  # short ones first, so that it receives ahead
             job(aws, f"quick{number}")
@@ -4308,7 +4728,8 @@ def test_run_that_is_let_go_of_before_it_begins_is_released():
     assert ng.outcome_of(slot.run(job)).status == "released"
 
 
-def test_second_signal_ends_it_at_once(moto):
+@trial
+def second_signal_ends_it_at_once(moto):
     grace = {"shutdownGraceSeconds": 300}
     with site(moto, visibility=600) as aws, start(aws, execution=grace) as agent:
         job(aws, sleep=300, timeoutMs=400000)
@@ -4604,10 +5025,60 @@ def test_check_without_a_dlq_or_an_interpreter(moto):
         assert re.search("DLQ|dead-letter", agent.out + agent.log)
 
 
+@pytest.mark.parametrize("flag", ["--check", "--drain"])
+def test_reader_of_standard_output_that_went_away_ends_nothing(flag):
+    with local_site() as folder:
+        local_job(folder, "r1")
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "wb") as out:
+            ended = subprocess.run(
+                [sys.executable, MODULE, "--local", folder.path, flag], stdout=out, check=False,
+                stderr=subprocess.PIPE, env={**os.environ, **folder.env}, text=True, timeout=60)
+        assert ended.returncode == 0 and "Error" not in ended.stderr, ended.stderr
+
+
+# what is wrong: (what makes it so in a grid's folder, what is then named)
+NO_FOLDERS = {"missing": ("rm -r .", "No such file"),
+              "a file": ("rm -r . && touch {}", "[Nn]ot a directory"),
+              "read-only": ("chmod 500 . queue code", "[Pp]ermission denied"),
+              "a subfolder a file": ("touch running", "running")}
+
+
+@pytest.mark.parametrize("trouble", NO_FOLDERS)
+@pytest.mark.parametrize("flag", ["--check", "--drain"])
+def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
+    """As an ordinary user, whom permissions bind; `--drain` makes a folder that is not there."""
+    grid = grids("ordinary")
+    change, words = NO_FOLDERS[trouble]
+    subprocess.run(["sh", "-c", change.format(grid.path).replace(" .", f" {grid.path}")],
+                   cwd=grid.path, check=True)
+    before = sorted(grid.path.rglob("*"))
+    with Agent("--local", grid.path, flag, python=PYTHON, env=grid.env, cwd="/",
+               prefix=as_user("ordinary")) as agent:
+        status = agent.end(60)
+    if (trouble, flag) == ("missing", "--drain"):
+        assert status == 0
+        return
+    said = agent.out + agent.log
+    assert status == 1 and re.search(words, said) and "Traceback" not in said, said
+    assert sum("FAIL" in line or " ERROR " in line for line in said.splitlines()) == 1, said
+    assert sorted(grid.path.rglob("*")) == before
+
+
+def test_check_of_a_usable_folder_changes_nothing():
+    with local_site() as folder:
+        before = sorted(folder.path.rglob("*"))
+        with local(folder, "--check") as agent:
+            assert agent.end(60) == 0 and f"ok    folder: {folder.path}" in agent.out
+        assert sorted(folder.path.rglob("*")) == before
+
+
 # ---------------------------------------------------------------------- the machine's own faults
 
 
-def test_launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
+@trial
+def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
     with site(moto, visibility=4) as aws, start(aws, execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
             job(aws, request_id, sleep=3)
@@ -4713,6 +5184,54 @@ def test_local_names_that_begin_with_a_dot_are_passed_over():
         assert hidden.exists() and [each["requestId"] for each in reports(agent.log)] == ["r1"]
 
 
+def test_local_what_cannot_be_taken_is_said_once_and_ends_no_drain(grids):
+    """As an ordinary user, who may not read everything."""
+    grid = grids("ordinary")
+    queue = grid.path / "queue"
+    (queue / "folder.json").mkdir()
+    (queue / "link.json").symlink_to("/etc/hostname")
+    (queue / "closed.json").write_text("{}")
+    (queue / "closed.json").chmod(0o200)
+    (queue / "nothing.json").write_text("")
+    os.mkfifo(queue / "pipe.json")
+    if ROOT:
+        os.chown(queue / "pipe.json", ORDINARY, ORDINARY)
+        os.chown(queue / "nothing.json", ORDINARY, ORDINARY)
+    grid.put({"main.py": ""}, request_id="fine")
+    grid.run(seconds=30)
+    assert set(os.listdir(queue)) == {"folder.json", "link.json", "closed.json"}
+    said = "".join(complaints(grid.log))
+    for name in ("folder.json", "link.json", "closed.json"):
+        assert said.count(f"{name} cannot be taken") == 1, grid.log
+    assert grid.reports["fine"][0]["status"] == "ok"
+    assert {"pipe.json", "nothing.json"} <= set(os.listdir(grid.path / "dead"))
+
+
+@pytest.mark.parametrize("first", ["ok", "failed", "killed"])
+def test_local_task_of_a_name_that_runs_waits_for_its_turn(first):
+    """Both are run, whatever becomes of the first one's name meanwhile."""
+    with local_site() as folder:
+        with local(folder) as agent:
+            local_job(folder, "r1", sleep=2, exit=first == "failed", functionId="first")
+            until_ran(folder.scratch)
+            local_job(folder, "r1", functionId="second")
+            if first == "killed":
+                agent.stop(signal.SIGKILL)
+            else:
+                agent.wait_for("functionId=second .*status=ok")
+                agent.wait_for("functionId=first .*status=ok" if first == "ok" else
+                               "functionId=first .*receiveCount=3")
+                assert agent.stop() == 0
+            before = "" if first == "killed" else agent.log
+        with local(folder, "--drain") as agent:
+            assert agent.end(60) == 0
+        log = before + agent.log
+        seen = Counter((each["functionId"], each["status"]) for each in reports(log))
+        assert seen == {("second", "ok"): 1, ("first", "failed"): 3} if first == "failed" else \
+            {("second", "ok"): 1, ("first", "ok"): 1}, log
+        assert not names(folder, "running") and not names(folder, "queue")
+
+
 def test_local_sigterm_gives_back_what_runs_longer_than_the_grace():
     with local_site() as folder:
         local_job(folder, "r1", sleep=300, timeoutMs=400000)
@@ -4738,8 +5257,66 @@ def held(pid: int, task_dir: Path) -> dict[str, int]:
     return held
 
 
+def test_local_20_000_jobs_leave_memory_descriptors_zombies_and_disk_flat():
+    with local_site() as folder, local(folder) as agent:
+        (folder.path / "code" / "noop.zip").write_bytes(make_zip({"main.py": ""}))
+        samples = []
+        for part in range(4):
+            for number in range(5000):
+                folder.put(s3Key="noop.zip", request_id=f"r{part}-{number}")
+            until(lambda: not names(folder, "queue") and not names(folder, "running"), 300, "all")
+            samples.append(held(agent.process.pid, folder.scratch / "task"))
+        assert agent.stop() == 0
+        first, *_, last = samples
+        grown = {key: last[key] - first[key] for key in first}
+        assert grown["kib"] < first["kib"] * 0.15 + 4096 and last["zombies"] == 0, samples
+        assert grown["descriptors"] <= 4 and grown["processes"] <= 2, samples
+        assert grown["files"] <= 8, samples
+        assert Counter(each["status"] for each in reports(agent.log)) == {"ok": 20000}
+
+
 # libfaketime 0.9.10 answers EINVAL to the sleep of Python 3.11 and later when it leaves the
 # monotonic clock alone (as setting a machine's clock does): that one call goes past it.
+SLEEP_C = """#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#include <errno.h>
+int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, struct timespec *left)
+{ return syscall(SYS_clock_nanosleep, clock, flags, until, left) ? errno : 0; }
+"""
+
+
+def test_local_clock_set_forward_hangs_nothing(tmp_path):
+    """By libfaketime (Debian's faketime): two hours forward and back while functions run."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    need("cc")
+    if not library:
+        pytest.skip("faketime is not installed here")
+    clock, sleep = tmp_path / "clock", tmp_path / "sleep.so"
+    clock.write_text("+0")
+    subprocess.run(["cc", "-shared", "-fPIC", "-xc", "-o", sleep, "-"], input=SLEEP_C.encode(),
+                   check=True)
+    env = {"LD_PRELOAD": f"{sleep}:{library}", "FAKETIME_TIMESTAMP_FILE": str(clock),
+           "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    with local_site() as folder, local(folder, env=env) as agent:
+        local_job(folder, "before")
+        agent.wait_for("REPORT requestId=before")
+        for step, moved in enumerate(("+7200", "+0", "+7200")):
+            local_job(folder, f"during{step}", sleep=1.5)
+            until_ran(folder.scratch, f"during{step}")
+            clock.write_text(moved)
+            agent.wait_for(f"REPORT requestId=during{step}", 20)
+            local_job(folder, f"after{step}")
+            agent.wait_for(f"REPORT requestId=after{step}", 20)
+        stamps = [line[:13] for line in agent.log.splitlines() if "REPORT" in line]
+        assert agent.stop(seconds=20) == 0
+        assert {each["status"] for each in reports(agent.log)} == {"ok"}
+        assert len(set(stamps)) > 1, "the clock was not moved: the test shows nothing"
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_trial(trials, name):
+    trials[name].result()
 
 
 # --------------------------------------------------------------------------------------------
