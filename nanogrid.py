@@ -1208,8 +1208,24 @@ class Clients:
                              retries={"total_max_attempts": 1, "mode": "standard"},
                              s3={"addressing_style": "path"} if self.endpoint else {})
         with self.lock:  # a session is not safe for threads
-            return self.session.create_client(service, self.region, endpoint_url=self.endpoint,
-                                              config=config)
+            client = self.session.create_client(service, self.region, endpoint_url=self.endpoint,
+                                                config=config)
+        client.meta.events.register("after-call", refuse_cut_answer)
+        return client
+
+
+def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
+    """Raise IncompleteReadError for an answer shorter than it says.
+
+    Not every urllib3 compares the two (1.26 and 2.8.0 were seen not to), and botocore reads half
+    a JSON text as an empty answer: no messages, no attributes, no failed entries.
+    """
+    from botocore.exceptions import IncompleteReadError
+    length = http_response.headers.get("content-length", "")
+    if model.has_streaming_output or model.http.get("method") == "HEAD" or not length.isdigit():
+        return
+    if len(http_response.content) != int(length):
+        raise IncompleteReadError(actual_bytes=len(http_response.content), expected_bytes=length)
 
 
 class FolderQueue:
@@ -1228,6 +1244,7 @@ class FolderQueue:
         self.stopping = False
         self.news, self._waker = os.pipe()
         self.notices = self._watch()
+        self.fault = Fault(log, f"writing to {root}")
         self.recover()
 
     def _watch(self) -> int:
@@ -1302,10 +1319,13 @@ class FolderQueue:
 
     def _count(self, name: str, takes: int) -> None:
         path = self.root / "queue" / f".{name}.takes"
-        if takes:
-            path.write_text(str(takes))
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if takes:
+                path.write_text(str(takes))
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:  # a take that is not counted is one more try
+            self.fault.failed(error)
 
     def receive(self, limit: int) -> list[Message]:
         """At most `limit` tasks, after at most a second."""
@@ -1353,7 +1373,10 @@ class FolderQueue:
         elif status == "released":  # a take that was given back does not count
             self._put_back(name, takes - 1)
         elif takes >= self.RECEIVES:
-            write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
+            try:
+                write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
+            except OSError as error:  # the log has said why it failed
+                self.fault.failed(error)
             self._move(f"running/{name}", f"dead/{name}")
         else:
             self.names.append(self._put_back(name, takes))
@@ -1699,15 +1722,21 @@ class FolderMetrics:
         self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.count = 0
         self.lock = threading.Lock()
+        self.fault = Fault(log, f"writing {self.path}")
 
     def put(self, function_id: str, runtime: str, peak_bytes: int) -> None:
-        """Append one value."""
+        """Append one value; a disk that is full loses it, and ends no job."""
         line = json.dumps({"timestamp": iso(time.time()), "namespace": self.namespace,
                            "metricName": "PeakMemoryBytes", "value": peak_bytes, "unit": "Bytes",
                            "dimensions": {"FunctionId": function_id, "Runtime": runtime}})
         with self.lock:
-            os.write(self.fd, line.encode() + b"\n")
-            self.count += 1
+            try:
+                os.write(self.fd, line.encode() + b"\n")
+            except OSError as error:
+                self.fault.failed(error)
+            else:
+                self.fault.worked()
+                self.count += 1
 
     def close(self) -> None:
         """Say how many there were."""
@@ -3681,7 +3710,24 @@ class Agent:
     def _settle(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
                 slot: Slot | None = None) -> None:
         """Keep the result, say it, count it, and end the message's turn."""
-        peaks = self._peaks(known, outcome)
+        result, outcome = self._store(message, known, outcome, slot)
+        pairs = report_pairs(known, outcome, message)
+        report(self.log, str(known.get("requestId") or message.id), outcome, pairs)
+        if outcome.peak_bytes is not None:
+            self.metrics.put(pairs["functionId"], pairs["runtime"], outcome.peak_bytes)
+        try:
+            self.queue.end(message, outcome.status, {**result, **pairs, "success": False}
+                           if outcome.status != "ok" else result)
+        except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
+            self.log("ERROR", f"[{message.id}] cannot be put away: {error}")
+        with self.lock:
+            self.counts[outcome.status] += 1
+            if self.summary:
+                self.summary.add(pairs)
+
+    def _store(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
+               slot: Slot | None) -> tuple[dict[str, Any], Outcome]:
+        """Keep a turn's result and output files; the result, and how the turn ends after that."""
         result: dict[str, Any] = {}
         try:
             directory = f"{slot.place.directory}/output" if slot else ""
@@ -3692,25 +3738,14 @@ class Agent:
                                     "are left out: a name must be UTF-8, no longer than "
                                     f"{LONGEST_OUTPUT} bytes with its directories, and not "
                                     "result.json")
-            result = result_of(report_pairs(known, outcome, message), outcome, names, peaks)
+            result = result_of(report_pairs(known, outcome, message), outcome, names,
+                               self._peaks(known, outcome))
             if known.get("requestId") and outcome.status != "released":
                 self.results.put(result, directory, names)
-        except Exception as error:  # noqa: BLE001  # as above
+        except Exception as error:  # noqa: BLE001  # as in _execute
             outcome = replace(outcome, status="error", reason="output",
                               text=f"the result cannot be stored: {error}")
-        pairs = report_pairs(known, outcome, message)
-        report(self.log, str(known.get("requestId") or message.id), outcome, pairs)
-        try:
-            if outcome.peak_bytes is not None:
-                self.metrics.put(pairs["functionId"], pairs["runtime"], outcome.peak_bytes)
-            self.queue.end(message, outcome.status, {**result, **pairs, "success": False}
-                           if outcome.status != "ok" else result)
-        except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
-            self.log("ERROR", f"[{message.id}] cannot be put away: {error}")
-        with self.lock:
-            self.counts[outcome.status] += 1
-            if self.summary:
-                self.summary.add(pairs)
+        return result, outcome
 
     def _peaks(self, known: Mapping[str, Any], outcome: Outcome) -> list[int]:
         """The function's recent peaks, with this one."""

@@ -2490,7 +2490,7 @@ def leftovers(grids, user):
     return grid.run()
 
 
-@pytest.mark.parametrize("number, name", enumerate(LEFTOVERS))
+@pytest.mark.parametrize("number, name", list(enumerate(LEFTOVERS)))
 def test_the_next_run_starts_pristine(leftovers, number, name):
     assert leftovers.reports[f"{number}-a-{slug(name)}"]
     assert leftovers.result(f"{number}-b-{slug(name)}")["status"] == "ok", leftovers.log[-5000:]
@@ -4361,11 +4361,28 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         assert agent.stop() == 0 and "Traceback" not in agent.log
 
 
-def limit_processes(pid: int, soft: int) -> None:
-    """Set RLIMIT_NPROC of an ordinary user's process and of all that stands below it."""
-    for each in family(pid):  # by the user itself: root may lack CAP_SYS_RESOURCE
-        subprocess.run([*as_user("ordinary"), "prlimit", f"--pid={each}", f"--nproc={soft}:"],
-                       check=False, stderr=subprocess.DEVNULL)
+def set_limit(pid: int, option: str) -> None:
+    """Give an ordinary user's process a limit, by the user: root may lack CAP_SYS_RESOURCE."""
+    subprocess.run([*as_user("ordinary"), "prlimit", f"--pid={pid}", option], check=False,
+                   stderr=subprocess.DEVNULL)
+
+
+def test_a_full_disk_under_a_folder_stops_no_slot(grids):
+    """No file of the agent's may grow (its runs are another process): nothing it keeps fits."""
+    grid = grids("ordinary")
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
+               prefix=as_user("ordinary")) as agent:
+        pid = agent.process.pid
+        grid.put({"main.py": "print(1)"}, request_id="before", function_id="f")
+        agent.wait_for("REPORT requestId=before .*status=ok")
+        set_limit(pid, "--fsize=0:")
+        grid.put(request_id="during", function_id="f")
+        until(lambda: agent.log.count("REPORT requestId=during") >= 4, 60, "four tries")
+        set_limit(pid, "--fsize=unlimited:")
+        agent.wait_for("REPORT requestId=during .*status=ok", 60)
+        assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
+    assert not os.listdir(grid.path / "running") and not os.listdir(grid.path / "dead")
+    assert re.search("metrics.jsonl failed: .*too large.*trying on", agent.log), agent.log
 
 
 def test_no_more_processes_is_an_error_and_the_agent_lives(grids):
@@ -4375,7 +4392,8 @@ def test_no_more_processes_is_an_error_and_the_agent_lives(grids):
                prefix=as_user("ordinary")) as agent:
         for request_id, soft, status in (("before", usual, "ok"), ("during", 1, "error"),
                                          ("after", usual, "ok")):
-            limit_processes(agent.process.pid, soft)
+            for pid in family(agent.process.pid):
+                set_limit(pid, f"--nproc={soft}:")
             for runtime, files in (("python", {"main.py": ""}), ("cpp", {"run.sh": "true"})):
                 function_id = f"{request_id}-{runtime}"
                 grid.put(files, runtime, function_id, function_id)
