@@ -656,7 +656,7 @@ def cost_at_depth(bench: Bench, deep: int, functions: int) -> Cost:
                 time.sleep(0.001)
             looks.append((done, time.monotonic(), tree_cpu_s(agent.pid)))
     shutil.rmtree(folder.path)
-    ends = list(zip(looks, looks[1:]))
+    ends = [(looks[at], looks[at + 1]) for at in range(len(looks) - 1)]
     return Cost(*(statistics.median((after[what] - before[what]) / (after[0] - before[0])
                                     for before, after in ends) for what in (1, 2)))
 

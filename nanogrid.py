@@ -888,6 +888,7 @@ class Message:
     body: str
     receive_count: int
     sent: float  # seconds since the epoch, by the queue's clock
+    received: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -1197,6 +1198,9 @@ class Clients:
                          f"{sys.executable} -m pip install boto3 (--local and --demo do without)"
                          ) from None
         self.session, self.config, self.lock = Session(), Config, threading.Lock()
+        # botocore would read 870 directories at each start to know that these are services.
+        self.session.get_component("data_loader").list_available_services = (
+            lambda type_name: ("sqs", "s3", "cloudwatch"))
         self.region, self.endpoint = settings.region, settings.endpoint_url
         if self.session.get_credentials() is None:
             raise GiveUp(queue_advice(type("NoCredentialsError", (Exception,), {})("none found"),
@@ -1444,6 +1448,16 @@ class Package:
     lock: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0
     used: float = 0.0
+    asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
+    confirmed: float = 0.0  # the source's own time when it said so
+
+    def serves(self, message: Message) -> bool:
+        """Whether this is right for a message without asking: confirmed after that was sent.
+
+        What was asked after the message was here is, without a look at any clock but ours.
+        """
+        return (message.received < self.asked
+                or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
 
 
 class S3Code:
@@ -1560,20 +1574,16 @@ class CodeCache:
             threading.Lock)
         self.packages: dict[tuple[str, str, str], Package] = {}
         self.replaced: list[Package] = []
-        self.checked: dict[tuple[str, str, str], float] = {}
         self.serial = 0
 
-    def get(self, task: Task, sent: float) -> Package:
-        """The package of a task whose message was sent at `sent`; to be given to release().
-
-        A cached package that S3 confirmed after the message was sent is right without asking.
-        """
+    def get(self, task: Task, message: Message) -> Package:
+        """The package of a message's task, as its source has it; to be given to release()."""
         key = (task.bucket, task.key, task.runtime)
         with self.lock:
             key_lock = self.key_locks[key]
         with key_lock:
             package = self.packages.get(key)
-            if package is None or sent + CLOCK_SKEW_SECONDS >= self.checked.get(key, 0.0):
+            if package is None or not package.serves(message):
                 package = self._refresh(key, task, package)
             with self.lock:
                 package.users += 1
@@ -1590,29 +1600,30 @@ class CodeCache:
             self.serial += 1
             place = self.directory / str(self.serial)
         archive = place.with_suffix(".zip")
+        asked = time.monotonic()
         try:
-            etag, when = self.source.get(task, old.etag if old else "", archive)
+            etag, confirmed = self.source.get(task, old.etag if old else "", archive)
             if old and etag == old.etag:
-                self.checked[key] = when
+                old.asked, old.confirmed = asked, confirmed
                 return old
             place.mkdir(mode=0o755)
             unpack(archive, place)
-            package = Package(place, etag, find_entry(place, task.runtime), tree_size(place))
+            package = Package(place, etag, find_entry(place, task.runtime), tree_size(place),
+                              asked=asked, confirmed=confirmed)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
         finally:
             archive.unlink(missing_ok=True)
-        self._store(key, package, when)
+        self._store(key, package)
         return package
 
-    def _store(self, key: tuple[str, str, str], package: Package, when: float) -> None:
+    def _store(self, key: tuple[str, str, str], package: Package) -> None:
         """Take a new package in; drop what it replaces, and old ones that nobody uses."""
         with self.lock:
             if old := self.packages.get(key):
                 self.replaced.append(old)
             self.packages[key] = package
-            self.checked[key] = when
             gone = [one for one in self.replaced if not one.users]
             self.replaced = [one for one in self.replaced if one.users]
             total = sum(one.size for one in self.packages.values())
@@ -3698,7 +3709,7 @@ class Agent:
     def _execute(self, task: Task, message: Message, slot: Slot) -> Outcome:
         """One run, from the code to its outcome; every failure becomes a value here."""
         try:
-            package = self.code.get(task, message.sent)
+            package = self.code.get(task, message)
             try:
                 job = self.slots.job(task, self.slots.compile(task, package, slot), slot)
                 return outcome_of(slot.run(job)) if self._is_held(slot) else Outcome("released")

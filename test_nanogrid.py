@@ -37,7 +37,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -5853,7 +5853,7 @@ def check_metric(url: str, peak_bytes: int):
     assert metric["MetricName"] == "PeakMemoryBytes"
     dimensions = {one["Name"]: one["Value"] for one in metric["Dimensions"]}
     assert dimensions == {"FunctionId": "hello-python", "Runtime": "python"}
-    now = datetime.now(timezone.utc)
+    now = datetime.now().astimezone()
     [point] = cloudwatch.get_metric_statistics(
         Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes",
         Dimensions=metric["Dimensions"], StartTime=now - timedelta(hours=1),
