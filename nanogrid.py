@@ -2654,7 +2654,8 @@ class Supervisor:
         code = os.waitstatus_to_exitcode(status)
         if end == "exit" and (peak > job.memory_mb * MIB or code and refused(texts[1])):
             end = "oom"
-        return {"end": end, "exit_code": code, "peak_bytes": peak, "duration": duration,
+        return {"end": end, "reason": "disk" if end == "disk" else None, "exit_code": code,
+                "peak_bytes": peak, "duration_ms": round(duration * 1000),
                 "started_at": started_at, "stdout": texts[0], "stderr": texts[1],
                 "stdout_bytes": outputs[0].count, "stderr_bytes": outputs[1].count,
                 "start": "warm" if warm else "cold"}
@@ -2940,42 +2941,33 @@ class Outcome:
 
 
 def outcome_of(answer: Mapping[str, Any]) -> Outcome:
-    """The outcome of what a supervisor says of a run."""
-    if answer["end"] == "error":
-        return Outcome("error", answer["reason"], answer["text"])
-    if "exit_code" not in answer:  # let go of before it began
-        return Outcome(STATUS_OF_END[answer["end"]])
-    code = answer["exit_code"]
-    status = STATUS_OF_END.get(answer["end"]) or ("failed" if code else "ok")
-    return Outcome(status, "disk" if answer["end"] == "disk" else None, "", code,
-                   answer["peak_bytes"], round(answer["duration"] * 1000), answer["stdout"],
-                   answer["stderr"], answer["stdout_bytes"], answer["stderr_bytes"],
-                   answer["started_at"], answer["start"])
+    """The outcome of what a supervisor says of a run (see Supervisor.run)."""
+    known = dict(answer)
+    end = known.pop("end")
+    status = STATUS_OF_END.get(end) or ("failed" if known["exit_code"] else "ok")
+    return Outcome(status, **known)
 
 
 def report_pairs(task: Mapping[str, Any], outcome: Outcome, message: Message) -> dict[str, Any]:
     """The pairs of the REPORT line; `task` has those of the task's fields that are known."""
-    pairs = {"requestId": task.get("requestId"), "functionId": task.get("functionId"),
-             "runtime": task.get("runtime"), "status": outcome.status,
-             "exitCode": outcome.exit_code, "durationMillis": outcome.duration_ms,
-             "peakMemoryBytes": outcome.peak_bytes, "memoryMb": task.get("memoryMb"),
-             "timeoutMs": task.get("timeoutMs"), "receiveCount": message.receive_count,
-             "start": outcome.start}
-    if outcome.reason:
-        pairs["reason"] = outcome.reason
-    return pairs
+    return {"requestId": task.get("requestId"), "functionId": task.get("functionId"),
+            "runtime": task.get("runtime"), "status": outcome.status,
+            "exitCode": outcome.exit_code, "durationMillis": outcome.duration_ms,
+            "peakMemoryBytes": outcome.peak_bytes, "memoryMb": task.get("memoryMb"),
+            "timeoutMs": task.get("timeoutMs"), "receiveCount": message.receive_count,
+            "start": outcome.start, **({"reason": outcome.reason} if outcome.reason else {})}
 
 
 def result_of(pairs: Mapping[str, Any], outcome: Outcome, names: list[str],
-              peaks: Iterable[int]) -> dict[str, Any]:
+              peaks: list[int]) -> dict[str, Any]:
     """The content of result.json."""
     begin = outcome.started_at
-    end = begin + (outcome.duration_ms or 0) / 1000 if begin else None
-    result = {**pairs, "success": outcome.status == "ok", "stdout": outcome.stdout,
-              "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
-              "stderrBytes": outcome.stderr_bytes, "startedAt": iso(begin) if begin else None,
-              "finishedAt": iso(end) if end else None, "outputFiles": names}
-    return {**result, **advice(list(peaks), pairs["memoryMb"])}
+    end = begin and begin + (outcome.duration_ms or 0) / 1000
+    return {**pairs, "success": outcome.status == "ok", "stdout": outcome.stdout,
+            "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
+            "stderrBytes": outcome.stderr_bytes, "startedAt": begin and iso(begin),
+            "finishedAt": end and iso(end), "outputFiles": names,
+            **advice(peaks, pairs["memoryMb"])}
 
 
 def advice(peaks: list[int], memory_mb: int | None) -> dict[str, Any]:
@@ -2985,13 +2977,9 @@ def advice(peaks: list[int], memory_mb: int | None) -> dict[str, Any]:
     largest = max(peaks) / MIB
     wanted = max(16, math.ceil(largest * 1.25 / 16) * 16)
     seen = f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of {memory_mb}"
-    if wanted > memory_mb:
-        words = f"{seen}: raise memoryMb to {wanted}."
-    elif wanted <= memory_mb * 3 // 4:
-        words = f"{seen}: {wanted} would do."
-    else:
-        words = f"{seen}: memoryMb fits."
-    return {"recommendedMemoryMb": wanted, "optimizationTip": words}
+    words = (f"raise memoryMb to {wanted}" if wanted > memory_mb else
+             f"{wanted} would do" if wanted <= memory_mb * 3 // 4 else "memoryMb fits")
+    return {"recommendedMemoryMb": wanted, "optimizationTip": f"{seen}: {words}."}
 
 
 def report(log: Log, request_id: str, outcome: Outcome, pairs: Mapping[str, Any]) -> None:
@@ -3010,34 +2998,24 @@ def report(log: Log, request_id: str, outcome: Outcome, pairs: Mapping[str, Any]
     log.write(lines)
 
 
-class Summary:
-    """What --drain says at its end."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, list[tuple[str, int | None, int | None, int | None]]] = {}
-
-    def add(self, pairs: Mapping[str, Any]) -> None:
-        """Count one report."""
-        self.rows.setdefault(pairs["functionId"] or "-", []).append(
-            (pairs["status"], pairs["durationMillis"], pairs["peakMemoryBytes"],
-             pairs["memoryMb"]))
-
-    def table(self) -> str:
-        """function, runs, ok and not, median and largest duration, largest peak and its cap."""
-        import statistics
-        width = max([8, *map(len, self.rows)])
-        lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
-        for name, runs in sorted(self.rows.items()):
-            good = sum(status == "ok" for status, *_ in runs)
-            spent = [ms for _, ms, _, _ in runs if ms is not None] or [0]
-            peak, cap = max(((peak, cap) for _, _, peak, cap in runs if peak is not None),
-                            default=(0, 0))
-            share = min(1.0, peak / MIB / cap) if cap else 0
-            bar = "#" * round(share * 20)
-            lines.append(f"{name:{width}}  {len(runs):6} {good:6} {len(runs) - good:6} "
-                         f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
-                         f"{peak / MIB:.1f} of {cap} MiB")
-        return "\n".join(lines)
+def summary(pairs: Iterable[Mapping[str, Any]]) -> str:
+    """The table that ends --drain, from the pairs of all REPORT lines."""
+    import statistics
+    runs: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for one in pairs:
+        runs[one["functionId"] or "-"].append(one)
+    width = max([8, *map(len, runs)])
+    lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
+    for name, mine in sorted(runs.items()):
+        good = sum(one["status"] == "ok" for one in mine)
+        spent = [one["durationMillis"] for one in mine if one["durationMillis"] is not None] or [0]
+        peak, cap = max(((one["peakMemoryBytes"], one["memoryMb"]) for one in mine
+                         if one["peakMemoryBytes"] is not None), default=(0, 0))
+        bar = "#" * round(min(1.0, peak / MIB / (cap or 1)) * 20)
+        lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
+                     f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
+                     f"{peak / MIB:.1f} of {cap} MiB")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------
@@ -3071,25 +3049,17 @@ class Launcher:
                 env=env, pass_fds=[theirs.fileno()], stdin=code)
 
     def supervisor(self, place: Place) -> socket.socket:
-        """A connection to a new supervisor for this place."""
+        """A connection to a new supervisor for this place; raises OSError."""
         ours, theirs = socket.socketpair()
-        message = json.dumps(asdict(place)).encode()
         with theirs, self.lock:
-            try:
-                if self.process.poll() is not None:
-                    raise BrokenPipeError
-                socket.send_fds(self.control, [message], [theirs.fileno()])
-            except OSError:
-                self._restart()
-                socket.send_fds(self.control, [message], [theirs.fileno()])
+            if self.process.poll() is not None:
+                self.log("ERROR", f"the launcher ended ({self.process.returncode}); its runs are "
+                                  "lost, and another is started")
+                self.control.close()
+                end_descendants()
+                self._start()
+            socket.send_fds(self.control, [json.dumps(asdict(place)).encode()], [theirs.fileno()])
         return ours
-
-    def _restart(self) -> None:
-        self.log("ERROR", f"the launcher ended ({self.process.wait()}); its runs are lost, and "
-                          "another is started")
-        self.control.close()
-        end_descendants()
-        self._start()
 
     def close(self) -> None:
         """End the launcher and all that runs."""
@@ -3105,71 +3075,66 @@ class Slot:
 
     def __init__(self, place: Place, launcher: Launcher):
         self.place, self.launcher = place, launcher
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.connection: socket.socket | None = None
         self.pid = 0
         self.cancelled = False
 
     def run(self, job: Job) -> dict[str, Any]:
-        """A supervisor's answer (see Supervisor.run); raises MachineFault."""
-        request = json.dumps(asdict(job)).encode() + b"\n"
+        """A supervisor's answer (see Supervisor.run); raises MachineFault and OSError."""
         try:
-            for last in (False, True):  # a supervisor that ended while idle is replaced
-                with self.lock:
-                    if self.cancelled:
-                        return {"end": "cancelled"}
-                    if self.connection is None:
-                        self.connection = self.launcher.supervisor(self.place)
-                        self.connection.settimeout(self.SPARE_SECONDS)
-                        self.pid = max(0, number := int(self._line()))
-                        if number < 0:
-                            raise OSError(-number, os.strerror(-number))
-                try:
-                    self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
-                    self.connection.sendall(request)
-                    break
-                except OSError:
-                    self.drop()
-                    if last:
-                        raise
+            with self.lock:
+                if self.cancelled:
+                    return {"end": "cancelled"}
+                self._connect()
+            self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
+            self.connection.sendall(json.dumps(asdict(job)).encode() + b"\n")
             answer = json.loads(self._line())
-            if answer["end"] == "error":
-                self.drop()  # what a function did to it, it may do again: begin anew
-            return answer
         except OSError as error:
             self.drop(kill=True)
             if reason_of(error) != "launcher":
                 raise
             raise MachineFault("launcher", f"what ran the function was lost ({error!r}); it may "
                                            "have killed it") from None
+        if answer["end"] == "error":
+            self.drop()  # what a function did to it, it may do again: begin anew
+        return answer
+
+    def _connect(self) -> None:
+        """Have a supervisor; one that ended while it was idle is replaced."""
+        if self.connection and select.select([self.connection], [], [], 0)[0]:
+            self.drop()
+        if self.connection is None:
+            self.connection = self.launcher.supervisor(self.place)
+            self.connection.settimeout(self.SPARE_SECONDS)
+            self.answers = self.connection.makefile("rb")
+            self.pid = int(self._line())
+            if self.pid < 0:  # the launcher's errno: it could not fork
+                raise OSError(-self.pid, os.strerror(-self.pid))
 
     def _line(self) -> bytes:
-        content = bytearray()
-        while not content.endswith(b"\n"):
-            chunk = self.connection.recv(1 << 20)
-            if not chunk:
-                raise ConnectionError("end of file")
-            content += chunk
-        return bytes(content)
+        line = self.answers.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionError("end of file")
+        return line
 
     def drop(self, kill: bool = False) -> None:
         """Let go of the supervisor, which then ends what it runs; kill it if it may be stopped."""
         with self.lock:
             if self.connection:
+                self.answers.close()
                 self.connection.close()
-                if kill:
-                    signal_all([self.pid] if self.pid else [], signal.SIGKILL)
                 self.connection = None
+                if kill and self.pid > 0:
+                    signal_all([self.pid], signal.SIGKILL)
 
     def cancel(self) -> None:
         """End the run, and let no other begin."""
         with self.lock:
             self.cancelled = True
             if self.connection:
-                try:
+                with contextlib.suppress(OSError):
                     self.connection.shutdown(socket.SHUT_WR)
-                except OSError:
-                    pass
 
 
 def find_program(names: tuple[str, ...], path: str, uid: int | None, gid: int | None) -> str:
@@ -3229,9 +3194,8 @@ class Slots:
             name: find_program((settings.runtimes[name],) if name in settings.runtimes
                                else runtime.programs, self.path, first.uid, first.gid)
             for name, runtime in RUNTIMES.items()}
-        found = ", ".join(f"{name} {path}" for name, path in self.programs.items() if path)
-        missing = ", ".join(name for name, path in self.programs.items() if not path)
-        log("INFO", f"runtimes: {found or 'none'}" + (f"; not here: {missing}" if missing else ""))
+        log("INFO", "runtimes: " + ", ".join(f"{name} {path or '(not here)'}"
+                                             for name, path in self.programs.items()))
         if first.uid is None:
             why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
             log("WARNING", f"{why}: functions run as this agent's own user, and may read its "
@@ -3251,36 +3215,33 @@ class Slots:
         if uid is not None:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
-        settings = self.settings
-        limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": settings.max_open_files,
-                  "RLIMIT_FSIZE": settings.max_file_mb * MIB,
-                  "RLIMIT_NPROC": settings.max_processes + (
-                      0 if private else user_tasks(os.getuid() if uid is None else uid))}
+        others = 0 if private else user_tasks(os.getuid() if uid is None else uid)
+        limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
+                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB,
+                  "RLIMIT_NPROC": self.settings.max_processes + others}
         return Place(str(directory), uid, gid, groups, private, str(shell), limits)
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
-        """(uid, gid, groups, whether nobody else has it) of a slot."""
+        """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
         name = self.settings.run_as
-        if name is not None:
-            try:
-                entry = pwd.getpwnam(name) if not name.isdecimal() else pwd.getpwuid(int(name))
-                uid, gid, user = entry.pw_uid, entry.pw_gid, entry.pw_name
-                groups = tuple(os.getgrouplist(user, gid))
-            except KeyError:
-                if not name.isdecimal():
-                    raise GiveUp(f"agent.execution.runAs is {name}; this machine has no such user"
-                                 ) from None
-                uid = gid = int(name)
-                groups = ()
-            if can_become(uid):
-                return uid, gid, groups, False
-            if uid != os.geteuid():
-                raise GiveUp(f"agent.execution.runAs is {name}; only root can run functions as "
-                             "another user: start the agent as root, or leave runAs out")
-        if name is not None or not can_become(FIRST_UID):
-            return None, None, (), False
-        uid = self._lock_uid()
-        return uid, uid, (), True
+        if name is None:
+            uid = self._lock_uid() if can_become(FIRST_UID) else None
+            return uid, uid, (), uid is not None
+        try:
+            entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+            uid, gid = entry.pw_uid, entry.pw_gid
+            groups = tuple(os.getgrouplist(entry.pw_name, gid))
+        except KeyError:
+            if not name.isdecimal():
+                raise GiveUp(f"agent.execution.runAs is {name}; this machine has no such user"
+                             ) from None
+            uid, gid, groups = int(name), int(name), ()
+        if can_become(uid):
+            return uid, gid, groups, False
+        if uid != os.geteuid():
+            raise GiveUp(f"agent.execution.runAs is {name}; only root can run functions as "
+                         "another user: start the agent as root, or leave runAs out")
+        return None, None, (), False
 
     def _lock_uid(self) -> int:
         """A uid that nobody has, for as long as this agent lives (an abstract socket's name)."""
@@ -3289,11 +3250,11 @@ class Slots:
             try:
                 lock.bind(f"\0nanogrid-uid-{uid}")
                 pwd.getpwuid(uid)
-            except OSError:
-                pass
             except KeyError:
                 self.uid_locks.append(lock)
                 return uid
+            except OSError:  # another agent's
+                pass
             lock.close()
         raise GiveUp(f"no uid from {FIRST_UID} to {LAST_UID} is free; lower "
                      "agent.execution.concurrency")
@@ -3326,7 +3287,7 @@ class Slots:
         return tuple(program if part == "{program}" else part for part in command)
 
     def compile(self, task: Task, package: Package, slot: Slot) -> Package:
-        """The package with its program compiled, once; raises Rejected with the compiler's words."""
+        """The package with its program compiled, once; raises Ended with the compiler's words."""
         compiler = RUNTIMES[task.runtime].compiled.get(package.entry)
         if compiler is None:
             return package
@@ -3362,18 +3323,10 @@ class Slots:
 
     def close(self) -> None:
         """Remove all that was made on disk."""
-        trash = self.base / "trash"
-        trash.mkdir()
-        for name in os.listdir(self.base):
-            path = str(self.base / name)
-            if name != "trash" and os.path.isdir(path) and not os.path.islink(path):
-                sweep(path, str(trash))
-        shutil.rmtree(self.base, ignore_errors=True)
+        remove_task_dir(self.base)
         os.close(self.lock)
-        try:
+        with contextlib.suppress(OSError):  # another agent's may be there
             self.base.parent.rmdir()
-        except OSError:
-            pass
 
 
 class Ended(Exception):
@@ -3434,7 +3387,7 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
         for old in root.glob("agent-*"):
-            remove_dead(old)
+            remove_if_dead(old)
         own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
         lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -3446,24 +3399,25 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     return own, lock
 
 
-def remove_dead(path: Path) -> None:
+def remove_if_dead(path: Path) -> None:
     """Remove an agent's directory, unless that agent lives."""
-    try:
+    with contextlib.suppress(OSError):
         fd = os.open(path / "lock", os.O_RDWR)
-    except OSError:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        trash = path / "trash"
-        trash.mkdir(exist_ok=True)
-        for entry in list(os.scandir(path)):
-            if entry.is_dir(follow_symlinks=False) and entry.name != "trash":
-                sweep(entry.path, str(trash))
-        shutil.rmtree(path, ignore_errors=True)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_task_dir(path)
+        finally:
+            os.close(fd)
+
+
+def remove_task_dir(path: Path) -> None:
+    """Remove an agent's directory, whatever functions left in it."""
+    trash = path / "trash"
+    trash.mkdir(exist_ok=True)
+    for entry in list(os.scandir(path)):
+        if entry.is_dir(follow_symlinks=False) and entry.name != "trash":
+            sweep(entry.path, str(trash))
+    shutil.rmtree(path, ignore_errors=True)
 
 
 class Agent:
@@ -3488,7 +3442,7 @@ class Agent:
         self.sick_seconds = 0.0
         self.fault = Fault(log, "receiving messages")
         self.peaks: OrderedDict[str, deque[int]] = OrderedDict()
-        self.summary: Summary | None = None
+        self.reports: list[Mapping[str, Any]] | None = None  # all of them, for summary()
         self.counts: Counter[str] = Counter()
         self.stopping = False
         self.signals = 0
@@ -3502,7 +3456,7 @@ class Agent:
         """Work until a signal, or with `drain` until the queue is empty."""
         gc.freeze()  # what the start has made stays: no collection need look at it again
         gc.enable()
-        self.summary = Summary() if drain else None
+        self.reports = [] if drain else None
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
@@ -3587,7 +3541,7 @@ class Agent:
                 self.fault.worked()
                 for message in messages:
                     self._take(message)
-                if not messages and self.summary is not None and self._is_drained():
+                if not messages and self.reports is not None and self._is_drained():
                     break
                 if not messages and not self.local and not self.settings.wait_time_seconds:
                     self._pause(1)  # SQS answered at once
@@ -3733,8 +3687,8 @@ class Agent:
             self.log("ERROR", f"[{message.id}] cannot be put away: {error}")
         with self.lock:
             self.counts[outcome.status] += 1
-            if self.summary:
-                self.summary.add(pairs)
+            if self.reports is not None:
+                self.reports.append(pairs)
 
     def _store(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
                slot: Slot | None) -> tuple[dict[str, Any], Outcome]:
@@ -3790,7 +3744,7 @@ def notify(state: str) -> None:
 
 
 def spot_notice() -> bool:
-    """Whether the instance metadata (IMDSv2) announces an interruption; False where none answers."""
+    """Whether the instance metadata (IMDSv2) announces an interruption; False without any."""
     from urllib.request import Request, urlopen
     base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
     try:
@@ -3841,8 +3795,8 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
         agent = Agent(settings, log, queue, CodeCache(source, slots.base / "code"), results,
                       metrics, slots)
         agent.run(drain)
-        if agent.summary:
-            say(agent.summary.table())
+        if agent.reports is not None:
+            say(summary(agent.reports))
 
 
 def say(text: str) -> None:
@@ -3906,7 +3860,8 @@ DEMO = {
                       "held = []\nwhile True:\n    held.append(bytearray(1 << 20))\n"),
     "sleepy-python": ("python", "main.py",
                       'import time\nprint("good night", flush=True)\ntime.sleep(60)\n'),
-    "hello-cpp": ("cpp", "main.cpp", '#include <cstdio>\nint main() { std::puts("Hello from C++"); }\n'),
+    "hello-cpp": ("cpp", "main.cpp",
+                  '#include <cstdio>\nint main() { std::puts("Hello from C++"); }\n'),
 }
 DEMO_LIMITS = {"timeoutMs": 500, "memoryMb": 64}
 
@@ -4012,7 +3967,8 @@ def check_aws(settings: Settings, checks: Checks) -> None:
         if error:
             raise GiveUp(queue_advice(error, settings.queue_url) or str(error))
         attributes.update(answer["Attributes"])
-        return f"{settings.queue_url}, about {attributes.get('ApproximateNumberOfMessages')} waiting"
+        waiting = attributes.get("ApproximateNumberOfMessages")
+        return f"{settings.queue_url}, about {waiting} waiting"
 
     def ask_dlq() -> str:
         policy = json.loads(attributes.get("RedrivePolicy") or "{}")
