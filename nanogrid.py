@@ -3779,6 +3779,8 @@ def machine(settings: Settings, log: Log) -> Iterator[Slots]:
 
 def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
     """Run an agent on SQS, or on a folder; raises GiveUp."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
+        signal.signal(number, lambda *_: sys.exit(0))
     with machine(settings, log) as slots:
         if folder:
             try:
@@ -4062,7 +4064,7 @@ def main(argv: list[str]) -> int:
     except GiveUp as error:
         log("ERROR", str(error))
     except KeyboardInterrupt:
-        log("ERROR", "interrupted before it had begun")
+        log("ERROR", "interrupted")
     return 1
 
 

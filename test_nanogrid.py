@@ -4701,6 +4701,16 @@ def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(mot
 
 
 @trial
+def sigterm_while_the_queue_has_not_answered_yet_ends_clean(moto):
+    with site(moto) as aws:
+        aws.proxy.fail("GetQueueAttributes", "black hole")
+        with start(aws) as agent:
+            until(lambda: aws.proxy.count("GetQueueAttributes"), 30, "the first request")
+            assert agent.stop(seconds=8) == 0
+        assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*")), agent.log
+
+
+@trial
 def sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
     """S3 never answers, and a compiler does not come to its end: neither is waited for."""
     with site(moto, visibility=600) as aws:
