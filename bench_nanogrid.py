@@ -74,6 +74,11 @@ PYTHON_PEAK = """touched = b"x" * (%d << 20)
 with open("/proc/self/status") as status:
     print([line for line in status if line.startswith("VmHWM:")][0])
 """
+OWN_TIME = """import time
+began = time.monotonic()
+time.sleep(0.05)
+print((time.monotonic() - began) * 1e3)
+"""
 BARE_BOTO3 = """import sys, boto3
 clients = [boto3.client(name) for name in ("sqs", "s3", "cloudwatch")]
 clients[0].receive_message(QueueUrl=sys.argv[1], WaitTimeSeconds=20)
@@ -759,11 +764,23 @@ def peak_error(result: dict) -> tuple[float, int, int]:
     return abs(reported - own) / max(MIB, 0.03 * own), reported, own
 
 
+def duration(bench: Bench):
+    folder, size = bench.folder(), bench.size.latencies // 2
+    folder.code(make_zip({"main.py": OWN_TIME}))
+    bodies = [task(number) for number in range(size)]
+    with running(bench, [MODULE, "--local", folder.path]) as agent:
+        results = [folder.result(body, agent) for body in bodies if folder.hand_over(body)]
+    own, reported = max(((float(one["stdout"]), one["durationMillis"]) for one in results),
+                        key=lambda pair: abs(pair[1] - pair[0]))
+    yield Row("duration error / 5 ms", f"{reported} ms", f"its own clock: {own:.2f} ms",
+              abs(reported - own) / 5, 1.0, note=f"worst of {size} python runs")
+
+
 # --- command line -------------------------------------------------------------------------------
 
 FIGURES = {figure.__name__: figure for figure in (
     python_local, python_sqs, cpp_local, cpu, latency, package, start, idle, idle_local, requests,
-    depth, peak)}
+    depth, peak, duration)}
 
 
 def rows_of(bench: Bench, name: str):
