@@ -3602,9 +3602,8 @@ class Agent:
                     self.tasks.notify()
                     return
             self._settle(message, known, Outcome("released"))
-        except Rejected as error:
-            self._settle(message, known or error.known,
-                         Outcome("rejected", error.reason, str(error)))
+        except Exception as error:  # noqa: BLE001  # the batch's other messages must have their turn
+            self._settle(message, known or getattr(error, "known", {}), outcome_of_error(error))
 
     # The slots' threads.
 
