@@ -2080,18 +2080,10 @@ def prctl(option: int, value: int) -> None:
 def read_proc(path: str) -> bytes:
     """The content of a file of /proc; empty when its process is gone or not ours to see."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except OSError:
         return b""
-    try:
-        content = b""
-        while chunk := os.read(fd, 65536):
-            content += chunk
-        return content
-    except OSError:
-        return content
-    finally:
-        os.close(fd)
 
 
 def children_of(pid: int) -> list[int]:
@@ -2104,9 +2096,10 @@ def children_of(pid: int) -> list[int]:
             for child in read_proc(f"/proc/{pid}/task/{task}/children").split()]
 
 
-def tree_below(roots: list[int]) -> list[int]:
-    """These processes and all that stand below them."""
-    found = list(roots)
+def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> list[int]:
+    """All below this process, but for `helpers` alone, and `others` with all below them."""
+    found = [pid for parent in (os.getpid(), *helpers) for pid in children_of(parent)
+             if pid not in helpers and pid not in others]
     for pid in found:
         found.extend(children_of(pid))
     return found
@@ -2115,40 +2108,25 @@ def tree_below(roots: list[int]) -> list[int]:
 def signal_all(pids: Iterable[int], number: int) -> None:
     """Send a signal to each of these that is still there and ours."""
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
 
-def end_descendants(keep: Collection[int] = ()) -> bool:
-    """Kill and reap all below this process but `keep` (their children too); whether any was there.
+def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> None:
+    """Kill and reap all `descendants`.
 
     Stopped first and killed then: what is stopped forks no more, so this ends with a fork bomb.
     """
-    found = False
     stopped: set[int] = set()
-    while True:
-        mine = [pid for pid in children_of(os.getpid()) if pid not in keep]
-        below = tree_below(mine + [child for pid in keep for child in children_of(pid)])
-        if not below:
-            return found
-        found = True
+    while below := descendants(helpers, others):
         new = set(below) - stopped
         signal_all(new or below, signal.SIGSTOP if new else signal.SIGKILL)
         stopped |= new
         if not new:
-            reap(mine)
+            for pid in below:
+                with contextlib.suppress(ChildProcessError):  # another's child
+                    os.waitpid(pid, os.WNOHANG)
             time.sleep(0.001)
-
-
-def reap(pids: Iterable[int]) -> None:
-    """Take the statuses of those children that have ended."""
-    for pid in pids:
-        try:
-            os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
 
 
 def resident(pids: list[int]) -> dict[int, int]:
@@ -2161,18 +2139,6 @@ def resident_together(pids: list[int]) -> int:
     shares = re.findall(rb"^Pss: +(\d+)", b"".join(
         read_proc(f"/proc/{pid}/smaps_rollup") for pid in pids), re.MULTILINE)
     return sum(map(int, shares)) * 1024
-
-
-@contextlib.contextmanager
-def stopped(pids: list[int]) -> Iterator[None]:
-    """Hold those of these processes that run."""
-    running = [pid for pid in pids
-               if read_proc(f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
-    signal_all(running, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        signal_all(running, signal.SIGCONT)
 
 
 def sweep(path: str, trash: str) -> None:
@@ -2201,25 +2167,15 @@ def disk_usage(paths: list[str], most_files: int) -> tuple[int, int]:
     size = count = 0
     pending = list(paths)
     while pending and count <= most_files:
-        try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    count += 1
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    else:
-                        status = entry.stat(follow_symlinks=False)
-                        size += status.st_blocks * 512 // status.st_nlink
-        except OSError:  # it changes while we look
-            continue
+        with contextlib.suppress(OSError):  # it changes while we look
+            for entry in os.scandir(pending.pop()):
+                count += 1
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                else:
+                    status = entry.stat(follow_symlinks=False)
+                    size += status.st_blocks * 512 // status.st_nlink
     return size, count
-
-
-def make_dir(path: str) -> None:
-    """Have a directory at `path`, whatever a function that owned its parent put there."""
-    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
-        os.unlink(path)
-    os.makedirs(path, exist_ok=True)
 
 
 class Workspace:
@@ -2234,103 +2190,94 @@ class Workspace:
 
     def __init__(self, place: Place):
         self.place = place
-        self.root = place.directory
-        self.work = os.path.join(self.root, "work")
-        self.trash = os.path.join(self.root, "trash")
         self.linked = place.uid not in (None, os.getuid())
         self.package = ""
-        self.wanted: dict[str, dict[str, os.stat_result]] = {}
-        self.seen: dict[str, tuple[int, int]] = {}
-        for name in ("trash", "work", *self.PRIVATE):
-            make_dir(os.path.join(self.root, name))
+        self.wanted: dict[str, dict[str, os.stat_result]] = {}  # directory -> name -> lstat
+        self.seen: dict[str, tuple[int, int]] = {}  # path -> (inode, ctime) as it was made
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what the run of `package` shall find; raises OSError."""
         if package != self.package:
-            self.package, self.wanted = package, self._scan(package)
+            self.wanted, self.package = self._scan(package), package
             self.seen.clear()
-        make_dir(self.trash)
-        sweep(self.trash, self.trash)
+        root = self.place.directory
+        self._have(f"{root}/trash", stat.S_ISDIR, os.mkdir)
+        sweep(f"{root}/trash", f"{root}/trash")
         for name in self.PRIVATE:
-            self._restore(os.path.join(self.root, name), {}, "", 0o700)
-        for relative, entries in self.wanted.items():
-            # Without the slash that join leaves at the end: "work/" would follow a link.
-            self._restore(os.path.join(self.work, relative).rstrip("/"), entries, relative, 0o755)
-        path = os.path.join(self.root, "stdin")
-        with open(path, "wb", buffering=0) as file:
+            self._restore(f"{root}/{name}", "", {}, 0o700)
+        for source, entries in self.wanted.items():
+            self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
+        with open(f"{root}/stdin", "wb", buffering=0) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        self._own(path, 0o440 if self.linked else 0o600)
-        for name in ("stdout", "stderr"):
-            self._fifo(os.path.join(self.root, name))
-        self._trust_old()
+        self._own(f"{root}/stdin", 0o440 if self.linked else 0o600)
+        for path in f"{root}/stdout", f"{root}/stderr":  # its own: it may open /dev/stdout again
+            self._have(path, stat.S_ISFIFO, os.mkfifo)
+            self._own(path, 0o600)
+        # A change in the clock tick of a mark would not show: marks so young are forgotten.
+        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+        self.seen = {path: mark for path, mark in self.seen.items() if mark[1] < now}
 
     @staticmethod
     def _scan(package: str) -> dict[str, dict[str, os.stat_result]]:
-        """relative directory -> name -> lstat, parents first."""
+        """What every directory of a package holds, parents first."""
         found: dict[str, dict[str, os.stat_result]] = {}
-        for relative in (pending := [""]):
-            found[relative] = {}
-            for entry in os.scandir(os.path.join(package, relative)):
-                found[relative][entry.name] = entry.stat(follow_symlinks=False)
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(os.path.join(relative, entry.name))
+        for directory in (pending := [package]):
+            entries = list(os.scandir(directory))
+            found[directory] = {each.name: each.stat(follow_symlinks=False) for each in entries}
+            pending += [each.path for each in entries if each.is_dir(follow_symlinks=False)]
         return found
 
-    def _restore(self, path: str, entries: dict, relative: str, mode: int) -> None:
-        """Give a directory just these entries, unless it has them still."""
-        make_dir(path)
-        status = os.lstat(path)
-        if self.seen.get(path) == self._mark(status) and (self.linked or all(
-                stat.S_ISDIR(want.st_mode)
-                or self.seen.get(file := os.path.join(path, name)) == self._mark(os.lstat(file))
-                for name, want in entries.items())):
+    def _restore(self, path: str, source: str, entries: dict, mode: int) -> None:
+        """Give a directory just these entries of `source`, unless it has them still."""
+        self._have(path, stat.S_ISDIR, os.mkdir)
+        if self.seen.get(path) == mark_of(os.lstat(path)) and (self.linked or all(
+                self._same(entry, entries[entry.name]) for entry in os.scandir(path))):
             return
         os.chmod(path, 0o700)
-        kept = set()
+        missing = dict(entries)
         for entry in list(os.scandir(path)):
-            if self._same(entry, entries.get(entry.name), relative):
-                kept.add(entry.name)
+            if entry.name in entries and self._same(entry, entries[entry.name]):
+                del missing[entry.name]
             else:
-                self._remove(entry)
-        for name, want in entries.items():
-            if name not in kept:
-                self._make(os.path.join(path, name), os.path.join(self.package, relative, name),
-                           want)
+                self._remove(entry.path)
+        for name, want in missing.items():
+            self._make(f"{path}/{name}", f"{source}/{name}", want)
         self._own(path, mode)
-        self.seen[path] = self._mark(os.lstat(path))
+        self.seen[path] = mark_of(os.lstat(path))
 
-    def _same(self, entry: os.DirEntry, want: os.stat_result | None, relative: str) -> bool:
+    def _same(self, entry: os.DirEntry, want: os.stat_result) -> bool:
         """Whether an entry is still what the package has there."""
-        if want is None:
-            return False
         if stat.S_ISDIR(want.st_mode):
             return entry.is_dir(follow_symlinks=False)
-        if stat.S_ISLNK(want.st_mode):
-            return entry.is_symlink() and os.readlink(entry.path) == os.readlink(
-                os.path.join(self.package, relative, entry.name))
-        if self.linked:
+        if self.linked and not stat.S_ISLNK(want.st_mode):
             return entry.inode() == want.st_ino
-        return self.seen.get(entry.path) == self._mark(entry.stat(follow_symlinks=False))
-
-    def _remove(self, entry: os.DirEntry) -> None:
-        if entry.is_dir(follow_symlinks=False):
-            sweep(entry.path, self.trash)
-            os.rmdir(entry.path)
-        else:
-            os.unlink(entry.path)
+        return self.seen.get(entry.path) == mark_of(entry.stat(follow_symlinks=False))
 
     def _make(self, path: str, source: str, want: os.stat_result) -> None:
         """One entry of the package in the workspace."""
         if stat.S_ISDIR(want.st_mode):
             os.mkdir(path)
-        elif stat.S_ISLNK(want.st_mode):
-            os.symlink(os.readlink(source), path)
-        elif self.linked:
+        elif self.linked and not stat.S_ISLNK(want.st_mode):
             os.link(source, path)
         else:
-            shutil.copyfile(source, path)
-            os.chmod(path, stat.S_IMODE(want.st_mode))
-            self.seen[path] = self._mark(os.lstat(path))
+            shutil.copy(source, path, follow_symlinks=False)
+            self.seen[path] = mark_of(os.lstat(path))
+
+    def _have(self, path: str, is_one: Callable[[int], bool], make: Callable[[str], None]) -> None:
+        """Have a directory or a FIFO at `path`, whatever a function put there."""
+        there = os.path.lexists(path)
+        if there and not is_one(os.lstat(path).st_mode):
+            self._remove(path)
+            there = False
+        if not there:
+            make(path)
+
+    def _remove(self, path: str) -> None:
+        if os.path.isdir(path) and not os.path.islink(path):
+            sweep(path, f"{self.place.directory}/trash")
+            os.rmdir(path)
+        else:
+            os.unlink(path)
 
     def _own(self, path: str, mode: int) -> None:
         """Give a path to the slot's user."""
@@ -2338,25 +2285,10 @@ class Workspace:
             os.chown(path, self.place.uid, self.place.gid)
         os.chmod(path, mode)
 
-    def _fifo(self, path: str) -> None:
-        """An output of the function, its own so that it may open /dev/stdout again."""
-        try:
-            if stat.S_ISFIFO(os.lstat(path).st_mode):
-                return
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        os.mkfifo(path)
-        self._own(path, 0o600)
 
-    @staticmethod
-    def _mark(status: os.stat_result) -> tuple[int, int]:
-        return status.st_ino, status.st_ctime_ns
-
-    def _trust_old(self) -> None:
-        """Forget marks so young that a change in the same clock tick would not show."""
-        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
-        self.seen = {path: mark for path, mark in self.seen.items() if mark[1] < now}
+def mark_of(status: os.stat_result) -> tuple[int, int]:
+    """What is another as soon as the file, its mode or a directory's entries are."""
+    return status.st_ino, status.st_ctime_ns
 
 
 class Output:
@@ -2684,9 +2616,7 @@ class Supervisor:
 
     def run_pids(self) -> list[int]:
         """All processes of the run."""
-        helpers = self.helpers()
-        return tree_below([pid for parent in (os.getpid(), *helpers)
-                           for pid in children_of(parent) if pid not in helpers])
+        return descendants(self.helpers())
 
     def _kill(self, child: int) -> None:
         """Kill the run, leaving the status of its first process to be taken."""
@@ -2795,9 +2725,12 @@ class Watch:
         held = self.together + sum(max(0, size - self.sizes.get(pid, 0))
                                    for pid, size in sizes.items())
         if held > min(cap, self.largest * 1.01):
-            with stopped(pids) if held > cap else contextlib.nullcontext():
-                self.sizes = resident(pids)
-                held = self.together = resident_together(pids) or sum(self.sizes.values())
+            running = [pid for pid in pids if held > cap and read_proc(
+                f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
+            signal_all(running, signal.SIGSTOP)
+            self.sizes = resident(pids)
+            held = self.together = resident_together(pids) or sum(self.sizes.values())
+            signal_all(running, signal.SIGCONT)
             self.largest = max(self.largest, held)
         return held
 
@@ -2879,19 +2812,11 @@ def launch(control: socket.socket) -> None:
             for pid in list(supervisors):
                 if os.waitpid(pid, os.WNOHANG)[0]:
                     supervisors.discard(pid)
-            end_descendants_of_nobody(supervisors)
+            end_descendants(others=supervisors)  # what one left that was itself killed
     os.close(held)
     for pid in supervisors:
         os.waitpid(pid, 0)
     end_descendants()
-
-
-def end_descendants_of_nobody(supervisors: set[int]) -> None:
-    """Kill what a supervisor left that was itself killed; the living ones' runs stay."""
-    while orphans := [pid for pid in children_of(os.getpid()) if pid not in supervisors]:
-        signal_all(tree_below(orphans), signal.SIGKILL)
-        reap(orphans)
-        time.sleep(0.001)
 
 
 def supervise(agent: socket.socket, life: int, place: bytes, others: tuple) -> NoReturn:
