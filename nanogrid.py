@@ -1872,9 +1872,9 @@ FORK_SHELL = """
 while read -r go <&3; do
   ( ( read -r pid name state parent rest </proc/self/stat
       kill -9 "$parent"
-      echo "$pid" >&5
+      echo "$pid" >&3
       read -r go <&4 && . "$0" ) ; : )
-  echo >&5
+  echo >&3
 done
 """
 
@@ -1914,18 +1914,18 @@ def serve(channel=3):
 def become(channel, request):
     """Turn this fork into the process of the request; its main module and code."""
     os.setsid()
-    for fd, (path, flags) in enumerate(request["files"]):
-        opened = os.open(path, flags)
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        opened = os.open(request["root"] + "/" + name, os.O_WRONLY if fd else os.O_RDONLY)
         os.dup2(opened, fd)
         os.close(opened)
-    resource.setrlimit(resource.RLIMIT_DATA, (request["data"], request["data"]))
-    resource.setrlimit(resource.RLIMIT_NPROC, (request["processes"], request["processes"]))
+    for name, value in request["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
     if request["uid"] is not None:
         os.setgroups(request["groups"])
         os.setresgid(*[request["gid"]] * 3)
         os.setresuid(*[request["uid"]] * 3)
     prctl(4, 1, 0, 0, 0)  # dumpable again: a change of uid took that away, too
-    os.chdir(request["cwd"])
+    os.chdir(request["root"] + "/work")
     os.environ.update(request["env"])
     sys.modules["posix"].environ.update((name.encode(), os.fsencode(value))
                                         for name, value in request["env"].items())
@@ -2349,12 +2349,10 @@ def confine(place: Place, files: list[int]) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     for name, value in place.limits.items():
-        if name == "RLIMIT_NPROC":
-            continue  # the run's, not its helpers'
-        limit = getattr(resource, name)
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
+        # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
+        # door must not be refused.
+        if name != "RLIMIT_NPROC":
+            resource.setrlimit(getattr(resource, name), (value, value))
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # the kernel's own out-of-memory killer takes a function first
@@ -2362,91 +2360,104 @@ def confine(place: Place, files: list[int]) -> None:
         pass  # /proc of a process that is not dumpable is root's
 
 
-def process_limit(place: Place) -> int:
-    """RLIMIT_NPROC of a run. It's the run's alone: a helper that forks under the uid of a fork
-    bomb next door must not be refused."""
-    wanted, hard = place.limits["RLIMIT_NPROC"], resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+class Helper:
+    """A confined process that forks a supervisor's runs, one after another."""
+
+    name: str
+    privileged = False  # keeps the supervisor's user, and changes that of its forks
+
+    def __init__(self, place: Place, argv: list[str], env: dict[str, str], cwd: str,
+                 files: list[int]):
+        """Exec argv with `files` as its descriptors, but for 3, its end of the channel."""
+        self.place = place
+        self.runs = 0
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        files[3:3] = [theirs.detach()]
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                confine(place, files)
+                if place.uid is not None and not self.privileged:
+                    os.setgroups(place.groups)
+                    os.setresgid(place.gid, place.gid, place.gid)
+                    os.setresuid(place.uid, place.uid, place.uid)  # takes all capabilities, too
+                os.chdir(cwd)
+                os.execve(argv[0], argv, env)
+            finally:
+                os._exit(127)
+        for fd in set(files):
+            os.close(fd)
+
+    def write(self, fd: int, message: bytes) -> None:
+        """Send it something; raises ConnectionError when it is gone."""
+        try:
+            os.write(fd, message)
+        except BrokenPipeError:
+            raise ConnectionError(f"{self.name} ended") from None
+
+    def receive(self, seconds: float = 5) -> bytes:
+        """What it says next; raises ConnectionError."""
+        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
+        if not select.select([self.channel], [], [], seconds)[0]:
+            raise ConnectionError(f"{self.name} does not answer")
+        with contextlib.suppress(ConnectionResetError):
+            if answer := self.channel.recv(1000):
+                return answer
+        raise ConnectionError(f"{self.name} ended")
+
+    def done(self, child: int) -> int:
+        """A descriptor that is readable once the run has ended (pidfd_open(2), Linux 5.3)."""
+        try:
+            return os.pidfd_open(child)
+        except ProcessLookupError:
+            return os.dup(self.channel.fileno())  # it has ended, and its status is under way
+
+    def close(self) -> None:
+        """End it; what stood below it becomes ours."""
+        self.channel.close()
+        signal_all([self.pid], signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
 
 
-def drop_privileges(place: Place) -> None:
-    """Become the slot's user, for good; the kernel takes all capabilities with uid 0."""
-    if place.uid is not None:
-        os.setgroups(place.groups)
-        os.setresgid(place.gid, place.gid, place.gid)
-        os.setresuid(place.uid, place.uid, place.uid)
+class ForkShell(Helper):
+    """A shell that forks what is exec'd (FORK_SHELL says why)."""
 
-
-def spawn(place: Place, argv: list[str], env: dict[str, str], files: list[int], cwd: str,
-          privileged: bool = False) -> int:
-    """Fork and exec a helper of the supervisor, confined; its pid."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        confine(place, files)
-        if not privileged:
-            drop_privileges(place)
-        os.chdir(cwd)
-        os.execve(argv[0], argv, env)
-    finally:
-        os._exit(127)
-
-
-class ForkShell:
-    """A shell that forks what is exec'd (FORK_SHELL says why); one for many runs."""
+    name = "the fork shell"
 
     def __init__(self, place: Place, env: dict[str, str]):
-        self.script = os.path.join(place.directory, "run")
+        self.script = f"{place.directory}/run"
         # The kernel shares the processors between sessions first (sched(7), autogroup): a function
-        # in that of its supervisor could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
+        # in its supervisor's could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
         self.session = [path] if (path := shutil.which("setsid")) else []
         gate, self.gate = os.pipe()
-        commands, self.commands = os.pipe()
-        self.replies, replies = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
-        self.pid = spawn(place, [place.shell, "-c", FORK_SHELL, self.script], env,
-                         [null, null, null, commands, gate, replies], "/")
-        for fd in (null, commands, gate, replies):
-            os.close(fd)
-        self.place = place
+        super().__init__(place, [place.shell, "-c", FORK_SHELL, self.script], env, "/",
+                         [null, null, null, gate])
 
     def start(self, job: Job, data_bytes: int) -> int:
-        """Start the job; its pid, a child of ours. Raises ConnectionError when the shell is gone."""
+        """Start the job; its pid, a child of ours. Raises ConnectionError."""
         root = shlex.quote(self.place.directory)
-        processes = process_limit(self.place)
+        processes = self.place.limits["RLIMIT_NPROC"]
         lines = [f"ulimit -d {data_bytes // 1024}",
                  f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}",  # bash; dash
                  f"cd {root}/work", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(job.env[name])}"
                    for name in RUN_ENV if name in job.env),
-                 (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin >{root}/stdout 2>{root}/stderr"
-                  " 3<&- 4<&- 5>&-")]
+                 (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin "
+                  f">{root}/stdout 2>{root}/stderr 3<&- 4<&-")]
         with open(self.script, "w") as file:
             file.write("\n".join(lines) + "\n")
         os.chmod(self.script, 0o644)
-        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
-        try:
-            os.write(self.commands, b"\n")
-            answer = b""
-            while answer.count(b"\n") < 2:
-                if not select.select([self.replies], [], [], 5)[0]:
-                    raise ConnectionError("the fork shell does not answer")
-                chunk = os.read(self.replies, 100)
-                if not chunk:
-                    raise ConnectionError("the fork shell ended")
-                answer += chunk
-            child = int(answer)
-            if not self.session:
-                os.setpgid(child, child)
-            os.write(self.gate, b"\n")
-        except BrokenPipeError:
-            raise ConnectionError("the fork shell ended") from None
+        self.write(self.channel.fileno(), b"\n")
+        answer = self.receive()
+        while answer.count(b"\n") < 2:
+            answer += self.receive()
+        child = int(answer)
+        if not self.session:
+            os.setpgid(child, child)
+        self.write(self.gate, b"\n")
         return child
-
-    def done(self, child: int) -> int:
-        """A descriptor that is readable once the run has ended (pidfd_open(2), Linux 5.3)."""
-        return os.pidfd_open(child)
 
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended."""
@@ -2454,79 +2465,43 @@ class ForkShell:
         return status, usage.ru_maxrss
 
     def close(self) -> None:
-        """End it; what stood below it becomes ours."""
-        end_helper(self.pid, self.commands, self.gate, self.replies)
+        super().close()
+        os.close(self.gate)
 
 
-class ReadyPython:
+class ReadyPython(Helper):
     """An interpreter that has started and is forked for each run (READY_PYTHON)."""
 
+    name = "the ready interpreter"
+    privileged = True
+
     def __init__(self, place: Place, env: dict[str, str], interpreter: str):
-        self.interpreter = interpreter
-        self.runs = 0
-        self.place = place
-        directory = os.path.join(place.directory, "ready")
+        directory = f"{place.directory}/ready"
         os.makedirs(directory, exist_ok=True)
-        with open(os.path.join(directory, "main.py"), "w") as file:
+        with open(f"{directory}/main.py", "w") as file:
             file.write(READY_PYTHON)
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         null = os.open(os.devnull, os.O_RDWR)
         unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
-        self.pid = spawn(place, [interpreter, "main.py"], env,
-                         [null, output, output, theirs.fileno()], directory, privileged=True)
-        for fd in (null, unread, output, theirs.detach()):
-            os.close(fd)
-        self._receive(30)
-
-    def _receive(self, seconds: float) -> bytes:
-        if not select.select([self.channel], [], [], seconds)[0]:
-            raise ConnectionError("the ready interpreter does not answer")
-        answer = self.channel.recv(1000)
-        if not answer:
-            raise ConnectionError("the ready interpreter ended")
-        return answer
+        super().__init__(place, [interpreter, "main.py"], env, directory, [null, output, output])
+        os.close(unread)
+        self.receive(30)
 
     def start(self, job: Job, data_bytes: int) -> int:
         """Start the job; its pid, a child of the interpreter. Raises ConnectionError."""
         self.runs += 1
-        root, place = self.place.directory, self.place
-        self.channel.send(marshal.dumps({
-            "files": [(f"{root}/stdin", os.O_RDONLY), (f"{root}/stdout", os.O_WRONLY),
-                      (f"{root}/stderr", os.O_WRONLY)],
-            "data": data_bytes, "processes": process_limit(place), "uid": place.uid,
-            "gid": place.gid, "groups": list(place.groups),
-            "cwd": f"{root}/work", "env": {name: job.env[name] for name in RUN_ENV}}, 2))
-        answer = self._receive(5)
+        place = self.place
+        self.write(self.channel.fileno(), marshal.dumps({
+            "root": place.directory, "env": {name: job.env[name] for name in RUN_ENV},
+            "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": place.limits["RLIMIT_NPROC"]},
+            "uid": place.uid, "gid": place.gid, "groups": place.groups}, 2))
+        answer = self.receive()
         if not answer.isdigit():
             raise ConnectionError("the function's process ended before it began")
         return int(answer)
 
-    def done(self, child: int) -> int:
-        """A descriptor that is readable once the run has ended."""
-        try:
-            return os.pidfd_open(child)
-        except ProcessLookupError:
-            return os.dup(self.channel.fileno())  # it has ended, and its status is under way
-
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
-        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
-        return marshal.loads(self._receive(5))
-
-    def close(self) -> None:
-        """End it; what stood below it becomes ours."""
-        end_helper(self.pid, self.channel.detach())
-
-
-def end_helper(pid: int, *fds: int) -> None:
-    """Kill and reap a helper of the supervisor."""
-    for fd in fds:
-        os.close(fd)
-    signal_all([pid], signal.SIGKILL)
-    try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass
+        return marshal.loads(self.receive())
 
 
 class Supervisor:
@@ -2537,14 +2512,13 @@ class Supervisor:
         self.agent = agent
         self.life = life  # ends with the launcher
         self.workspace = Workspace(place)
-        self.shell: ForkShell | None = None
-        self.ready: ReadyPython | None = None
+        self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
         self.unready = ""  # an interpreter that could not be made ready
 
     def serve(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
         requests = self.agent.makefile("r", encoding="utf-8")
-        while not self._gone():
+        while self.life not in select.select([self.agent, self.life], [], [])[0]:
             line = requests.readline()
             if not line:
                 break
@@ -2556,76 +2530,71 @@ class Supervisor:
             self.agent.sendall(json.dumps(answer).encode() + b"\n")
         self.end_all()
 
-    def _gone(self) -> bool:
-        """Wait for a request; whether the launcher went instead."""
-        return self.life in select.select([self.agent, self.life], [], [])[0]
-
     def run(self, job: Job) -> dict[str, Any]:
-        """One run from its workspace to its outcome; raises OSError or ConnectionError."""
+        """One run from its workspace to its outcome; raises OSError."""
         self.workspace.prepare(job.package, job.input)
         root = self.place.directory
         outputs = [Output(f"{root}/{name}", tee if job.tee else 0)
                    for tee, name in ((1, "stdout"), (2, "stderr"))]
-        texts = []
         try:
-            helper, warm = self._helper(job)
+            helper, start = self._helper(job)
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
             child = helper.start(job, (4 * job.memory_mb + 256) * MIB)
             started_at, started = time.time(), time.monotonic()  # the fork is not the function's
-            watch = Watch(self, job, child, helper, outputs, started)
+            watch = Watch(self, job, helper.done(child), outputs, started)
             end = watch.wait()
             duration = time.monotonic() - started
-            if end != "exit":
-                self._kill(child)
+            if end != "exit":  # leaving the status of its first process to be taken
+                self._kill_user()
+                signal_all([child, *self.run_pids()], signal.SIGKILL)
             status, peak_kib = helper.wait(child)
             self.end_run()
         finally:
             texts = [output.close() for output in outputs]
         peak = max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
-        if end == "exit" and (peak > job.memory_mb * MIB or code and refused(texts[1])):
+        if end == "exit" and (peak > job.memory_mb * MIB
+                              or code and REFUSED.search(texts[1][-2000:])):
             end = "oom"
         return {"end": end, "exit_code": code, "peak_bytes": peak, "duration": duration,
                 "started_at": started_at, "stdout": texts[0], "stderr": texts[1],
                 "stdout_bytes": outputs[0].count, "stderr_bytes": outputs[1].count,
-                "start": "warm" if warm else "cold"}
+                "start": start}
 
-    def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, bool]:
-        """What starts this job, made if need be, and whether it's a warm start."""
+    def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, str]:
+        """What starts this job, made if need be, and whether that is a warm or a cold start."""
         base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
-        if not job.warm or job.warm == self.unready:
-            if self.shell is None:
-                self.shell = ForkShell(self.place, base)
-            return self.shell, False
-        if self.ready and (self.ready.interpreter != job.warm or self.ready.runs >= READY_RUNS):
-            self.ready.close()
-            self.ready = None
-        if warm := self.ready is not None:
-            return self.ready, warm
-        try:
-            self.ready = ReadyPython(self.place, base, job.warm)
-        except ConnectionError:  # not one that can be kept ready (too old, a wrapper): start it cold
-            self.unready = job.warm
-            return self._helper(job)
-        return self.ready, warm
+        if job.warm and job.warm != self.unready:
+            ready = self.helpers.get(job.warm)
+            if ready and ready.runs < READY_RUNS:
+                return ready, "warm"
+            self._close(job.warm)
+            try:
+                ready = self.helpers[job.warm] = ReadyPython(self.place, base, job.warm)
+                return ready, "cold"
+            except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
+                self.unready = job.warm
+        if "" not in self.helpers:
+            self.helpers[""] = ForkShell(self.place, base)
+        return self.helpers[""], "cold"
 
-    def helpers(self) -> list[int]:
-        """The pids of what stands below this process and is no run's."""
-        return [helper.pid for helper in (self.shell, self.ready) if helper]
+    def _close(self, *interpreters: str) -> None:
+        """End those helpers that there are."""
+        for helper in filter(None, [self.helpers.pop(each, None) for each in interpreters]):
+            helper.close()
+
+    def _helper_pids(self) -> list[int]:
+        return [helper.pid for helper in self.helpers.values()]
 
     def run_pids(self) -> list[int]:
         """All processes of the run."""
-        return descendants(self.helpers())
-
-    def _kill(self, child: int) -> None:
-        """Kill the run, leaving the status of its first process to be taken."""
-        if self.place.private:
-            self._kill_user()
-        signal_all([child, *self.run_pids()], signal.SIGKILL)
+        return descendants(self._helper_pids())
 
     def _kill_user(self) -> None:
-        """Kill all that runs under the slot's own uid, at once (kill(2), pid -1)."""
+        """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
+        if not self.place.private:
+            return
         killer = os.fork()
         if not killer:
             try:
@@ -2634,35 +2603,30 @@ class Supervisor:
             finally:
                 os._exit(0)
         os.waitpid(killer, 0)
-        if self.shell:
-            self.shell.close()
-            self.shell = None
+        self._close("")
 
     def end_run(self) -> None:
         """Nothing of a run outlives it: daemons, other sessions, stopped processes."""
         if self.run_pids():
-            if self.place.private:
-                self._kill_user()
-            if self.ready and children_of(self.ready.pid):  # clone(CLONE_PARENT): it won't reap them
-                self.ready.close()
-                self.ready = None
-            end_descendants(self.helpers())
+            self._kill_user()
+            # What clone(CLONE_PARENT) made a helper's child, it won't reap.
+            self._close(*[name for name, helper in self.helpers.items()
+                          if children_of(helper.pid)])
+            end_descendants(self._helper_pids())
 
     def end_all(self) -> None:
         """End the run and the helpers."""
-        for helper in filter(None, (self.shell, self.ready)):
-            helper.close()
-        self.shell = self.ready = None
+        self._close(*self.helpers)
         self.end_run()
 
 
 class Watch:
     """Looks after a run until it ends or must be ended."""
 
-    def __init__(self, supervisor: Supervisor, job: Job, child: int,
-                 helper: ForkShell | ReadyPython, outputs: list[Output], started: float):
+    def __init__(self, supervisor: Supervisor, job: Job, done: int, outputs: list[Output],
+                 started: float):
         self.supervisor, self.job = supervisor, job
-        self.done = helper.done(child)
+        self.done = done  # readable once the run has ended
         self.outputs = {output.fd: output for output in outputs}
         self.deadline = started + job.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
@@ -2756,18 +2720,12 @@ class Watch:
         return used[0] > most[0] or used[1] > most[1]
 
 
+# A program that failed says, last of all, that it was refused memory: the kernel keeps no count of
+# refusals, and these are the runtimes' own words for one.
 REFUSED = re.compile(
     r"^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
     r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
     r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)", re.MULTILINE)
-
-
-def refused(stderr: str) -> bool:
-    """Whether a program that failed says, last of all, that it was refused memory.
-
-    The kernel keeps no count of refusals; these are the runtimes' own words for one.
-    """
-    return bool(REFUSED.search(stderr[-2000:]))
 
 
 def reason_of(error: Exception) -> str:
@@ -2819,7 +2777,7 @@ def launch(control: socket.socket) -> None:
     end_descendants()
 
 
-def supervise(agent: socket.socket, life: int, place: bytes, others: tuple) -> NoReturn:
+def supervise(agent: socket.socket, life: int, message: bytes, others: tuple) -> NoReturn:
     """A supervisor's life, in a fork of the launcher."""
     status = 1
     try:
@@ -2829,7 +2787,11 @@ def supervise(agent: socket.socket, life: int, place: bytes, others: tuple) -> N
         os.setsid()
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         agent.sendall(b"%d\n" % os.getpid())
-        Supervisor(Place(**json.loads(place)), agent, life).serve()
+        place = Place(**json.loads(message))
+        for name, value in place.limits.items():
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            place.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        Supervisor(place, agent, life).serve()
         status = 0
     except Exception as error:  # noqa: BLE001  # it is a process of its own: nobody else says it
         sys.stderr.write(f"nanogrid: a supervisor ended: {error!r}\n")
