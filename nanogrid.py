@@ -1912,7 +1912,7 @@ def serve(channel=3):
         os.write(channel, marshal.dumps((status, usage.ru_maxrss), 2))
 
 def become(channel, request):
-    """Turn this fork into the process of the request; its main module and code."""
+    """Turn this fork into the process of the request; its global names and its code."""
     os.setsid()
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         opened = os.open(request["root"] + "/" + name, os.O_WRONLY if fd else os.O_RDONLY)
@@ -1947,7 +1947,7 @@ def become(channel, request):
     except Exception:  # the interpreter itself words this best
         os.execv(sys.executable, [sys.executable, "main.py"])
     sys.modules["__main__"] = main
-    return main, code
+    return main.__dict__, code
 
 def finish(status):
     """What Py_FinalizeEx shows, without its price: it would touch every inherited page.
@@ -2010,25 +2010,21 @@ def ended(error):
 
 def show(error, trace):
     """Give an error to sys.excepthook, with the interpreter's own words for one that fails."""
-    failure = None
     if hasattr(sys, "excepthook"):
         try:
             return sys.excepthook(type(error), error, trace)
         except SystemExit:
             raise
-        except BaseException as raised:
-            failure = raised
-        failure.__traceback__ = failure.__traceback__.tb_next
-        sys.stderr.write("Error in sys.excepthook:\n")
-        sys.__excepthook__(type(failure), failure, failure.__traceback__)
-        sys.stderr.write("\nOriginal exception was:\n")
+        except BaseException as failure:
+            failure.__traceback__ = failure.__traceback__.tb_next
+            sys.stderr.write("Error in sys.excepthook:\n")
+            sys.__excepthook__(type(failure), failure, failure.__traceback__)
+            sys.stderr.write("\nOriginal exception was:\n")
     else:
         sys.stderr.write("sys.excepthook is missing\n")
     sys.__excepthook__(type(error), error, trace)
 
-main, code = become(*serve())
-names = main.__dict__
-del main
+names, code = become(*serve())
 failure = None
 try:
     exec(code, names)
@@ -2186,10 +2182,9 @@ class Workspace:
     linked; else they are copied, and each one's own ctime is looked at.
     """
 
-    PRIVATE = ("home", "tmp", "output")
-
     def __init__(self, place: Place):
         self.place = place
+        self.private = [f"{place.directory}/{name}" for name in ("home", "tmp", "output")]
         self.linked = place.uid not in (None, os.getuid())
         self.package = ""
         self.wanted: dict[str, dict[str, os.stat_result]] = {}  # directory -> name -> lstat
@@ -2203,8 +2198,8 @@ class Workspace:
         root = self.place.directory
         self._have(f"{root}/trash", stat.S_ISDIR, os.mkdir)
         sweep(f"{root}/trash", f"{root}/trash")
-        for name in self.PRIVATE:
-            self._restore(f"{root}/{name}", "", {}, 0o700)
+        for path in self.private:
+            self._restore(path, "", {}, 0o700)
         for source, entries in self.wanted.items():
             self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
         with open(f"{root}/stdin", "wb", buffering=0) as file:
@@ -2296,10 +2291,8 @@ class Output:
 
     def __init__(self, path: str, tee: int):
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        self.tee = tee
-        self.head = bytearray()
-        self.tail = bytearray()
-        self.count = 0
+        self.tee, self.count = tee, 0
+        self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
         """Take what is there now; False at the end of the stream."""
@@ -2307,14 +2300,13 @@ class Output:
             chunk = os.read(self.fd, 65536)
         except BlockingIOError:
             return False
-        if self.tee and chunk:
+        if self.tee:
             write_all(self.tee, chunk)
         self.count += len(chunk)
         room = KEPT_BYTES - len(self.head)
         self.head += chunk[:room]
-        self.tail += chunk[room:] if room > 0 else chunk
-        if len(self.tail) > 16 * KEPT_BYTES:
-            del self.tail[:-KEPT_BYTES]
+        self.tail += chunk[room:]
+        del self.tail[:-KEPT_BYTES]
         return bool(chunk)
 
     def close(self) -> str:
@@ -2322,7 +2314,6 @@ class Output:
         while self.read():
             pass
         os.close(self.fd)
-        del self.tail[:-KEPT_BYTES]
         dropped = self.count - len(self.head) - len(self.tail)
         mark = b"\n[%d bytes dropped]\n" % dropped if dropped else b""
         return (self.head + mark + self.tail).decode("utf-8", "replace")
@@ -2330,11 +2321,9 @@ class Output:
 
 def write_all(fd: int, content: bytes) -> None:
     """Write it all; a reader that went away loses it."""
-    try:
+    with contextlib.suppress(BrokenPipeError):
         while content:
             content = content[os.write(fd, content):]
-    except BrokenPipeError:
-        pass
 
 
 def confine(place: Place, files: list[int]) -> None:
@@ -2353,11 +2342,9 @@ def confine(place: Place, files: list[int]) -> None:
         # door must not be refused.
         if name != "RLIMIT_NPROC":
             resource.setrlimit(getattr(resource, name), (value, value))
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # the kernel's own out-of-memory killer takes a function first
-    except PermissionError:
-        pass  # /proc of a process that is not dumpable is root's
+    # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
+    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
 
 
 class Helper:
@@ -2514,6 +2501,9 @@ class Supervisor:
         self.workspace = Workspace(place)
         self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
         self.unready = ""  # an interpreter that could not be made ready
+        for name, value in place.limits.items():
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            place.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
 
     def serve(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
@@ -2631,34 +2621,33 @@ class Watch:
         self.deadline = started + job.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
+        self.next_count = started + COUNT_SECONDS
         self.largest = 0  # bytes: the largest sum over more than one process that was seen
         self.together, self.sizes = 0, {}  # bytes: of all, and of each, when last looked exactly
-        self.next_count = started + COUNT_SECONDS
         self.free = self._free()
 
     def wait(self) -> str:
         """How the run ends: exit, timeout, oom, disk, or cancelled (the agent let go of it)."""
+        agent, life = self.supervisor.agent.fileno(), self.supervisor.life
         poll = select.poll()
-        for fd in (self.done, self.supervisor.agent.fileno(), self.supervisor.life, *self.outputs):
+        for fd in (self.done, agent, life, *self.outputs):
             poll.register(fd, select.POLLIN)
         try:
-            while True:
-                now = time.monotonic()
-                if now >= self.deadline:
-                    return "timeout"
+            while (now := time.monotonic()) < self.deadline:
                 if now >= self.next_look and (end := self._look(now)):
                     return end
                 wait = min(self.next_look, self.deadline) - time.monotonic()
                 ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
                 if self.done in ready:
                     return "exit"
-                if self.supervisor.life in ready:
+                if life in ready:
                     raise ConnectionError("the launcher ended")
-                if self.supervisor.agent.fileno() in ready:
+                if agent in ready:
                     return "cancelled"
                 for fd in ready:
                     if not self.outputs[fd].read():
                         poll.unregister(fd)
+            return "timeout"
         finally:
             os.close(self.done)
 
@@ -2706,18 +2695,18 @@ class Watch:
     def _over_disk(self) -> bool:
         """Whether the run holds too much; counted when the file system has lost that much, and
         seldom else, for a neighbour may free what the run takes."""
-        self.next_disk_look = time.monotonic() + DISK_LOOK_SECONDS
-        most = self.job.disk_mb * MIB, self.job.files
         started = time.monotonic()
+        self.next_disk_look = started + DISK_LOOK_SECONDS
+        most = self.job.disk_mb * MIB, self.job.files
         if started < self.next_count and all(
                 before - now <= limit for before, now, limit in zip(self.free, self._free(), most)):
             return False
-        root = self.supervisor.place.directory
-        used = disk_usage([f"{root}/{name}" for name in ("work", *Workspace.PRIVATE)], most[1])
-        took = time.monotonic() - started
-        self.next_disk_look = time.monotonic() + max(DISK_LOOK_SECONDS, 5 * took)
-        self.next_count = time.monotonic() + max(COUNT_SECONDS, 50 * took)
-        return used[0] > most[0] or used[1] > most[1]
+        place, private = self.supervisor.place, self.supervisor.workspace.private
+        size, count = disk_usage([f"{place.directory}/work", *private], self.job.files)
+        now = time.monotonic()
+        self.next_disk_look = now + max(DISK_LOOK_SECONDS, 5 * (now - started))
+        self.next_count = now + max(COUNT_SECONDS, 50 * (now - started))
+        return size > most[0] or count > most[1]
 
 
 # A program that failed says, last of all, that it was refused memory: the kernel keeps no count of
@@ -2755,21 +2744,18 @@ def launch(control: socket.socket) -> None:
             message, fds, _, _ = socket.recv_fds(control, 65536, 1)
             if not message:
                 break
-            try:
-                pid = os.fork()
-            except OSError as error:  # no more processes: those that run are not to be lost
-                os.write(fds[0], b"-%d\n" % error.errno)
-            else:
-                if not pid:
-                    supervise(socket.socket(fileno=fds[0]), life, message,
-                              (control, held, wake, waker))
-                supervisors.add(pid)
-            os.close(fds[0])
+            with socket.socket(fileno=fds[0]) as agent:
+                try:
+                    pid = os.fork()
+                except OSError as error:  # no more processes: those that run are not to be lost
+                    agent.sendall(b"-%d\n" % error.errno)
+                else:
+                    if not pid:
+                        supervise(agent, life, message, (control.fileno(), held, wake, waker))
+                    supervisors.add(pid)
         if wake in ready:
             os.read(wake, 4096)
-            for pid in list(supervisors):
-                if os.waitpid(pid, os.WNOHANG)[0]:
-                    supervisors.discard(pid)
+            supervisors -= {pid for pid in supervisors if os.waitpid(pid, os.WNOHANG)[0]}
             end_descendants(others=supervisors)  # what one left that was itself killed
     os.close(held)
     for pid in supervisors:
@@ -2777,21 +2763,17 @@ def launch(control: socket.socket) -> None:
     end_descendants()
 
 
-def supervise(agent: socket.socket, life: int, message: bytes, others: tuple) -> NoReturn:
+def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int, ...]) -> NoReturn:
     """A supervisor's life, in a fork of the launcher."""
     status = 1
     try:
         signal.set_wakeup_fd(-1)
         for other in others:
-            os.close(other if isinstance(other, int) else other.detach())
+            os.close(other)
         os.setsid()
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         agent.sendall(b"%d\n" % os.getpid())
-        place = Place(**json.loads(message))
-        for name, value in place.limits.items():
-            hard = resource.getrlimit(getattr(resource, name))[1]
-            place.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        Supervisor(place, agent, life).serve()
+        Supervisor(Place(**json.loads(message)), agent, life).serve()
         status = 0
     except Exception as error:  # noqa: BLE001  # it is a process of its own: nobody else says it
         sys.stderr.write(f"nanogrid: a supervisor ended: {error!r}\n")
