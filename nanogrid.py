@@ -2249,7 +2249,6 @@ class Workspace:
         return self.seen.get(entry.path) == mark_of(entry.stat(follow_symlinks=False))
 
     def _make(self, path: str, source: str, want: os.stat_result) -> None:
-        """One entry of the package in the workspace."""
         if stat.S_ISDIR(want.st_mode):
             os.mkdir(path)
         elif self.linked and not stat.S_ISLNK(want.st_mode):
@@ -2275,7 +2274,6 @@ class Workspace:
             os.unlink(path)
 
     def _own(self, path: str, mode: int) -> None:
-        """Give a path to the slot's user."""
         if self.linked:
             os.chown(path, self.place.uid, self.place.gid)
         os.chmod(path, mode)
@@ -2578,7 +2576,6 @@ class Supervisor:
         return [helper.pid for helper in self.helpers.values()]
 
     def run_pids(self) -> list[int]:
-        """All processes of the run."""
         return descendants(self._helper_pids())
 
     def _kill_user(self) -> None:
@@ -2605,7 +2602,6 @@ class Supervisor:
             end_descendants(self._helper_pids())
 
     def end_all(self) -> None:
-        """End the run and the helpers."""
         self._close(*self.helpers)
         self.end_run()
 
@@ -2731,15 +2727,12 @@ def launch(control: socket.socket) -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     # A handler that does nothing, for "ignored" would last through exec into the functions.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    wake, waker = os.pipe()
-    os.set_blocking(waker, False)
-    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     life, held = os.pipe()
-    supervisors: set[int] = set()
+    supervisors: dict[int, int] = {}  # pidfd -> pid
     while True:
-        ready = select.select([control, wake], [], [])[0]
+        ready = select.select([control, *supervisors], [], [])[0]
         if control in ready:
             message, fds, _, _ = socket.recv_fds(control, 65536, 1)
             if not message:
@@ -2751,14 +2744,14 @@ def launch(control: socket.socket) -> None:
                     agent.sendall(b"-%d\n" % error.errno)
                 else:
                     if not pid:
-                        supervise(agent, life, message, (control.fileno(), held, wake, waker))
-                    supervisors.add(pid)
-        if wake in ready:
-            os.read(wake, 4096)
-            supervisors -= {pid for pid in supervisors if os.waitpid(pid, os.WNOHANG)[0]}
-            end_descendants(others=supervisors)  # what one left that was itself killed
+                        supervise(agent, life, message, (control.fileno(), held, *supervisors))
+                    supervisors[os.pidfd_open(pid)] = pid
+        for pidfd in supervisors.keys() & ready:
+            os.waitpid(supervisors.pop(pidfd), 0)
+            os.close(pidfd)
+            end_descendants(others=supervisors.values())  # what it left, when it was itself killed
     os.close(held)
-    for pid in supervisors:
+    for pid in supervisors.values():
         os.waitpid(pid, 0)
     end_descendants()
 
@@ -2767,7 +2760,6 @@ def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int
     """A supervisor's life, in a fork of the launcher."""
     status = 1
     try:
-        signal.set_wakeup_fd(-1)
         for other in others:
             os.close(other)
         os.setsid()
