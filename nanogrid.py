@@ -1915,7 +1915,7 @@ def become(channel, request):
     """Turn this fork into the process of the request; its global names and its code."""
     os.setsid()
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        opened = os.open(request["root"] + "/" + name, os.O_WRONLY if fd else os.O_RDONLY)
+        opened = os.open(request["directory"] + "/" + name, os.O_WRONLY if fd else os.O_RDONLY)
         os.dup2(opened, fd)
         os.close(opened)
     for name, value in request["limits"].items():
@@ -1925,7 +1925,7 @@ def become(channel, request):
         os.setresgid(*[request["gid"]] * 3)
         os.setresuid(*[request["uid"]] * 3)
     prctl(4, 1, 0, 0, 0)  # dumpable again: a change of uid took that away, too
-    os.chdir(request["root"] + "/work")
+    os.chdir(request["directory"] + "/work")
     os.environ.update(request["env"])
     sys.modules["posix"].environ.update((name.encode(), os.fsencode(value))
                                         for name, value in request["env"].items())
@@ -1952,8 +1952,7 @@ def become(channel, request):
 def finish(status):
     """What Py_FinalizeEx shows, without its price: it would touch every inherited page.
 
-    Where it has more to show than this does, it is left to do so: callbacks of atexit, or an
-    output that cannot be flushed.
+    It is left callbacks of atexit, and an output that cannot be flushed.
     """
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
@@ -2109,10 +2108,7 @@ def signal_all(pids: Iterable[int], number: int) -> None:
 
 
 def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> None:
-    """Kill and reap all `descendants`.
-
-    Stopped first and killed then: what is stopped forks no more, so this ends with a fork bomb.
-    """
+    """Kill and reap all `descendants`; stopped first, to fork no more: this ends with a fork bomb."""
     stopped: set[int] = set()
     while below := descendants(helpers, others):
         new = set(below) - stopped
@@ -2140,20 +2136,19 @@ def resident_together(pids: list[int]) -> int:
 def sweep(path: str, trash: str) -> None:
     """Empty a directory whatever a function left in it: no modes, no depth and no link stop it.
 
-    Directories are moved up into `trash` and emptied there, so that no path grows long. Nothing
-    may be running that could change them meanwhile.
+    Nothing may be running that could change it. Moved up into `trash`, no path grows long.
     """
     pending = [path]
     while pending:
         directory = pending.pop()
         os.chmod(directory, 0o700)
         for entry in os.scandir(directory):
-            if not entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.path, 0o700)
+                pending.append(f"{trash}/{time.monotonic_ns()}")
+                os.rename(entry.path, pending[-1])
+            else:
                 os.unlink(entry.path)
-                continue
-            os.chmod(entry.path, 0o700)
-            pending.append(os.path.join(trash, str(time.monotonic_ns())))
-            os.rename(entry.path, pending[-1])
         if directory != path:
             os.rmdir(directory)
 
@@ -2358,20 +2353,25 @@ class Helper:
         self.runs = 0
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         files[3:3] = [theirs.detach()]
-        self.pid = os.fork()
-        if not self.pid:
-            try:
-                confine(place, files)
-                if place.uid is not None and not self.privileged:
-                    os.setgroups(place.groups)
-                    os.setresgid(place.gid, place.gid, place.gid)
-                    os.setresuid(place.uid, place.uid, place.uid)  # takes all capabilities, too
-                os.chdir(cwd)
-                os.execve(argv[0], argv, env)
-            finally:
-                os._exit(127)
-        for fd in set(files):
-            os.close(fd)
+        try:
+            self.pid = os.fork()
+            if not self.pid:
+                self._exec(argv, env, cwd, files)
+        finally:
+            for fd in set(files):
+                os.close(fd)
+
+    def _exec(self, argv: list[str], env: dict[str, str], cwd: str, files: list[int]) -> NoReturn:
+        try:
+            confine(self.place, files)
+            if self.place.uid is not None and not self.privileged:
+                os.setgroups(self.place.groups)
+                os.setresgid(*[self.place.gid] * 3)
+                os.setresuid(*[self.place.uid] * 3)  # takes all capabilities, too
+            os.chdir(cwd)
+            os.execve(argv[0], argv, env)
+        finally:
+            os._exit(127)
 
     def write(self, fd: int, message: bytes) -> None:
         """Send it something; raises ConnectionError when it is gone."""
@@ -2474,11 +2474,10 @@ class ReadyPython(Helper):
     def start(self, job: Job, data_bytes: int) -> int:
         """Start the job; its pid, a child of the interpreter. Raises ConnectionError."""
         self.runs += 1
-        place = self.place
+        processes = self.place.limits["RLIMIT_NPROC"]
         self.write(self.channel.fileno(), marshal.dumps({
-            "root": place.directory, "env": {name: job.env[name] for name in RUN_ENV},
-            "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": place.limits["RLIMIT_NPROC"]},
-            "uid": place.uid, "gid": place.gid, "groups": place.groups}, 2))
+            **vars(self.place), "env": {name: job.env[name] for name in RUN_ENV},
+            "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
         answer = self.receive()
         if not answer.isdigit():
             raise ConnectionError("the function's process ended before it began")
@@ -2740,19 +2739,15 @@ def launch(control: socket.socket) -> None:
             with socket.socket(fileno=fds[0]) as agent:
                 try:
                     pid = os.fork()
-                except OSError as error:  # no more processes: those that run are not to be lost
-                    agent.sendall(b"-%d\n" % error.errno)
-                else:
                     if not pid:
                         supervise(agent, life, message, (control.fileno(), held, *supervisors))
                     supervisors[os.pidfd_open(pid)] = pid
+                except OSError as error:  # no more processes: those that run are not to be lost
+                    agent.sendall(b"-%d\n" % error.errno)
         for pidfd in supervisors.keys() & ready:
             os.waitpid(supervisors.pop(pidfd), 0)
             os.close(pidfd)
             end_descendants(others=supervisors.values())  # what it left, when it was itself killed
-    os.close(held)
-    for pid in supervisors.values():
-        os.waitpid(pid, 0)
     end_descendants()
 
 
