@@ -1854,11 +1854,9 @@ class CloudWatchMetrics:
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
 FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
-DISK_LOOK_SECONDS = 0.25
-COUNT_SECONDS = 2
+DISK_LOOK_SECONDS, COUNT_SECONDS = 0.25, 2  # the same for its disk; for counting its files
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
-FIRST_UID = 60600  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
-LAST_UID = 61183
+FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
@@ -2074,21 +2072,17 @@ def prctl(option: int, value: int) -> None:
 
 def read_proc(path: str) -> bytes:
     """The content of a file of /proc; empty when its process is gone or not ours to see."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
-    except OSError:
-        return b""
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        return file.read()
+    return b""
 
 
 def children_of(pid: int) -> list[int]:
     """The children of all threads of a process (proc(5), CONFIG_PROC_CHILDREN)."""
-    try:
-        tasks = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return []
-    return [int(child) for task in tasks
-            for child in read_proc(f"/proc/{pid}/task/{task}/children").split()]
+    with contextlib.suppress(OSError):
+        return [int(child) for task in os.listdir(f"/proc/{pid}/task")
+                for child in read_proc(f"/proc/{pid}/task/{task}/children").split()]
+    return []
 
 
 def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> list[int]:
@@ -2254,11 +2248,9 @@ class Workspace:
 
     def _have(self, path: str, is_one: Callable[[int], bool], make: Callable[[str], None]) -> None:
         """Have a directory or a FIFO at `path`, whatever a function put there."""
-        there = os.path.lexists(path)
-        if there and not is_one(os.lstat(path).st_mode):
+        if os.path.lexists(path) and not is_one(os.lstat(path).st_mode):
             self._remove(path)
-            there = False
-        if not there:
+        with contextlib.suppress(FileExistsError):
             make(path)
 
     def _remove(self, path: str) -> None:
@@ -2392,10 +2384,9 @@ class Helper:
 
     def done(self, child: int) -> int:
         """A descriptor that is readable once the run has ended (pidfd_open(2), Linux 5.3)."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             return os.pidfd_open(child)
-        except ProcessLookupError:
-            return os.dup(self.channel.fileno())  # it has ended, and its status is under way
+        return os.dup(self.channel.fileno())  # it has ended, and its status is under way
 
     def close(self) -> None:
         """End it; what stood below it becomes ours."""
@@ -2505,10 +2496,8 @@ class Supervisor:
     def serve(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
         requests = self.agent.makefile("r", encoding="utf-8")
-        while self.life not in select.select([self.agent, self.life], [], [])[0]:
-            line = requests.readline()
-            if not line:
-                break
+        while (self.life not in select.select([self.agent, self.life], [], [])[0]
+               and (line := requests.readline())):
             try:
                 answer = self.run(Job(**json.loads(line)))
             except OSError as error:  # ConnectionError is one
@@ -2753,7 +2742,6 @@ def launch(control: socket.socket) -> None:
 
 def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int, ...]) -> NoReturn:
     """A supervisor's life, in a fork of the launcher."""
-    status = 1
     try:
         for other in others:
             os.close(other)
@@ -2761,11 +2749,10 @@ def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         agent.sendall(b"%d\n" % os.getpid())
         Supervisor(Place(**json.loads(message)), agent, life).serve()
-        status = 0
     except Exception as error:  # noqa: BLE001  # it is a process of its own: nobody else says it
         sys.stderr.write(f"nanogrid: a supervisor ended: {error!r}\n")
     finally:
-        os._exit(status)
+        os._exit(0)
 
 
 # --------------------------------------------------------------------------------------------
