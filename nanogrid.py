@@ -1842,8 +1842,8 @@ class CloudWatchMetrics:
 # Launcher: the process that forks, limits, watches, ends and measures functions
 # --------------------------------------------------------------------------------------------
 #
-#   agent ─(one socket)─ launcher ─┬─ supervisor of slot 0 ─┬─ fork shell ─ ─ function (exec'd)
-#                                  │                        └─ ready interpreter ── function (python)
+#   agent ─(one socket)─ launcher ─┬─ supervisor of slot 0 ─┬─ fork shell ─ function (exec'd)
+#                                  │                        └─ ready interpreter ─ function (python)
 #                                  └─ supervisor of slot 1 …
 #
 # A supervisor runs one function at a time and blocks on it, so there is never a doubt whose
@@ -2102,7 +2102,7 @@ def signal_all(pids: Iterable[int], number: int) -> None:
 
 
 def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> None:
-    """Kill and reap all `descendants`; stopped first, to fork no more: this ends with a fork bomb."""
+    """Kill and reap all `descendants`; stopped first, to fork no more: a fork bomb ends, too."""
     stopped: set[int] = set()
     while below := descendants(helpers, others):
         new = set(below) - stopped
@@ -2564,6 +2564,7 @@ class Supervisor:
         return [helper.pid for helper in self.helpers.values()]
 
     def run_pids(self) -> list[int]:
+        """All processes of the run."""
         return descendants(self._helper_pids())
 
     def _kill_user(self) -> None:
