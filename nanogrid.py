@@ -1842,8 +1842,8 @@ class CloudWatchMetrics:
 # Launcher: the process that forks, limits, watches, ends and measures functions
 # --------------------------------------------------------------------------------------------
 #
-#   agent ─(one socket)─ launcher ─┬─ supervisor of slot 0 ─┬─ fork shell ─ ─ function (exec'd)
-#                                  │                        └─ ready interpreter ── function (python)
+#   agent ─(one socket)─ launcher ─┬─ supervisor of slot 0 ─┬─ fork shell ─ function (exec'd)
+#                                  │                        └─ ready interpreter ─ function (python)
 #                                  └─ supervisor of slot 1 …
 #
 # A supervisor runs one function at a time and blocks on it, so there is never a doubt whose
@@ -1854,11 +1854,9 @@ class CloudWatchMetrics:
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
 FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
-DISK_LOOK_SECONDS = 0.25
-COUNT_SECONDS = 2
+DISK_LOOK_SECONDS, COUNT_SECONDS = 0.25, 2  # the same for its disk; for counting its files
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
-FIRST_UID = 60600  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
-LAST_UID = 61183
+FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
@@ -1872,9 +1870,9 @@ FORK_SHELL = """
 while read -r go <&3; do
   ( ( read -r pid name state parent rest </proc/self/stat
       kill -9 "$parent"
-      echo "$pid" >&5
+      echo "$pid" >&3
       read -r go <&4 && . "$0" ) ; : )
-  echo >&5
+  echo >&3
 done
 """
 
@@ -1912,20 +1910,20 @@ def serve(channel=3):
         os.write(channel, marshal.dumps((status, usage.ru_maxrss), 2))
 
 def become(channel, request):
-    """Turn this fork into the process of the request; its main module and code."""
+    """Turn this fork into the process of the request; its global names and its code."""
     os.setsid()
-    for fd, (path, flags) in enumerate(request["files"]):
-        opened = os.open(path, flags)
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        opened = os.open(request["directory"] + "/" + name, os.O_WRONLY if fd else os.O_RDONLY)
         os.dup2(opened, fd)
         os.close(opened)
-    resource.setrlimit(resource.RLIMIT_DATA, (request["data"], request["data"]))
-    resource.setrlimit(resource.RLIMIT_NPROC, (request["processes"], request["processes"]))
+    for name, value in request["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
     if request["uid"] is not None:
         os.setgroups(request["groups"])
         os.setresgid(*[request["gid"]] * 3)
         os.setresuid(*[request["uid"]] * 3)
     prctl(4, 1, 0, 0, 0)  # dumpable again: a change of uid took that away, too
-    os.chdir(request["cwd"])
+    os.chdir(request["directory"] + "/work")
     os.environ.update(request["env"])
     sys.modules["posix"].environ.update((name.encode(), os.fsencode(value))
                                         for name, value in request["env"].items())
@@ -1947,13 +1945,12 @@ def become(channel, request):
     except Exception:  # the interpreter itself words this best
         os.execv(sys.executable, [sys.executable, "main.py"])
     sys.modules["__main__"] = main
-    return main, code
+    return main.__dict__, code
 
 def finish(status):
     """What Py_FinalizeEx shows, without its price: it would touch every inherited page.
 
-    Where it has more to show than this does, it is left to do so: callbacks of atexit, or an
-    output that cannot be flushed.
+    It is left callbacks of atexit, and an output that cannot be flushed.
     """
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
@@ -2010,25 +2007,21 @@ def ended(error):
 
 def show(error, trace):
     """Give an error to sys.excepthook, with the interpreter's own words for one that fails."""
-    failure = None
     if hasattr(sys, "excepthook"):
         try:
             return sys.excepthook(type(error), error, trace)
         except SystemExit:
             raise
-        except BaseException as raised:
-            failure = raised
-        failure.__traceback__ = failure.__traceback__.tb_next
-        sys.stderr.write("Error in sys.excepthook:\n")
-        sys.__excepthook__(type(failure), failure, failure.__traceback__)
-        sys.stderr.write("\nOriginal exception was:\n")
+        except BaseException as failure:
+            failure.__traceback__ = failure.__traceback__.tb_next
+            sys.stderr.write("Error in sys.excepthook:\n")
+            sys.__excepthook__(type(failure), failure, failure.__traceback__)
+            sys.stderr.write("\nOriginal exception was:\n")
     else:
         sys.stderr.write("sys.excepthook is missing\n")
     sys.__excepthook__(type(error), error, trace)
 
-main, code = become(*serve())
-names = main.__dict__
-del main
+names, code = become(*serve())
 failure = None
 try:
     exec(code, names)
@@ -2079,34 +2072,23 @@ def prctl(option: int, value: int) -> None:
 
 def read_proc(path: str) -> bytes:
     """The content of a file of /proc; empty when its process is gone or not ours to see."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:
-        return b""
-    try:
-        content = b""
-        while chunk := os.read(fd, 65536):
-            content += chunk
-        return content
-    except OSError:
-        return content
-    finally:
-        os.close(fd)
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        return file.read()
+    return b""
 
 
 def children_of(pid: int) -> list[int]:
     """The children of all threads of a process (proc(5), CONFIG_PROC_CHILDREN)."""
-    try:
-        tasks = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return []
-    return [int(child) for task in tasks
-            for child in read_proc(f"/proc/{pid}/task/{task}/children").split()]
+    with contextlib.suppress(OSError):
+        return [int(child) for task in os.listdir(f"/proc/{pid}/task")
+                for child in read_proc(f"/proc/{pid}/task/{task}/children").split()]
+    return []
 
 
-def tree_below(roots: list[int]) -> list[int]:
-    """These processes and all that stand below them."""
-    found = list(roots)
+def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> list[int]:
+    """All below this process, but for `helpers` alone, and `others` with all below them."""
+    found = [pid for parent in (os.getpid(), *helpers) for pid in children_of(parent)
+             if pid not in helpers and pid not in others]
     for pid in found:
         found.extend(children_of(pid))
     return found
@@ -2115,40 +2097,22 @@ def tree_below(roots: list[int]) -> list[int]:
 def signal_all(pids: Iterable[int], number: int) -> None:
     """Send a signal to each of these that is still there and ours."""
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
 
-def end_descendants(keep: Collection[int] = ()) -> bool:
-    """Kill and reap all below this process but `keep` (their children too); whether any was there.
-
-    Stopped first and killed then: what is stopped forks no more, so this ends with a fork bomb.
-    """
-    found = False
+def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> None:
+    """Kill and reap all `descendants`; stopped first, to fork no more: a fork bomb ends, too."""
     stopped: set[int] = set()
-    while True:
-        mine = [pid for pid in children_of(os.getpid()) if pid not in keep]
-        below = tree_below(mine + [child for pid in keep for child in children_of(pid)])
-        if not below:
-            return found
-        found = True
+    while below := descendants(helpers, others):
         new = set(below) - stopped
         signal_all(new or below, signal.SIGSTOP if new else signal.SIGKILL)
         stopped |= new
         if not new:
-            reap(mine)
+            for pid in below:
+                with contextlib.suppress(ChildProcessError):  # another's child
+                    os.waitpid(pid, os.WNOHANG)
             time.sleep(0.001)
-
-
-def reap(pids: Iterable[int]) -> None:
-    """Take the statuses of those children that have ended."""
-    for pid in pids:
-        try:
-            os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
 
 
 def resident(pids: list[int]) -> dict[int, int]:
@@ -2163,35 +2127,22 @@ def resident_together(pids: list[int]) -> int:
     return sum(map(int, shares)) * 1024
 
 
-@contextlib.contextmanager
-def stopped(pids: list[int]) -> Iterator[None]:
-    """Hold those of these processes that run."""
-    running = [pid for pid in pids
-               if read_proc(f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
-    signal_all(running, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        signal_all(running, signal.SIGCONT)
-
-
 def sweep(path: str, trash: str) -> None:
     """Empty a directory whatever a function left in it: no modes, no depth and no link stop it.
 
-    Directories are moved up into `trash` and emptied there, so that no path grows long. Nothing
-    may be running that could change them meanwhile.
+    Nothing may be running that could change it. Moved up into `trash`, no path grows long.
     """
     pending = [path]
     while pending:
         directory = pending.pop()
         os.chmod(directory, 0o700)
         for entry in os.scandir(directory):
-            if not entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.path, 0o700)
+                pending.append(f"{trash}/{time.monotonic_ns()}")
+                os.rename(entry.path, pending[-1])
+            else:
                 os.unlink(entry.path)
-                continue
-            os.chmod(entry.path, 0o700)
-            pending.append(os.path.join(trash, str(time.monotonic_ns())))
-            os.rename(entry.path, pending[-1])
         if directory != path:
             os.rmdir(directory)
 
@@ -2201,25 +2152,15 @@ def disk_usage(paths: list[str], most_files: int) -> tuple[int, int]:
     size = count = 0
     pending = list(paths)
     while pending and count <= most_files:
-        try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    count += 1
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    else:
-                        status = entry.stat(follow_symlinks=False)
-                        size += status.st_blocks * 512 // status.st_nlink
-        except OSError:  # it changes while we look
-            continue
+        with contextlib.suppress(OSError):  # it changes while we look
+            for entry in os.scandir(pending.pop()):
+                count += 1
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                else:
+                    status = entry.stat(follow_symlinks=False)
+                    size += status.st_blocks * 512 // status.st_nlink
     return size, count
-
-
-def make_dir(path: str) -> None:
-    """Have a directory at `path`, whatever a function that owned its parent put there."""
-    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
-        os.unlink(path)
-    os.makedirs(path, exist_ok=True)
 
 
 class Workspace:
@@ -2230,133 +2171,104 @@ class Workspace:
     linked; else they are copied, and each one's own ctime is looked at.
     """
 
-    PRIVATE = ("home", "tmp", "output")
-
     def __init__(self, place: Place):
         self.place = place
-        self.root = place.directory
-        self.work = os.path.join(self.root, "work")
-        self.trash = os.path.join(self.root, "trash")
+        self.private = [f"{place.directory}/{name}" for name in ("home", "tmp", "output")]
         self.linked = place.uid not in (None, os.getuid())
         self.package = ""
-        self.wanted: dict[str, dict[str, os.stat_result]] = {}
-        self.seen: dict[str, tuple[int, int]] = {}
-        for name in ("trash", "work", *self.PRIVATE):
-            make_dir(os.path.join(self.root, name))
+        self.wanted: dict[str, dict[str, os.stat_result]] = {}  # directory -> name -> lstat
+        self.seen: dict[str, tuple[int, int]] = {}  # path -> (inode, ctime) as it was made
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what the run of `package` shall find; raises OSError."""
         if package != self.package:
-            self.package, self.wanted = package, self._scan(package)
+            self.wanted, self.package = self._scan(package), package
             self.seen.clear()
-        make_dir(self.trash)
-        sweep(self.trash, self.trash)
-        for name in self.PRIVATE:
-            self._restore(os.path.join(self.root, name), {}, "", 0o700)
-        for relative, entries in self.wanted.items():
-            # Without the slash that join leaves at the end: "work/" would follow a link.
-            self._restore(os.path.join(self.work, relative).rstrip("/"), entries, relative, 0o755)
-        path = os.path.join(self.root, "stdin")
-        with open(path, "wb", buffering=0) as file:
+        root = self.place.directory
+        self._have(f"{root}/trash", stat.S_ISDIR, os.mkdir)
+        sweep(f"{root}/trash", f"{root}/trash")
+        for path in self.private:
+            self._restore(path, "", {}, 0o700)
+        for source, entries in self.wanted.items():
+            self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
+        with open(f"{root}/stdin", "wb", buffering=0) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        self._own(path, 0o440 if self.linked else 0o600)
-        for name in ("stdout", "stderr"):
-            self._fifo(os.path.join(self.root, name))
-        self._trust_old()
+        self._own(f"{root}/stdin", 0o440 if self.linked else 0o600)
+        for path in f"{root}/stdout", f"{root}/stderr":  # its own: it may open /dev/stdout again
+            self._have(path, stat.S_ISFIFO, os.mkfifo)
+            self._own(path, 0o600)
+        # A change in the clock tick of a mark would not show: marks so young are forgotten.
+        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+        self.seen = {path: mark for path, mark in self.seen.items() if mark[1] < now}
 
     @staticmethod
     def _scan(package: str) -> dict[str, dict[str, os.stat_result]]:
-        """relative directory -> name -> lstat, parents first."""
+        """What every directory of a package holds, parents first."""
         found: dict[str, dict[str, os.stat_result]] = {}
-        for relative in (pending := [""]):
-            found[relative] = {}
-            for entry in os.scandir(os.path.join(package, relative)):
-                found[relative][entry.name] = entry.stat(follow_symlinks=False)
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(os.path.join(relative, entry.name))
+        for directory in (pending := [package]):
+            entries = list(os.scandir(directory))
+            found[directory] = {each.name: each.stat(follow_symlinks=False) for each in entries}
+            pending += [each.path for each in entries if each.is_dir(follow_symlinks=False)]
         return found
 
-    def _restore(self, path: str, entries: dict, relative: str, mode: int) -> None:
-        """Give a directory just these entries, unless it has them still."""
-        make_dir(path)
-        status = os.lstat(path)
-        if self.seen.get(path) == self._mark(status) and (self.linked or all(
-                stat.S_ISDIR(want.st_mode)
-                or self.seen.get(file := os.path.join(path, name)) == self._mark(os.lstat(file))
-                for name, want in entries.items())):
+    def _restore(self, path: str, source: str, entries: dict, mode: int) -> None:
+        """Give a directory just these entries of `source`, unless it has them still."""
+        self._have(path, stat.S_ISDIR, os.mkdir)
+        if self.seen.get(path) == mark_of(os.lstat(path)) and (self.linked or all(
+                self._same(entry, entries[entry.name]) for entry in os.scandir(path))):
             return
         os.chmod(path, 0o700)
-        kept = set()
+        missing = dict(entries)
         for entry in list(os.scandir(path)):
-            if self._same(entry, entries.get(entry.name), relative):
-                kept.add(entry.name)
+            if entry.name in entries and self._same(entry, entries[entry.name]):
+                del missing[entry.name]
             else:
-                self._remove(entry)
-        for name, want in entries.items():
-            if name not in kept:
-                self._make(os.path.join(path, name), os.path.join(self.package, relative, name),
-                           want)
+                self._remove(entry.path)
+        for name, want in missing.items():
+            self._make(f"{path}/{name}", f"{source}/{name}", want)
         self._own(path, mode)
-        self.seen[path] = self._mark(os.lstat(path))
+        self.seen[path] = mark_of(os.lstat(path))
 
-    def _same(self, entry: os.DirEntry, want: os.stat_result | None, relative: str) -> bool:
+    def _same(self, entry: os.DirEntry, want: os.stat_result) -> bool:
         """Whether an entry is still what the package has there."""
-        if want is None:
-            return False
         if stat.S_ISDIR(want.st_mode):
             return entry.is_dir(follow_symlinks=False)
-        if stat.S_ISLNK(want.st_mode):
-            return entry.is_symlink() and os.readlink(entry.path) == os.readlink(
-                os.path.join(self.package, relative, entry.name))
-        if self.linked:
+        if self.linked and not stat.S_ISLNK(want.st_mode):
             return entry.inode() == want.st_ino
-        return self.seen.get(entry.path) == self._mark(entry.stat(follow_symlinks=False))
-
-    def _remove(self, entry: os.DirEntry) -> None:
-        if entry.is_dir(follow_symlinks=False):
-            sweep(entry.path, self.trash)
-            os.rmdir(entry.path)
-        else:
-            os.unlink(entry.path)
+        return self.seen.get(entry.path) == mark_of(entry.stat(follow_symlinks=False))
 
     def _make(self, path: str, source: str, want: os.stat_result) -> None:
-        """One entry of the package in the workspace."""
         if stat.S_ISDIR(want.st_mode):
             os.mkdir(path)
-        elif stat.S_ISLNK(want.st_mode):
-            os.symlink(os.readlink(source), path)
-        elif self.linked:
+        elif self.linked and not stat.S_ISLNK(want.st_mode):
             os.link(source, path)
         else:
-            shutil.copyfile(source, path)
-            os.chmod(path, stat.S_IMODE(want.st_mode))
-            self.seen[path] = self._mark(os.lstat(path))
+            shutil.copy(source, path, follow_symlinks=False)
+            self.seen[path] = mark_of(os.lstat(path))
+
+    def _have(self, path: str, is_one: Callable[[int], bool], make: Callable[[str], None]) -> None:
+        """Have a directory or a FIFO at `path`, whatever a function put there."""
+        if os.path.lexists(path) and not is_one(os.lstat(path).st_mode):
+            self._remove(path)
+        with contextlib.suppress(FileExistsError):
+            make(path)
+
+    def _remove(self, path: str) -> None:
+        if os.path.isdir(path) and not os.path.islink(path):
+            sweep(path, f"{self.place.directory}/trash")
+            os.rmdir(path)
+        else:
+            os.unlink(path)
 
     def _own(self, path: str, mode: int) -> None:
-        """Give a path to the slot's user."""
         if self.linked:
             os.chown(path, self.place.uid, self.place.gid)
         os.chmod(path, mode)
 
-    def _fifo(self, path: str) -> None:
-        """An output of the function, its own so that it may open /dev/stdout again."""
-        try:
-            if stat.S_ISFIFO(os.lstat(path).st_mode):
-                return
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        os.mkfifo(path)
-        self._own(path, 0o600)
 
-    @staticmethod
-    def _mark(status: os.stat_result) -> tuple[int, int]:
-        return status.st_ino, status.st_ctime_ns
-
-    def _trust_old(self) -> None:
-        """Forget marks so young that a change in the same clock tick would not show."""
-        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
-        self.seen = {path: mark for path, mark in self.seen.items() if mark[1] < now}
+def mark_of(status: os.stat_result) -> tuple[int, int]:
+    """What is another as soon as the file, its mode or a directory's entries are."""
+    return status.st_ino, status.st_ctime_ns
 
 
 class Output:
@@ -2364,10 +2276,8 @@ class Output:
 
     def __init__(self, path: str, tee: int):
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        self.tee = tee
-        self.head = bytearray()
-        self.tail = bytearray()
-        self.count = 0
+        self.tee, self.count = tee, 0
+        self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
         """Take what is there now; False at the end of the stream."""
@@ -2375,14 +2285,13 @@ class Output:
             chunk = os.read(self.fd, 65536)
         except BlockingIOError:
             return False
-        if self.tee and chunk:
+        if self.tee:
             write_all(self.tee, chunk)
         self.count += len(chunk)
         room = KEPT_BYTES - len(self.head)
         self.head += chunk[:room]
-        self.tail += chunk[room:] if room > 0 else chunk
-        if len(self.tail) > 16 * KEPT_BYTES:
-            del self.tail[:-KEPT_BYTES]
+        self.tail += chunk[room:]
+        del self.tail[:-KEPT_BYTES]
         return bool(chunk)
 
     def close(self) -> str:
@@ -2390,7 +2299,6 @@ class Output:
         while self.read():
             pass
         os.close(self.fd)
-        del self.tail[:-KEPT_BYTES]
         dropped = self.count - len(self.head) - len(self.tail)
         mark = b"\n[%d bytes dropped]\n" % dropped if dropped else b""
         return (self.head + mark + self.tail).decode("utf-8", "replace")
@@ -2398,11 +2306,9 @@ class Output:
 
 def write_all(fd: int, content: bytes) -> None:
     """Write it all; a reader that went away loses it."""
-    try:
+    with contextlib.suppress(BrokenPipeError):
         while content:
             content = content[os.write(fd, content):]
-    except BrokenPipeError:
-        pass
 
 
 def confine(place: Place, files: list[int]) -> None:
@@ -2417,104 +2323,117 @@ def confine(place: Place, files: list[int]) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     for name, value in place.limits.items():
-        if name == "RLIMIT_NPROC":
-            continue  # the run's, not its helpers'
-        limit = getattr(resource, name)
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # the kernel's own out-of-memory killer takes a function first
-    except PermissionError:
-        pass  # /proc of a process that is not dumpable is root's
+        # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
+        # door must not be refused.
+        if name != "RLIMIT_NPROC":
+            resource.setrlimit(getattr(resource, name), (value, value))
+    # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
+    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
 
 
-def process_limit(place: Place) -> int:
-    """RLIMIT_NPROC of a run. It's the run's alone: a helper that forks under the uid of a fork
-    bomb next door must not be refused."""
-    wanted, hard = place.limits["RLIMIT_NPROC"], resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+class Helper:
+    """A confined process that forks a supervisor's runs, one after another."""
+
+    name: str
+    privileged = False  # keeps the supervisor's user, and changes that of its forks
+
+    def __init__(self, place: Place, argv: list[str], env: dict[str, str], cwd: str,
+                 files: list[int]):
+        """Exec argv with `files` as its descriptors, but for 3, its end of the channel."""
+        self.place = place
+        self.runs = 0
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        files[3:3] = [theirs.detach()]
+        try:
+            self.pid = os.fork()
+            if not self.pid:
+                self._exec(argv, env, cwd, files)
+        finally:
+            for fd in set(files):
+                os.close(fd)
+
+    def _exec(self, argv: list[str], env: dict[str, str], cwd: str, files: list[int]) -> NoReturn:
+        try:
+            confine(self.place, files)
+            if self.place.uid is not None and not self.privileged:
+                os.setgroups(self.place.groups)
+                os.setresgid(*[self.place.gid] * 3)
+                os.setresuid(*[self.place.uid] * 3)  # takes all capabilities, too
+            os.chdir(cwd)
+            os.execve(argv[0], argv, env)
+        finally:
+            os._exit(127)
+
+    def write(self, fd: int, message: bytes) -> None:
+        """Send it something; raises ConnectionError when it is gone."""
+        try:
+            os.write(fd, message)
+        except BrokenPipeError:
+            raise ConnectionError(f"{self.name} ended") from None
+
+    def receive(self, seconds: float = 5) -> bytes:
+        """What it says next; raises ConnectionError."""
+        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
+        if not select.select([self.channel], [], [], seconds)[0]:
+            raise ConnectionError(f"{self.name} does not answer")
+        with contextlib.suppress(ConnectionResetError):
+            if answer := self.channel.recv(1000):
+                return answer
+        raise ConnectionError(f"{self.name} ended")
+
+    def done(self, child: int) -> int:
+        """A descriptor that is readable once the run has ended (pidfd_open(2), Linux 5.3)."""
+        with contextlib.suppress(ProcessLookupError):
+            return os.pidfd_open(child)
+        return os.dup(self.channel.fileno())  # it has ended, and its status is under way
+
+    def close(self) -> None:
+        """End it; what stood below it becomes ours."""
+        self.channel.close()
+        signal_all([self.pid], signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
 
 
-def drop_privileges(place: Place) -> None:
-    """Become the slot's user, for good; the kernel takes all capabilities with uid 0."""
-    if place.uid is not None:
-        os.setgroups(place.groups)
-        os.setresgid(place.gid, place.gid, place.gid)
-        os.setresuid(place.uid, place.uid, place.uid)
+class ForkShell(Helper):
+    """A shell that forks what is exec'd (FORK_SHELL says why)."""
 
-
-def spawn(place: Place, argv: list[str], env: dict[str, str], files: list[int], cwd: str,
-          privileged: bool = False) -> int:
-    """Fork and exec a helper of the supervisor, confined; its pid."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        confine(place, files)
-        if not privileged:
-            drop_privileges(place)
-        os.chdir(cwd)
-        os.execve(argv[0], argv, env)
-    finally:
-        os._exit(127)
-
-
-class ForkShell:
-    """A shell that forks what is exec'd (FORK_SHELL says why); one for many runs."""
+    name = "the fork shell"
 
     def __init__(self, place: Place, env: dict[str, str]):
-        self.script = os.path.join(place.directory, "run")
+        self.script = f"{place.directory}/run"
         # The kernel shares the processors between sessions first (sched(7), autogroup): a function
-        # in that of its supervisor could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
+        # in its supervisor's could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
         self.session = [path] if (path := shutil.which("setsid")) else []
         gate, self.gate = os.pipe()
-        commands, self.commands = os.pipe()
-        self.replies, replies = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
-        self.pid = spawn(place, [place.shell, "-c", FORK_SHELL, self.script], env,
-                         [null, null, null, commands, gate, replies], "/")
-        for fd in (null, commands, gate, replies):
-            os.close(fd)
-        self.place = place
+        super().__init__(place, [place.shell, "-c", FORK_SHELL, self.script], env, "/",
+                         [null, null, null, gate])
 
     def start(self, job: Job, data_bytes: int) -> int:
-        """Start the job; its pid, a child of ours. Raises ConnectionError when the shell is gone."""
+        """Start the job; its pid, a child of ours. Raises ConnectionError."""
         root = shlex.quote(self.place.directory)
-        processes = process_limit(self.place)
+        processes = self.place.limits["RLIMIT_NPROC"]
         lines = [f"ulimit -d {data_bytes // 1024}",
                  f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}",  # bash; dash
                  f"cd {root}/work", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(job.env[name])}"
                    for name in RUN_ENV if name in job.env),
-                 (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin >{root}/stdout 2>{root}/stderr"
-                  " 3<&- 4<&- 5>&-")]
+                 (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin "
+                  f">{root}/stdout 2>{root}/stderr 3<&- 4<&-")]
         with open(self.script, "w") as file:
             file.write("\n".join(lines) + "\n")
         os.chmod(self.script, 0o644)
-        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
-        try:
-            os.write(self.commands, b"\n")
-            answer = b""
-            while answer.count(b"\n") < 2:
-                if not select.select([self.replies], [], [], 5)[0]:
-                    raise ConnectionError("the fork shell does not answer")
-                chunk = os.read(self.replies, 100)
-                if not chunk:
-                    raise ConnectionError("the fork shell ended")
-                answer += chunk
-            child = int(answer)
-            if not self.session:
-                os.setpgid(child, child)
-            os.write(self.gate, b"\n")
-        except BrokenPipeError:
-            raise ConnectionError("the fork shell ended") from None
+        self.write(self.channel.fileno(), b"\n")
+        answer = self.receive()
+        while answer.count(b"\n") < 2:
+            answer += self.receive()
+        child = int(answer)
+        if not self.session:
+            os.setpgid(child, child)
+        self.write(self.gate, b"\n")
         return child
-
-    def done(self, child: int) -> int:
-        """A descriptor that is readable once the run has ended (pidfd_open(2), Linux 5.3)."""
-        return os.pidfd_open(child)
 
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended."""
@@ -2522,79 +2441,42 @@ class ForkShell:
         return status, usage.ru_maxrss
 
     def close(self) -> None:
-        """End it; what stood below it becomes ours."""
-        end_helper(self.pid, self.commands, self.gate, self.replies)
+        super().close()
+        os.close(self.gate)
 
 
-class ReadyPython:
+class ReadyPython(Helper):
     """An interpreter that has started and is forked for each run (READY_PYTHON)."""
 
+    name = "the ready interpreter"
+    privileged = True
+
     def __init__(self, place: Place, env: dict[str, str], interpreter: str):
-        self.interpreter = interpreter
-        self.runs = 0
-        self.place = place
-        directory = os.path.join(place.directory, "ready")
+        directory = f"{place.directory}/ready"
         os.makedirs(directory, exist_ok=True)
-        with open(os.path.join(directory, "main.py"), "w") as file:
+        with open(f"{directory}/main.py", "w") as file:
             file.write(READY_PYTHON)
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         null = os.open(os.devnull, os.O_RDWR)
         unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
-        self.pid = spawn(place, [interpreter, "main.py"], env,
-                         [null, output, output, theirs.fileno()], directory, privileged=True)
-        for fd in (null, unread, output, theirs.detach()):
-            os.close(fd)
-        self._receive(30)
-
-    def _receive(self, seconds: float) -> bytes:
-        if not select.select([self.channel], [], [], seconds)[0]:
-            raise ConnectionError("the ready interpreter does not answer")
-        answer = self.channel.recv(1000)
-        if not answer:
-            raise ConnectionError("the ready interpreter ended")
-        return answer
+        super().__init__(place, [interpreter, "main.py"], env, directory, [null, output, output])
+        os.close(unread)
+        self.receive(30)
 
     def start(self, job: Job, data_bytes: int) -> int:
         """Start the job; its pid, a child of the interpreter. Raises ConnectionError."""
         self.runs += 1
-        root, place = self.place.directory, self.place
-        self.channel.send(marshal.dumps({
-            "files": [(f"{root}/stdin", os.O_RDONLY), (f"{root}/stdout", os.O_WRONLY),
-                      (f"{root}/stderr", os.O_WRONLY)],
-            "data": data_bytes, "processes": process_limit(place), "uid": place.uid,
-            "gid": place.gid, "groups": list(place.groups),
-            "cwd": f"{root}/work", "env": {name: job.env[name] for name in RUN_ENV}}, 2))
-        answer = self._receive(5)
+        processes = self.place.limits["RLIMIT_NPROC"]
+        self.write(self.channel.fileno(), marshal.dumps({
+            **vars(self.place), "env": {name: job.env[name] for name in RUN_ENV},
+            "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
+        answer = self.receive()
         if not answer.isdigit():
             raise ConnectionError("the function's process ended before it began")
         return int(answer)
 
-    def done(self, child: int) -> int:
-        """A descriptor that is readable once the run has ended."""
-        try:
-            return os.pidfd_open(child)
-        except ProcessLookupError:
-            return os.dup(self.channel.fileno())  # it has ended, and its status is under way
-
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
-        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
-        return marshal.loads(self._receive(5))
-
-    def close(self) -> None:
-        """End it; what stood below it becomes ours."""
-        end_helper(self.pid, self.channel.detach())
-
-
-def end_helper(pid: int, *fds: int) -> None:
-    """Kill and reap a helper of the supervisor."""
-    for fd in fds:
-        os.close(fd)
-    signal_all([pid], signal.SIGKILL)
-    try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass
+        return marshal.loads(self.receive())
 
 
 class Supervisor:
@@ -2605,17 +2487,17 @@ class Supervisor:
         self.agent = agent
         self.life = life  # ends with the launcher
         self.workspace = Workspace(place)
-        self.shell: ForkShell | None = None
-        self.ready: ReadyPython | None = None
+        self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
         self.unready = ""  # an interpreter that could not be made ready
+        for name, value in place.limits.items():
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            place.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
 
     def serve(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
         requests = self.agent.makefile("r", encoding="utf-8")
-        while not self._gone():
-            line = requests.readline()
-            if not line:
-                break
+        while (self.life not in select.select([self.agent, self.life], [], [])[0]
+               and (line := requests.readline())):
             try:
                 answer = self.run(Job(**json.loads(line)))
             except OSError as error:  # ConnectionError is one
@@ -2624,79 +2506,72 @@ class Supervisor:
             self.agent.sendall(json.dumps(answer).encode() + b"\n")
         self.end_all()
 
-    def _gone(self) -> bool:
-        """Wait for a request; whether the launcher went instead."""
-        return self.life in select.select([self.agent, self.life], [], [])[0]
-
     def run(self, job: Job) -> dict[str, Any]:
-        """One run from its workspace to its outcome; raises OSError or ConnectionError."""
+        """One run from its workspace to its outcome; raises OSError."""
         self.workspace.prepare(job.package, job.input)
         root = self.place.directory
         outputs = [Output(f"{root}/{name}", tee if job.tee else 0)
                    for tee, name in ((1, "stdout"), (2, "stderr"))]
-        texts = []
         try:
-            helper, warm = self._helper(job)
+            helper, start = self._helper(job)
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
             child = helper.start(job, (4 * job.memory_mb + 256) * MIB)
             started_at, started = time.time(), time.monotonic()  # the fork is not the function's
-            watch = Watch(self, job, child, helper, outputs, started)
+            watch = Watch(self, job, helper.done(child), outputs, started)
             end = watch.wait()
             duration = time.monotonic() - started
-            if end != "exit":
-                self._kill(child)
+            if end != "exit":  # leaving the status of its first process to be taken
+                self._kill_user()
+                signal_all([child, *self.run_pids()], signal.SIGKILL)
             status, peak_kib = helper.wait(child)
             self.end_run()
         finally:
             texts = [output.close() for output in outputs]
         peak = max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
-        if end == "exit" and (peak > job.memory_mb * MIB or code and refused(texts[1])):
+        if end == "exit" and (peak > job.memory_mb * MIB
+                              or code and REFUSED.search(texts[1][-2000:])):
             end = "oom"
         return {"end": end, "reason": "disk" if end == "disk" else None, "exit_code": code,
                 "peak_bytes": peak, "duration_ms": round(duration * 1000),
                 "started_at": started_at, "stdout": texts[0], "stderr": texts[1],
                 "stdout_bytes": outputs[0].count, "stderr_bytes": outputs[1].count,
-                "start": "warm" if warm else "cold"}
+                "start": start}
 
-    def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, bool]:
-        """What starts this job, made if need be, and whether it's a warm start."""
+    def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, str]:
+        """What starts this job, made if need be, and whether that is a warm or a cold start."""
         base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
-        if not job.warm or job.warm == self.unready:
-            if self.shell is None:
-                self.shell = ForkShell(self.place, base)
-            return self.shell, False
-        if self.ready and (self.ready.interpreter != job.warm or self.ready.runs >= READY_RUNS):
-            self.ready.close()
-            self.ready = None
-        if warm := self.ready is not None:
-            return self.ready, warm
-        try:
-            self.ready = ReadyPython(self.place, base, job.warm)
-        except ConnectionError:  # not one that can be kept ready (too old, a wrapper): start it cold
-            self.unready = job.warm
-            return self._helper(job)
-        return self.ready, warm
+        if job.warm and job.warm != self.unready:
+            ready = self.helpers.get(job.warm)
+            if ready and ready.runs < READY_RUNS:
+                return ready, "warm"
+            self._close(job.warm)
+            try:
+                ready = self.helpers[job.warm] = ReadyPython(self.place, base, job.warm)
+                return ready, "cold"
+            except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
+                self.unready = job.warm
+        if "" not in self.helpers:
+            self.helpers[""] = ForkShell(self.place, base)
+        return self.helpers[""], "cold"
 
-    def helpers(self) -> list[int]:
-        """The pids of what stands below this process and is no run's."""
-        return [helper.pid for helper in (self.shell, self.ready) if helper]
+    def _close(self, *interpreters: str) -> None:
+        """End those helpers that there are."""
+        for helper in filter(None, [self.helpers.pop(each, None) for each in interpreters]):
+            helper.close()
+
+    def _helper_pids(self) -> list[int]:
+        return [helper.pid for helper in self.helpers.values()]
 
     def run_pids(self) -> list[int]:
         """All processes of the run."""
-        helpers = self.helpers()
-        return tree_below([pid for parent in (os.getpid(), *helpers)
-                           for pid in children_of(parent) if pid not in helpers])
-
-    def _kill(self, child: int) -> None:
-        """Kill the run, leaving the status of its first process to be taken."""
-        if self.place.private:
-            self._kill_user()
-        signal_all([child, *self.run_pids()], signal.SIGKILL)
+        return descendants(self._helper_pids())
 
     def _kill_user(self) -> None:
-        """Kill all that runs under the slot's own uid, at once (kill(2), pid -1)."""
+        """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
+        if not self.place.private:
+            return
         killer = os.fork()
         if not killer:
             try:
@@ -2705,67 +2580,60 @@ class Supervisor:
             finally:
                 os._exit(0)
         os.waitpid(killer, 0)
-        if self.shell:
-            self.shell.close()
-            self.shell = None
+        self._close("")
 
     def end_run(self) -> None:
         """Nothing of a run outlives it: daemons, other sessions, stopped processes."""
         if self.run_pids():
-            if self.place.private:
-                self._kill_user()
-            if self.ready and children_of(self.ready.pid):  # clone(CLONE_PARENT): it won't reap them
-                self.ready.close()
-                self.ready = None
-            end_descendants(self.helpers())
+            self._kill_user()
+            # What clone(CLONE_PARENT) made a helper's child, it won't reap.
+            self._close(*[name for name, helper in self.helpers.items()
+                          if children_of(helper.pid)])
+            end_descendants(self._helper_pids())
 
     def end_all(self) -> None:
-        """End the run and the helpers."""
-        for helper in filter(None, (self.shell, self.ready)):
-            helper.close()
-        self.shell = self.ready = None
+        self._close(*self.helpers)
         self.end_run()
 
 
 class Watch:
     """Looks after a run until it ends or must be ended."""
 
-    def __init__(self, supervisor: Supervisor, job: Job, child: int,
-                 helper: ForkShell | ReadyPython, outputs: list[Output], started: float):
+    def __init__(self, supervisor: Supervisor, job: Job, done: int, outputs: list[Output],
+                 started: float):
         self.supervisor, self.job = supervisor, job
-        self.done = helper.done(child)
+        self.done = done  # readable once the run has ended
         self.outputs = {output.fd: output for output in outputs}
         self.deadline = started + job.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
+        self.next_count = started + COUNT_SECONDS
         self.largest = 0  # bytes: the largest sum over more than one process that was seen
         self.together, self.sizes = 0, {}  # bytes: of all, and of each, when last looked exactly
-        self.next_count = started + COUNT_SECONDS
         self.free = self._free()
 
     def wait(self) -> str:
         """How the run ends: exit, timeout, oom, disk, or cancelled (the agent let go of it)."""
+        agent, life = self.supervisor.agent.fileno(), self.supervisor.life
         poll = select.poll()
-        for fd in (self.done, self.supervisor.agent.fileno(), self.supervisor.life, *self.outputs):
+        for fd in (self.done, agent, life, *self.outputs):
             poll.register(fd, select.POLLIN)
         try:
-            while True:
-                now = time.monotonic()
-                if now >= self.deadline:
-                    return "timeout"
+            while (now := time.monotonic()) < self.deadline:
                 if now >= self.next_look and (end := self._look(now)):
                     return end
                 wait = min(self.next_look, self.deadline) - time.monotonic()
                 ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
                 if self.done in ready:
                     return "exit"
-                if self.supervisor.life in ready:
+                if life in ready:
                     raise ConnectionError("the launcher ended")
-                if self.supervisor.agent.fileno() in ready:
+                if agent in ready:
                     return "cancelled"
                 for fd in ready:
                     if not self.outputs[fd].read():
                         poll.unregister(fd)
+            return "timeout"
         finally:
             os.close(self.done)
 
@@ -2796,9 +2664,12 @@ class Watch:
         held = self.together + sum(max(0, size - self.sizes.get(pid, 0))
                                    for pid, size in sizes.items())
         if held > min(cap, self.largest * 1.01):
-            with stopped(pids) if held > cap else contextlib.nullcontext():
-                self.sizes = resident(pids)
-                held = self.together = resident_together(pids) or sum(self.sizes.values())
+            running = [pid for pid in pids if held > cap and read_proc(
+                f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
+            signal_all(running, signal.SIGSTOP)
+            self.sizes = resident(pids)
+            held = self.together = resident_together(pids) or sum(self.sizes.values())
+            signal_all(running, signal.SIGCONT)
             self.largest = max(self.largest, held)
         return held
 
@@ -2810,32 +2681,26 @@ class Watch:
     def _over_disk(self) -> bool:
         """Whether the run holds too much; counted when the file system has lost that much, and
         seldom else, for a neighbour may free what the run takes."""
-        self.next_disk_look = time.monotonic() + DISK_LOOK_SECONDS
-        most = self.job.disk_mb * MIB, self.job.files
         started = time.monotonic()
+        self.next_disk_look = started + DISK_LOOK_SECONDS
+        most = self.job.disk_mb * MIB, self.job.files
         if started < self.next_count and all(
                 before - now <= limit for before, now, limit in zip(self.free, self._free(), most)):
             return False
-        root = self.supervisor.place.directory
-        used = disk_usage([f"{root}/{name}" for name in ("work", *Workspace.PRIVATE)], most[1])
-        took = time.monotonic() - started
-        self.next_disk_look = time.monotonic() + max(DISK_LOOK_SECONDS, 5 * took)
-        self.next_count = time.monotonic() + max(COUNT_SECONDS, 50 * took)
-        return used[0] > most[0] or used[1] > most[1]
+        place, private = self.supervisor.place, self.supervisor.workspace.private
+        size, count = disk_usage([f"{place.directory}/work", *private], self.job.files)
+        now = time.monotonic()
+        self.next_disk_look = now + max(DISK_LOOK_SECONDS, 5 * (now - started))
+        self.next_count = now + max(COUNT_SECONDS, 50 * (now - started))
+        return size > most[0] or count > most[1]
 
 
+# A program that failed says, last of all, that it was refused memory: the kernel keeps no count of
+# refusals, and these are the runtimes' own words for one.
 REFUSED = re.compile(
     r"^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
     r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
     r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)", re.MULTILINE)
-
-
-def refused(stderr: str) -> bool:
-    """Whether a program that failed says, last of all, that it was refused memory.
-
-    The kernel keeps no count of refusals; these are the runtimes' own words for one.
-    """
-    return bool(REFUSED.search(stderr[-2000:]))
 
 
 def reason_of(error: Exception) -> str:
@@ -2852,65 +2717,44 @@ def launch(control: socket.socket) -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     # A handler that does nothing, for "ignored" would last through exec into the functions.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    wake, waker = os.pipe()
-    os.set_blocking(waker, False)
-    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     life, held = os.pipe()
-    supervisors: set[int] = set()
+    supervisors: dict[int, int] = {}  # pidfd -> pid
     while True:
-        ready = select.select([control, wake], [], [])[0]
+        ready = select.select([control, *supervisors], [], [])[0]
         if control in ready:
             message, fds, _, _ = socket.recv_fds(control, 65536, 1)
             if not message:
                 break
-            try:
-                pid = os.fork()
-            except OSError as error:  # no more processes: those that run are not to be lost
-                os.write(fds[0], b"-%d\n" % error.errno)
-            else:
-                if not pid:
-                    supervise(socket.socket(fileno=fds[0]), life, message,
-                              (control, held, wake, waker))
-                supervisors.add(pid)
-            os.close(fds[0])
-        if wake in ready:
-            os.read(wake, 4096)
-            for pid in list(supervisors):
-                if os.waitpid(pid, os.WNOHANG)[0]:
-                    supervisors.discard(pid)
-            end_descendants_of_nobody(supervisors)
-    os.close(held)
-    for pid in supervisors:
-        os.waitpid(pid, 0)
+            with socket.socket(fileno=fds[0]) as agent:
+                try:
+                    pid = os.fork()
+                    if not pid:
+                        supervise(agent, life, message, (control.fileno(), held, *supervisors))
+                    supervisors[os.pidfd_open(pid)] = pid
+                except OSError as error:  # no more processes: those that run are not to be lost
+                    agent.sendall(b"-%d\n" % error.errno)
+        for pidfd in supervisors.keys() & ready:
+            os.waitpid(supervisors.pop(pidfd), 0)
+            os.close(pidfd)
+            end_descendants(others=supervisors.values())  # what it left, when it was itself killed
     end_descendants()
 
 
-def end_descendants_of_nobody(supervisors: set[int]) -> None:
-    """Kill what a supervisor left that was itself killed; the living ones' runs stay."""
-    while orphans := [pid for pid in children_of(os.getpid()) if pid not in supervisors]:
-        signal_all(tree_below(orphans), signal.SIGKILL)
-        reap(orphans)
-        time.sleep(0.001)
-
-
-def supervise(agent: socket.socket, life: int, place: bytes, others: tuple) -> NoReturn:
+def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int, ...]) -> NoReturn:
     """A supervisor's life, in a fork of the launcher."""
-    status = 1
     try:
-        signal.set_wakeup_fd(-1)
         for other in others:
-            os.close(other if isinstance(other, int) else other.detach())
+            os.close(other)
         os.setsid()
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         agent.sendall(b"%d\n" % os.getpid())
-        Supervisor(Place(**json.loads(place)), agent, life).serve()
-        status = 0
+        Supervisor(Place(**json.loads(message)), agent, life).serve()
     except Exception as error:  # noqa: BLE001  # it is a process of its own: nobody else says it
         sys.stderr.write(f"nanogrid: a supervisor ended: {error!r}\n")
     finally:
-        os._exit(status)
+        os._exit(0)
 
 
 # --------------------------------------------------------------------------------------------
