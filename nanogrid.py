@@ -1959,6 +1959,7 @@ def finish(status):
         raise SystemExit(status)
     flush(status)
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
+    gc.collect()  # as it does first; what it passes over it leaves in another order
     mine = [sys.modules.pop(name) for name in list(sys.modules) if name not in here]
     mine.append(sys.modules.pop("__main__", None))
     import _weakref
@@ -2191,7 +2192,10 @@ class Workspace:
             self._restore(path, "", {}, 0o700)
         for source, entries in self.wanted.items():
             self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
-        with open(f"{root}/stdin", "wb", buffering=0) as file:
+        for name in "stdin", "run":  # a pipe in its place would wait for us to write
+            if os.path.lexists(f"{root}/{name}"):
+                self._remove(f"{root}/{name}")
+        with open(f"{root}/stdin", "xb", buffering=0) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
         self._own(f"{root}/stdin", 0o440 if self.linked else 0o600)
         for path in f"{root}/stdout", f"{root}/stderr":  # its own: it may open /dev/stdout again
@@ -2422,7 +2426,7 @@ class ForkShell(Helper):
                    for name in RUN_ENV if name in job.env),
                  (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin "
                   f">{root}/stdout 2>{root}/stderr 3<&- 4<&-")]
-        with open(self.script, "w") as file:
+        with open(self.script, "x") as file:
             file.write("\n".join(lines) + "\n")
         os.chmod(self.script, 0o644)
         self.write(self.channel.fileno(), b"\n")

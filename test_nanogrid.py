@@ -2438,6 +2438,22 @@ for place in places:
         os.symlink(victim, place)
     except OSError:
         pass
+=== its streams become pipes that nobody writes to
+for name in "stdin", "stdout", "stderr", "run":
+    path = os.path.join(os.path.dirname(os.environ["HOME"]), name)
+    try:
+        os.unlink(path)
+        os.mkfifo(path)
+    except OSError:
+        pass
+=== its streams become closed directories
+for name in "stdin", "stdout", "stderr", "run":
+    path = os.path.join(os.path.dirname(os.environ["HOME"]), name)
+    try:
+        os.unlink(path)
+        os.mkdir(path, 0)
+    except OSError:
+        pass
 === the directories are closed
 for place in workplaces:
     open(place + "/left-file", "w").close()
