@@ -1950,7 +1950,7 @@ def become(channel, request):
 def finish(status):
     """What Py_FinalizeEx shows, without its price: it would touch every inherited page.
 
-    It is left callbacks of atexit, and an output that cannot be flushed.
+    Callbacks of atexit, and an output that cannot be flushed, are left to it.
     """
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
