@@ -2721,7 +2721,8 @@ def launch(control: socket.socket) -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     # A handler that does nothing, for "ignored" would last through exec into the functions.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    # nohup and a shell's `&` leave some ignored, too.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
     supervisors: dict[int, int] = {}  # pidfd -> pid

@@ -1558,6 +1558,14 @@ def module_within_reach():
     MODULE = kept
 
 
+@pytest.fixture(scope="session", autouse=True)
+def signals_at_default():
+    """Started by nohup or by a shell's `&`, the tests' own children would ignore some of these."""
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="module", params=USERS)
 def user(request):
     return request.param
@@ -3410,6 +3418,14 @@ def test_a_start_is_a_bare_python(started, name):
     got = tuple(masked(without_places(result[key], started.base)) for key in ("stdout", "stderr"))
     out, err, status = bare_results()[name]
     assert (*got, result["exitCode"]) == (out, err, status)
+
+
+def test_signals_that_the_agent_ignores_from_its_start_are_default_for_functions(grids, user):
+    """As under nohup, or behind a shell's `&`."""
+    grid = grids(user)
+    grid.put_all({"signals": PROGRAMS["signals"]})
+    grid.run(prefix=["sh", "-c", 'trap "" HUP INT QUIT; exec "$@"', "sh"])
+    assert masked(without_places(grid["signals"]["stdout"], grid.base)) == bare_results()["signals"][0]
 
 
 def test_only_the_first_run_of_a_slot_waits_for_the_interpreter(started):
