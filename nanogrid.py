@@ -473,14 +473,33 @@ def _queue_problems(written: dict[str, tuple[Any, str]]) -> Iterator[str]:
 
 MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
 MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
-RUNTIME_ALIASES = {"python": "python", "cpp": "cpp", "c++": "cpp", "nodejs": "nodejs",
-                   "node": "nodejs", "go": "go", "golang": "go"}
 REPORTED_FIELDS = ("requestId", "functionId", "runtime", "timeoutMs", "memoryMb")
 
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
 _REQUEST_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}")
 _FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
 _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, lone surrogates
+
+
+class Runtime(NamedTuple):
+    """What a task may call a runtime, and what runs its entries: the first that a zip has."""
+    aliases: tuple[str, ...]
+    programs: tuple[str, ...]  # looked up on PATH unless settings name one
+    commands: dict[str, tuple[str, ...]]  # by entry; "{program}" stands for what was found
+    compiled: dict[str, tuple[str, ...]]  # by entry: the compiler's command, which makes `main`
+
+
+SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
+RUNTIMES = {
+    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
+    "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
+        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
+    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
+    "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
+        "main.go": ("{program}", "build", "-o", "main", "main.go")}),
+}
+_RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
+               for alias in (name, *runtime.aliases)}
 
 
 class Rejected(Exception):
@@ -531,7 +550,7 @@ def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
         elif name not in wrong:
             wrong[name] = reason, f"{name} is {_quoted(values[name])}; it must be {allowed}"
     if "runtime" in right:
-        right["runtime"] = RUNTIME_ALIASES[right["runtime"]]
+        right["runtime"] = _RUNTIME_OF[right["runtime"]]
     if wrong:
         raise Rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
                        {name: right[name] for name in REPORTED_FIELDS if name in right})
@@ -547,8 +566,8 @@ def _rules(settings: Any, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
          "1 to 128 of A-Z a-z 0-9 . _ : -, and neither '.' nor '..'"),
         ("functionId", "task", lambda v: isinstance(v, str) and _FUNCTION_ID.fullmatch(v),
          "1 to 128 of A-Z a-z 0-9 . _ : / - without an empty, '.' or '..' path part"),
-        ("runtime", "task", lambda v: isinstance(v, str) and v in RUNTIME_ALIASES,
-         f"one of {', '.join(RUNTIME_ALIASES)}"),
+        ("runtime", "task", lambda v: isinstance(v, str) and v in _RUNTIME_OF,
+         f"one of {', '.join(_RUNTIME_OF)}"),
         ("s3Key", "task", lambda v: isinstance(v, str) and not _UNPRINTED.search(v)
          and 1 <= len(v.encode()) <= MAX_KEY_BYTES,
          f"a string of 1 to {MAX_KEY_BYTES} bytes without control characters"),
@@ -615,13 +634,6 @@ MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names im
 MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
 MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less room for our part
 MAX_PART_BYTES = 255               # NAME_MAX
-ENTRIES: dict[str, tuple[str, ...]] = {  # the first that is there is run; `main` if executable
-    "python": ("main.py",),
-    "cpp": ("run.sh", "main", "main.cpp"),
-    "nodejs": ("index.js",),
-    "go": ("run.sh", "main", "main.go"),
-}
-
 _UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
@@ -770,7 +782,7 @@ def find_entry(target: Path, runtime: str) -> str:
 
     `main` counts only when it is executable; a link to a regular file counts as that file.
     """
-    names = ENTRIES[runtime]
+    names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
     for name in names:
         path = target / name
         if path.is_file() and (name != "main" or path.stat().st_mode & 0o111):
@@ -3006,26 +3018,6 @@ def reachable(path: str, uid: int | None, gid: int | None) -> bool:
         if uid and not status.st_mode >> shift & 1:
             return False
     return True
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What runs a runtime's entries."""
-
-    programs: tuple[str, ...]  # looked up on PATH unless settings name one
-    commands: dict[str, tuple[str, ...]]  # by entry; "{program}" stands for what was found
-    compiled: dict[str, tuple[str, ...]]  # by entry: the compiler's command, which makes `main`
-
-
-SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
-RUNTIMES = {
-    "python": Runtime(("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
-    "cpp": Runtime(("g++", "c++", "clang++"), SHELL_ENTRY,
-                   {"main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
-    "nodejs": Runtime(("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
-    "go": Runtime(("go",), SHELL_ENTRY, {"main.go": ("{program}", "build", "-o", "main",
-                                                     "main.go")}),
-}
 
 
 class Slots:
