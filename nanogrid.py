@@ -53,6 +53,7 @@ from typing import Any, NamedTuple, NoReturn
 __version__ = "1.0.0"
 MIB = 1024 * 1024
 PAGE = resource.getpagesize()
+MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
 # The launcher runs the same code, whatever becomes of the file meanwhile; compiling it again would
 # take 50 ms and leave 12 MiB behind.
 CODE = sys._getframe().f_code
@@ -111,8 +112,7 @@ _REFUSED = {  # how text outside of the subset begins: what it is; what to write
 def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
     """The map that a YAML text holds ({} when empty), typed by YAML 1.2's core schema.
 
-    The subset is block maps, lists of scalars, one-line scalars, `[]`, `{}` and comments; the
-    first thing outside of it raises ConfigError with its line, and nothing is guessed at.
+    The first thing outside of the subset raises ConfigError with its line.
     """
     return _YamlReader(text, name).tree
 
@@ -239,14 +239,20 @@ def _typed(text: str) -> Any:
     return next((value(text) for kind, value in _CORE_SCHEMA if kind.fullmatch(text)), text)
 
 
-def _shown(value: Any) -> str:
-    """A value for one line of a message."""
+def _shown(value: Any, mapping: str = "a section", empty: str = "empty",
+           text_of: Callable[[Any], str] = repr) -> str:
+    """A value of settings for an error text: on one line, and short."""
     if isinstance(value, (dict, list)):
-        return "a section" if isinstance(value, dict) else "a list"
+        return mapping if isinstance(value, dict) else "a list"
     if value is None or isinstance(value, bool):
-        return {None: "empty", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+        return empty if value is None else json.dumps(value)
+    text = text_of(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _quoted(value: Any) -> str:
+    """A value of a message or a zip for an error text: in JSON's words, in ASCII."""
+    return _shown(value, "an object", "null", ascii)
 
 
 # --- Settings: the class is the table of every path, default, type and limit ---
@@ -274,29 +280,31 @@ _AWS_QUEUE = re.compile(
 
 
 class Setting(NamedTuple):
-    """A row of the table: where a setting may stand, which field holds it, what it may be."""
-    field: str
+    """A row of the table: where a setting may stand, what it may be, which field holds it."""
     path: str
-    variable: str
     kind: str
-    default: Any
-    low: int
-    high: int
-    why: str
+    default: Any = None
+    low: int = 1
+    high: int = 2**31 - 1
+    why: str = ""  # these limits
+    field: str = ""
+
+    @property
+    def variable(self) -> str:
+        return self.path.replace(".", "_").upper()
 
 
-def _at(paths: str, kind: str, default: Any = None, low: int = 1, high: int = 2**31 - 1,
-        why: str = "") -> Any:
+def _at(paths: str, *columns: Any) -> Any:
     """A field that is written at agent.`paths`: one path, or one for each key of a dict."""
-    rows = [(f"agent.{path}", f"AGENT_{path}".replace(".", "_").upper(), kind, default, low, high,
-             why or f"{low} to {high} are allowed") for path in paths.split()]
+    rows = [Setting(f"agent.{path}", *columns) for path in paths.split()]
+    default = rows[0].default
     preset = {"default_factory" if callable(default) else "default": default}
     return field(metadata={"rows": rows}, **preset)
 
 
 def _memory_for_runs_mb() -> int:
     """The machine's memory less 10 %, at least 256 MiB, for the system and the agent."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    total = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB
     return max(1, total - max(256, total // 10))
 
 
@@ -315,8 +323,8 @@ class Settings:
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: len(os.sched_getaffinity(0)), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
-    default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, 43_200_000,
-                                  "SQS lends a message for 12 h, so 1 to 43200000 are allowed")
+    default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS, "SQS lends a "
+                                  f"message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
     shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
     run_as: str | None = _at("execution.runAs", "user")
@@ -336,7 +344,7 @@ class Settings:
     task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
 
 
-SETTINGS = tuple(Setting(one.name, *row)
+SETTINGS = tuple(row._replace(field=one.name)
                  for one in fields(Settings) for row in one.metadata["rows"])
 _REQUIRED = {"region", "queue_url", "code_bucket"}
 _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
@@ -347,7 +355,7 @@ _SECTIONS = {leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf))}
 
 def load_settings(path: Path | None, environ: Mapping[str, str],
                   local: bool) -> tuple[Settings, list[str]]:
-    """The settings in the file at `path` (None: no file) with the environment over it; warnings.
+    """The settings in the file at `path`, if any, with the environment over it; warnings.
 
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
@@ -442,7 +450,8 @@ def _faults(row: Setting, value: Any) -> list[str]:
         fits = isinstance(value, bool)
     elif row.kind == "count":
         fits = type(value) is int and row.low <= value <= row.high
-        advice = row.why if type(value) is int else advice
+        if type(value) is int:
+            advice = row.why or f"{row.low} to {row.high} are allowed"
     else:
         fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
         advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
@@ -469,9 +478,9 @@ def _queue_problems(written: dict[str, tuple[Any, str]]) -> Iterator[str]:
 
 
 # --------------------------------------------------------------------------------------------
-# --- Tasks: the message, checked field by field ---------------------------------------------
+# Tasks: the message, checked field by field
+# --------------------------------------------------------------------------------------------
 
-MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
 MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
 REPORTED_FIELDS = ("requestId", "functionId", "runtime", "timeoutMs", "memoryMb")
 
@@ -611,24 +620,14 @@ def _finite(number: str) -> float:
     return value
 
 
-def _quoted(value: object) -> str:
-    """`value` for an error text: in ASCII, without line ends, and short."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    text = ascii(value[:80] if isinstance(value, str) else value)
-    return text if len(text) <= 80 else text[:60] + "..."
-
-
 def _why(error: Exception) -> str:
     """What a library's error says, fit for a log line."""
     return ascii(str(error) or type(error).__name__)[1:-1][:200]
 
 
-# --- Zips: checked, unpacked, and the file that a run starts with ----------------------------
+# --- Zips: checked, unpacked, and the file that a run starts with ---
 
-MAX_UNPACKED = 250 * 1024 * 1024   # bytes; AWS Lambda's limit on a function's code
+MAX_UNPACKED = 250 * MIB           # bytes; AWS Lambda's limit on a function's code
 MAX_MEMBERS = 10_000
 MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names imply
 MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
