@@ -128,7 +128,6 @@ _END = _Line(0, -1, "")
 
 class _YamlReader:
     """Reads by depth with one line of look-ahead: `tree`, and `line_of` each path of keys."""
-
     def __init__(self, text: str, name: str):
         self.name = name
         self.line_of: dict[tuple, int] = {}
@@ -391,7 +390,7 @@ def _look_up(row: Setting, names: tuple[str, ...], environ: Mapping[str, str],
 def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[str]]:
     """What a file says, as {path: (value, FILE:LINE)}; what is wrong with its keys; warnings."""
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
         reader = _YamlReader(content.decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
@@ -514,8 +513,7 @@ _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
 class Rejected(Exception):
     """The task or its zip is wrong: it never runs. str() says what, where and what to do.
 
-    `reason` is one lower-case word for the REPORT line; `known` holds those of the task's
-    REPORTED_FIELDS that are right by themselves.
+    `reason` is REPORT's word; `known` holds the REPORTED_FIELDS that are right by themselves.
     """
 
     def __init__(self, reason: str, text: str, known: dict[str, object] | None = None):
@@ -540,9 +538,7 @@ class Task:
 def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
     """The task in a message body; raises Rejected, which names every field that is wrong.
 
-    `settings` has code_bucket, allowed_buckets, default_timeout_ms, default_memory_mb and
-    memory_mb (the most that can be admitted). `any_bucket` is for --local, where s3Bucket is
-    not looked at and s3Key is the path of a file below a folder.
+    `any_bucket` is for --local: s3Bucket is not looked at, s3Key is a path below a folder.
     """
     fields, input_text = _read_json(body)
     values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
@@ -643,9 +639,8 @@ _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplement
 def unpack(archive: Path, target: Path) -> list[str]:
     """Unpack a zip into the new or empty folder `target`; the sorted paths of its regular files.
 
-    Modes are 0755 for folders and what is executable, else 0644, whatever the umask. Raises
-    Rejected("zip") for a zip that is refused: nothing was written beside `target`, which the
-    caller removes. An OSError is the machine's: no space, no such archive.
+    Modes are 0755 for folders and what is executable, else 0644. Raises Rejected("zip"), with
+    nothing written beside `target`, which the caller removes; an OSError is the machine's.
     """
     with _Archive(archive) as source:
         try:
@@ -782,12 +777,12 @@ def find_entry(target: Path, runtime: str) -> str:
     `main` counts only when it is executable; a link to a regular file counts as that file.
     """
     names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
-    for name in names:
-        path = target / name
-        if path.is_file() and (name != "main" or path.stat().st_mode & 0o111):
+    there = [name for name in names if (target / name).is_file()]
+    for name in there:
+        if name != "main" or (target / name).stat().st_mode & 0o111:
             return name
     hint = ""
-    if "main" in names and (target / "main").is_file():
+    if there:
         hint = "; main is there but not executable: chmod +x before zipping"
     elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
         hint = f"; {_quoted(below[0].parent.name)} has one: zip what is in that folder, not itself"
@@ -838,12 +833,9 @@ class Log:
     def write(self, lines: list[str]) -> None:
         """Write lines together; a standard error that is gone or full stops no job."""
         content = "".join(lines).encode("utf-8", "backslashreplace")
-        with self.lock:
-            try:
-                while content:
-                    content = content[os.write(2, content):]
-            except OSError:
-                pass
+        with self.lock, contextlib.suppress(OSError):
+            while content:
+                content = content[os.write(2, content):]
 
 
 class Fault:
@@ -873,8 +865,8 @@ class Fault:
     def worked(self) -> None:
         """Note a success."""
         if self.since is not None:
-            self.log("INFO", f"{self.name} works again after "
-                             f"{time.monotonic() - self.since:.1f} s")
+            seconds = time.monotonic() - self.since
+            self.log("INFO", f"{self.name} works again after {seconds:.1f} s")
             self.since, self.retry_at = None, 0.0
 
 
