@@ -364,14 +364,15 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
         value, where = written[row.path] = _look_up(
             row, names, environ, written, f"{path}:1" if path else row.variable)
-        faults = [] if value is None else _faults(row, value)
-        if value is None and row.field in _REQUIRED and not local:
-            faults = [f"is missing; write it in application.yml, or set {' or '.join(names)}"]
+        if value is None:
+            faults = [] if local or row.field not in _REQUIRED else [
+                f"is missing; write it in application.yml, or set {' or '.join(names)}"]
+        elif not (faults := _faults(row, value)):
+            if row.kind == "command":
+                values[row.field][row.path.rpartition(".")[2]] = value
+            else:
+                values[row.field] = _HELD_AS[row.kind](value) if row.kind in _HELD_AS else value
         problems += [f"{where}: {row.path} {fault}" for fault in faults]
-        if value is not None and row.kind == "command":
-            values[row.field][row.path.rpartition(".")[2]] = value
-        elif value is not None and not faults:
-            values[row.field] = _HELD_AS.get(row.kind, lambda as_it_is: as_it_is)(value)
     problems += [] if local else _queue_problems(written)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -548,12 +549,13 @@ def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
     right: dict[str, Any] = {}
     wrong: dict[str, tuple[str, str]] = {}
     for name, reason, check, allowed in _rules(settings, any_bucket):
-        if name not in values:
-            wrong[name] = reason, f"{name} is missing; it must be {allowed}"
-        elif name not in wrong and check(values[name]):
+        if name in wrong:
+            continue
+        if name in values and check(values[name]):
             right[name] = values[name]
-        elif name not in wrong:
-            wrong[name] = reason, f"{name} is {_quoted(values[name])}; it must be {allowed}"
+        else:
+            found = _quoted(values[name]) if name in values else "missing"
+            wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
     if wrong:
@@ -756,7 +758,7 @@ def _link_target(path: str, target: str) -> str:
     """`target`, if the link at `path` cannot lead out of the zip, through other links neither.
 
     A link's parents are real folders, so that '..' at the beginning goes where it says; behind
-    a name it would not if that name is a link. From inside, names alone lead to the inside.
+    a name it would not if that name is a link.
     """
     parts = [part for part in target.split("/") if part not in ("", ".")]
     ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
