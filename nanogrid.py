@@ -322,8 +322,9 @@ class Settings:
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: len(os.sched_getaffinity(0)), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
-    default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS, "SQS lends a "
-                                  f"message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
+    default_timeout_ms: int = _at(
+        "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
+        f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
     shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
     run_as: str | None = _at("execution.runAs", "user")
