@@ -53,6 +53,7 @@ from typing import Any, NamedTuple, NoReturn
 __version__ = "1.0.0"
 MIB = 1024 * 1024
 PAGE = resource.getpagesize()
+MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
 # The launcher runs the same code, whatever becomes of the file meanwhile; compiling it again would
 # take 50 ms and leave 12 MiB behind.
 CODE = sys._getframe().f_code
@@ -111,8 +112,7 @@ _REFUSED = {  # how text outside of the subset begins: what it is; what to write
 def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
     """The map that a YAML text holds ({} when empty), typed by YAML 1.2's core schema.
 
-    The subset is block maps, lists of scalars, one-line scalars, `[]`, `{}` and comments; the
-    first thing outside of it raises ConfigError with its line, and nothing is guessed at.
+    The first thing outside of the subset raises ConfigError with its line.
     """
     return _YamlReader(text, name).tree
 
@@ -128,7 +128,6 @@ _END = _Line(0, -1, "")
 
 class _YamlReader:
     """Reads by depth with one line of look-ahead: `tree`, and `line_of` each path of keys."""
-
     def __init__(self, text: str, name: str):
         self.name = name
         self.line_of: dict[tuple, int] = {}
@@ -239,14 +238,20 @@ def _typed(text: str) -> Any:
     return next((value(text) for kind, value in _CORE_SCHEMA if kind.fullmatch(text)), text)
 
 
-def _shown(value: Any) -> str:
-    """A value for one line of a message."""
+def _shown(value: Any, mapping: str = "a section", empty: str = "empty",
+           text_of: Callable[[Any], str] = repr) -> str:
+    """A value of settings for an error text: on one line, and short."""
     if isinstance(value, (dict, list)):
-        return "a section" if isinstance(value, dict) else "a list"
+        return mapping if isinstance(value, dict) else "a list"
     if value is None or isinstance(value, bool):
-        return {None: "empty", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+        return empty if value is None else json.dumps(value)
+    text = text_of(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _quoted(value: Any) -> str:
+    """A value of a message or a zip for an error text: in JSON's words, in ASCII."""
+    return _shown(value, "an object", "null", ascii)
 
 
 # --- Settings: the class is the table of every path, default, type and limit ---
@@ -274,29 +279,31 @@ _AWS_QUEUE = re.compile(
 
 
 class Setting(NamedTuple):
-    """A row of the table: where a setting may stand, which field holds it, what it may be."""
-    field: str
+    """A row of the table: where a setting may stand, what it may be, which field holds it."""
     path: str
-    variable: str
     kind: str
-    default: Any
-    low: int
-    high: int
-    why: str
+    default: Any = None
+    low: int = 1
+    high: int = 2**31 - 1
+    why: str = ""  # these limits
+    field: str = ""
+
+    @property
+    def variable(self) -> str:
+        return self.path.replace(".", "_").upper()
 
 
-def _at(paths: str, kind: str, default: Any = None, low: int = 1, high: int = 2**31 - 1,
-        why: str = "") -> Any:
+def _at(paths: str, *columns: Any) -> Any:
     """A field that is written at agent.`paths`: one path, or one for each key of a dict."""
-    rows = [(f"agent.{path}", f"AGENT_{path}".replace(".", "_").upper(), kind, default, low, high,
-             why or f"{low} to {high} are allowed") for path in paths.split()]
+    rows = [Setting(f"agent.{path}", *columns) for path in paths.split()]
+    default = rows[0].default
     preset = {"default_factory" if callable(default) else "default": default}
     return field(metadata={"rows": rows}, **preset)
 
 
 def _memory_for_runs_mb() -> int:
     """The machine's memory less 10 %, at least 256 MiB, for the system and the agent."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+    total = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB
     return max(1, total - max(256, total // 10))
 
 
@@ -315,8 +322,9 @@ class Settings:
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: len(os.sched_getaffinity(0)), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
-    default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, 43_200_000,
-                                  "SQS lends a message for 12 h, so 1 to 43200000 are allowed")
+    default_timeout_ms: int = _at(
+        "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
+        f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
     shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
     run_as: str | None = _at("execution.runAs", "user")
@@ -336,7 +344,7 @@ class Settings:
     task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
 
 
-SETTINGS = tuple(Setting(one.name, *row)
+SETTINGS = tuple(row._replace(field=one.name)
                  for one in fields(Settings) for row in one.metadata["rows"])
 _REQUIRED = {"region", "queue_url", "code_bucket"}
 _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
@@ -347,7 +355,7 @@ _SECTIONS = {leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf))}
 
 def load_settings(path: Path | None, environ: Mapping[str, str],
                   local: bool) -> tuple[Settings, list[str]]:
-    """The settings in the file at `path` (None: no file) with the environment over it; warnings.
+    """The settings in the file at `path`, if any, with the environment over it; warnings.
 
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
@@ -357,14 +365,15 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
         value, where = written[row.path] = _look_up(
             row, names, environ, written, f"{path}:1" if path else row.variable)
-        faults = [] if value is None else _faults(row, value)
-        if value is None and row.field in _REQUIRED and not local:
-            faults = [f"is missing; write it in application.yml, or set {' or '.join(names)}"]
+        if value is None:
+            faults = [] if local or row.field not in _REQUIRED else [
+                f"is missing; write it in application.yml, or set {' or '.join(names)}"]
+        elif not (faults := _faults(row, value)):
+            if row.kind == "command":
+                values[row.field][row.path.rpartition(".")[2]] = value
+            else:
+                values[row.field] = _HELD_AS[row.kind](value) if row.kind in _HELD_AS else value
         problems += [f"{where}: {row.path} {fault}" for fault in faults]
-        if value is not None and row.kind == "command":
-            values[row.field][row.path.rpartition(".")[2]] = value
-        elif value is not None and not faults:
-            values[row.field] = _HELD_AS.get(row.kind, lambda as_it_is: as_it_is)(value)
     problems += [] if local else _queue_problems(written)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -383,7 +392,7 @@ def _look_up(row: Setting, names: tuple[str, ...], environ: Mapping[str, str],
 def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[str]]:
     """What a file says, as {path: (value, FILE:LINE)}; what is wrong with its keys; warnings."""
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
         reader = _YamlReader(content.decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
@@ -442,7 +451,8 @@ def _faults(row: Setting, value: Any) -> list[str]:
         fits = isinstance(value, bool)
     elif row.kind == "count":
         fits = type(value) is int and row.low <= value <= row.high
-        advice = row.why if type(value) is int else advice
+        if type(value) is int:
+            advice = row.why or f"{row.low} to {row.high} are allowed"
     else:
         fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
         advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
@@ -469,12 +479,10 @@ def _queue_problems(written: dict[str, tuple[Any, str]]) -> Iterator[str]:
 
 
 # --------------------------------------------------------------------------------------------
-# --- Tasks: the message, checked field by field ---------------------------------------------
+# Tasks: the message, checked field by field
+# --------------------------------------------------------------------------------------------
 
-MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
 MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
-RUNTIME_ALIASES = {"python": "python", "cpp": "cpp", "c++": "cpp", "nodejs": "nodejs",
-                   "node": "nodejs", "go": "go", "golang": "go"}
 REPORTED_FIELDS = ("requestId", "functionId", "runtime", "timeoutMs", "memoryMb")
 
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
@@ -483,11 +491,31 @@ _FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
 _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, lone surrogates
 
 
+class Runtime(NamedTuple):
+    """What a task may call a runtime, and what runs its entries: the first that a zip has."""
+    aliases: tuple[str, ...]
+    programs: tuple[str, ...]  # looked up on PATH unless settings name one
+    commands: dict[str, tuple[str, ...]]  # by entry; "{program}" stands for what was found
+    compiled: dict[str, tuple[str, ...]]  # by entry: the compiler's command, which makes `main`
+
+
+SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
+RUNTIMES = {
+    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
+    "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
+        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
+    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
+    "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
+        "main.go": ("{program}", "build", "-o", "main", "main.go")}),
+}
+_RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
+               for alias in (name, *runtime.aliases)}
+
+
 class Rejected(Exception):
     """The task or its zip is wrong: it never runs. str() says what, where and what to do.
 
-    `reason` is one lower-case word for the REPORT line; `known` holds those of the task's
-    REPORTED_FIELDS that are right by themselves.
+    `reason` is REPORT's word; `known` holds the REPORTED_FIELDS that are right by themselves.
     """
 
     def __init__(self, reason: str, text: str, known: dict[str, object] | None = None):
@@ -512,9 +540,7 @@ class Task:
 def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
     """The task in a message body; raises Rejected, which names every field that is wrong.
 
-    `settings` has code_bucket, allowed_buckets, default_timeout_ms, default_memory_mb and
-    memory_mb (the most that can be admitted). `any_bucket` is for --local, where s3Bucket is
-    not looked at and s3Key is the path of a file below a folder.
+    `any_bucket` is for --local: s3Bucket is not looked at, s3Key is a path below a folder.
     """
     fields, input_text = _read_json(body)
     values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
@@ -524,14 +550,15 @@ def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
     right: dict[str, Any] = {}
     wrong: dict[str, tuple[str, str]] = {}
     for name, reason, check, allowed in _rules(settings, any_bucket):
-        if name not in values:
-            wrong[name] = reason, f"{name} is missing; it must be {allowed}"
-        elif name not in wrong and check(values[name]):
+        if name in wrong:
+            continue
+        if name in values and check(values[name]):
             right[name] = values[name]
-        elif name not in wrong:
-            wrong[name] = reason, f"{name} is {_quoted(values[name])}; it must be {allowed}"
+        else:
+            found = _quoted(values[name]) if name in values else "missing"
+            wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
-        right["runtime"] = RUNTIME_ALIASES[right["runtime"]]
+        right["runtime"] = _RUNTIME_OF[right["runtime"]]
     if wrong:
         raise Rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
                        {name: right[name] for name in REPORTED_FIELDS if name in right})
@@ -547,8 +574,8 @@ def _rules(settings: Any, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
          "1 to 128 of A-Z a-z 0-9 . _ : -, and neither '.' nor '..'"),
         ("functionId", "task", lambda v: isinstance(v, str) and _FUNCTION_ID.fullmatch(v),
          "1 to 128 of A-Z a-z 0-9 . _ : / - without an empty, '.' or '..' path part"),
-        ("runtime", "task", lambda v: isinstance(v, str) and v in RUNTIME_ALIASES,
-         f"one of {', '.join(RUNTIME_ALIASES)}"),
+        ("runtime", "task", lambda v: isinstance(v, str) and v in _RUNTIME_OF,
+         f"one of {', '.join(_RUNTIME_OF)}"),
         ("s3Key", "task", lambda v: isinstance(v, str) and not _UNPRINTED.search(v)
          and 1 <= len(v.encode()) <= MAX_KEY_BYTES,
          f"a string of 1 to {MAX_KEY_BYTES} bytes without control characters"),
@@ -592,36 +619,19 @@ def _finite(number: str) -> float:
     return value
 
 
-def _quoted(value: object) -> str:
-    """`value` for an error text: in ASCII, without line ends, and short."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    text = ascii(value[:80] if isinstance(value, str) else value)
-    return text if len(text) <= 80 else text[:60] + "..."
-
-
 def _why(error: Exception) -> str:
     """What a library's error says, fit for a log line."""
     return ascii(str(error) or type(error).__name__)[1:-1][:200]
 
 
-# --- Zips: checked, unpacked, and the file that a run starts with ----------------------------
+# --- Zips: checked, unpacked, and the file that a run starts with ---
 
-MAX_UNPACKED = 250 * 1024 * 1024   # bytes; AWS Lambda's limit on a function's code
+MAX_UNPACKED = 250 * MIB           # bytes; AWS Lambda's limit on a function's code
 MAX_MEMBERS = 10_000
 MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names imply
 MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
 MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less room for our part
 MAX_PART_BYTES = 255               # NAME_MAX
-ENTRIES: dict[str, tuple[str, ...]] = {  # the first that is there is run; `main` if executable
-    "python": ("main.py",),
-    "cpp": ("run.sh", "main", "main.cpp"),
-    "nodejs": ("index.js",),
-    "go": ("run.sh", "main", "main.go"),
-}
-
 _UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
@@ -632,9 +642,8 @@ _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplement
 def unpack(archive: Path, target: Path) -> list[str]:
     """Unpack a zip into the new or empty folder `target`; the sorted paths of its regular files.
 
-    Modes are 0755 for folders and what is executable, else 0644, whatever the umask. Raises
-    Rejected("zip") for a zip that is refused: nothing was written beside `target`, which the
-    caller removes. An OSError is the machine's: no space, no such archive.
+    Modes are 0755 for folders and what is executable, else 0644. Raises Rejected("zip"), with
+    nothing written beside `target`, which the caller removes; an OSError is the machine's.
     """
     with _Archive(archive) as source:
         try:
@@ -750,7 +759,7 @@ def _link_target(path: str, target: str) -> str:
     """`target`, if the link at `path` cannot lead out of the zip, through other links neither.
 
     A link's parents are real folders, so that '..' at the beginning goes where it says; behind
-    a name it would not if that name is a link. From inside, names alone lead to the inside.
+    a name it would not if that name is a link.
     """
     parts = [part for part in target.split("/") if part not in ("", ".")]
     ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
@@ -770,13 +779,13 @@ def find_entry(target: Path, runtime: str) -> str:
 
     `main` counts only when it is executable; a link to a regular file counts as that file.
     """
-    names = ENTRIES[runtime]
-    for name in names:
-        path = target / name
-        if path.is_file() and (name != "main" or path.stat().st_mode & 0o111):
+    names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
+    there = [name for name in names if (target / name).is_file()]
+    for name in there:
+        if name != "main" or (target / name).stat().st_mode & 0o111:
             return name
     hint = ""
-    if "main" in names and (target / "main").is_file():
+    if there:
         hint = "; main is there but not executable: chmod +x before zipping"
     elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
         hint = f"; {_quoted(below[0].parent.name)} has one: zip what is in that folder, not itself"
@@ -827,12 +836,9 @@ class Log:
     def write(self, lines: list[str]) -> None:
         """Write lines together; a standard error that is gone or full stops no job."""
         content = "".join(lines).encode("utf-8", "backslashreplace")
-        with self.lock:
-            try:
-                while content:
-                    content = content[os.write(2, content):]
-            except OSError:
-                pass
+        with self.lock, contextlib.suppress(OSError):
+            while content:
+                content = content[os.write(2, content):]
 
 
 class Fault:
@@ -862,8 +868,8 @@ class Fault:
     def worked(self) -> None:
         """Note a success."""
         if self.since is not None:
-            self.log("INFO", f"{self.name} works again after "
-                             f"{time.monotonic() - self.since:.1f} s")
+            seconds = time.monotonic() - self.since
+            self.log("INFO", f"{self.name} works again after {seconds:.1f} s")
             self.since, self.retry_at = None, 0.0
 
 
@@ -3007,26 +3013,6 @@ def reachable(path: str, uid: int | None, gid: int | None) -> bool:
         if uid and not status.st_mode >> shift & 1:
             return False
     return True
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What runs a runtime's entries."""
-
-    programs: tuple[str, ...]  # looked up on PATH unless settings name one
-    commands: dict[str, tuple[str, ...]]  # by entry; "{program}" stands for what was found
-    compiled: dict[str, tuple[str, ...]]  # by entry: the compiler's command, which makes `main`
-
-
-SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
-RUNTIMES = {
-    "python": Runtime(("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
-    "cpp": Runtime(("g++", "c++", "clang++"), SHELL_ENTRY,
-                   {"main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
-    "nodejs": Runtime(("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
-    "go": Runtime(("go",), SHELL_ENTRY, {"main.go": ("{program}", "build", "-o", "main",
-                                                     "main.go")}),
-}
 
 
 class Slots:

@@ -1021,7 +1021,7 @@ def test_a_wrong_field_is_named_with_its_value(name, value):
 def test_a_missing_field_is_named(name):
     with pytest.raises(ng.Rejected, match=f"^{name} is missing; it must be ") as caught:
         ng.parse_task(json.dumps({k: v for k, v in TASK.items() if k != name}), SETTINGS)
-    assert caught.value.reason == "task"
+    assert caught.value.reason == "task" and "DIR/code" not in str(caught.value)
 
 
 def test_every_wrong_field_is_named_at_once():
