@@ -1015,7 +1015,7 @@ class SqsQueue:
                 while len(self.finished) > REMEMBERED:
                     self.finished.popitem(last=False)
             if lease.lost:
-                self.log("WARNING", f"message {message.id} ended {status} after its lease was lost: "
+                self.log("WARNING", f"message {message.id} ended {status} with its lease lost: "
                                     "it is not deleted or given back from here")
             elif status == "ok":
                 lease.done = now
@@ -1836,8 +1836,8 @@ class CloudWatchMetrics:
 
     @staticmethod
     def _datum(function_id: str, runtime: str, values: list[int]) -> dict[str, Any]:
-        counts = Counter(values)
-        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Values": list(map(float, counts)),
+        counts = Counter(map(float, values))
+        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Values": list(counts),
                 "Counts": list(map(float, counts.values())),
                 "Dimensions": [{"Name": "FunctionId", "Value": function_id},
                                {"Name": "Runtime", "Value": runtime}],
