@@ -2526,7 +2526,7 @@ class Supervisor:
             helper, start = self._helper(job)
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
-            child = helper.start(job, (4 * job.memory_mb + 256) * MIB)
+            child = helper.start(job, max(3 * job.memory_mb, 2 * job.memory_mb + 192) * MIB)
             started_at, started = time.time(), time.monotonic()  # the fork is not the function's
             watch = Watch(self, job, helper.done(child), outputs, started)
             end = watch.wait()

@@ -2115,6 +2115,27 @@ def test_a_hog_never_holds_more_than_twice_its_cap_and_256_mib(grids, user):
     assert 32 * MIB < most <= (2 * 64 + 256) * MIB, most / MIB
 
 
+def test_a_hog_that_stops_its_watcher_is_held_by_the_kernel(grids):
+    """As it could be by a busy machine; an ordinary user's function may signal its supervisor."""
+    grid = grids("ordinary")
+    grid.put({"main.py": r"""
+import os, signal
+watcher = int(open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[1])
+os.kill(watcher, signal.SIGSTOP)
+held = []
+try:
+    while True:
+        held.append(bytearray(1 << 20))
+finally:
+    print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0], flush=True)
+    os.kill(watcher, signal.SIGCONT)
+"""}, request_id="hog", memoryMb=128)
+    grid.run()
+    held_kib = int(re.search(r"VmHWM:\s+(\d+) kB", grid["hog"]["stdout"])[1])
+    assert 128 < held_kib / 1024 <= 2 * 128 + 256
+    assert grid["hog"]["status"] == "oom"
+
+
 # ---------------------------------------------------------------- nothing outlives its run
 
 # Each row leaves a process behind that would write a file one second later.
