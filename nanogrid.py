@@ -1493,7 +1493,7 @@ class S3Code:
     def _download(answer: Mapping[str, Any], target: Path, where: str) -> None:
         """Write a body to a file, whole or not at all: its length is checked before it counts."""
         written = 0
-        with open(target, "wb") as file:
+        with contextlib.closing(answer["Body"]), open(target, "wb") as file:
             while True:
                 chunk, error = attempt(answer["Body"].read, amt=256 * 1024)
                 if error or not chunk:
@@ -1814,10 +1814,8 @@ class CloudWatchMetrics:
                 for start in range(0, len(peaks), self.VALUES)]
         sent, error = 0, None
         while data and not error:
-            self.client = self.client or self.clients.make("cloudwatch", 10)
-            _, error = attempt(self.client.put_metric_data, Namespace=self.settings.namespace,
-                               MetricData=[self._datum(*key, peaks)
-                                           for key, peaks in data[:self.DATA]])
+            _, error = attempt(self._send, data=[self._datum(*key, peaks)
+                                                 for key, peaks in data[:self.DATA]])
             if not error:
                 sent += sum(len(peaks) for _, peaks in data[:self.DATA])
                 del data[:self.DATA]
@@ -1833,6 +1831,10 @@ class CloudWatchMetrics:
             self._bound()
         hint = " (grant cloudwatch:PutMetricData)" if is_denied(error_code(error)) else ""
         return self.fault.failed(f"{error}{hint}")
+
+    def _send(self, data: list[dict[str, Any]]) -> None:
+        self.client = self.client or self.clients.make("cloudwatch", 10)
+        self.client.put_metric_data(Namespace=self.settings.namespace, MetricData=data)
 
     @staticmethod
     def _datum(function_id: str, runtime: str, values: list[int]) -> dict[str, Any]:

@@ -4399,8 +4399,9 @@ def full_disk_is_an_error_and_the_agent_lives(moto):
 @trial
 def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
     """The limit is lowered under a running agent, to less than it has open."""
-    with site(moto, visibility=3, receives=99) as aws, start(aws) as agent:
-        job(aws, "before")
+    metrics = {"flushSeconds": 2}
+    with site(moto, visibility=3, receives=99) as aws, start(aws, metrics=metrics) as agent:
+        job(aws, "before", function_id=aws.name)
         until_settled(aws, agent)
         pid = agent.process.pid
         kept = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -4413,6 +4414,7 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         assert cpu_seconds(pid) - cpu < 1.0
         resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
         until_settled(aws, agent, seconds=40)
+        until(lambda: metric_values(aws, aws.name) == 1, 30, "the value that could not be sent")
         assert agent.stop() == 0 and "Traceback" not in agent.log
 
 
