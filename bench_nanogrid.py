@@ -794,7 +794,7 @@ def rows_of(bench: Bench, name: str):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer runs: under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer runs: about a minute")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=FIGURES, default=FIGURES,
                         help="some of: " + " ".join(FIGURES))
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
