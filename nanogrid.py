@@ -1375,7 +1375,14 @@ class FolderQueue:
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Remove a task that succeeded; take another again at once, or bury it the third time."""
-        name, takes = message.id, message.receive_count
+        # Once its file has moved, another of its name may be taken, and have a lock of its own.
+        lock = self.locks.pop(message.id)
+        try:
+            self._put_away(message.id, message.receive_count, status, result)
+        finally:
+            os.close(lock)
+
+    def _put_away(self, name: str, takes: int, status: str, result: object) -> None:
         if takes > 1 and (status == "ok" or status != "released" and takes >= self.RECEIVES):
             self._count(name, 0)
         if status == "ok":
@@ -1390,7 +1397,6 @@ class FolderQueue:
             self._move(f"running/{name}", f"dead/{name}")
         else:
             self.names.append(self._put_back(name, takes))
-        os.close(self.locks.pop(name))
 
     def fits(self, message: Message, timeout_ms: int) -> bool:
         """A folder's lease has no end."""

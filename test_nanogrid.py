@@ -3986,8 +3986,11 @@ def proxy_runs(path: Path) -> Counter:
 
 def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 30):
     """Wait until the queue is empty and the dead-letter queue holds as many messages."""
+    def settled():  # a message that becomes visible between two counts is in neither: look again
+        return not aws.count() and not aws.count() and dead(aws) == in_dlq
+
     try:
-        until(lambda: not aws.count() and dead(aws) == in_dlq, seconds, "the end of all messages")
+        until(settled, seconds, "the end of all messages")
     except AssertionError as error:
         raise AssertionError(f"{error}: {aws.count()} are in the queue and {dead(aws)} in the DLQ; "
                              f"the log:\n{agent.log}") from None
