@@ -2740,9 +2740,11 @@ def launch(control: socket.socket) -> None:
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
     supervisors: dict[int, int] = {}  # pidfd -> pid
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
     while True:
-        ready = select.select([control, *supervisors], [], [])[0]
-        if control in ready:
+        ready = {fd for fd, _ in poll.poll()}
+        if control.fileno() in ready:
             message, fds, _, _ = socket.recv_fds(control, 65536, 1)
             if not message:
                 break
@@ -2751,10 +2753,13 @@ def launch(control: socket.socket) -> None:
                     pid = os.fork()
                     if not pid:
                         supervise(agent, life, message, (control.fileno(), held, *supervisors))
-                    supervisors[os.pidfd_open(pid)] = pid
+                    pidfd = os.pidfd_open(pid)
+                    supervisors[pidfd] = pid
+                    poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     agent.sendall(b"-%d\n" % error.errno)
         for pidfd in supervisors.keys() & ready:
+            poll.unregister(pidfd)
             os.waitpid(supervisors.pop(pidfd), 0)
             os.close(pidfd)
             end_descendants(others=supervisors.values())  # what it left, when it was itself killed
@@ -2965,8 +2970,11 @@ class Slot:
 
     def _connect(self) -> None:
         """Have a supervisor; one that ended while it was idle is replaced."""
-        if self.connection and select.select([self.connection], [], [], 0)[0]:
-            self.drop()
+        if self.connection:
+            idle = select.poll()  # select(2) knows no descriptor over 1,023
+            idle.register(self.connection, select.POLLIN)
+            if idle.poll(0):
+                self.drop()
         if self.connection is None:
             self.connection = self.launcher.supervisor(self.place)
             self.connection.settimeout(self.SPARE_SECONDS)

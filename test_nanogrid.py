@@ -5320,6 +5320,29 @@ def test_local_task_of_a_name_that_runs_waits_for_its_turn(first):
         assert not names(folder, "running") and not names(folder, "queue")
 
 
+# Descriptors as an agent of many slots has them; select(2) takes none over 1,023.
+MANY_DESCRIPTORS = """import os, resource
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+run = ng.Agent.run
+def crowded(self, drain):
+    while os.open(os.devnull, os.O_RDONLY) < 1100: pass
+    run(self, drain)
+ng.Agent.run = crowded"""
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048,
+                    reason="this machine allows no process 2,048 descriptors")
+def test_local_a_slot_whose_descriptors_are_over_1023_is_used_again():
+    prefix = [sys.executable, "-c", PATCHED.format(MANY_DESCRIPTORS)]
+    env = {"AGENT_EXECUTION_CONCURRENCY": "1"}
+    with local_site() as folder, local(folder, "--drain", prefix=prefix, env=env) as agent:
+        for request_id in ("r1", "r2"):
+            local_job(folder, request_id)
+        assert agent.end() == 0
+    assert [each["status"] for each in reports(agent.log)] == ["ok", "ok"], agent.log
+
+
 def test_local_sigterm_gives_back_what_runs_longer_than_the_grace():
     with local_site() as folder:
         local_job(folder, "r1", sleep=300, timeoutMs=400000)
