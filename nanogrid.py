@@ -867,10 +867,19 @@ class Fault:
 
     def worked(self) -> None:
         """Note a success."""
-        if self.since is not None:
-            seconds = time.monotonic() - self.since
-            self.log("INFO", f"{self.name} works again after {seconds:.1f} s")
-            self.since, self.retry_at = None, 0.0
+        since, self.since, self.retry_at = self.since, None, 0.0
+        if since is not None:
+            self.log("INFO", f"{self.name} works again after {time.monotonic() - since:.1f} s")
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note how the block ends; an OSError ends in here."""
+        try:
+            yield
+        except OSError as error:
+            self.failed(error)
+        else:
+            self.worked()
 
 
 class GiveUp(Exception):
@@ -1329,13 +1338,11 @@ class FolderQueue:
 
     def _count(self, name: str, takes: int) -> None:
         path = self.root / "queue" / f".{name}.takes"
-        try:
+        with self.fault.noted():  # a take that is not counted is one more try
             if takes:
                 path.write_text(str(takes))
             else:
                 path.unlink(missing_ok=True)
-        except OSError as error:  # a take that is not counted is one more try
-            self.fault.failed(error)
 
     def receive(self, limit: int) -> list[Message]:
         """At most `limit` tasks, after at most a second."""
@@ -1390,10 +1397,8 @@ class FolderQueue:
         elif status == "released":  # a take that was given back does not count
             self._put_back(name, takes - 1)
         elif takes >= self.RECEIVES:
-            try:
+            with self.fault.noted():  # without it, the log still says why the task failed
                 write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
-            except OSError as error:  # the log has said why it failed
-                self.fault.failed(error)
             self._move(f"running/{name}", f"dead/{name}")
         else:
             self.names.append(self._put_back(name, takes))
@@ -1752,14 +1757,9 @@ class FolderMetrics:
         line = json.dumps({"timestamp": iso(time.time()), "namespace": self.namespace,
                            "metricName": "PeakMemoryBytes", "value": peak_bytes, "unit": "Bytes",
                            "dimensions": {"FunctionId": function_id, "Runtime": runtime}})
-        with self.lock:
-            try:
-                os.write(self.fd, line.encode() + b"\n")
-            except OSError as error:
-                self.fault.failed(error)
-            else:
-                self.fault.worked()
-                self.count += 1
+        with self.lock, self.fault.noted():
+            os.write(self.fd, line.encode() + b"\n")
+            self.count += 1
 
     def close(self) -> None:
         """Say how many there were."""

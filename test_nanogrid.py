@@ -4427,6 +4427,14 @@ def set_limit(pid: int, option: str) -> None:
                    stderr=subprocess.DEVNULL)
 
 
+FAILS_ONCE = """import json, os
+mark = json.loads(input())
+first = not os.path.exists(mark)
+open(mark, "w").close()
+raise SystemExit(first)
+"""
+
+
 def test_a_full_disk_under_a_folder_stops_no_slot(grids):
     """No file of the agent's may grow (its runs are another process): nothing it keeps fits."""
     grid = grids("ordinary")
@@ -4440,9 +4448,13 @@ def test_a_full_disk_under_a_folder_stops_no_slot(grids):
         until(lambda: agent.log.count("REPORT requestId=during") >= 4, 60, "four tries")
         set_limit(pid, "--fsize=unlimited:")
         agent.wait_for("REPORT requestId=during .*status=ok", 60)
+        grid.put({"main.py": FAILS_ONCE}, request_id="after", input=str(grid.spool / "mark"))
+        agent.wait_for("REPORT requestId=after .*status=ok")  # its first take was counted in a file
         assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
     assert not os.listdir(grid.path / "running") and not os.listdir(grid.path / "dead")
     assert re.search("metrics.jsonl failed: .*too large.*trying on", agent.log), agent.log
+    for place in (grid.path, grid.path / "metrics.jsonl"):
+        assert re.search(f"writ\\w+ (to )?{place} works again after ", agent.log), agent.log
 
 
 def test_no_more_processes_is_an_error_and_the_agent_lives(grids):
