@@ -128,6 +128,7 @@ _END = _Line(0, -1, "")
 
 class _YamlReader:
     """Reads by depth with one line of look-ahead: `tree`, and `line_of` each path of keys."""
+
     def __init__(self, text: str, name: str):
         self.name = name
         self.line_of: dict[tuple, int] = {}
@@ -326,7 +327,8 @@ class Settings:
         "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
         f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
-    shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
+    shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0,
+                                      MAX_TIMEOUT_MS // 1000)
     run_as: str | None = _at("execution.runAs", "user")
     warm_start: bool = _at("execution.warmStart", "flag", True)
     max_open_files: int = _at("execution.maxOpenFiles", "count", 1024, 16)
@@ -919,7 +921,7 @@ class Lease:
     done: float = 0.0  # when its run had ended ok
 
 
-LONGEST_LEASE_SECONDS = 12 * 3600  # SQS: from the receive, whatever was extended since
+LONGEST_LEASE_SECONDS = MAX_TIMEOUT_MS // 1000  # from the receive, whatever was extended since
 BATCH = 10  # entries of one SQS batch request
 DELETE_WAIT_SECONDS = 0.1
 ERROR_DELAY_SECONDS = 10  # after the first receive; four times that after each further one
@@ -2866,19 +2868,16 @@ def report(log: Log, request_id: str, outcome: Outcome, pairs: Mapping[str, Any]
     log.write(lines)
 
 
-def summary(pairs: Iterable[Mapping[str, Any]]) -> str:
-    """The table that ends --drain, from the pairs of all REPORT lines."""
+def summary(runs: Mapping[str, list[tuple[str, int | None, int | None, int | None]]]) -> str:
+    """The table that ends --drain; of each run: status, ms, peak in bytes, cap in MiB."""
     import statistics
-    runs: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for one in pairs:
-        runs[one["functionId"] or "-"].append(one)
     width = max([8, *map(len, runs)])
     lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
-        good = sum(one["status"] == "ok" for one in mine)
-        spent = [one["durationMillis"] for one in mine if one["durationMillis"] is not None] or [0]
-        peak, cap = max(((one["peakMemoryBytes"], one["memoryMb"]) for one in mine
-                         if one["peakMemoryBytes"] is not None), default=(0, 0))
+        good = sum(status == "ok" for status, *_ in mine)
+        spent = [ms for _, ms, _, _ in mine if ms is not None] or [0]
+        peak, cap = max(((peak, cap) for _, _, peak, cap in mine if peak is not None),
+                        default=(0, 0))
         bar = "#" * round(min(1.0, peak / MIB / (cap or 1)) * 20)
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
                      f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
@@ -3293,7 +3292,8 @@ class Agent:
         self.sick_seconds = 0.0
         self.fault = Fault(log, "receiving messages")
         self.peaks: OrderedDict[str, deque[int]] = OrderedDict()
-        self.reports: list[Mapping[str, Any]] | None = None  # all of them, for summary()
+        self.drain = False
+        self.runs: defaultdict[str, list[tuple]] = defaultdict(list)  # for summary()
         self.counts: Counter[str] = Counter()
         self.stopping = False
         self.signals = 0
@@ -3307,7 +3307,7 @@ class Agent:
         """Work until a signal, or with `drain` until the queue is empty."""
         gc.freeze()  # what the start has made stays: no collection need look at it again
         gc.enable()
-        self.reports = [] if drain else None
+        self.drain = drain
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
@@ -3392,7 +3392,7 @@ class Agent:
                 self.fault.worked()
                 for message in messages:
                     self._take(message)
-                if not messages and self.reports is not None and self._is_drained():
+                if not messages and self.drain and self._is_drained():
                     break
                 if not messages and not self.local and not self.settings.wait_time_seconds:
                     self._pause(1)  # SQS answered at once
@@ -3537,8 +3537,9 @@ class Agent:
             self.log("ERROR", f"[{message.id}] cannot be put away: {error}")
         with self.lock:
             self.counts[outcome.status] += 1
-            if self.reports is not None:
-                self.reports.append(pairs)
+            if self.drain:
+                self.runs[pairs["functionId"] or "-"].append(
+                    (outcome.status, outcome.duration_ms, outcome.peak_bytes, pairs["memoryMb"]))
 
     def _store(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
                slot: Slot | None) -> tuple[dict[str, Any], Outcome]:
@@ -3647,8 +3648,8 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
         agent = Agent(settings, log, queue, CodeCache(source, slots.base / "code"), results,
                       metrics, slots)
         agent.run(drain)
-        if agent.reports is not None:
-            say(summary(agent.reports))
+        if drain:
+            say(summary(agent.runs))
 
 
 def say(text: str) -> None:
