@@ -9,8 +9,8 @@ deletes the message if, and only if, the function succeeded:
 
 Theory of operation. Two kinds of process, both from this file. The agent talks to AWS, owns
 the messages and their leases, unpacks code and reports; it has threads, and never forks a
-function. The launcher is started before boto3 is imported and never sees a credential; it forks
-a supervisor for each slot, and each supervisor runs one function at a time: it limits it, looks
+function. The launcher is started for the first run and never sees a credential; it forks a
+supervisor for each slot, and each supervisor runs one function at a time: it limits it, looks
 after it, ends all that is left of it and measures it. Whoever loses the process above itself
 kills what it runs and ends, so no function survives even a SIGKILL of the agent.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import gc
@@ -71,30 +70,31 @@ class ConfigError(Exception):
 
 # --- YAML: the subset that settings need, read as YAML 1.2 reads it or refused ---
 
-_FORBIDDEN = re.compile(  # what YAML 1.2's c-printable leaves out; also a lone CR, a late BOM
+# Patterns stand as text, here and below: `re` compiles each when it is first used, and keeps it.
+_FORBIDDEN = (  # what YAML 1.2's c-printable leaves out; also a lone CR, a late BOM
     "[^\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
-_MARKER = re.compile(r"(---|\.\.\.)(?=[ \t]|$) *([^ #])?")
-_ITEM = re.compile(r"-(?: +|$)")
-_COLON = re.compile(r" *:(?: +(?:#.*)?|$)")
-_COMMENT = re.compile(r"(?: +#.*)?")
-_EMPTY = re.compile(r"(\[ *\]|\{ *\})(?: +#.*)?")
-_TOKEN = re.compile(r'''
+_MARKER = r"(---|\.\.\.)(?=[ \t]|$) *([^ #])?"
+_ITEM = r"-(?: +|$)"
+_COLON = r" *:(?: +(?:#.*)?|$)"
+_COMMENT = r"(?: +#.*)?"
+_EMPTY = r"(\[ *\]|\{ *\})(?: +#.*)?"
+_TOKEN = r'''(?x)
     (?P<double> "(?:[^"\\]|\\.)*" )
   | (?P<single> '(?:[^']|'')*'(?!') )
   | (?P<plain>  (?: [^- \t?:,\[\]{}\#&*!|>'"%@`] | [-?:](?=[^ \t]) )       # ns-plain-first
                 (?: [^ \t:] | :(?=[^ \t]) | [ ]+(?=[^ \t:\#]|:[^ \t]) )* )  # blanks inside only
-''', re.VERBOSE)
-_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
+'''
+_ESCAPE = r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))"
 _ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
 _CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take other digits and `_`
-    (re.compile(r"~|null|Null|NULL"), lambda text: None),
-    (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text[0] in "tT"),
-    (re.compile(r"[-+]?[0-9]+"), int),
-    (re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
-    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
-    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda s: float(s.replace(".", ""))),
+    (r"~|null|Null|NULL", lambda text: None),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text[0] in "tT"),
+    (r"[-+]?[0-9]+", int),
+    (r"0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0)),
+    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda s: float(s.replace(".", ""))),
 )
-_LONG_NUMBER = re.compile(r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}")  # int(), str() raise at some thousand
+_LONG_NUMBER = r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}"  # int(), str() raise at some thousand
 _DEEPEST_MAP = 50  # Python's recursion limit must not be what ends the reading
 _REFUSED = {  # how text outside of the subset begins: what it is; what to write instead
     **dict.fromkeys("'\"", 'a quote is not closed in its line; close it, a line break is "\\n"'),
@@ -149,13 +149,13 @@ class _YamlReader:
         begun = False
         for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028
             line = line.removesuffix("\r")
-            if bad := _FORBIDDEN.search(line):
+            if bad := re.search(_FORBIDDEN, line):
                 self.fail(number, f"the character U+{ord(bad[0]):04X} is not allowed in YAML; "
                           "take it out, or write it as an escape in double quotes")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
                 self.fail(number, _REFUSED[body[0]])
-            if marker := _MARKER.match(line):
+            if marker := re.match(_MARKER, line):
                 if begun or marker[1] == "..." or marker[2]:
                     self.fail(number, f"`{marker[1]}` ends a document or has text after it; write "
                               "one document, with nothing but a line `---` before it")
@@ -167,7 +167,7 @@ class _YamlReader:
 
     def entries(self, indent: int, items: bool) -> Iterator[_Line]:
         """The lines at `indent`, with `items` only list items; a deeper line is refused."""
-        while self.line.indent == indent and (not items or _ITEM.match(self.line.body)):
+        while self.line.indent == indent and (not items or re.match(_ITEM, self.line.body)):
             taken, self.line = self.line, next(self.lines)
             yield taken
         if self.line.indent > indent:
@@ -180,7 +180,7 @@ class _YamlReader:
         found: dict[str, Any] = {}
         for line in self.entries(indent, items=False):
             key, _, rest = self.token(line.number, line.body)
-            if not (colon := _COLON.match(rest)):
+            if not (colon := re.match(_COLON, rest)):
                 self.fail(line.number, f"{_shown(line.body)} is no `key: value`; write a space "
                           "after the colon, and a value in its key's line")
             text, here = rest[colon.end():], (*path, key)
@@ -188,7 +188,7 @@ class _YamlReader:
                 self.fail(line.number, f"the key {_shown(key)} stands in line {self.line_of[here]} "
                           "too; keep one of them")
             self.line_of[here] = line.number
-            if empty := _EMPTY.fullmatch(text):
+            if empty := re.fullmatch(_EMPTY, text):
                 found[key] = [] if empty[1][0] == "[" else {}
             else:
                 found[key] = self.scalar(line, text) if text else self.child(indent, here)
@@ -197,8 +197,8 @@ class _YamlReader:
     def child(self, indent: int, path: tuple) -> Any:
         """The map or list beneath a key at `indent`; None when there is none."""
         line = self.line
-        if line.indent >= indent and _ITEM.match(line.body):
-            return [self.scalar(item, _ITEM.sub("", item.body, count=1))
+        if line.indent >= indent and re.match(_ITEM, line.body):
+            return [self.scalar(item, re.sub(_ITEM, "", item.body, count=1))
                     for item in self.entries(line.indent, items=True)]
         return self.block_map(line.indent, path) if line.indent > indent else None
 
@@ -206,10 +206,10 @@ class _YamlReader:
         if text[:1] in ("", "#"):
             return None
         value, is_plain, rest = self.token(line.number, text)
-        if not _COMMENT.fullmatch(rest):
+        if not re.fullmatch(_COMMENT, rest):
             self.fail(line.number, f"{_shown(rest.strip())} after a value; put the whole value in "
                       "one pair of quotes, a key in its own line, a space before a `#`")
-        if is_plain and _LONG_NUMBER.match(value):
+        if is_plain and re.match(_LONG_NUMBER, value):
             self.fail(line.number, "a number that is too long; put it in quotes")
         return _typed(value) if is_plain else value
 
@@ -223,20 +223,20 @@ class _YamlReader:
                           "backslash, or use single quotes")
             return chr(code)
 
-        found = _TOKEN.match(text)
+        found = re.match(_TOKEN, text)
         rest = text[found.end():] if found else text.lstrip("-?:")
         if rest.lstrip(" :")[:1] == "\t":
             self.fail(number, _REFUSED["\t"])
         if not found:
             self.fail(number, _REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
         if found["double"]:
-            return _ESCAPE.sub(character, found[0][1:-1]), False, rest
+            return re.sub(_ESCAPE, character, found[0][1:-1]), False, rest
         return found["plain"] or found[0][1:-1].replace("''", "'"), bool(found["plain"]), rest
 
 
 def _typed(text: str) -> Any:
     """A plain scalar's value by the core schema; the text itself when it is text."""
-    return next((value(text) for kind, value in _CORE_SCHEMA if kind.fullmatch(text)), text)
+    return next((value(text) for kind, value in _CORE_SCHEMA if re.fullmatch(kind, text)), text)
 
 
 def _shown(value: Any, mapping: str = "a section", empty: str = "empty",
@@ -274,9 +274,9 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "namespace": (r"(?!AWS/|:)[A-Za-z0-9._/#:-]{1,255}", "write letters, digits, . _ / # : or -"),
     "directory": (r"(/(?!\.\.?(/|$))[^/]+)+/?", "write an absolute path without . and .. in it"),
 }
-_AWS_QUEUE = re.compile(
-    r"https?://(?:(?:[^/]+\.)?sqs(?:-fips)?\.([a-z0-9-]+)\.(?:vpce\.)?(?:amazonaws\.com|api\.aws)"
-    r"|(?:([a-z0-9-]+)\.)?queue\.amazonaws\.com)(?:\.cn)?(?::[0-9]+)?(/.*)?", re.IGNORECASE)
+_AWS_QUEUE = (
+    r"(?i)https?://(?:(?:[^/]+\.)?sqs(?:-fips)?\.([a-z0-9-]+)\.(?:vpce\.)?(?:amazonaws\.com|api\.aws)"
+    r"|(?:([a-z0-9-]+)\.)?queue\.amazonaws\.com)(?:\.cn)?(?::[0-9]+)?(/.*)?")
 
 
 class Setting(NamedTuple):
@@ -466,7 +466,7 @@ def _queue_problems(written: dict[str, tuple[Any, str]]) -> Iterator[str]:
     region = written.get("agent.aws.region", (None,))[0]
     for path in ("agent.sqs.queueUrl", "agent.output.queueUrl"):
         url, where = written.get(path, ("", ""))
-        aws = _AWS_QUEUE.fullmatch(str(url))
+        aws = re.fullmatch(_AWS_QUEUE, str(url))
         of_queue = aws and (aws[1] or aws[2] or "us-east-1").lower()
         if re.search("YOUR_[A-Z]|(?i:your_account)", str(url)):
             yield (f"{where}: {path} still holds YOUR_ACCOUNT_ID; write the id that `aws sts "
@@ -488,9 +488,9 @@ MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
 REPORTED_FIELDS = ("requestId", "functionId", "runtime", "timeoutMs", "memoryMb")
 
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
-_REQUEST_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}")
-_FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
-_UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, lone surrogates
+_REQUEST_ID = rf"(?=.{{1,128}}\Z){_PART}"
+_FUNCTION_ID = rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*"
+_UNPRINTED = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, lone surrogates
 
 
 class Runtime(NamedTuple):
@@ -572,13 +572,13 @@ def _rules(settings: Any, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
     """(field, reason, check, what the check allows); a field's first rule makes its type sure."""
     buckets = [name for name in (settings.code_bucket, *settings.allowed_buckets) if name]
     return [
-        ("requestId", "task", lambda v: isinstance(v, str) and _REQUEST_ID.fullmatch(v),
+        ("requestId", "task", lambda v: isinstance(v, str) and re.fullmatch(_REQUEST_ID, v),
          "1 to 128 of A-Z a-z 0-9 . _ : -, and neither '.' nor '..'"),
-        ("functionId", "task", lambda v: isinstance(v, str) and _FUNCTION_ID.fullmatch(v),
+        ("functionId", "task", lambda v: isinstance(v, str) and re.fullmatch(_FUNCTION_ID, v),
          "1 to 128 of A-Z a-z 0-9 . _ : / - without an empty, '.' or '..' path part"),
         ("runtime", "task", lambda v: isinstance(v, str) and v in _RUNTIME_OF,
          f"one of {', '.join(_RUNTIME_OF)}"),
-        ("s3Key", "task", lambda v: isinstance(v, str) and not _UNPRINTED.search(v)
+        ("s3Key", "task", lambda v: isinstance(v, str) and not re.search(_UNPRINTED, v)
          and 1 <= len(v.encode()) <= MAX_KEY_BYTES,
          f"a string of 1 to {MAX_KEY_BYTES} bytes without control characters"),
         ("s3Key", "task", lambda v: not any_bucket or not {"", ".", ".."} & set(v.split("/")),
@@ -636,7 +636,7 @@ MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less ro
 MAX_PART_BYTES = 255               # NAME_MAX
 _UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
-_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
+_OUTSIDE = r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)"
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -715,9 +715,9 @@ def _path(member: zipfile.ZipInfo) -> str:
     name, method = member.filename, member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
     for is_wrong, what in (
-            (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
+            (re.search(_UNPRINTED, member.orig_filename + name),  # zipfile ends filename at a NUL
              "has a control character in its name; rename it"),
-            (_OUTSIDE.search(name),
+            (re.search(_OUTSIDE, name),
              "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
             (len(name.encode()) > MAX_NAME_BYTES
              or any(len(part.encode()) > MAX_PART_BYTES for part in parts),
@@ -799,13 +799,13 @@ def find_entry(target: Path, runtime: str) -> str:
 # --------------------------------------------------------------------------------------------
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+_UNSAFE = ("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
                      "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # bidi controls
 
 
 def printable(text: str) -> str:
     """The text on one line: controls, line separators and what reorders text are escaped."""
-    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return re.sub(_UNSAFE, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def iso(seconds: float) -> str:
@@ -953,8 +953,7 @@ class SqsQueue:
     def __init__(self, clients: Clients, settings: Settings, log: Log):
         self.url, self.log, self.settings = settings.queue_url, log, settings
         # Polls wait for long and the rest must not: each has a client with its own time limit.
-        self.polls = clients.make("sqs", settings.wait_time_seconds + 5)
-        self.calls = clients.make("sqs", 10)
+        self.clients, self.polls = clients, clients.get("sqs", settings.wait_time_seconds + 5)
         self.visibility = 30
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: not tried yet
         self.condition = threading.Condition()
@@ -971,7 +970,7 @@ class SqsQueue:
 
     def _attributes(self) -> None:
         """Read the queue's visibility timeout; raises GiveUp when the queue cannot be used."""
-        answer, error = attempt(self.calls.get_queue_attributes, QueueUrl=self.url,
+        answer, error = attempt(self.polls.get_queue_attributes, QueueUrl=self.url,
                                 AttributeNames=["VisibilityTimeout"])
         if not error:
             self.visibility = max(1, int(answer["Attributes"]["VisibilityTimeout"]))
@@ -1050,7 +1049,7 @@ class SqsQueue:
 
     def is_empty(self) -> bool:
         """Whether no message is visible; what is in flight elsewhere is not ours."""
-        answer = self.calls.get_queue_attributes(
+        answer = self.clients.get("sqs").get_queue_attributes(
             QueueUrl=self.url, AttributeNames=["ApproximateNumberOfMessages"])
         return int(answer["Attributes"]["ApproximateNumberOfMessages"]) == 0
 
@@ -1118,7 +1117,7 @@ class SqsQueue:
 
     def _delete(self, entries: list[tuple[str, str]]) -> None:
         """DeleteMessageBatch; what fails stays for the next try."""
-        answer, error = attempt(self.calls.delete_message_batch, QueueUrl=self.url, Entries=[
+        answer, error = attempt(self.clients.get("sqs").delete_message_batch, QueueUrl=self.url, Entries=[
             {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
         answer = answer or {}
         done = [entries[int(entry["Id"])] for entry in answer.get("Successful", [])]
@@ -1139,7 +1138,7 @@ class SqsQueue:
         """ChangeMessageVisibilityBatch; what fails is tried again while its lease lasts."""
         asked = time.monotonic()
         answer, error = attempt(
-            self.calls.change_message_visibility_batch, QueueUrl=self.url, Entries=[
+            self.clients.get("sqs").change_message_visibility_batch, QueueUrl=self.url, Entries=[
                 {"Id": str(n), "ReceiptHandle": receipt, "VisibilityTimeout": seconds}
                 for n, (_, receipt, seconds) in enumerate(entries)])
         if error:
@@ -1208,6 +1207,7 @@ class Clients:
 
     def __init__(self, settings: Settings):
         try:
+            import botocore.loaders
             from botocore.config import Config
             from botocore.session import Session
         except ImportError:
@@ -1215,6 +1215,8 @@ class Clients:
                          f"{sys.executable} -m pip install boto3 (--local and --demo do without)"
                          ) from None
         self.session, self.config, self.lock = Session(), Config, threading.Lock()
+        self.made: dict[tuple[str, int], Any] = {}
+        botocore.loaders.OrderedDict = dict  # which keeps order, too: 3 MiB and 5 ms of the start
         # botocore would read 870 directories at each start to know that these are services.
         self.session.get_component("data_loader").list_available_services = (
             lambda type_name: ("sqs", "s3", "cloudwatch"))
@@ -1223,16 +1225,22 @@ class Clients:
             raise GiveUp(queue_advice(type("NoCredentialsError", (Exception,), {})("none found"),
                                       None))
 
-    def make(self, service: str, read_seconds: int) -> Any:
-        """A client that tries once: pauses and repeats are ours."""
-        config = self.config(connect_timeout=5, read_timeout=read_seconds, max_pool_connections=50,
-                             retries={"total_max_attempts": 1, "mode": "standard"},
-                             s3={"addressing_style": "path"} if self.endpoint else {})
+    def get(self, service: str, read_seconds: int = 8) -> Any:
+        """The client that waits so long for each piece of an answer; the pauses are ours.
+
+        It tries once. Eight seconds, for a job must go on soon after AWS does.
+        """
         with self.lock:  # a session is not safe for threads
-            client = self.session.create_client(service, self.region, endpoint_url=self.endpoint,
-                                                config=config)
-        client.meta.events.register("after-call", refuse_cut_answer)
-        return client
+            if (service, read_seconds) not in self.made:
+                config = self.config(
+                    connect_timeout=5, read_timeout=read_seconds, max_pool_connections=50,
+                    retries={"total_max_attempts": 1, "mode": "standard"},
+                    s3={"addressing_style": "path"} if self.endpoint else {})
+                client = self.session.create_client(
+                    service, self.region, endpoint_url=self.endpoint, config=config)
+                client.meta.events.register("after-call", refuse_cut_answer)
+                self.made[service, read_seconds] = client
+            return self.made[service, read_seconds]
 
 
 def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
@@ -1270,6 +1278,7 @@ class FolderQueue:
 
     def _watch(self) -> int:
         """An inotify(7) descriptor for new tasks; -1 where there is none (then it looks)."""
+        import ctypes
         libc = ctypes.CDLL(None)
         fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         moved_to, close_write = 0x80, 0x8
@@ -1451,7 +1460,6 @@ def write_json(directory: str, name: str, value: object) -> None:
 # Code: fetched once for each version, checked, unpacked, and kept
 # --------------------------------------------------------------------------------------------
 
-S3_READ_SECONDS = 8  # between two pieces of a body; a job must go on soon after S3 does
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
 CACHE_BYTES = 8 * 1024 * MIB  # packages in no use are dropped beyond this, oldest use first
 
@@ -1483,18 +1491,16 @@ class S3Code:
     """The zips as S3 has them."""
 
     def __init__(self, clients: Clients):
-        self.clients, self.client, self.lock = clients, None, threading.Lock()
+        self.clients = clients
 
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
         """Write the zip to `target`, unless `known` is still its ETag; (ETag, when S3 said so).
 
         Raises Rejected when there is no such object, MachineFault and OSError otherwise.
         """
-        with self.lock:
-            self.client = self.client or self.clients.make("s3", S3_READ_SECONDS)
         condition = {"IfNoneMatch": known} if known else {}
-        answer, error = attempt(self.client.get_object, Bucket=task.bucket, Key=task.key,
-                                **condition)
+        answer, error = attempt(self.clients.get("s3").get_object, Bucket=task.bucket,
+                                Key=task.key, **condition)
         if error:
             if error_code(error) in ("304", "NotModified"):
                 return known, s3_time(error.response)
@@ -1723,25 +1729,23 @@ class AwsResults:
     """s3://output.bucket/s3Prefix/requestId/ and output.queueUrl, each when it is set."""
 
     def __init__(self, clients: Clients, settings: Settings):
-        self.settings = settings
-        self.s3 = clients.make("s3", S3_READ_SECONDS) if settings.output_bucket else None
-        self.sqs = clients.make("sqs", 10) if settings.output_queue_url else None
+        self.clients, self.settings = clients, settings
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Upload the files, then result.json; raises botocore's errors and OSError."""
         text = json.dumps(result, ensure_ascii=True)
-        if self.s3:
-            prefix = "/".join(filter(None, (self.settings.output_prefix.strip("/"),
-                                            result["requestId"]))) + "/"
+        if bucket := self.settings.output_bucket:
+            put = self.clients.get("s3").put_object
+            parts = self.settings.output_prefix, result["requestId"]
+            prefix = "".join(f"{part}/" for part in parts if part)
             for name in names:
                 fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
                 with open(fd, "rb") as body:
-                    self.s3.put_object(Bucket=self.settings.output_bucket, Key=prefix + name,
-                                       Body=body)
-            self.s3.put_object(Bucket=self.settings.output_bucket, Key=prefix + "result.json",
-                               Body=text.encode(), ContentType="application/json")
-        if self.sqs:
-            self.sqs.send_message(QueueUrl=self.settings.output_queue_url, MessageBody=text)
+                    put(Bucket=bucket, Key=prefix + name, Body=body)
+            put(Bucket=bucket, Key=prefix + "result.json", Body=text.encode(),
+                ContentType="application/json")
+        if queue_url := self.settings.output_queue_url:
+            self.clients.get("sqs").send_message(QueueUrl=queue_url, MessageBody=text)
 
 
 class FolderMetrics:
@@ -1784,7 +1788,6 @@ class CloudWatchMetrics:
         self.fault = Fault(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
         self.lock = threading.Lock()
-        self.client: Any = None
         self.thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
         self.thread.start()
 
@@ -1841,8 +1844,8 @@ class CloudWatchMetrics:
         return self.fault.failed(f"{error}{hint}")
 
     def _send(self, data: list[dict[str, Any]]) -> None:
-        self.client = self.client or self.clients.make("cloudwatch", 10)
-        self.client.put_metric_data(Namespace=self.settings.namespace, MetricData=data)
+        self.clients.get("cloudwatch").put_metric_data(Namespace=self.settings.namespace,
+                                                       MetricData=data)
 
     @staticmethod
     def _datum(function_id: str, runtime: str, values: list[int]) -> dict[str, Any]:
@@ -2082,6 +2085,7 @@ class Job:
 
 def prctl(option: int, value: int) -> None:
     """prctl(2); raises OSError."""
+    import ctypes  # not at the top: it would be a fiftieth of the agent's start
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, value, 0, 0, 0):
         raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
@@ -2551,7 +2555,7 @@ class Supervisor:
         peak = max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
         if end == "exit" and (peak > job.memory_mb * MIB
-                              or code and REFUSED.search(texts[1][-2000:])):
+                              or code and re.search(REFUSED, texts[1][-2000:])):
             end = "oom"
         return {"end": end, "reason": "disk" if end == "disk" else None, "exit_code": code,
                 "peak_bytes": peak, "duration_ms": round(duration * 1000),
@@ -2717,10 +2721,10 @@ class Watch:
 
 # A program that failed says, last of all, that it was refused memory: the kernel keeps no count of
 # refusals, and these are the runtimes' own words for one.
-REFUSED = re.compile(
-    r"^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
+REFUSED = (
+    r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
     r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
-    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)", re.MULTILINE)
+    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)")
 
 
 def reason_of(error: Exception) -> str:
@@ -2896,16 +2900,15 @@ AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 
 
 class Launcher:
-    """The agent's end of the launcher; starts another when it goes."""
+    """The agent's end of the launcher, which is started when it is needed, and again if it goes."""
 
     def __init__(self, log: Log):
         self.log, self.lock = log, threading.Lock()
-        prctl(PR_SET_DUMPABLE, 0)  # /proc/PID/environ may hold a credential
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.process: subprocess.Popen | None = None
-        self._start()
 
     def _start(self) -> None:
+        prctl(PR_SET_DUMPABLE, 0)  # /proc/PID/environ may hold a credential
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         env = {name: os.environ[name] for name in BASE_ENV if name in os.environ}
         with theirs, open(os.memfd_create("nanogrid"), "w+b") as code:
@@ -2919,20 +2922,22 @@ class Launcher:
         """A connection to a new supervisor for this place; raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs, self.lock:
-            if self.process.poll() is not None:
+            if self.process and self.process.poll() is not None:
                 self.log("ERROR", f"the launcher ended ({self.process.returncode}); its runs are "
                                   "lost, and another is started")
-                self.control.close()
-                end_descendants()
+                self.close()
+            if not self.process:
                 self._start()
             socket.send_fds(self.control, [json.dumps(asdict(place)).encode()], [theirs.fileno()])
         return ours
 
     def close(self) -> None:
         """End the launcher and all that runs."""
-        self.control.close()
-        self.process.wait()
-        end_descendants()
+        if self.process:
+            self.control.close()
+            self.process.wait()
+            self.process = None
+            end_descendants()
 
 
 class Slot:
@@ -3617,7 +3622,7 @@ def spot_notice() -> bool:
 @contextlib.contextmanager
 def machine(settings: Settings, log: Log) -> Iterator[Slots]:
     """The launcher and its slots, which end with the block; raises GiveUp."""
-    launcher = Launcher(log)  # before boto3 is imported
+    launcher = Launcher(log)
     slots = None
     try:
         slots = Slots(settings, launcher, log)
@@ -3815,7 +3820,7 @@ def check_aws(settings: Settings, checks: Checks) -> None:
     attributes: dict[str, str] = {}
 
     def ask_queue() -> str:
-        answer, error = attempt(clients.make("sqs", 10).get_queue_attributes,
+        answer, error = attempt(clients.get("sqs").get_queue_attributes,
                                 QueueUrl=settings.queue_url, AttributeNames=["All"])
         if error:
             raise GiveUp(queue_advice(error, settings.queue_url) or str(error))
@@ -3831,7 +3836,7 @@ def check_aws(settings: Settings, checks: Checks) -> None:
         return f"{policy['deadLetterTargetArn']} after {policy.get('maxReceiveCount')} receives"
 
     def ask_bucket() -> str:
-        _, error = attempt(clients.make("s3", 10).list_objects_v2, Bucket=settings.code_bucket,
+        _, error = attempt(clients.get("s3").list_objects_v2, Bucket=settings.code_bucket,
                            MaxKeys=1)
         if error:
             raise GiveUp(f"{settings.code_bucket}: {error}; check agent.s3.codeBucket and that the "
@@ -3840,7 +3845,7 @@ def check_aws(settings: Settings, checks: Checks) -> None:
 
     def ask_cloudwatch() -> str:
         # Nothing to write: who may not write is told so, who may is told that this is nothing.
-        _, error = attempt(clients.make("cloudwatch", 10).put_metric_data,
+        _, error = attempt(clients.get("cloudwatch").put_metric_data,
                            Namespace=settings.namespace, MetricData=[])
         if error and (is_denied(error_code(error)) or not hasattr(error, "response")):
             raise GiveUp(f"{error}; grant cloudwatch:PutMetricData")

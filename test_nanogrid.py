@@ -4390,8 +4390,8 @@ def full_disk_is_an_error_and_the_agent_lives(moto):
             pytest.skip("this machine lets root mount no tmpfs")
         with start(aws, prefix=prefix) as agent:
             aws.send("large", key="large.zip")
-            job(aws, "fine")
             agent.wait_for("REPORT requestId=large", 60)
+            job(aws, "fine")
             agent.wait_for("REPORT requestId=fine", 60)
             seen = {(each["requestId"], each["status"]) for each in reports(agent.log)}
             assert seen == {("large", "error"), ("fine", "ok")}, agent.log
