@@ -56,7 +56,7 @@ PR_SET_CHILD_SUBREAPER = 36     # prctl(2)
 FULL = SimpleNamespace(rounds=5, python_jobs=1500, cpp_jobs=1500, bare_jobs=600, latencies=200,
                        packages=20, starts=9, idle_s=10, deep=100_000, depth_jobs=1000, peaks=3)
 QUICK = SimpleNamespace(rounds=2, python_jobs=250, cpp_jobs=250, bare_jobs=80, latencies=40,
-                        packages=4, starts=3, idle_s=3, deep=5_000, depth_jobs=200, peaks=1)
+                        packages=4, starts=5, idle_s=2, deep=5_000, depth_jobs=200, peaks=1)
 
 TWO_PRINTS = 'print("Hello from NanoGrid!")\nprint("Result: 42")\n'
 CLOCK_FIRST = "import time\nprint(time.clock_gettime_ns(time.CLOCK_MONOTONIC))\n"
@@ -174,10 +174,10 @@ def tree_pss_bytes(root: int) -> int:
 
 
 def settled_pss_bytes(root: int) -> int:
-    """PSS of a live tree once it is steady: two looks, a second apart, agree to 1 %."""
+    """PSS of a live tree once it is steady: two looks, half a second apart, agree to 1 %."""
     looks = [0, tree_pss_bytes(root)]
     while abs(looks[-1] - looks[-2]) > looks[-1] / 100:
-        time.sleep(1)
+        time.sleep(0.5)
         looks.append(tree_pss_bytes(root))
     return looks[-1]
 
@@ -795,7 +795,7 @@ def rows_of(bench: Bench, name: str):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer runs: about a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer runs: under a minute")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=FIGURES, default=FIGURES,
                         help="some of: " + " ".join(FIGURES))
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE",

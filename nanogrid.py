@@ -1887,7 +1887,8 @@ CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
 # it kills itself, is gone. Background jobs would do without that kill, but have SIGINT ignored.
 FORK_SHELL = """
 while read -r go <&3; do
-  ( ( read -r pid name state parent rest </proc/self/stat
+  ( cd -P /proc/self && parent=${PWD#/proc/}
+    ( cd -P /proc/self && pid=${PWD#/proc/}
       kill -9 "$parent"
       echo "$pid" >&3
       read -r go <&4 && . "$0" ) ; : )
@@ -2206,20 +2207,19 @@ class Workspace:
             self.wanted, self.package = self._scan(package), package
             self.seen.clear()
         root = self.place.directory
-        self._have(f"{root}/trash", stat.S_ISDIR, os.mkdir)
+        self._have(f"{root}/trash", is_directory, os.mkdir)
         sweep(f"{root}/trash", f"{root}/trash")
         for path in self.private:
             self._restore(path, "", {}, 0o700)
         for source, entries in self.wanted.items():
             self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
-        for name in "stdin", "run":  # a pipe in its place would wait for us to write
-            if os.path.lexists(f"{root}/{name}"):
-                self._remove(f"{root}/{name}")
-        with open(f"{root}/stdin", "xb", buffering=0) as file:
+        for name in "stdin", "run":  # written in place: ext4 is slow to reuse an inode just freed
+            self._have(f"{root}/{name}", is_ours_alone, os.mknod)
+        with open(f"{root}/stdin", "wb", buffering=0) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        self._own(f"{root}/stdin", 0o440 if self.linked else 0o600)
+        self._own(f"{root}/stdin", 0o600)
         for path in f"{root}/stdout", f"{root}/stderr":  # its own: it may open /dev/stdout again
-            self._have(path, stat.S_ISFIFO, os.mkfifo)
+            self._have(path, lambda status: stat.S_ISFIFO(status.st_mode), os.mkfifo)
             self._own(path, 0o600)
         # A change in the clock tick of a mark would not show: marks so young are forgotten.
         now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
@@ -2237,11 +2237,11 @@ class Workspace:
 
     def _restore(self, path: str, source: str, entries: dict, mode: int) -> None:
         """Give a directory just these entries of `source`, unless it has them still."""
-        self._have(path, stat.S_ISDIR, os.mkdir)
+        self._have(path, is_directory, os.mkdir)
         if self.seen.get(path) == mark_of(os.lstat(path)) and (self.linked or all(
                 self._same(entry, entries[entry.name]) for entry in os.scandir(path))):
             return
-        os.chmod(path, 0o700)
+        self._own(path, mode)
         missing = dict(entries)
         for entry in list(os.scandir(path)):
             if entry.name in entries and self._same(entry, entries[entry.name]):
@@ -2250,7 +2250,6 @@ class Workspace:
                 self._remove(entry.path)
         for name, want in missing.items():
             self._make(f"{path}/{name}", f"{source}/{name}", want)
-        self._own(path, mode)
         self.seen[path] = mark_of(os.lstat(path))
 
     def _same(self, entry: os.DirEntry, want: os.stat_result) -> bool:
@@ -2270,12 +2269,14 @@ class Workspace:
             shutil.copy(source, path, follow_symlinks=False)
             self.seen[path] = mark_of(os.lstat(path))
 
-    def _have(self, path: str, is_one: Callable[[int], bool], make: Callable[[str], None]) -> None:
-        """Have a directory or a FIFO at `path`, whatever a function put there."""
-        if os.path.lexists(path) and not is_one(os.lstat(path).st_mode):
+    def _have(self, path: str, is_one: Callable[[os.stat_result], bool],
+              make: Callable[[str], None]) -> None:
+        """Have what `make` makes at `path`, whatever a function put there."""
+        with contextlib.suppress(FileNotFoundError):
+            if is_one(os.lstat(path)):
+                return
             self._remove(path)
-        with contextlib.suppress(FileExistsError):
-            make(path)
+        make(path)
 
     def _remove(self, path: str) -> None:
         if os.path.isdir(path) and not os.path.islink(path):
@@ -2285,9 +2286,23 @@ class Workspace:
             os.unlink(path)
 
     def _own(self, path: str, mode: int) -> None:
-        if self.linked:
+        """Give the function a path in this mode; one that it has so keeps its ctime."""
+        status = os.lstat(path)
+        if self.linked and (status.st_uid, status.st_gid) != (self.place.uid, self.place.gid):
             os.chown(path, self.place.uid, self.place.gid)
-        os.chmod(path, mode)
+        if stat.S_IMODE(status.st_mode) != mode:
+            os.chmod(path, mode)
+
+
+def is_directory(status: os.stat_result) -> bool:
+    """Whether this is a directory's."""
+    return stat.S_ISDIR(status.st_mode)
+
+
+def is_ours_alone(status: os.stat_result) -> bool:
+    """Whether this is a regular file's that we can write to, and that has no other name."""
+    return (stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            and status.st_mode & 0o200 == 0o200)
 
 
 def mark_of(status: os.stat_result) -> tuple[int, int]:
@@ -2412,6 +2427,10 @@ class Helper:
             return os.pidfd_open(child)
         return os.dup(self.channel.fileno())  # it has ended, and its status is under way
 
+    def ended(self) -> bool:
+        """Whether it is gone: a run under its uid may have killed it."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def close(self) -> None:
         """End it; what stood below it becomes ours."""
         self.channel.close()
@@ -2446,7 +2465,7 @@ class ForkShell(Helper):
                    for name in RUN_ENV if name in job.env),
                  (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin "
                   f">{root}/stdout 2>{root}/stderr 3<&- 4<&-")]
-        with open(self.script, "x") as file:
+        with open(self.script, "w") as file:
             file.write("\n".join(lines) + "\n")
         os.chmod(self.script, 0o644)
         self.write(self.channel.fileno(), b"\n")
@@ -2565,6 +2584,7 @@ class Supervisor:
 
     def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this job, made if need be, and whether that is a warm or a cold start."""
+        self._close(*[name for name, helper in self.helpers.items() if helper.ended()])
         base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
         if job.warm and job.warm != self.unready:
             ready = self.helpers.get(job.warm)

@@ -3480,6 +3480,18 @@ def test_a_run_changes_nothing_of_the_interpreter_for_the_next(grids, user):
     assert grid["a"]["status"] == grid["b"]["status"] == "ok", grid["b"]
 
 
+def test_a_run_that_kills_what_forks_the_next_one_harms_only_itself(grids, user):
+    """As root, all of its uid; as the agent's user, what has its slot's shell as first argument."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    hunt = 'for each in /proc/[0-9]*; do read -r -d "" first <"$each/cmdline"\n' \
+           '[ "$first" = "${HOME%/*/home}/sh" ] && kill -9 "${each#/proc/}"; done 2>/dev/null; true'
+    kill = "kill -9 -1" if user == "root" else hunt
+    for name, script in {"a": "true", "b": kill, "c": "true"}.items():
+        grid.put({"run.sh": script}, request_id=name, function_id=name, runtime="cpp")
+    grid.run()
+    assert [[each["status"] for each in grid.reports[name]] for name in "abc"] == [["ok"]] * 3, grid.log
+
+
 # ---------------------------------------------------------------- compiled runtimes, runtimes that are missing
 
 BUILT = table(r"""
