@@ -896,6 +896,12 @@ class GiveUp(Exception):
 # is_empty(), interrupt() and close(). From its receive to its end a message is held: its lease
 # is kept alive.
 
+LONGEST_LEASE_SECONDS = MAX_TIMEOUT_MS // 1000  # from the receive, whatever was extended since
+BATCH = 10  # entries of one SQS batch request
+DELETE_WAIT_SECONDS = 0.1
+ERROR_DELAY_SECONDS = 10  # after the first receive; four times that after each further one
+REMEMBERED = 100_000  # finished messages whose return would be a duplicate
+
 
 @dataclass(frozen=True)
 class Message:
@@ -920,12 +926,9 @@ class Lease:
     lost: bool = False
     done: float = 0.0  # when its run had ended ok
 
-
-LONGEST_LEASE_SECONDS = MAX_TIMEOUT_MS // 1000  # from the receive, whatever was extended since
-BATCH = 10  # entries of one SQS batch request
-DELETE_WAIT_SECONDS = 0.1
-ERROR_DELAY_SECONDS = 10  # after the first receive; four times that after each further one
-REMEMBERED = 100_000  # finished messages whose return would be a duplicate
+    def left(self, now: float) -> float:
+        """For how many seconds SQS may still extend it."""
+        return LONGEST_LEASE_SECONDS - (now - self.taken) - 1
 
 
 def error_code(error: Exception) -> str:
@@ -1034,8 +1037,8 @@ class SqsQueue:
                 delay = 0
                 if status == "error":  # a machine that is ill must not empty the queue into the DLQ
                     delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
-                left = LONGEST_LEASE_SECONDS - (now - lease.taken) - 1
-                self.changes[message.id] = (lease.receipt, int(min(delay, left)), lease.ends)
+                seconds = int(min(delay, lease.left(now)))
+                self.changes[message.id] = (lease.receipt, seconds, lease.ends)
             self.condition.notify_all()
 
     def fits(self, message: Message, timeout_ms: int) -> bool:
@@ -1103,15 +1106,14 @@ class SqsQueue:
         for key, lease in (*self.leases.items(), *self.deletes.items()):
             if lease.lost or lease.beat > now:
                 continue
-            left = LONGEST_LEASE_SECONDS - (now - lease.taken) - 1
-            if lease.ends <= now or left <= 1:
+            if lease.ends <= now or lease.left(now) <= 1:
                 lease.lost = True
                 self.log("WARNING", f"the lease of message {key} is lost: it may run again "
                                     "elsewhere, and its result will not be deleted from here")
             elif self.may_change is False:
                 lease.beat = lease.ends
             else:
-                beats.append((key, lease.receipt, min(self.visibility, int(left))))
+                beats.append((key, lease.receipt, min(self.visibility, int(lease.left(now)))))
                 lease.beat = now + max(0.5, (lease.ends - now) / 3)  # again, if this one fails
         return beats
 
