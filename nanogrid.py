@@ -16,11 +16,15 @@ kills what it runs and ends, so no function survives even a SIGKILL of the agent
 """
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":  # until the start is over: imports make much, and nothing that goes away
+    gc.disable()
+
 import argparse
 import contextlib
 import errno
 import fcntl
-import gc
 import io
 import json
 import marshal
@@ -149,7 +153,8 @@ class _YamlReader:
         begun = False
         for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028
             line = line.removesuffix("\r")
-            if bad := re.search(_FORBIDDEN, line):
+            # Most lines are printable, and need no pattern that takes 2 ms of the start to compile.
+            if not line.isprintable() and (bad := re.search(_FORBIDDEN, line)):
                 self.fail(number, f"the character U+{ord(bad[0]):04X} is not allowed in YAML; "
                           "take it out, or write it as an escape in double quotes")
             body = line.lstrip(" ")
@@ -3908,9 +3913,9 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
     if argv[:1] == ["--launcher"]:
+        gc.enable()
         launch(socket.socket(fileno=int(argv[1])))
         return 0
-    gc.disable()  # until the start is over: botocore makes much, and nothing that goes away
     args = arguments().parse_args(argv)
     log = Log(args.log_format, args.log_level)
     if not sys.platform.startswith("linux"):
