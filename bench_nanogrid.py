@@ -55,8 +55,8 @@ PR_SET_CHILD_SUBREAPER = 36     # prctl(2)
 
 FULL = SimpleNamespace(rounds=5, python_jobs=1500, cpp_jobs=1500, bare_jobs=600, latencies=200,
                        packages=20, starts=9, idle_s=10, deep=100_000, depth_jobs=1000, peaks=3)
-QUICK = SimpleNamespace(rounds=2, python_jobs=250, cpp_jobs=250, bare_jobs=80, latencies=40,
-                        packages=4, starts=5, idle_s=2, deep=5_000, depth_jobs=200, peaks=1)
+QUICK = SimpleNamespace(rounds=2, python_jobs=200, cpp_jobs=200, bare_jobs=80, latencies=30,
+                        packages=4, starts=5, idle_s=2, deep=3_000, depth_jobs=200, peaks=1)
 
 TWO_PRINTS = 'print("Hello from NanoGrid!")\nprint("Result: 42")\n'
 CLOCK_FIRST = "import time\nprint(time.clock_gettime_ns(time.CLOCK_MONOTONIC))\n"
