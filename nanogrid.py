@@ -280,8 +280,9 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "directory": (r"(/(?!\.\.?(/|$))[^/]+)+/?", "write an absolute path without . and .. in it"),
 }
 _AWS_QUEUE = (
-    r"(?i)https?://(?:(?:[^/]+\.)?sqs(?:-fips)?\.([a-z0-9-]+)\.(?:vpce\.)?(?:amazonaws\.com|api\.aws)"
-    r"|(?:([a-z0-9-]+)\.)?queue\.amazonaws\.com)(?:\.cn)?(?::[0-9]+)?(/.*)?")
+    r"(?i)https?://(?:(?:[^/]+\.)?sqs(?:-fips)?\.([a-z0-9-]+)\.(?:vpce\.)?"
+    r"(?:amazonaws\.com|api\.aws)|(?:([a-z0-9-]+)\.)?queue\.amazonaws\.com)"
+    r"(?:\.cn)?(?::[0-9]+)?(/.*)?")
 
 
 class Setting(NamedTuple):
@@ -1124,8 +1125,9 @@ class SqsQueue:
 
     def _delete(self, entries: list[tuple[str, str]]) -> None:
         """DeleteMessageBatch; what fails stays for the next try."""
-        answer, error = attempt(self.clients.get("sqs").delete_message_batch, QueueUrl=self.url, Entries=[
-            {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
+        answer, error = attempt(
+            self.clients.get("sqs").delete_message_batch, QueueUrl=self.url, Entries=[
+                {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
         answer = answer or {}
         done = [entries[int(entry["Id"])] for entry in answer.get("Successful", [])]
         for entry in answer.get("Failed", []):
@@ -1233,9 +1235,9 @@ class Clients:
                                       None))
 
     def get(self, service: str, read_seconds: int = 8) -> Any:
-        """The client that waits so long for each piece of an answer; the pauses are ours.
+        """The client of a service that waits so long for each piece of an answer, and tries once.
 
-        It tries once. Eight seconds, for a job must go on soon after AWS does.
+        Pauses and repeats are ours. Eight seconds, for a job must go on soon after AWS does.
         """
         with self.lock:  # a session is not safe for threads
             if (service, read_seconds) not in self.made:
@@ -3485,7 +3487,7 @@ class Agent:
                     self.tasks.notify()
                     return
             self._settle(message, known, Outcome("released"))
-        except Exception as error:  # noqa: BLE001  # the batch's other messages must have their turn
+        except Exception as error:  # noqa: BLE001  # its batch's other messages have their turn
             self._settle(message, known or getattr(error, "known", {}), outcome_of_error(error))
 
     # The slots' threads.
