@@ -2216,20 +2216,22 @@ class Workspace:
             self.wanted, self.package = self._scan(package), package
             self.seen.clear()
         root = self.place.directory
-        self._have(f"{root}/trash", is_directory, os.mkdir)
+        self._have_directory(f"{root}/trash")
         sweep(f"{root}/trash", f"{root}/trash")
         for path in self.private:
             self._restore(path, "", {}, 0o700)
         for source, entries in self.wanted.items():
             self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
-        for name in "stdin", "run":  # written in place: ext4 is slow to reuse an inode just freed
-            self._have(f"{root}/{name}", is_ours_alone, os.mknod)
-        with open(f"{root}/stdin", "wb", buffering=0) as file:
+        for name in "stdin", "stdout", "stderr", "run":
+            # New ones each time: a descriptor of the old one may be held in another slot.
+            if os.path.lexists(f"{root}/{name}"):
+                self._remove(f"{root}/{name}")
+        with open(f"{root}/stdin", "xb", buffering=0) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        self._own(f"{root}/stdin", 0o600)
-        for path in f"{root}/stdout", f"{root}/stderr":  # its own: it may open /dev/stdout again
-            self._have(path, lambda status: stat.S_ISFIFO(status.st_mode), os.mkfifo)
-            self._own(path, 0o600)
+        os.mkfifo(f"{root}/stdout")
+        os.mkfifo(f"{root}/stderr")
+        for name in "stdin", "stdout", "stderr":  # its own: it may open /dev/stdout again
+            self._own(f"{root}/{name}", 0o600)
         # A change in the clock tick of a mark would not show: marks so young are forgotten.
         now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
         self.seen = {path: mark for path, mark in self.seen.items() if mark[1] < now}
@@ -2246,7 +2248,7 @@ class Workspace:
 
     def _restore(self, path: str, source: str, entries: dict, mode: int) -> None:
         """Give a directory just these entries of `source`, unless it has them still."""
-        self._have(path, is_directory, os.mkdir)
+        self._have_directory(path)
         if self.seen.get(path) == mark_of(os.lstat(path)) and (self.linked or all(
                 self._same(entry, entries[entry.name]) for entry in os.scandir(path))):
             return
@@ -2278,14 +2280,13 @@ class Workspace:
             shutil.copy(source, path, follow_symlinks=False)
             self.seen[path] = mark_of(os.lstat(path))
 
-    def _have(self, path: str, is_one: Callable[[os.stat_result], bool],
-              make: Callable[[str], None]) -> None:
-        """Have what `make` makes at `path`, whatever a function put there."""
+    def _have_directory(self, path: str) -> None:
+        """Have one at `path`, whatever a function put there."""
         with contextlib.suppress(FileNotFoundError):
-            if is_one(os.lstat(path)):
+            if stat.S_ISDIR(os.lstat(path).st_mode):
                 return
             self._remove(path)
-        make(path)
+        os.mkdir(path)
 
     def _remove(self, path: str) -> None:
         if os.path.isdir(path) and not os.path.islink(path):
@@ -2301,17 +2302,6 @@ class Workspace:
             os.chown(path, self.place.uid, self.place.gid)
         if stat.S_IMODE(status.st_mode) != mode:
             os.chmod(path, mode)
-
-
-def is_directory(status: os.stat_result) -> bool:
-    """Whether this is a directory's."""
-    return stat.S_ISDIR(status.st_mode)
-
-
-def is_ours_alone(status: os.stat_result) -> bool:
-    """Whether this is a regular file's that we can write to, and that has no other name."""
-    return (stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-            and status.st_mode & 0o200 == 0o200)
 
 
 def mark_of(status: os.stat_result) -> tuple[int, int]:
@@ -2474,7 +2464,7 @@ class ForkShell(Helper):
                    for name in RUN_ENV if name in job.env),
                  (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin "
                   f">{root}/stdout 2>{root}/stderr 3<&- 4<&-")]
-        with open(self.script, "w") as file:
+        with open(self.script, "x") as file:
             file.write("\n".join(lines) + "\n")
         os.chmod(self.script, 0o644)
         self.write(self.channel.fileno(), b"\n")

@@ -2483,6 +2483,14 @@ for name in "stdin", "stdout", "stderr", "run":
         os.mkdir(path, 0)
     except OSError:
         pass
+=== its streams become links
+for name in "stdin", "stdout", "stderr", "run":
+    path = os.path.join(os.path.dirname(os.environ["HOME"]), name)
+    try:
+        os.unlink(path)
+        os.symlink(victim + "/precious", path)
+    except OSError:
+        pass
 === the directories are closed
 for place in workplaces:
     open(place + "/left-file", "w").close()
@@ -2551,6 +2559,53 @@ def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
     results = subprocess.run(["grep", "-rl", "precious", leftovers.path / "results", "--exclude=result.json"],  # noqa: PLW1510
                              stdout=subprocess.PIPE).stdout
     assert results == b"", "the target of a link was collected as output"
+
+
+TAKER = """
+import array, json, os, socket, time
+place = json.load(open(0, closefd=False))
+with socket.socket(socket.AF_UNIX) as door:
+    door.bind(place + "/door")
+    os.chmod(place + "/door", 0o666)
+    door.listen()
+    _, fds, _, _ = socket.recv_fds(door.accept()[0], 1, 2)
+os.set_blocking(fds[1], False)
+taken = b""
+while not os.path.exists(place + "/written"):
+    try:
+        taken += os.read(fds[1], 1000)
+    except BlockingIOError:
+        time.sleep(0.0001)
+print(json.dumps([os.pread(fds[0], 1000, 0).decode(), taken.decode()]))
+"""
+GIVER = """
+import json, os, socket, time
+place = json.load(open(0, closefd=False))
+while not os.path.exists(place + "/door"):
+    time.sleep(0.01)
+with socket.socket(socket.AF_UNIX) as door:
+    door.connect(place + "/door")
+    socket.send_fds(door, [b"x"], [0, os.open("/dev/stdout", os.O_RDWR)])
+"""
+WRITER = """
+import json, time
+place, secret = json.load(open(0, closefd=False))
+for _ in range(100):
+    print(secret, flush=True)
+    time.sleep(0.002)
+open(place + "/written", "w").close()
+"""
+
+
+def test_a_descriptor_handed_to_another_slot_shows_nothing_of_the_next_run(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    place = str(grid.spool)
+    for name, source, given in (("a-taker", TAKER, place), ("b-giver", GIVER, place),
+                                ("c-writer", WRITER, [place, "secret"])):
+        grid.put({"main.py": source}, request_id=name, function_id=name, input=given)
+    grid.run()
+    assert grid["c-writer"]["stdout"] == "secret\n" * 100, grid.log
+    assert grid["a-taker"]["stdout"] == json.dumps([json.dumps(place), ""]) + "\n", grid.log
 
 
 NESTED = """
