@@ -2222,14 +2222,16 @@ class Workspace:
             self._restore(path, "", {}, 0o700)
         for source, entries in self.wanted.items():
             self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
-        for name in "stdin", "stdout", "stderr", "run":
-            # New ones each time: a descriptor of the old one may be held in another slot.
+        for name in "stdin", "run":  # new ones: a descriptor of the last may be held in another slot
             if os.path.lexists(f"{root}/{name}"):
                 self._remove(f"{root}/{name}")
         with open(f"{root}/stdin", "xb", buffering=0) as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        os.mkfifo(f"{root}/stdout")
-        os.mkfifo(f"{root}/stderr")
+        for path in f"{root}/stdout", f"{root}/stderr":
+            if os.path.lexists(path) and not is_free_fifo(path):
+                self._remove(path)
+            with contextlib.suppress(FileExistsError):
+                os.mkfifo(path)
         for name in "stdin", "stdout", "stderr":  # its own: it may open /dev/stdout again
             self._own(f"{root}/{name}", 0o600)
         # A change in the clock tick of a mark would not show: marks so young are forgotten.
@@ -2302,6 +2304,28 @@ class Workspace:
             os.chown(path, self.place.uid, self.place.gid)
         if stat.S_IMODE(status.st_mode) != mode:
             os.chmod(path, mode)
+
+
+def is_free_fifo(path: str) -> bool:
+    """Whether this is a FIFO that nobody has open: a function can pass a descriptor on.
+
+    It costs less than a new one: ext4 searches past the inodes that were freed in a minute.
+    """
+    if not stat.S_ISFIFO(os.lstat(path).st_mode):
+        return False
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        return False
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # which says that nobody reads (fifo(7))
+            return False
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return not os.read(reader, 1)  # the end of the file: nobody writes
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(reader)
 
 
 def mark_of(status: os.stat_result) -> tuple[int, int]:
