@@ -2222,21 +2222,23 @@ class Workspace:
             self._restore(path, "", {}, 0o700)
         for source, entries in self.wanted.items():
             self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
-        for name in "stdin", "run":  # new ones: a descriptor of the last may be held in another slot
-            if os.path.lexists(f"{root}/{name}"):
-                self._remove(f"{root}/{name}")
-        with open(f"{root}/stdin", "xb", buffering=0) as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-        for path in f"{root}/stdout", f"{root}/stderr":
-            if os.path.lexists(path) and not is_free_fifo(path):
-                self._remove(path)
-            with contextlib.suppress(FileExistsError):
-                os.mkfifo(path)
-        for name in "stdin", "stdout", "stderr":  # its own: it may open /dev/stdout again
-            self._own(f"{root}/{name}", 0o600)
+        self._renew_streams(text)
         # A change in the clock tick of a mark would not show: marks so young are forgotten.
         now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
         self.seen = {path: mark for path, mark in self.seen.items() if mark[1] < now}
+
+    def _renew_streams(self, text: str) -> None:
+        """Have an input that holds `text`, outputs, and room for the fork shell's script."""
+        for name, is_free in (("stdin", is_free_file), ("run", is_free_file),
+                              ("stdout", is_free_fifo), ("stderr", is_free_fifo)):
+            path = f"{self.place.directory}/{name}"
+            if os.path.lexists(path) and not is_free(path):
+                self._remove(path)
+            if is_free is is_free_fifo and not os.path.lexists(path):
+                os.mkfifo(path)
+        write_over(f"{self.place.directory}/stdin", text.encode("utf-8", "surrogateescape"))
+        for name in "stdin", "stdout", "stderr":  # its own: it may open /dev/stdout again
+            self._own(f"{self.place.directory}/{name}", 0o600)
 
     @staticmethod
     def _scan(package: str) -> dict[str, dict[str, os.stat_result]]:
@@ -2306,11 +2308,25 @@ class Workspace:
             os.chmod(path, mode)
 
 
-def is_free_fifo(path: str) -> bool:
-    """Whether this is a FIFO that nobody has open: a function can pass a descriptor on.
+# A function can pass descriptors on, to one in another slot, which must not see the next run's
+# input or outputs. What nobody has open is used again: a new file costs more the more there were
+# before it, since ext4 searches past all inodes that were freed in the last minute.
 
-    It costs less than a new one: ext4 searches past the inodes that were freed in a minute.
-    """
+
+def is_free_file(path: str) -> bool:
+    """Whether this is a regular file of one name that nobody has open."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # refused if so; ends with the close
+            return os.fstat(fd).st_nlink == 1
+        finally:
+            os.close(fd)
+    return False
+
+
+def is_free_fifo(path: str) -> bool:
+    """Whether this is a FIFO that nobody has open."""
     if not stat.S_ISFIFO(os.lstat(path).st_mode):
         return False
     try:
@@ -2326,6 +2342,13 @@ def is_free_fifo(path: str) -> bool:
         return False
     finally:
         os.close(reader)
+
+
+def write_over(path: str, content: bytes) -> None:
+    """Write a file in place; cut afterwards, for ext4 flushes at once what was emptied before."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        file.write(content)
+        file.truncate()
 
 
 def mark_of(status: os.stat_result) -> tuple[int, int]:
@@ -2488,8 +2511,7 @@ class ForkShell(Helper):
                    for name in RUN_ENV if name in job.env),
                  (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin "
                   f">{root}/stdout 2>{root}/stderr 3<&- 4<&-")]
-        with open(self.script, "x") as file:
-            file.write("\n".join(lines) + "\n")
+        write_over(self.script, "\n".join((*lines, "")).encode("utf-8", "surrogateescape"))
         os.chmod(self.script, 0o644)
         self.write(self.channel.fileno(), b"\n")
         answer = self.receive()
