@@ -705,7 +705,7 @@ def start(bench: Bench):
             with running(bench, command, front) as process:
                 seconds.append(first_poll(process, front) - at)
     base, got = statistics.median(bare) * 1e3, statistics.median(mine) * 1e3
-    ratio = statistics.median(got / base for got, base in zip(mine, bare))    # clocks drift
+    ratio = statistics.median(ours / its for ours, its in zip(mine, bare))    # clocks drift
     yield Row("start to first poll", f"{got:.0f} ms", f"bare boto3: {base:.0f} ms", ratio, 0.8,
               note=f"median of {len(mine)} pairs")
 

@@ -2216,7 +2216,7 @@ class Workspace:
             self.wanted, self.package = self._scan(package), package
             self.seen.clear()
         root = self.place.directory
-        self._have_directory(f"{root}/trash")
+        self._have(f"{root}/trash", is_directory, os.mkdir)
         sweep(f"{root}/trash", f"{root}/trash")
         for path in self.private:
             self._restore(path, "", {}, 0o700)
@@ -2229,16 +2229,14 @@ class Workspace:
 
     def _renew_streams(self, text: str) -> None:
         """Have an input that holds `text`, outputs, and room for the fork shell's script."""
-        for name, is_free in (("stdin", is_free_file), ("run", is_free_file),
-                              ("stdout", is_free_fifo), ("stderr", is_free_fifo)):
-            path = f"{self.place.directory}/{name}"
-            if os.path.lexists(path) and not is_free(path):
-                self._remove(path)
-            if is_free is is_free_fifo and not os.path.lexists(path):
-                os.mkfifo(path)
-        write_over(f"{self.place.directory}/stdin", text.encode("utf-8", "surrogateescape"))
+        root = self.place.directory
+        for name in "stdin", "run":
+            self._have(f"{root}/{name}", is_free_file, os.mknod)
+        for name in "stdout", "stderr":
+            self._have(f"{root}/{name}", is_free_fifo, os.mkfifo)
+        write_over(f"{root}/stdin", text.encode("utf-8", "surrogateescape"))
         for name in "stdin", "stdout", "stderr":  # its own: it may open /dev/stdout again
-            self._own(f"{self.place.directory}/{name}", 0o600)
+            self._own(f"{root}/{name}", 0o600)
 
     @staticmethod
     def _scan(package: str) -> dict[str, dict[str, os.stat_result]]:
@@ -2252,7 +2250,7 @@ class Workspace:
 
     def _restore(self, path: str, source: str, entries: dict, mode: int) -> None:
         """Give a directory just these entries of `source`, unless it has them still."""
-        self._have_directory(path)
+        self._have(path, is_directory, os.mkdir)
         if self.seen.get(path) == mark_of(os.lstat(path)) and (self.linked or all(
                 self._same(entry, entries[entry.name]) for entry in os.scandir(path))):
             return
@@ -2284,16 +2282,17 @@ class Workspace:
             shutil.copy(source, path, follow_symlinks=False)
             self.seen[path] = mark_of(os.lstat(path))
 
-    def _have_directory(self, path: str) -> None:
-        """Have one at `path`, whatever a function put there."""
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISDIR(os.lstat(path).st_mode):
+    def _have(self, path: str, is_right: Callable[[str], bool],
+              make: Callable[[str], None]) -> None:
+        """Have what `make` makes at `path`, whatever a function put there."""
+        if os.path.lexists(path):
+            if is_right(path):
                 return
             self._remove(path)
-        os.mkdir(path)
+        make(path)
 
     def _remove(self, path: str) -> None:
-        if os.path.isdir(path) and not os.path.islink(path):
+        if is_directory(path):
             sweep(path, f"{self.place.directory}/trash")
             os.rmdir(path)
         else:
@@ -2306,6 +2305,11 @@ class Workspace:
             os.chown(path, self.place.uid, self.place.gid)
         if stat.S_IMODE(status.st_mode) != mode:
             os.chmod(path, mode)
+
+
+def is_directory(path: str) -> bool:
+    """Whether this is a directory, and no link to one."""
+    return stat.S_ISDIR(os.lstat(path).st_mode)
 
 
 # A function can pass descriptors on, to one in another slot, which must not see the next run's
@@ -2346,7 +2350,7 @@ def is_free_fifo(path: str) -> bool:
 
 def write_over(path: str, content: bytes) -> None:
     """Write a file in place; cut afterwards, for ext4 flushes at once what was emptied before."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+    with open(path, "r+b") as file:
         file.write(content)
         file.truncate()
 

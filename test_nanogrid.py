@@ -2468,29 +2468,11 @@ for place in places:
     except OSError:
         pass
 === its streams become pipes that nobody writes to
-for name in "stdin", "stdout", "stderr", "run":
-    path = os.path.join(os.path.dirname(os.environ["HOME"]), name)
-    try:
-        os.unlink(path)
-        os.mkfifo(path)
-    except OSError:
-        pass
+replace_streams(os.mkfifo)
 === its streams become closed directories
-for name in "stdin", "stdout", "stderr", "run":
-    path = os.path.join(os.path.dirname(os.environ["HOME"]), name)
-    try:
-        os.unlink(path)
-        os.mkdir(path, 0)
-    except OSError:
-        pass
+replace_streams(lambda path: os.mkdir(path, 0))
 === its streams become links
-for name in "stdin", "stdout", "stderr", "run":
-    path = os.path.join(os.path.dirname(os.environ["HOME"]), name)
-    try:
-        os.unlink(path)
-        os.symlink(victim + "/precious", path)
-    except OSError:
-        pass
+replace_streams(lambda path: os.symlink(victim + "/precious", path))
 === the directories are closed
 for place in workplaces:
     open(place + "/left-file", "w").close()
@@ -2513,6 +2495,14 @@ import json, os, sys
 victim = json.load(sys.stdin)
 workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], os.getcwd()]))
 places = [os.environ["OUTPUT_DIR"]] + workplaces
+def replace_streams(make):
+    for name in "stdin", "stdout", "stderr", "run":
+        path = os.path.join(os.path.dirname(os.environ["HOME"]), name)
+        try:
+            os.unlink(path)
+            make(path)
+        except OSError:
+            pass
 """
 PROBE = r"""
 import os
@@ -2562,7 +2552,7 @@ def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
 
 
 TAKER = """
-import array, json, os, socket, time
+import json, os, socket, time
 place = json.load(open(0, closefd=False))
 with socket.socket(socket.AF_UNIX) as door:
     door.bind(place + "/door")
