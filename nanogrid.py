@@ -898,7 +898,7 @@ class GiveUp(Exception):
 # Queue: where messages come from; SQS, or a folder
 # --------------------------------------------------------------------------------------------
 #
-# Both have receive(limit) -> messages, fits(message, ms), end(message, status, result),
+# Both have receive(limit, drain) -> messages, fits(message, ms), end(message, status, result),
 # is_empty(), interrupt() and close(). From its receive to its end a message is held: its lease
 # is kept alive.
 
@@ -989,7 +989,7 @@ class SqsQueue:
             self.log("WARNING", f"the queue does not answer: {error}; taking its visibility "
                                 f"timeout to be {self.visibility} s")
 
-    def receive(self, limit: int) -> list[Message]:
+    def receive(self, limit: int, drain: bool) -> list[Message]:
         """At most `limit` messages, after at most waitTimeSeconds; raises what boto3 raises."""
         asked = time.monotonic()
         answer = self.polls.receive_message(
@@ -1364,10 +1364,10 @@ class FolderQueue:
             else:
                 path.unlink(missing_ok=True)
 
-    def receive(self, limit: int) -> list[Message]:
-        """At most `limit` tasks, after at most a second."""
+    def receive(self, limit: int, drain: bool) -> list[Message]:
+        """At most `limit` tasks, after at most a second; a drain does not wait."""
         taken = self._take(limit)
-        if not taken and not self.stopping:
+        if not taken and not self.stopping and not drain:
             select.select([fd for fd in (self.notices, self.news) if fd >= 0], [], [],
                           1 if self.notices >= 0 else 0.05)
             if self.notices >= 0:
@@ -1915,6 +1915,7 @@ import sys
 import os
 here = {name: (module, set(vars(module))) for name, module in sys.modules.items()}
 looked_at = list(sys.path_importer_cache)
+import _weakref as weakref
 import atexit, ctypes, gc, marshal, resource
 os.chdir("/")
 prctl = ctypes.CDLL(None).prctl
@@ -1977,90 +1978,73 @@ def become(channel, request):
     sys.modules["__main__"] = main
     return main.__dict__, code
 
-def finish(status):
-    """What Py_FinalizeEx shows, without its price: it would touch every inherited page.
+# Standard modules in C whose objects write something when they go, and have no finalizer.
+KEEPERS = {"_sqlite3", "_dbm", "_gdbm", "_curses", "readline", "_tkinter"}
 
-    Callbacks of atexit, and an output that cannot be flushed, are left to it.
-    """
+def keeps(module):
+    """Whether objects of a module in C may do something at their end that only C knows of."""
+    origin = getattr(getattr(module, "__spec__", None), "origin", None) or ""
+    return module.__name__ in KEEPERS or origin.endswith(".so") and "/lib-dynload/" not in origin
+
+def has_end(thing):
+    """Whether the end of this object could be seen: something of it is still to run."""
+    kind = type(thing)
+    if kind is weakref.ref:
+        return getattr(thing.__callback__, "__module__", 0) not in (None, "_weakrefset", "weakref")
+    if isinstance(thing, type):  # instances that the collector does not track are found by it
+        return "__del__" in vars(thing) and not thing.__flags__ & 1 << 14
+    if not hasattr(kind, "__del__"):
+        return False
+    for frame in "gi_frame", "cr_frame", "ag_frame":
+        if hasattr(kind, frame):
+            return getattr(thing, frame) is not None
+    if kind.__module__ == "_io":
+        return not thing.closed and kind.__name__ not in ("BytesIO", "StringIO")
+    return kind.__module__ != "socket" or thing.fileno() >= 0
+
+def is_plain():
+    """Whether the interpreter would do nothing at its end that could be seen."""
+    if (sys.modules.get("atexit", atexit)._ncallbacks() or gc.callbacks or sys.gettrace()
+            or sys.getprofile() or sys.stdout is not sys.__stdout__
+            or sys.stderr is not sys.__stderr__):
+        return False
+    made = [module for name, module in sys.modules.items() if name not in here]
+    return not any(map(keeps, made)) and not any(map(has_end, gc.get_objects()))
+
+def leave(status):
+    """End the process; by the interpreter, which touches every inherited page, only if need be."""
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
-    if sys.modules.get("atexit", atexit)._ncallbacks():
-        raise SystemExit(status)
-    flush(status)
-    sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
-    gc.collect()  # as it does first; what it passes over it leaves in another order
-    mine = [sys.modules.pop(name) for name in list(sys.modules) if name not in here]
-    mine.append(sys.modules.pop("__main__", None))
-    import _weakref
-    mine = [_weakref.ref(module) for module in mine if isinstance(module, type(sys))]
-    gc.collect()
-    for module in filter(None, (ref() for ref in mine)):
-        for name in list(module.__dict__):
-            if name != "__builtins__":
-                module.__dict__[name] = None
-    gc.collect()
-    here["__main__"] = here["builtins"]  # not this file
-    for module, names in here["builtins"], *reversed(list(here.values())):
-        if len(vars(module)) != len(names):  # looking at every name would touch pages, too
-            for name in set(vars(module)) - names:
-                del vars(module)[name]
-    flush(status)
-    os._exit(status)
-
-def flush(status):
-    """Flush both outputs."""
-    for stream in sys.stdout, sys.stderr:
-        if stream is not None and not getattr(stream, "closed", False):
-            try:
-                stream.flush()
-            except BaseException:
-                raise SystemExit(status)
-
-def ended(error):
-    """The exit status of what reached the top, if anything did; printed as it should be."""
-    if error is None:
-        return 0
-    if isinstance(error, SystemExit):
-        if error.code is None or type(error.code) is int and 0 <= error.code <= 255:
-            return error.code or 0
-        raise error
-    trace = error.__traceback__ = error.__traceback__.tb_next
-    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
-    if sys.version_info >= (3, 12):
-        sys.last_exc = error
-    show(error, trace)
-    if isinstance(error, KeyboardInterrupt):
-        error.__traceback__ = None
-        sys.excepthook = lambda *_: None  # it is said; what is left is to die of SIGINT
-        raise error
-    return 1
-
-def show(error, trace):
-    """Give an error to sys.excepthook, with the interpreter's own words for one that fails."""
-    if hasattr(sys, "excepthook"):
+    if is_plain():
         try:
-            return sys.excepthook(type(error), error, trace)
-        except SystemExit:
-            raise
-        except BaseException as failure:
-            failure.__traceback__ = failure.__traceback__.tb_next
-            sys.stderr.write("Error in sys.excepthook:\n")
-            sys.__excepthook__(type(failure), failure, failure.__traceback__)
-            sys.stderr.write("\nOriginal exception was:\n")
-    else:
-        sys.stderr.write("sys.excepthook is missing\n")
-    sys.__excepthook__(type(error), error, trace)
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                if not stream.closed:
+                    stream.flush()
+            os._exit(status)
+        except (OSError, ValueError):  # the interpreter has words for it
+            pass
+    sys.exit(status)
 
 names, code = become(*serve())
-failure = None
 try:
     exec(code, names)
+    status = 0
+except SystemExit as error:
+    status = 0 if error.code is None else error.code
+    if type(status) is not int or not 0 <= status <= 255:
+        raise
 except BaseException as error:
-    failure = error
+    # What the interpreter prints begins at the function's own frame. Python 3.9 and 3.10 keep the
+    # traceback of what is raised again beside the exception: only a hook can cut it there.
+    error.__traceback__ = error.__traceback__.tb_next
+    if sys.version_info < (3, 11) and hasattr(sys, "excepthook"):
+        hook = sys.excepthook
+        sys.excepthook = lambda kind, value, trace: hook(
+            kind, value.with_traceback(trace.tb_next), trace.tb_next)
+    del names, code
+    raise
 del names, code
-status = ended(failure)
-del failure
-finish(status)
+leave(status)
 '''
 
 
@@ -3462,7 +3446,7 @@ class Agent:
         """Receive what can start soon, until the shutdown."""
         while limit := self._room():
             try:
-                messages = self.queue.receive(limit)
+                messages = self.queue.receive(limit, self.drain)
                 self.fault.worked()
                 for message in messages:
                     self._take(message)
@@ -3781,16 +3765,16 @@ def invoked_package(path: Path, directory: Path, runtime: str) -> Package:
     return Package(target, "", find_entry(target, runtime), 0)
 
 
-DEMO = {
-    "hello-python": ("python", "main.py", 'print("Hello from NanoGrid!")\nprint("Result: 42")\n'),
-    "hungry-python": ("python", "main.py",
+DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself, entry, its text
+    "hello-python": ("python", 60_000, "main.py",
+                     'print("Hello from NanoGrid!")\nprint("Result: 42")\n'),
+    "hungry-python": ("python", 60_000, "main.py",
                       "held = []\nwhile True:\n    held.append(bytearray(1 << 20))\n"),
-    "sleepy-python": ("python", "main.py",
-                      'import time\nprint("good night", flush=True)\ntime.sleep(60)\n'),
-    "hello-cpp": ("cpp", "main.cpp",
+    "sleepy-python": ("python", 500, "main.py",
+                      'import time\nprint("good night", flush=True)\ntime.sleep(600)\n'),
+    "hello-cpp": ("cpp", 60_000, "main.cpp",
                   '#include <cstdio>\nint main() { std::puts("Hello from C++"); }\n'),
 }
-DEMO_LIMITS = {"timeoutMs": 500, "memoryMb": 64}
 
 
 def demo(settings: Settings, log: Log) -> None:
@@ -3799,14 +3783,15 @@ def demo(settings: Settings, log: Log) -> None:
         folder = Path(name)
         for part in ("queue", "code"):
             (folder / part).mkdir()
-        for function_id, (runtime, entry, source) in DEMO.items():
+        for function_id, (runtime, timeout_ms, entry, source) in DEMO.items():
             if runtime == "cpp" and not any(map(shutil.which, RUNTIMES["cpp"].programs)):
                 log("WARNING", f"no C++ compiler here: the sample {function_id} is left out")
                 continue
             with zipfile.ZipFile(folder / "code" / f"{function_id}.zip", "w") as archive:
                 archive.writestr(entry, source)
             task = {"requestId": f"demo-{function_id}", "functionId": function_id,
-                    "runtime": runtime, "s3Key": f"{function_id}.zip", **DEMO_LIMITS}
+                    "runtime": runtime, "s3Key": f"{function_id}.zip",
+                    "timeoutMs": timeout_ms, "memoryMb": 64}
             (folder / "queue" / f"{function_id}.json").write_text(json.dumps(task))
         serve(settings, log, folder, drain=True)
 
