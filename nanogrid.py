@@ -16,21 +16,19 @@ kills what it runs and ends, so no function survives even a SIGKILL of the agent
 """
 from __future__ import annotations
 
-import gc
-
-if __name__ == "__main__":  # until the start is over: imports make much, and nothing that goes away
-    gc.disable()
-
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
+import glob
 import io
 import json
 import marshal
 import math
 import os
 import pwd
+import random
 import re
 import resource
 import select
@@ -39,6 +37,7 @@ import shutil
 import signal
 import socket
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -50,17 +49,17 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+from urllib.request import Request, urlopen
 
 __version__ = "1.0.0"
+FILE = os.path.abspath(__file__)
 MIB = 1024 * 1024
 PAGE = resource.getpagesize()
 MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
-# The launcher runs the same code, whatever becomes of the file meanwhile; compiling it again would
-# take 50 ms and leave 12 MiB behind.
-CODE = sys._getframe().f_code
-LOADER = "import marshal, sys; exec(marshal.load(sys.stdin.buffer))"
 
 
 # --------------------------------------------------------------------------------------------
@@ -273,6 +272,8 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "url": (_URL, "write a URL that begins with https:// or http://"),
     "queue": (_URL, "write the queue's URL, as SQS shows it under Details"),
     "bucket": (r"[A-Za-z0-9._-]{3,255}", "write the bucket's bare name, no ARN, no s3:// URL"),
+    "network": ("host|none", "write host or none"),
+    "metadata": ("refuse|allow", "write refuse or allow"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
     "command": (r"/.*[^/]|\w[^\s/]*", "write an absolute path, or a bare name to find on PATH"),
     "prefix": (r".{0,500}", "write at most 500 characters"),
@@ -308,10 +309,23 @@ def _at(paths: str, *columns: Any) -> Any:
     return field(metadata={"rows": rows}, **preset)
 
 
+def _agents() -> int:
+    """How many agents share this machine: NANOGRID_AGENTS, as the systemd template sets it."""
+    text = os.environ.get("NANOGRID_AGENTS") or "1"
+    if not re.fullmatch("[1-9][0-9]{0,2}", text):
+        raise ConfigError(f"NANOGRID_AGENTS: is {_shown(text)}; write how many agents there are")
+    return int(text)
+
+
+def _cores() -> int:
+    """This agent's share of the cores."""
+    return max(1, len(os.sched_getaffinity(0)) // _agents())
+
+
 def _memory_for_runs_mb() -> int:
-    """The machine's memory less 10 %, at least 256 MiB, for the system and the agent."""
+    """Its share of the memory, less 10 %, at least 256 MiB, for the system and the agents."""
     total = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB
-    return max(1, total - max(256, total // 10))
+    return max(1, (total - max(256, total // 10)) // _agents())
 
 
 @dataclass(frozen=True)
@@ -327,7 +341,7 @@ class Settings:
     code_bucket: str | None = _at("s3.codeBucket", "bucket")
     allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "buckets", ())
     concurrency: int = _at("execution.concurrency", "count",
-                           lambda: len(os.sched_getaffinity(0)), 1, 1000)
+                           _cores, 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
     default_timeout_ms: int = _at(
         "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
@@ -335,6 +349,10 @@ class Settings:
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
     shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0,
                                       MAX_TIMEOUT_MS // 1000)
+    patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0,
+                                MAX_TIMEOUT_MS // 1000)
+    network: str = _at("execution.network", "network", "host")
+    metadata: str = _at("execution.metadata", "metadata", "refuse")
     run_as: str | None = _at("execution.runAs", "user")
     warm_start: bool = _at("execution.warmStart", "flag", True)
     max_open_files: int = _at("execution.maxOpenFiles", "count", 1024, 16)
@@ -349,13 +367,15 @@ class Settings:
     output_queue_url: str | None = _at("output.queueUrl", "queue")
     namespace: str = _at("metrics.namespace", "namespace", "NanoGrid/FunctionRunner")
     flush_seconds: int = _at("metrics.flushSeconds", "count", 10, 1, 3600)
+    count_runs: bool = _at("metrics.runs", "flag", False)
     task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
+    file: Path | None = field(default=None, compare=False)  # where they stand
 
 
 SETTINGS = tuple(row._replace(field=one.name)
-                 for one in fields(Settings) for row in one.metadata["rows"])
+                 for one in fields(Settings) for row in one.metadata.get("rows", ()))
 _REQUIRED = {"region", "queue_url", "code_bucket"}
-_FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
+_FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION")}
 _HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
 _LEAVES = [tuple(row.path.split(".")) for row in SETTINGS]
 _SECTIONS = {leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf))}
@@ -385,7 +405,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     problems += [] if local else _queue_problems(written)
     if problems:
         raise ConfigError("\n".join(problems))
-    return Settings(**values), warnings
+    return Settings(**values, file=path), warnings
 
 
 def _look_up(row: Setting, names: tuple[str, ...], environ: Mapping[str, str],
@@ -421,8 +441,7 @@ def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[
         else:
             known = {".".join(one).lower(): ".".join(one) for one in (*_SECTIONS, *_LEAVES)
                      if len(one) >= len(keys)}
-            import difflib
-            nearest = known[difflib.get_close_matches(dotted.lower(), known, 1, 0)[0]]
+            nearest = known[get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
     return written, problems, warnings
 
@@ -491,7 +510,8 @@ def _queue_problems(written: dict[str, tuple[Any, str]]) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------
 
 MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
-REPORTED_FIELDS = ("requestId", "functionId", "runtime", "timeoutMs", "memoryMb")
+REPORTED = {"requestId": "request_id", "functionId": "function_id", "runtime": "runtime",
+            "timeoutMs": "timeout_ms", "memoryMb": "memory_mb"}
 
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
 _REQUEST_ID = rf"(?=.{{1,128}}\Z){_PART}"
@@ -520,15 +540,17 @@ _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
 
 
-class Rejected(Exception):
-    """The task or its zip is wrong: it never runs. str() says what, where and what to do.
+class Ended(Exception):
+    """A message's turn ends, with these fields of its Report; str() says what, where, what to do."""
 
-    `reason` is REPORT's word; `known` holds the REPORTED_FIELDS that are right by themselves.
-    """
+    def __init__(self, **known: Any):
+        super().__init__(known.get("text", known["status"]))
+        self.fields = known
 
-    def __init__(self, reason: str, text: str, known: dict[str, object] | None = None):
-        super().__init__(text)
-        self.reason, self.known = reason, known or {}
+
+def rejected(reason: str, text: str, **known: Any) -> Ended:
+    """The end of a task that is wrong, or whose zip is: it never runs."""
+    return Ended(status="rejected", reason=reason, text=text, **known)
 
 
 @dataclass(frozen=True)
@@ -544,9 +566,13 @@ class Task:
     memory_mb: int
     input: bytes
 
+    def known(self) -> dict[str, Any]:
+        """The fields that its Report has, too."""
+        return {name: getattr(self, name) for name in REPORTED.values()}
+
 
 def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
-    """The task in a message body; raises Rejected, which names every field that is wrong.
+    """The task in a message body; raises Ended, which names every field that is wrong.
 
     `any_bucket` is for --local: s3Bucket is not looked at, s3Key is a path below a folder.
     """
@@ -568,8 +594,8 @@ def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
     if wrong:
-        raise Rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
-                       {name: right[name] for name in REPORTED_FIELDS if name in right})
+        raise rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
+                       **{REPORTED[name]: right[name] for name in REPORTED if name in right})
     return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
                 right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
 
@@ -608,8 +634,8 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
         if isinstance(fields, dict):
             return fields, json.dumps(fields["input"]) if "input" in fields else ""
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
-        raise Rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
-    raise Rejected("task", f"the message is {_quoted(fields)}; it must be a JSON object")
+        raise rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
+    raise rejected("task", f"the message is {_quoted(fields)}; it must be a JSON object")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -650,14 +676,14 @@ _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplement
 def unpack(archive: Path, target: Path) -> list[str]:
     """Unpack a zip into the new or empty folder `target`; the sorted paths of its regular files.
 
-    Modes are 0755 for folders and what is executable, else 0644. Raises Rejected("zip"), with
+    Modes are 0755 for folders and what is executable, else 0644. Raises Ended("zip"), with
     nothing written beside `target`, which the caller removes; an OSError is the machine's.
     """
     with _Archive(archive) as source:
         try:
             bundle = zipfile.ZipFile(source)
         except _CORRUPT as error:
-            raise Rejected("zip", f"no zip that can be read: {_why(error)}; zip it again") from None
+            raise rejected("zip", f"no zip that can be read: {_why(error)}; zip it again") from None
         tree = _tree(bundle.infolist(), os.fstat(source.fileno()).st_size)
         folders, files, links = ([path for path in sorted(tree) if _kind(tree[path]) == kind]
                                  for kind in ("folder", "file", "link"))
@@ -696,9 +722,9 @@ class _Archive(io.FileIO):
 def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo | None]:
     """Each path of a zip of `size` bytes, and its member (None: a folder that names imply)."""
     if not 1 <= len(members) <= MAX_MEMBERS:
-        raise Rejected("zip", f"the zip has {len(members)} members; it may have 1 to {MAX_MEMBERS}")
+        raise rejected("zip", f"the zip has {len(members)} members; it may have 1 to {MAX_MEMBERS}")
     if sum(member.compress_size for member in members) > size:
-        raise Rejected("zip", "members of the zip share their bytes, as in a zip bomb")
+        raise rejected("zip", "members of the zip share their bytes, as in a zip bomb")
     tree: dict[str, zipfile.ZipInfo | None] = {"": None}
     for member in members:
         path = _path(member)
@@ -712,12 +738,12 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInf
         if _kind(tree[path]) != "folder":
             raise _bad(member, f"stands below {_quoted(path)}, which is no folder; rename one")
         if len(tree) > MAX_PATHS:
-            raise Rejected("zip", f"the zip has over {MAX_PATHS} files and folders")
+            raise rejected("zip", f"the zip has over {MAX_PATHS} files and folders")
     return tree
 
 
 def _path(member: zipfile.ZipInfo) -> str:
-    """Where a member goes below the target ("": the target itself); Rejected if it may not."""
+    """Where a member goes below the target ("": the target itself); Ended if it may not."""
     name, method = member.filename, member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
     for is_wrong, what in (
@@ -750,7 +776,7 @@ def _kind(member: zipfile.ZipInfo | None) -> str:
 
 
 def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
-    """The member's bytes in pieces; Rejected when they are corrupt or more than `most`."""
+    """The member's bytes in pieces; Ended when they are corrupt or more than `most`."""
     try:
         with bundle.open(member) as stream:
             while piece := stream.read(65536):
@@ -773,17 +799,17 @@ def _link_target(path: str, target: str) -> str:
     ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
     if (not target or "\0" in target or target.startswith("/")
             or ups > path.count("/") or ".." in parts[ups:]):
-        raise Rejected("zip", f"zip member {_quoted(path)} is a link to {_quoted(target)}; it "
+        raise rejected("zip", f"zip member {_quoted(path)} is a link to {_quoted(target)}; it "
                               "must be relative, stay inside and have '..' only at its beginning")
     return target
 
 
-def _bad(member: zipfile.ZipInfo, what: str) -> Rejected:
-    return Rejected("zip", f"zip member {_quoted(member.orig_filename)} {what}")
+def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
+    return rejected("zip", f"zip member {_quoted(member.orig_filename)} {what}")
 
 
 def find_entry(target: Path, runtime: str) -> str:
-    """The file that `runtime` starts with in an unpacked zip; Rejected("entry") if none is there.
+    """The file that `runtime` starts with in an unpacked zip; Ended("entry") if none is there.
 
     `main` counts only when it is executable; a link to a regular file counts as that file.
     """
@@ -797,7 +823,7 @@ def find_entry(target: Path, runtime: str) -> str:
         hint = "; main is there but not executable: chmod +x before zipping"
     elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
         hint = f"; {_quoted(below[0].parent.name)} has one: zip what is in that folder, not itself"
-    raise Rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
+    raise rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -849,6 +875,24 @@ class Log:
                 content = content[os.write(2, content):]
 
 
+# Errors of the machine that pass when somebody makes room: errno -> REPORT's word.
+MACHINE_AWAY = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG), "disk"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "descriptors"),
+    errno.EAGAIN: "processes", errno.ENOMEM: "memory"}
+
+
+class Outage(Exception):
+    """A part of AWS or of the machine is away; the message is not to blame, and is held.
+
+    `reason` is REPORT's word, should patience end.
+    """
+
+    def __init__(self, fault: Fault, reason: str, text: object):
+        super().__init__(str(text))
+        self.fault, self.reason = fault, reason
+
+
 class Fault:
     """A part of the world that may fail for a while: said when that begins and when it ends."""
 
@@ -856,28 +900,35 @@ class Fault:
 
     def __init__(self, log: Log, name: str):
         self.log, self.name = log, name
-        self.since: float | None = None
-        self.pause = self.retry_at = 0.0
+        self.lock = threading.Lock()
+        self.over = threading.Event()
+        self.over.set()
+        self.since = self.pause = self.retry_at = 0.0
 
     def failed(self, error: object) -> float:
         """Note a failure; the jittered, growing pause in seconds before the next try."""
-        if self.since is None:
-            self.since, self.pause = time.monotonic(), 0.2
-            self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
-        self.pause = min(self.MOST_SECONDS, self.pause * 2)
-        pause = self.pause * (0.5 + int.from_bytes(os.urandom(2), "big") / 131072)
-        self.retry_at = time.monotonic() + pause
+        with self.lock:
+            if self.over.is_set():
+                self.over.clear()
+                self.since, self.pause = time.monotonic(), 0.2
+                self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
+            self.pause = min(self.MOST_SECONDS, self.pause * 2)
+            pause = self.pause * random.uniform(0.5, 1.0)
+            self.retry_at = time.monotonic() + pause
         return pause
+
+    def worked(self) -> None:
+        """Note a success."""
+        with self.lock:
+            if not self.over.is_set():
+                self.over.set()
+                self.retry_at = 0.0
+                seconds = time.monotonic() - self.since
+                self.log("INFO", f"{self.name} works again after {seconds:.1f} s")
 
     def note(self, error: object) -> None:
         """Note how a try ended."""
         self.failed(error) if error else self.worked()
-
-    def worked(self) -> None:
-        """Note a success."""
-        since, self.since, self.retry_at = self.since, None, 0.0
-        if since is not None:
-            self.log("INFO", f"{self.name} works again after {time.monotonic() - since:.1f} s")
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -889,22 +940,167 @@ class Fault:
         else:
             self.worked()
 
+    @contextlib.contextmanager
+    def outage(self) -> Iterator[None]:
+        """An OSError of the block is an Outage, if it is one that passes."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in MACHINE_AWAY:
+                raise
+            raise Outage(self, MACHINE_AWAY[error.errno], error) from None
+
 
 class GiveUp(Exception):
     """The agent cannot go on; str() says why and what to do. Exit status 1."""
 
 
 # --------------------------------------------------------------------------------------------
+# AWS: the clients, and what their errors mean
+# --------------------------------------------------------------------------------------------
+
+# Errors of status 4xx that pass by themselves: throttling, clocks, credentials and keys that are
+# renewed. Those of 5xx, 408 and 429 and all that is no answer do, too.
+PASSING = {
+    "ExpiredToken", "ExpiredTokenException", "RequestExpired", "RequestTimeTooSkewed",
+    "TokenRefreshRequired", "RequestTimeout", "RequestTimeoutException", "SlowDown", "OverLimit",
+    "AWS.SimpleQueueService.OverLimit", "Throttling", "ThrottlingException", "ThrottledException",
+    "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded",
+    "TooManyRequestsException", "LimitExceededException", "PriorRequestNotComplete",
+    "OperationAborted", "KmsThrottled", "KMS.ThrottlingException"}
+LASTING = ("ParamValidationError", "InvalidRegionError")  # botocore's own, before it asks
+NO_CREDENTIALS = ("no AWS credentials ({}); attach the role to the instance, or set "
+                  "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+
+class Clients(NamedTuple):
+    """The clients of one session: `polls` waits for long, which the rest must not."""
+
+    session: Any
+    polls: Any
+    sqs: Any
+    results: Any
+    s3: Any
+    cloudwatch: Any
+
+
+def make_clients(settings: Settings) -> Clients:
+    """The clients; raises GiveUp.
+
+    What the queue's own thread and the polls ask is asked once: pauses and repeats are ours. The
+    rest is repeated by botocore. Eight seconds, for a job must go on soon after AWS does.
+    """
+    try:
+        import boto3  # not at the top: --local does without, and so does the launcher
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        raise GiveUp("boto3 is not installed for this Python; run: "
+                     f"{sys.executable} -m pip install boto3 (--local and --demo do without)"
+                     ) from None
+    if settings.endpoint_url:  # so that AWS_ENDPOINT_URL_SQS and the like win, as boto3 has it
+        os.environ["AWS_ENDPOINT_URL"] = settings.endpoint_url
+    is_elsewhere = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & set(os.environ)
+    try:
+        session = boto3.session.Session(region_name=settings.region)
+        if session.get_credentials() is None:
+            raise GiveUp(NO_CREDENTIALS.format("none found"))
+
+        def client(service: str, read_seconds: int, attempts: int) -> Any:
+            made = session.client(service, config=Config(
+                connect_timeout=5, read_timeout=read_seconds, max_pool_connections=50,
+                retries={"total_max_attempts": attempts, "mode": "standard"},
+                s3={"addressing_style": "path"} if is_elsewhere else {}))
+            made.meta.events.register("after-call", refuse_cut_answer)
+            return made
+
+        return Clients(session, client("sqs", settings.wait_time_seconds + 5, 1),
+                       client("sqs", 8, 1), client("sqs", 8, 3), client("s3", 8, 3),
+                       client("cloudwatch", 8, 3))
+    except (BotoCoreError, ValueError) as error:  # no such profile; a URL that is none
+        raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
+
+
+def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
+    """Raise IncompleteReadError for an answer shorter than it says.
+
+    Not every urllib3 compares the two (1.26 and 2.8.0 were seen not to), and botocore reads half
+    a JSON text as an empty answer: no messages, no attributes, no failed entries.
+    """
+    from botocore.exceptions import IncompleteReadError
+    length = http_response.headers.get("content-length", "")
+    if model.has_streaming_output or model.http.get("method") == "HEAD" or not length.isdigit():
+        return
+    if len(http_response.content) != int(length):
+        raise IncompleteReadError(actual_bytes=len(http_response.content), expected_bytes=length)
+
+
+def attempt(call: Callable[..., Any], **arguments: Any) -> tuple[Any, Exception | None]:
+    """(answer, None) of an AWS call, or (None, error): botocore has no one base for its errors."""
+    try:
+        return call(**arguments), None
+    except Exception as error:  # noqa: BLE001
+        return None, error
+
+
+def error_code(error: Exception) -> str:
+    """The code of an AWS answer; the name of the exception where AWS did not answer."""
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code") or type(error).__name__)
+
+
+def is_denied(code: str) -> bool:
+    """Whether a code says that a permission is missing."""
+    return "AccessDenied" in code or code in ("403", "Forbidden", "AuthorizationError")
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error of an AWS call may pass by itself."""
+    response = getattr(error, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code = error_code(error)
+    return code in PASSING or code not in LASTING and (not 400 <= status < 500
+                                                       or status in (408, 429))
+
+
+def remedy(error: Exception, needs: str, url: str | None = None) -> str:
+    """AWS's own words and what to do about an error that no waiting mends; "" when it may pass.
+
+    `needs` are the permissions of the call, `url` is the queue's.
+    """
+    code = error_code(error)
+    if passes(error):
+        return ""
+    if "kms" in f"{code} {error}".lower():
+        advice = ("grant the role kms:Decrypt on the key (kms:GenerateDataKey too, for what is "
+                  "written), and see that the key is enabled")
+    elif "NonExistentQueue" in code or "QueueDoesNotExist" in code:
+        advice = f"the queue {url} does not exist; check its URL and region in the settings"
+    elif code in ("InvalidAddress", "InvalidAddressException", "InvalidEndpoint"):
+        advice = f"AWS does not know {url} as a queue; check its URL in the settings"
+    elif code in ("InvalidClientTokenId", "UnrecognizedClientException", "InvalidAccessKeyId",
+                  "SignatureDoesNotMatch", "InvalidSecurity"):
+        advice = "AWS does not accept the credentials; check AWS_ACCESS_KEY_ID or the role"
+    elif is_denied(code):
+        advice = f"grant {needs}"
+    else:
+        advice = "see what AWS says of it"
+    return f"{error}; {advice}"
+
+
+# --------------------------------------------------------------------------------------------
 # Queue: where messages come from; SQS, or a folder
 # --------------------------------------------------------------------------------------------
 #
-# Both have receive(limit, drain) -> messages, fits(message, ms), end(message, status, result),
-# is_empty(), interrupt() and close(). From its receive to its end a message is held: its lease
-# is kept alive.
+# Both have receive(limit, drain) -> messages, fits(message, ms), held_until(message),
+# end(message, status, result), is_empty(), interrupt() and close(). From its receive to its end a
+# message is held: its lease is kept alive.
 
+QUEUE_NEEDS = "sqs:ReceiveMessage, sqs:DeleteMessage and sqs:GetQueueAttributes"
 LONGEST_LEASE_SECONDS = MAX_TIMEOUT_MS // 1000  # from the receive, whatever was extended since
 BATCH = 10  # entries of one SQS batch request
 DELETE_WAIT_SECONDS = 0.1
+ATTRIBUTES_SECONDS = 300  # how often the queue's own visibility timeout is looked at
 ERROR_DELAY_SECONDS = 10  # after the first receive; four times that after each further one
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
 
@@ -930,30 +1126,13 @@ class Lease:
     ends: float
     beat: float  # when to renew it
     lost: bool = False
-    done: float = 0.0  # when its run had ended ok
+    wish: str = ""  # once its turn has ended: delete, or return
+    wished: float = 0.0
+    delay: int = 0  # of a return: seconds until the message is visible again
 
     def left(self, now: float) -> float:
         """For how many seconds SQS may still extend it."""
         return LONGEST_LEASE_SECONDS - (now - self.taken) - 1
-
-
-def error_code(error: Exception) -> str:
-    """The code of an AWS answer; the name of the exception where AWS did not answer."""
-    response = getattr(error, "response", None) or {}
-    return str(response.get("Error", {}).get("Code") or type(error).__name__)
-
-
-def attempt(call: Callable[..., Any], **arguments: Any) -> tuple[Any, Exception | None]:
-    """(answer, None) of an AWS call, or (None, error): botocore has no one base for its errors."""
-    try:
-        return call(**arguments), None
-    except Exception as error:  # noqa: BLE001
-        return None, error
-
-
-def is_denied(code: str) -> bool:
-    """Whether a code says that a permission is missing."""
-    return "AccessDenied" in code or code in ("403", "Forbidden", "AuthorizationError")
 
 
 class SqsQueue:
@@ -961,40 +1140,42 @@ class SqsQueue:
 
     def __init__(self, clients: Clients, settings: Settings, log: Log):
         self.url, self.log, self.settings = settings.queue_url, log, settings
-        # Polls wait for long and the rest must not: each has a client with its own time limit.
-        self.clients, self.polls = clients, clients.get("sqs", settings.wait_time_seconds + 5)
-        self.visibility = 30
+        self.polls, self.sqs = clients.polls, clients.sqs
+        self.visibility = 30  # until the queue says another
+        self.attributes_due = 0.0
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: not tried yet
         self.condition = threading.Condition()
         self.leases: dict[str, Lease] = {}
         self.finished: OrderedDict[str, None] = OrderedDict()
-        self.deletes: dict[str, Lease] = {}  # kept alive too, while no delete succeeds
-        self.changes: dict[str, tuple[str, int, float]] = {}  # id -> receipt, seconds, lease's end
         self.closing = False
         self.deleting = Fault(log, "deleting messages")
         self.changing = Fault(log, "extending or giving back messages")
-        self._attributes()
+        if error := self._look_at_attributes():
+            if advice := remedy(error, QUEUE_NEEDS, self.url):
+                raise GiveUp(advice)
+            log("WARNING", f"the queue does not answer: {error}; its visibility timeout is taken "
+                           f"to be {self.visibility} s until it does")
         self.courier = threading.Thread(target=self._deliver, name="courier", daemon=True)
         self.courier.start()
 
-    def _attributes(self) -> None:
-        """Read the queue's visibility timeout; raises GiveUp when the queue cannot be used."""
+    def _look_at_attributes(self) -> Exception | None:
+        """Read the queue's visibility timeout, which may change while we run; the error, if any."""
         answer, error = attempt(self.polls.get_queue_attributes, QueueUrl=self.url,
                                 AttributeNames=["VisibilityTimeout"])
         if not error:
             self.visibility = max(1, int(answer["Attributes"]["VisibilityTimeout"]))
-        elif advice := queue_advice(error, self.url):
-            raise GiveUp(advice)
-        else:
-            self.log("WARNING", f"the queue does not answer: {error}; taking its visibility "
-                                f"timeout to be {self.visibility} s")
+        self.attributes_due = time.monotonic() + (10 if error else ATTRIBUTES_SECONDS)
+        return error
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
         """At most `limit` messages, after at most waitTimeSeconds; raises what boto3 raises."""
+        if time.monotonic() >= self.attributes_due:
+            self._look_at_attributes()
         asked = time.monotonic()
         answer = self.polls.receive_message(
-            QueueUrl=self.url, MaxNumberOfMessages=limit, AttributeNames=["All"],
-            WaitTimeSeconds=self.settings.wait_time_seconds)
+            QueueUrl=self.url, MaxNumberOfMessages=limit, VisibilityTimeout=self.visibility,
+            WaitTimeSeconds=self.settings.wait_time_seconds,
+            MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"])
         taken = []
         with self.condition:
             for entry in answer.get("Messages", []):
@@ -1009,42 +1190,39 @@ class SqsQueue:
 
     def _lease(self, message: Message, receipt: str, asked: float) -> bool:
         """Hold a message; False when it is a duplicate of one that runs or ended here."""
-        now = time.monotonic()
-        lease = Lease(message, receipt, now, max(asked, now - 1) + self.visibility,
-                      now + self.visibility / 3)
+        now, old = time.monotonic(), self.leases.get(message.id)
+        lease = self.leases[message.id] = Lease(
+            message, receipt, now, max(asked, now - 1) + self.visibility, now + self.visibility / 3)
         if message.id in self.finished:
             self.log("INFO", f"message {message.id} came back after it had ended ok: deleted")
-            lease.done = now
-            self.deletes[message.id] = lease
+            lease.wish, lease.wished = "delete", now
             return False
-        running = self.leases.get(message.id)
-        self.leases[message.id] = lease
-        if running:
+        if old and not old.wish:
             self.log("WARNING", f"message {message.id} came again while it is running here; "
                                 "it is not started twice")
-        return running is None
+            return False
+        return True
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Delete a message that succeeded; give back or leave any other."""
         with self.condition:
-            lease = self.leases.pop(message.id)
-            now = time.monotonic()
+            lease, now = self.leases[message.id], time.monotonic()
             if status == "ok":
                 self.finished[message.id] = None
                 while len(self.finished) > REMEMBERED:
                     self.finished.popitem(last=False)
+                lease.wish = "delete"
+            elif status in ("rejected", "released", "error") and self.may_change is not False:
+                lease.wish = "return"
+                if status == "error":  # a machine that is ill must not empty the queue into the DLQ
+                    delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
+                    lease.delay = int(min(delay, lease.left(now)))
+            lease.wished = now
             if lease.lost:
                 self.log("WARNING", f"message {message.id} ended {status} with its lease lost: "
                                     "it is not deleted or given back from here")
-            elif status == "ok":
-                lease.done = now
-                self.deletes[message.id] = lease
-            elif status in ("rejected", "released", "error") and self.may_change is not False:
-                delay = 0
-                if status == "error":  # a machine that is ill must not empty the queue into the DLQ
-                    delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
-                seconds = int(min(delay, lease.left(now)))
-                self.changes[message.id] = (lease.receipt, seconds, lease.ends)
+            if lease.lost or not lease.wish:
+                del self.leases[message.id]
             self.condition.notify_all()
 
     def fits(self, message: Message, timeout_ms: int) -> bool:
@@ -1053,12 +1231,19 @@ class SqsQueue:
         if time.monotonic() + timeout_ms / 1000 + 1 < lease.ends:
             return True
         if self.may_change is None:
-            self._change([(message.id, lease.receipt, self.visibility)], beat=True)
+            self._change([(lease, lease.receipt, self.visibility)])
         return self.may_change is not False
+
+    def held_until(self, message: Message) -> float:
+        """When the message will no longer be ours, by time.monotonic()."""
+        lease, now = self.leases[message.id], time.monotonic()
+        if lease.lost:
+            return now
+        return lease.ends - 2 if self.may_change is False else now + lease.left(now)
 
     def is_empty(self) -> bool:
         """Whether no message is visible; what is in flight elsewhere is not ours."""
-        answer = self.clients.get("sqs").get_queue_attributes(
+        answer = self.sqs.get_queue_attributes(
             QueueUrl=self.url, AttributeNames=["ApproximateNumberOfMessages"])
         return int(answer["Attributes"]["ApproximateNumberOfMessages"]) == 0
 
@@ -1072,45 +1257,52 @@ class SqsQueue:
             self.condition.notify_all()
         self.courier.join(20)
 
+    # The courier's thread.
+
     def _deliver(self) -> None:
-        """The courier's loop."""
+        """Send what is due until all is sent at the close."""
         while True:
             with self.condition:
                 while (wait := self._due() - time.monotonic()) > 0:
-                    if self.closing and not self.deletes and not self.changes:
+                    if self.closing and not any(lease.wish for lease in self.leases.values()):
                         return
                     self.condition.wait(wait)
                 now = time.monotonic()
-                # What is too late SQS has back already.
-                self.deletes = {key: one for key, one in self.deletes.items() if one.ends >= now}
-                self.changes = {key: one for key, one in self.changes.items() if one[2] >= now}
-                deletes = [(key, one.receipt) for key, one in list(self.deletes.items())[:BATCH]]
-                changes = [(key, *value[:2]) for key, value in list(self.changes.items())[:BATCH]]
+                for key, lease in list(self.leases.items()):
+                    if lease.wish and lease.ends < now:  # too late: SQS has it back already
+                        del self.leases[key]
                 beats = self._beats(now)
+                returns = [(lease, lease.receipt, lease.delay)
+                           for lease in self._wishes("return")[:BATCH]]
+                deletes = [(lease, lease.receipt) for lease in self._wishes("delete")[:BATCH]]
             for start in range(0, len(beats), BATCH):
-                self._change(beats[start:start + BATCH], beat=True)
-            if changes and self.changing.retry_at <= now:
-                self._change(changes)
+                self._change(beats[start:start + BATCH])
+            if returns and self.changing.retry_at <= now:
+                self._change(returns)
             if deletes and self.deleting.retry_at <= now:
                 self._delete(deletes)
 
+    def _wishes(self, wish: str) -> list[Lease]:
+        """The leases of messages that are to be deleted, or returned; first wished, first."""
+        return sorted((lease for lease in self.leases.values() if lease.wish == wish),
+                      key=lambda lease: lease.wished)
+
     def _due(self) -> float:
         """When the courier has to act next."""
-        due = [lease.beat for lease in (*self.leases.values(), *self.deletes.values())
-               if not lease.lost]
-        if self.changes:
+        due = [lease.beat for lease in self.leases.values()
+               if lease.wish != "return" and not lease.lost]
+        if self._wishes("return"):
             due.append(self.changing.retry_at)
-        if self.deletes:
-            first = min(lease.done for lease in self.deletes.values())
-            full = 0.0 if len(self.deletes) >= BATCH else first + DELETE_WAIT_SECONDS
+        if deletes := self._wishes("delete"):
+            full = 0.0 if len(deletes) >= BATCH else deletes[0].wished + DELETE_WAIT_SECONDS
             due.append(max(self.deleting.retry_at, full))
         return min(due, default=time.monotonic() + 60)
 
-    def _beats(self, now: float) -> list[tuple[str, str, int]]:
+    def _beats(self, now: float) -> list[tuple[Lease, str, int]]:
         """The leases to renew now; says which are lost."""
         beats = []
-        for key, lease in (*self.leases.items(), *self.deletes.items()):
-            if lease.lost or lease.beat > now:
+        for key, lease in self.leases.items():
+            if lease.wish == "return" or lease.lost or lease.beat > now:
                 continue
             if lease.ends <= now or lease.left(now) <= 1:
                 lease.lost = True
@@ -1119,35 +1311,38 @@ class SqsQueue:
             elif self.may_change is False:
                 lease.beat = lease.ends
             else:
-                beats.append((key, lease.receipt, min(self.visibility, int(lease.left(now)))))
+                beats.append((lease, lease.receipt, min(self.visibility, int(lease.left(now)))))
                 lease.beat = now + max(0.5, (lease.ends - now) / 3)  # again, if this one fails
         return beats
 
-    def _delete(self, entries: list[tuple[str, str]]) -> None:
+    def _delete(self, entries: list[tuple[Lease, str]]) -> None:
         """DeleteMessageBatch; what fails stays for the next try."""
-        answer, error = attempt(
-            self.clients.get("sqs").delete_message_batch, QueueUrl=self.url, Entries=[
-                {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
+        answer, error = attempt(self.sqs.delete_message_batch, QueueUrl=self.url, Entries=[
+            {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
         answer = answer or {}
         done = [entries[int(entry["Id"])] for entry in answer.get("Successful", [])]
         for entry in answer.get("Failed", []):
             if entry.get("SenderFault"):  # a handle that no longer holds: no use in trying again
                 done.append(entries[int(entry["Id"])])
-                self.log("WARNING", f"message {done[-1][0]} was not deleted: {entry.get('Code')}; "
-                                    "it will be, when it comes back")
+                self.log("WARNING", f"message {done[-1][0].message.id} was not deleted: "
+                                    f"{entry.get('Code')}; it will be, when it comes back")
             else:
                 error = f"DeleteMessageBatch: {entry.get('Code')}"
         self.deleting.note(error)
         with self.condition:
-            for key, receipt in done:
-                if key in self.deletes and self.deletes[key].receipt == receipt:
-                    del self.deletes[key]
+            for lease, receipt in done:
+                self._forget(lease, receipt)
 
-    def _change(self, entries: list[tuple[str, str, int]], beat: bool = False) -> None:
+    def _forget(self, lease: Lease, receipt: str) -> None:
+        """Let go of a message, unless it has been received again meanwhile."""
+        if self.leases.get(lease.message.id) is lease and lease.receipt == receipt:
+            del self.leases[lease.message.id]
+
+    def _change(self, entries: list[tuple[Lease, str, int]]) -> None:
         """ChangeMessageVisibilityBatch; what fails is tried again while its lease lasts."""
         asked = time.monotonic()
         answer, error = attempt(
-            self.clients.get("sqs").change_message_visibility_batch, QueueUrl=self.url, Entries=[
+            self.sqs.change_message_visibility_batch, QueueUrl=self.url, Entries=[
                 {"Id": str(n), "ReceiptHandle": receipt, "VisibilityTimeout": seconds}
                 for n, (_, receipt, seconds) in enumerate(entries)])
         if error:
@@ -1162,108 +1357,25 @@ class SqsQueue:
         again = {int(entry["Id"]) for entry in failed}
         lost = {int(entry["Id"]) for entry in answer.get("Failed", [])} - again
         with self.condition:
-            for n, (key, receipt, seconds) in enumerate(entries):
-                lease = self.leases.get(key) or self.deletes.get(key)
+            for n, (lease, receipt, seconds) in enumerate(entries):
                 if n in again:
                     continue
-                if not beat:
-                    # A message may have come and been given back again since: that one stays due.
-                    if self.changes.get(key, ("",))[0] == receipt:
-                        del self.changes[key]
-                elif lease and lease.receipt == receipt:
-                    if n in lost:
-                        lease.ends = lease.beat = asked
-                    else:
-                        lease.ends = asked + seconds
-                        lease.beat = asked + seconds / 3
+                if lease.wish == "return":
+                    self._forget(lease, receipt)
+                elif lease.receipt == receipt:
+                    lease.ends = asked + (0 if n in lost else seconds)
+                    lease.beat = asked + (0 if n in lost else seconds / 3)
 
     def _deny(self) -> None:
         """sqs:ChangeMessageVisibility is not granted: said once, and not tried again."""
         with self.condition:
-            self.changes.clear()
+            for lease in self._wishes("return"):
+                del self.leases[lease.message.id]
             if self.may_change is not False:
                 self.may_change = False
                 self.log("WARNING", "sqs:ChangeMessageVisibility is not granted: leases are not "
                                     f"extended, and tasks over the queue's {self.visibility} s "
                                     "are rejected; add it to the role's policy")
-
-
-def queue_advice(error: Exception, url: str | None) -> str:
-    """What to do about an error that no waiting mends; "" for one that may pass."""
-    code = error_code(error)
-    if code in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
-        return (f"no AWS credentials ({error}); attach the role to the instance, or set "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    if "NonExistentQueue" in code or "QueueDoesNotExist" in code:
-        return f"the queue {url} does not exist; check agent.sqs.queueUrl and its region"
-    if code in ("InvalidClientTokenId", "UnrecognizedClientException", "SignatureDoesNotMatch",
-                "InvalidAccessKeyId"):
-        return f"AWS does not accept the credentials ({code}); check AWS_ACCESS_KEY_ID or the role"
-    if code in ("InvalidAddress", "ValueError", "InvalidEndpoint", "InvalidAddressException"):
-        return f"agent.sqs.queueUrl is {url}; AWS does not know it as a queue ({code})"
-    if is_denied(code):
-        return (f"access to the queue {url} is denied; grant sqs:ReceiveMessage, "
-                "sqs:DeleteMessage and sqs:GetQueueAttributes")
-    return ""
-
-
-class Clients:
-    """Clients of one session, so that no service model is loaded twice.
-
-    They are those that boto3.client() gives, without boto3's own layer of resources and
-    transfers, which costs a third of the start and 3 MiB.
-    """
-
-    def __init__(self, settings: Settings):
-        try:
-            import botocore.loaders
-            from botocore.config import Config
-            from botocore.session import Session
-        except ImportError:
-            raise GiveUp("boto3 is not installed for this Python; run: "
-                         f"{sys.executable} -m pip install boto3 (--local and --demo do without)"
-                         ) from None
-        self.session, self.config, self.lock = Session(), Config, threading.Lock()
-        self.made: dict[tuple[str, int], Any] = {}
-        botocore.loaders.OrderedDict = dict  # which keeps order, too: 3 MiB and 5 ms of the start
-        # botocore would read 870 directories at each start to know that these are services.
-        self.session.get_component("data_loader").list_available_services = (
-            lambda type_name: ("sqs", "s3", "cloudwatch"))
-        self.region, self.endpoint = settings.region, settings.endpoint_url
-        if self.session.get_credentials() is None:
-            raise GiveUp(queue_advice(type("NoCredentialsError", (Exception,), {})("none found"),
-                                      None))
-
-    def get(self, service: str, read_seconds: int = 8) -> Any:
-        """The client of a service that waits so long for each piece of an answer, and tries once.
-
-        Pauses and repeats are ours. Eight seconds, for a job must go on soon after AWS does.
-        """
-        with self.lock:  # a session is not safe for threads
-            if (service, read_seconds) not in self.made:
-                config = self.config(
-                    connect_timeout=5, read_timeout=read_seconds, max_pool_connections=50,
-                    retries={"total_max_attempts": 1, "mode": "standard"},
-                    s3={"addressing_style": "path"} if self.endpoint else {})
-                client = self.session.create_client(
-                    service, self.region, endpoint_url=self.endpoint, config=config)
-                client.meta.events.register("after-call", refuse_cut_answer)
-                self.made[service, read_seconds] = client
-            return self.made[service, read_seconds]
-
-
-def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
-    """Raise IncompleteReadError for an answer shorter than it says.
-
-    Not every urllib3 compares the two (1.26 and 2.8.0 were seen not to), and botocore reads half
-    a JSON text as an empty answer: no messages, no attributes, no failed entries.
-    """
-    from botocore.exceptions import IncompleteReadError
-    length = http_response.headers.get("content-length", "")
-    if model.has_streaming_output or model.http.get("method") == "HEAD" or not length.isdigit():
-        return
-    if len(http_response.content) != int(length):
-        raise IncompleteReadError(actual_bytes=len(http_response.content), expected_bytes=length)
 
 
 class FolderQueue:
@@ -1276,7 +1388,7 @@ class FolderQueue:
         self.root, self.log = root, log
         for name in self.PARTS:
             (root / name).mkdir(parents=True, exist_ok=True)
-        self.names: deque[str] = deque()
+        self.names: deque[str] = deque()  # of the last listing, not looked at yet
         self.refused: set[str] = set()  # those that cannot be taken, which was said
         self.locks: dict[str, int] = {}
         self.stopping = False
@@ -1287,13 +1399,13 @@ class FolderQueue:
 
     def _watch(self) -> int:
         """An inotify(7) descriptor for new tasks; -1 where there is none (then it looks)."""
-        import ctypes
-        libc = ctypes.CDLL(None)
-        fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         moved_to, close_write = 0x80, 0x8
-        if fd >= 0:
-            libc.inotify_add_watch(fd, os.fsencode(self.root / "queue"), moved_to | close_write)
-        return fd
+        with contextlib.suppress(OSError):
+            fd = kernel("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
+            kernel("inotify_add_watch", fd, os.fsencode(self.root / "queue"),
+                   moved_to | close_write)
+            return fd
+        return -1
 
     def recover(self) -> None:
         """Put the tasks of agents that died back; their take counts."""
@@ -1427,6 +1539,10 @@ class FolderQueue:
         """A folder's lease has no end."""
         return True
 
+    def held_until(self, message: Message) -> float:
+        """Never: a lock lasts as long as its holder."""
+        return math.inf
+
     def is_empty(self) -> bool:
         """Whether no task waits."""
         self.recover()
@@ -1460,8 +1576,7 @@ def write_json(directory: str, name: str, value: object) -> None:
     """Write a file that is there whole or not at all."""
     content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     part = f"{directory}/.{name}.part"
-    with open(part, "wb", buffering=0) as file:
-        file.write(content)
+    Path(part).write_bytes(content)
     os.rename(part, f"{directory}/{name}")
 
 
@@ -1496,29 +1611,35 @@ class Package:
                 or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
 
 
+BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
+                "that does not exist looks like this, too)")
+
+
 class S3Code:
     """The zips as S3 has them."""
 
-    def __init__(self, clients: Clients):
-        self.clients = clients
+    def __init__(self, s3: Any, log: Log):
+        self.s3, self.fault = s3, Fault(log, "fetching code from S3")
 
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
         """Write the zip to `target`, unless `known` is still its ETag; (ETag, when S3 said so).
 
-        Raises Rejected when there is no such object, MachineFault and OSError otherwise.
+        Raises Ended when there is no such object or no permission, Outage when S3 is away, and
+        OSError when the disk is.
         """
         condition = {"IfNoneMatch": known} if known else {}
-        answer, error = attempt(self.clients.get("s3").get_object, Bucket=task.bucket,
-                                Key=task.key, **condition)
-        if error:
-            if error_code(error) in ("304", "NotModified"):
-                return known, s3_time(error.response)
+        answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key, **condition)
+        if error and error_code(error) in ("304", "NotModified"):
+            answer = error.response
+        elif error:
             raise self._explain(error, task)
-        self._download(answer, target, f"s3://{task.bucket}/{task.key}")
-        return answer["ETag"], s3_time(answer)
+        else:
+            self._download(answer, target, f"s3://{task.bucket}/{task.key}")
+            known = answer["ETag"]
+        self.fault.worked()
+        return known, s3_time(answer)
 
-    @staticmethod
-    def _download(answer: Mapping[str, Any], target: Path, where: str) -> None:
+    def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
         """Write a body to a file, whole or not at all: its length is checked before it counts."""
         written = 0
         with contextlib.closing(answer["Body"]), open(target, "wb") as file:
@@ -1528,40 +1649,29 @@ class S3Code:
                     break
                 written += len(chunk)
                 if written > MAX_UNPACKED:
-                    raise Rejected("zip", f"{where} is over 250 MiB; make the package smaller")
+                    raise rejected("zip", f"{where} is over 250 MiB; make the package smaller")
                 file.write(chunk)
         if error or written != answer["ContentLength"]:
-            raise MachineFault("s3", f"{where} was cut short: {written} of "
-                                     f"{answer['ContentLength']} bytes came ({error})")
+            raise Outage(self.fault, "s3", f"{where} was cut short: {written} of "
+                                           f"{answer['ContentLength']} bytes came ({error})")
 
-    @staticmethod
-    def _explain(error: Exception, task: Task) -> Exception:
-        """What an error of GetObject means for the task: its own fault, or the machine's."""
+    def _explain(self, error: Exception, task: Task) -> Exception:
+        """What an error of GetObject means: for the task, for the settings, or for now."""
         code = error_code(error)
         where = f"s3://{task.bucket}/{task.key}"
+        if passes(error):
+            return Outage(self.fault, "s3", f"{where}: {error}")
         if code == "NoSuchKey":
-            return Rejected("key", f"{where} does not exist; upload it, or correct s3Key")
+            return rejected("key", f"{where} does not exist; upload it, or correct s3Key")
         if code == "NoSuchBucket":
-            return MachineFault("bucket", f"the bucket {task.bucket} does not exist; check "
-                                          "agent.s3.codeBucket")
-        if is_denied(code):
-            return MachineFault("permission", f"{where} is denied; the role needs s3:GetObject on "
-                                f"arn:aws:s3:::{task.bucket}/* and s3:ListBucket on the bucket "
-                                "(without it a missing key looks like this too)")
-        return MachineFault("s3", f"{where}: {error}")
-
-
-class MachineFault(Exception):
-    """A part of the machine or of AWS failed: the run ends as `error`."""
-
-    def __init__(self, reason: str, text: str):
-        super().__init__(text)
-        self.reason = reason
+            return Ended(status="error", reason="bucket", text=f"{where}: {error}; check "
+                         "agent.s3.codeBucket, or s3Bucket in the message")
+        return Ended(status="error", reason="permission" if is_denied(code) else "s3",
+                     text=f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}")
 
 
 def s3_time(answer: Mapping[str, Any]) -> float:
     """The time of an answer by S3's own clock, in seconds since the epoch."""
-    from email.utils import parsedate_to_datetime
     try:
         return parsedate_to_datetime(
             answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
@@ -1584,11 +1694,11 @@ class FolderCode:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
-                    raise Rejected("key", f"{path} is no file")
+                    raise rejected("key", f"{path} is no file")
                 with open(target, "wb") as copy:
                     shutil.copyfileobj(file, copy)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise Rejected("key", f"{path} does not exist; put the zip there, or correct s3Key"
+            raise rejected("key", f"{path} does not exist; put the zip there, or correct s3Key"
                            ) from None
         return file_etag(status), 0.0
 
@@ -1599,10 +1709,11 @@ def file_etag(status: os.stat_result) -> str:
 
 
 class CodeCache:
-    """Unpacked packages by (bucket, key), each as its source had it when last asked."""
+    """Unpacked packages by (bucket, key, runtime), each as its source had it when last asked."""
 
-    def __init__(self, source: S3Code | FolderCode, directory: Path):
+    def __init__(self, source: S3Code | FolderCode, directory: Path, log: Log):
         self.source, self.directory = source, directory
+        self.fault = Fault(log, f"keeping code in {directory}")
         self.lock = threading.Lock()
         self.key_locks: defaultdict[tuple[str, str, str], threading.Lock] = defaultdict(
             threading.Lock)
@@ -1611,7 +1722,10 @@ class CodeCache:
         self.serial = 0
 
     def get(self, task: Task, message: Message) -> Package:
-        """The package of a message's task, as its source has it; to be given to release()."""
+        """The package of a message's task, as its source has it; to be given to release().
+
+        Raises Ended and Outage.
+        """
         key = (task.bucket, task.key, task.runtime)
         with self.lock:
             key_lock = self.key_locks[key]
@@ -1636,14 +1750,16 @@ class CodeCache:
         archive = place.with_suffix(".zip")
         asked = time.monotonic()
         try:
-            etag, confirmed = self.source.get(task, old.etag if old else "", archive)
-            if old and etag == old.etag:
-                old.asked, old.confirmed = asked, confirmed
-                return old
-            place.mkdir(mode=0o755)
-            unpack(archive, place)
-            package = Package(place, etag, find_entry(place, task.runtime), tree_size(place),
-                              asked=asked, confirmed=confirmed)
+            with self.fault.outage():
+                etag, confirmed = self.source.get(task, old.etag if old else "", archive)
+                if old and etag == old.etag:
+                    old.asked, old.confirmed = asked, confirmed
+                    return old
+                place.mkdir(mode=0o755)
+                unpack(archive, place)
+                package = Package(place, etag, find_entry(place, task.runtime), tree_size(place),
+                                  asked=asked, confirmed=confirmed)
+            self.fault.worked()
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
@@ -1681,193 +1797,7 @@ def tree_size(path: Path) -> int:
 
 
 # --------------------------------------------------------------------------------------------
-# Results and metrics: where outcomes go
-# --------------------------------------------------------------------------------------------
-
-
-# S3 takes keys of 1,024 bytes of UTF-8, of which requestId may have 128 and s3Prefix has as many.
-LONGEST_OUTPUT = 768
-
-
-def output_files(directory: str, uid: int | None) -> tuple[list[str], int]:
-    """The regular files a function left in $OUTPUT_DIR, as relative names; links are passed over.
-
-    A file that is not its own counts only if anybody may read it: it could be a hard link to
-    something that the function may not. Also how many entries have names that cannot be stored.
-    """
-    found, unnamed = [], 0
-    pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
-    for relative in pending:
-        for entry in sorted(os.scandir(os.path.join(directory, relative)), key=lambda e: e.name):
-            name = os.path.join(relative, entry.name)
-            status = entry.stat(follow_symlinks=False)
-            text = name.encode("utf-8", "ignore")
-            if len(text) > LONGEST_OUTPUT or text != os.fsencode(name) or text == b"result.json":
-                unnamed += 1
-            elif stat.S_ISDIR(status.st_mode):
-                pending.append(name)
-                if uid is None:
-                    os.chmod(entry.path, 0o700)
-            elif stat.S_ISREG(status.st_mode) and (
-                    uid is None or status.st_uid == uid or status.st_mode & 0o004):
-                found.append(name)
-    return sorted(found), unnamed
-
-
-class FolderResults:
-    """DIR/results/<requestId>/."""
-
-    def __init__(self, root: Path):
-        self.root = root / "results"
-
-    def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
-        """Keep a result, and the files `names` that are moved out of `directory`."""
-        target = f"{self.root}/{result['requestId']}"
-        os.makedirs(target, exist_ok=True)
-        for name in names:
-            copy = Path(target, name)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(os.path.join(directory, name), copy)
-            if os.geteuid() == 0:
-                os.chown(copy, 0, 0)
-            os.chmod(copy, 0o644)
-        write_json(target, "result.json", result)
-
-
-class AwsResults:
-    """s3://output.bucket/s3Prefix/requestId/ and output.queueUrl, each when it is set."""
-
-    def __init__(self, clients: Clients, settings: Settings):
-        self.clients, self.settings = clients, settings
-
-    def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
-        """Upload the files, then result.json; raises botocore's errors and OSError."""
-        text = json.dumps(result, ensure_ascii=True)
-        if bucket := self.settings.output_bucket:
-            put = self.clients.get("s3").put_object
-            parts = self.settings.output_prefix, result["requestId"]
-            prefix = "".join(f"{part}/" for part in parts if part)
-            for name in names:
-                fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
-                with open(fd, "rb") as body:
-                    put(Bucket=bucket, Key=prefix + name, Body=body)
-            put(Bucket=bucket, Key=prefix + "result.json", Body=text.encode(),
-                ContentType="application/json")
-        if queue_url := self.settings.output_queue_url:
-            self.clients.get("sqs").send_message(QueueUrl=queue_url, MessageBody=text)
-
-
-class FolderMetrics:
-    """DIR/metrics.jsonl."""
-
-    def __init__(self, root: Path, namespace: str, log: Log):
-        self.path, self.namespace, self.log = root / "metrics.jsonl", namespace, log
-        self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self.count = 0
-        self.lock = threading.Lock()
-        self.fault = Fault(log, f"writing {self.path}")
-
-    def put(self, function_id: str, runtime: str, peak_bytes: int) -> None:
-        """Append one value; a disk that is full loses it, and ends no job."""
-        line = json.dumps({"timestamp": iso(time.time()), "namespace": self.namespace,
-                           "metricName": "PeakMemoryBytes", "value": peak_bytes, "unit": "Bytes",
-                           "dimensions": {"FunctionId": function_id, "Runtime": runtime}})
-        with self.lock, self.fault.noted():
-            os.write(self.fd, line.encode() + b"\n")
-            self.count += 1
-
-    def close(self) -> None:
-        """Say how many there were."""
-        os.close(self.fd)
-        if self.count:
-            self.log("INFO", f"Successfully published {self.count} values to {self.path}")
-
-
-class CloudWatchMetrics:
-    """PeakMemoryBytes in CloudWatch, in batches; kept, bounded, while CloudWatch is down."""
-
-    MOST_KEPT = 100_000
-    VALUES = 150  # PutMetricData's limit for one datum
-    DATA = 60  # of one request: its limit is 1,000, but also 1 MB, which these fit into
-
-    def __init__(self, clients: Clients, settings: Settings, log: Log):
-        self.clients, self.settings, self.log = clients, settings, log
-        self.values: deque[tuple[str, str, int]] = deque()
-        self.dropped = 0
-        self.fault = Fault(log, "publishing metrics to CloudWatch")
-        self.stopping = threading.Event()
-        self.lock = threading.Lock()
-        self.thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
-        self.thread.start()
-
-    def put(self, function_id: str, runtime: str, peak_bytes: int) -> None:
-        """Keep one value for the next flush."""
-        with self.lock:
-            self.values.append((function_id, runtime, peak_bytes))
-            self._bound()
-
-    def _bound(self) -> None:
-        """Drop the oldest values beyond what is kept."""
-        while len(self.values) > self.MOST_KEPT:
-            self.values.popleft()
-            self.dropped += 1
-
-    def close(self) -> None:
-        """Flush a last time."""
-        self.stopping.set()
-        self.thread.join(25)
-
-    def _publish(self) -> None:
-        pause: float = self.settings.flush_seconds
-        while not self.stopping.wait(pause):
-            pause = self._flush() or self.settings.flush_seconds
-        self._flush()
-
-    def _flush(self) -> float:
-        """Send what is kept now; 0, or the pause before another try."""
-        groups: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-        with self.lock:
-            for function_id, runtime, peak in self.values:
-                groups[function_id, runtime].append(peak)
-            self.values.clear()
-        data = [(key, peaks[start:start + self.VALUES]) for key, peaks in groups.items()
-                for start in range(0, len(peaks), self.VALUES)]
-        sent, error = 0, None
-        while data and not error:
-            _, error = attempt(self._send, data=[self._datum(*key, peaks)
-                                                 for key, peaks in data[:self.DATA]])
-            if not error:
-                sent += sum(len(peaks) for _, peaks in data[:self.DATA])
-                del data[:self.DATA]
-        if sent:
-            self.fault.worked()
-            lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
-            self.dropped = 0
-            self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
-        if not error:
-            return 0
-        with self.lock:  # those that came meanwhile are younger, and there may be too many now
-            self.values.extendleft((*key, peak) for key, peaks in data for peak in peaks)
-            self._bound()
-        hint = " (grant cloudwatch:PutMetricData)" if is_denied(error_code(error)) else ""
-        return self.fault.failed(f"{error}{hint}")
-
-    def _send(self, data: list[dict[str, Any]]) -> None:
-        self.clients.get("cloudwatch").put_metric_data(Namespace=self.settings.namespace,
-                                                       MetricData=data)
-
-    @staticmethod
-    def _datum(function_id: str, runtime: str, values: list[int]) -> dict[str, Any]:
-        counts = Counter(map(float, values))
-        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Values": list(counts),
-                "Counts": list(map(float, counts.values())),
-                "Dimensions": [{"Name": "FunctionId", "Value": function_id},
-                               {"Name": "Runtime", "Value": runtime}],
-                "Timestamp": time.time()}
-
-
-# --------------------------------------------------------------------------------------------
-# Launcher: the process that forks, limits, watches, ends and measures functions
+# Run: the launcher, a supervisor for each slot, and the room that a function finds
 # --------------------------------------------------------------------------------------------
 #
 #   agent ─(one socket)─ launcher ─┬─ supervisor of slot 0 ─┬─ fork shell ─ function (exec'd)
@@ -1879,21 +1809,21 @@ class CloudWatchMetrics:
 # belongs to the run. The launcher is subreaper behind the supervisors, the agent behind the
 # launcher, for a function without a uid of its own may kill any of them.
 
-KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
-LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
-FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
-DISK_LOOK_SECONDS, COUNT_SECONDS = 0.25, 2  # the same for its disk; for counting its files
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
+OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
+NICER = 5  # functions give way to the agent, whose leases must not be late
+RUN_ENV = ("REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS")  # what differs from run to run
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
 
 # Forks what is exec'd. A child's ru_maxrss starts at the size of the process it was forked from
-# (exec folds the old image's high-water mark into it), which from this one would be 7 MB and
+# (exec folds the old image's high-water mark into it), which from a supervisor would be 7 MB and
 # more; from a shell it is 1.5. The function must end as the supervisor's own child, whose rusage
-# wait4 gives: so it waits in the shell's grandchild until the shell's child between them, which
-# it kills itself, is gone. Background jobs would do without that kill, but have SIGINT ignored.
+# wait4 gives. So the shell's child forks it and is killed by it at once: the function is the
+# subreaper's then. It says its pid, and waits for the word to begin. A background job would come
+# without that kill, but with SIGINT ignored.
 FORK_SHELL = """
 while read -r go <&3; do
   ( cd -P /proc/self && parent=${PWD#/proc/}
@@ -1907,13 +1837,12 @@ done
 
 # The ready interpreter: started as `python main.py` in a directory that holds this as main.py,
 # so that argv, flags and /proc/self/cmdline are what they would be; forked once for each run.
-# Nothing that is imported here may be seen by the function. The code of the function runs from
-# the lowest frame, one below which there would be none in a bare run.
+# The function sees nothing of what is imported here. Its code runs from the lowest frame but one.
 READY_PYTHON = r'''
 bare = dict(globals())
 import sys
 import os
-here = {name: (module, set(vars(module))) for name, module in sys.modules.items()}
+here = set(sys.modules)
 looked_at = list(sys.path_importer_cache)
 import _weakref as weakref
 import atexit, ctypes, gc, marshal, resource
@@ -1943,8 +1872,9 @@ def serve(channel=3):
 def become(channel, request):
     """Turn this fork into the process of the request; its global names and its code."""
     os.setsid()
-    for fd, name in enumerate(("stdin", "stdout", "stderr")):
-        opened = os.open(request["directory"] + "/" + name, os.O_WRONLY if fd else os.O_RDONLY)
+    for fd, name in enumerate(("stdin", "out/stdout", "out/stderr")):
+        path = f"{request['directory']}/feed/{name}"
+        opened = os.open(path, os.O_WRONLY if fd else os.O_RDONLY)
         os.dup2(opened, fd)
         os.close(opened)
     for name, value in request["limits"].items():
@@ -1954,7 +1884,7 @@ def become(channel, request):
         os.setresgid(*[request["gid"]] * 3)
         os.setresuid(*[request["uid"]] * 3)
     prctl(4, 1, 0, 0, 0)  # dumpable again: a change of uid took that away, too
-    os.chdir(request["directory"] + "/work")
+    os.chdir(request["directory"] + "/own/work")
     for name, value in request["env"].items():  # update() would touch 60 pages more
         os.environ[name] = value
         sys.modules["posix"].environ[name.encode()] = os.fsencode(value)
@@ -2050,7 +1980,7 @@ leave(status)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a slot runs, and as whom: what the agent tells the launcher of it."""
+    """Where a slot runs, as whom, and what it sees: what the agent tells the launcher of it."""
 
     directory: str
     uid: int | None  # None: as the agent's own user
@@ -2059,6 +1989,9 @@ class Place:
     private: bool  # nobody else has this uid: whatever runs under it belongs to the slot
     shell: str
     limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
+    network: str  # host or none
+    hidden: tuple[str, ...]  # directories and files of the machine that functions do not see
+    kept: tuple[str, ...]  # what they need of what lies there
 
 
 @dataclass(frozen=True)
@@ -2074,15 +2007,16 @@ class Job:
     memory_mb: int
     disk_mb: int
     files: int
-    tee: bool  # pass the outputs through as they come
+    tee: bool = False  # pass the outputs through as they come
 
 
-def prctl(option: int, value: int) -> None:
-    """prctl(2); raises OSError."""
-    import ctypes  # not at the top: it would be a fiftieth of the agent's start
+def kernel(name: str, *arguments: Any) -> int:
+    """What a function of the C library answers, such as prctl(2); raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), f"prctl({option}): {os.strerror(ctypes.get_errno())}")
+    answer = getattr(libc, name)(*arguments)
+    if answer < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
+    return answer
 
 
 def read_proc(path: str) -> bytes:
@@ -2130,31 +2064,222 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
             time.sleep(0.001)
 
 
-def resident(pids: list[int]) -> dict[int, int]:
-    """The resident bytes of each of these processes; cheap, and pages they share count for each."""
-    return {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids}
+# --- The room: what a slot sees of the machine (namespaces(7), mount(2), landlock(7)) ---
+
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
+MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
+MNT_DETACH = 2
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
+# landlock(7): system calls with one number on every architecture; rights; scopes
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+MAY_WRITE, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 13, 1 << 14
+MAY_CHANGE = sum(1 << right for right in range(4, 13))  # make and remove, each kind of file
+SCOPES = 3  # no abstract socket and no process outside can be reached
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri",
+           "kfd")
+OWN = ("work", "home", "tmp", "output")  # a slot's directories, beneath its own/
+OWN_TMP = {"/tmp": "machine-tmp", "/var/tmp": "machine-var-tmp"}  # what a slot has in its place
+SHM = "/dev/shm"
 
 
-def resident_together(pids: list[int]) -> int:
-    """The resident bytes of these processes, shared pages once; walks their page tables."""
-    shares = re.findall(rb"^Pss: +(\d+)", b"".join(
-        read_proc(f"/proc/{pid}/smaps_rollup") for pid in pids), re.MULTILINE)
-    return sum(map(int, shares)) * 1024
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    """mount(2); raises OSError."""
+    kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
 
 
-def sweep(path: str, trash: str) -> None:
-    """Empty a directory whatever a function left in it: no modes, no depth and no link stop it.
+class Room:
+    """What a slot sees of the machine: made once, for its supervisor and all that it forks.
 
-    Nothing may be running that could change it. Moved up into `trash`, no path grows long.
+    What the kernel does not give is left out; `open` has the words for what that leaves open.
+    """
+
+    def __init__(self, place: Place):
+        self.place, self.feed = place, f"{place.directory}/feed"
+        self.open: list[str] = []
+        self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
+        self.queues = ""  # where this namespace's POSIX message queues can be seen
+        self.shm_mb = 0
+        self.ruleset = -1
+        self.props: set[str] = set()  # what holds the mount points of what is shown again
+        for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
+            os.makedirs(f"{place.directory}/{name}", exist_ok=True)
+        if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
+                     "the settings", self._unshare):
+            self._furnish()
+            if not os.geteuid():
+                self._try("functions see other users' processes in /proc", self._mount_proc)
+        os.makedirs(f"{self.feed}/out", exist_ok=True)
+        self._try("functions may use the machine's abstract sockets" if place.uid is not None else
+                  "functions may write and signal whatever this user may", self._make_ruleset)
+
+    def _try(self, left_open: str, step: Callable[[], None]) -> bool:
+        try:
+            step()
+        except OSError as error:
+            if step == self._unshare and self.place.network == "none":
+                raise  # who asked for no network gets none, or no run
+            self.open.append(f"{left_open} ({error.filename}: {error.strerror})")
+            return False
+        return True
+
+    def _unshare(self) -> None:
+        """Leave the machine's mounts and IPC, and its network if so set.
+
+        An ordinary user needs a user namespace for that; its own ids are all there is in it.
+        """
+        if user := os.geteuid():
+            group = os.getegid()
+            kernel("prctl", PR_SET_DUMPABLE, 1)  # else /proc/self is root's
+            kernel("unshare", CLONE_NEWUSER)
+            for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"),
+                               ("gid_map", f"{group} {group} 1")):
+                Path("/proc/self", name).write_text(text)
+            kernel("prctl", PR_SET_DUMPABLE, 0)
+        no_network = CLONE_NEWNET if self.place.network == "none" else 0
+        kernel("unshare", CLONE_NEWNS | CLONE_NEWIPC | no_network)
+        mount("none", "/", "", MS_REC | MS_SLAVE)  # what is mounted here is not seen outside
+        if no_network:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+                fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+
+    def _furnish(self) -> None:
+        """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
+        kept = {path: os.open(path, os.O_PATH) for path in self.place.kept}
+        here = os.open(self.place.directory, os.O_PATH)  # its path may be covered soon
+        flags = MS_NOSUID | MS_NODEV
+        for path in self.place.hidden:
+            if path in OWN_TMP:
+                sweep(f"/proc/self/fd/{here}/{OWN_TMP[path]}")
+                mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
+            elif os.path.isdir(path):
+                mode = "mode=1777" if path == SHM else "mode=755,size=1m"
+                mount("room", path, "tmpfs", flags, mode)
+            elif os.path.exists(path):
+                mount(f"/proc/self/fd/{here}/nothing", path, "", MS_BIND)
+        for path, fd in kept.items():
+            covers = [cover for cover in self.place.hidden if path.startswith(f"{cover}/")]
+            if covers:
+                self._show(path, fd, min(covers, key=len))
+            os.close(fd)
+        os.close(here)
+        for path in self.props:
+            mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
+        self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in self.place.hidden}
+        # Its input, script and outputs are made anew for each run, for next to nothing here: a
+        # file system on disk searches past all inodes that were freed of late.
+        mount("feed", self.feed, "tmpfs", flags, "mode=711")
+        os.mkdir(f"{self.feed}/queues")
+        self._mount_queues()
+
+    def _show(self, path: str, fd: int, cover: str) -> None:
+        """Have what `fd` stands for at `path` again, below a directory that was covered.
+
+        A mount point cannot be renamed or removed: the path's first part is one, too.
+        """
+        first = os.path.join(cover, os.path.relpath(path, cover).partition("/")[0])
+        if first != path and first not in self.props:
+            os.makedirs(first, exist_ok=True)
+            mount("room", first, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+            self.props.add(first)
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.makedirs(path, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.mknod(path)
+        mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
+        if self.place.uid is None and path != f"{self.place.directory}/own":
+            # Landlock cannot tell what is shown below /tmp from /tmp.
+            flags = os.statvfs(path).f_flag & MS_KEPT
+            mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
+
+    def _mount_queues(self) -> None:
+        with contextlib.suppress(OSError):  # a kernel without them
+            mount("queues", f"{self.feed}/queues", "mqueue", MS_NOSUID | MS_NODEV)
+            self.queues = f"{self.feed}/queues"
+            if os.path.isdir("/dev/mqueue"):
+                mount(self.queues, "/dev/mqueue", "", MS_BIND)
+
+    def _mount_proc(self) -> None:
+        """A proc of its own; before Linux 5.8, which knows no `invisible`, it would be everyone's."""
+        mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible")
+
+    def _make_ruleset(self) -> None:
+        """The Landlock rules for the helpers, which hand them on to all that they fork.
+
+        Whom a uid of its own keeps apart already needs no more than the scopes.
+        """
+        version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
+        own_uid = self.place.uid is not None
+        if version < (6 if own_uid else 2):  # 1 would let no file be moved to another directory
+            raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
+        if version < 6:
+            self.open.append("functions may signal this user's processes and use abstract sockets")
+        change = MAY_WRITE | MAY_REFER | MAY_CHANGE | (MAY_TRUNCATE if version >= 3 else 0)
+        attributes = struct.pack("QQQ", 0 if own_uid else change, 0, SCOPES if version >= 6 else 0)
+        self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
+        if not own_uid:
+            mine = [f"{self.place.directory}/own/{name}" for name in OWN]
+            devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
+            for path in (*mine, *self.own, f"{self.feed}/out", *devices):
+                right = change if path in mine or path in self.own else MAY_WRITE
+                fd = os.open(path, os.O_PATH)
+                kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, struct.pack("=Qi", right, fd), 0)
+                os.close(fd)
+
+    # For each run.
+
+    def begin(self, memory_mb: int) -> None:
+        """Have /dev/shm hold no more than the run may; raises OSError."""
+        if SHM in self.own and memory_mb != self.shm_mb:
+            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, f"size={memory_mb}m")
+            self.shm_mb = memory_mb
+
+    def shm_bytes(self) -> int:
+        """What lies in /dev/shm, mapped or not."""
+        if SHM not in self.own:
+            return 0
+        status = os.statvfs(SHM)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    def shm_is_full(self) -> bool:
+        """Whether /dev/shm has no room left."""
+        return SHM in self.own and os.statvfs(SHM).f_bfree == 0
+
+    def has_ipc(self) -> bool:
+        """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
+        return bool(self.queues and os.listdir(self.queues) or self.own and any(
+            read_proc(f"/proc/sysvipc/{kind}").count(b"\n") > 1 for kind in ("shm", "sem", "msg")))
+
+    def renew_ipc(self) -> None:
+        """Leave behind all IPC that is there; helpers must be made anew after it."""
+        kernel("unshare", CLONE_NEWIPC)
+        if self.queues:
+            for path in (self.queues, "/dev/mqueue"):
+                with contextlib.suppress(OSError):
+                    kernel("umount2", path.encode(), MNT_DETACH)
+        self._mount_queues()
+
+
+# --- The workspace: the directories of a slot, made pristine before each run ---
+
+
+def sweep(path: str, keep: Collection[str] = ()) -> None:
+    """Empty a directory but for `keep`: no modes, no depth and no link of a function's stop it.
+
+    Nothing may be running that could change it. Directories are moved up into it to be emptied,
+    so that no path grows long.
     """
     pending = [path]
     while pending:
         directory = pending.pop()
         os.chmod(directory, 0o700)
-        for entry in os.scandir(directory):
+        for entry in list(os.scandir(directory)):
+            if directory == path and entry.name in keep:
+                continue
             if entry.is_dir(follow_symlinks=False):
                 os.chmod(entry.path, 0o700)
-                pending.append(f"{trash}/{time.monotonic_ns()}")
+                pending.append(f"{path}/{os.urandom(8).hex()}")
                 os.rename(entry.path, pending[-1])
             else:
                 os.unlink(entry.path)
@@ -2162,7 +2287,7 @@ def sweep(path: str, trash: str) -> None:
             os.rmdir(directory)
 
 
-def disk_usage(paths: list[str], most_files: int) -> tuple[int, int]:
+def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
     """(bytes, files) below these directories; stops counting beyond `most_files`."""
     size = count = 0
     pending = list(paths)
@@ -2178,170 +2303,139 @@ def disk_usage(paths: list[str], most_files: int) -> tuple[int, int]:
     return size, count
 
 
-class Workspace:
-    """A slot's private directories, made pristine before a run for the price of what changed.
+def mark_of(path: str) -> tuple[int, int]:
+    """What is another as soon as the file, its mode or a directory's entries are."""
+    status = os.lstat(path)
+    return status.st_ino, status.st_ctime_ns
 
-    A directory whose ctime is what it was has the entries that it had (ctime cannot be set).
-    With a uid of its own a function cannot write to the package's files, root's, so they are
-    linked; else they are copied, and each one's own ctime is looked at.
+
+class Workspace:
+    """A slot's directories, made pristine before a run for the price of what changed.
+
+    A directory whose ctime is what it was has the entries that it had, for ctime cannot be set.
+    With a uid of its own a function cannot write to the package's files, which are root's: they
+    are linked. Else they are copied, and each one's own ctime counts.
     """
 
-    def __init__(self, place: Place):
-        self.place = place
-        self.private = [f"{place.directory}/{name}" for name in ("home", "tmp", "output")]
+    def __init__(self, place: Place, room: Room):
+        self.place, self.room = place, room
+        own = f"{place.directory}/own"
+        self.work, *self.private = [f"{own}/{name}" for name in OWN]
+        self.shared = {own: OWN, **room.own}  # what is swept but for what is mounted or made there
+        self.on_disk = [own, *(f"{place.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = place.uid not in (None, os.getuid())
         self.package = ""
-        self.wanted: dict[str, dict[str, os.stat_result]] = {}  # directory -> name -> lstat
-        self.seen: dict[str, tuple[int, int]] = {}  # path -> (inode, ctime) as it was made
+        self.wanted: dict[str, list[os.DirEntry]] = {}  # directory of the package -> its entries
+        self.marks: dict[str, tuple[int, int]] = {}  # path -> mark_of() when it was pristine
 
     def prepare(self, package: str, text: str) -> None:
-        """Make every directory what the run of `package` shall find; raises OSError."""
+        """Make every directory what a run of `package` shall find; raises OSError."""
         if package != self.package:
             self.wanted, self.package = self._scan(package), package
-            self.seen.clear()
-        root = self.place.directory
-        self._have(f"{root}/trash", is_directory, os.mkdir)
-        sweep(f"{root}/trash", f"{root}/trash")
+            self.marks.clear()
         for path in self.private:
-            self._restore(path, "", {}, 0o700)
-        for source, entries in self.wanted.items():
-            self._restore(f"{root}/work{source[len(package):]}", source, entries, 0o755)
-        self._renew_streams(text)
+            if self._has_changed(path):
+                self._have(path)
+                sweep(path)
+                self._own(path, 0o700)
+                self.marks[path] = mark_of(path)
+        self.tidy()
+        for directory, entries in self.wanted.items():
+            self._fill(self.work + directory[len(package):], entries)
+        self._feed(text)
         # A change in the clock tick of a mark would not show: marks so young are forgotten.
         now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
-        self.seen = {path: mark for path, mark in self.seen.items() if mark[1] < now}
+        self.marks = {path: mark for path, mark in self.marks.items() if mark[1] < now}
 
-    def _renew_streams(self, text: str) -> None:
-        """Have an input that holds `text`, outputs, and room for the fork shell's script."""
-        root = self.place.directory
-        for name in "stdin", "run":
-            self._have(f"{root}/{name}", is_free_file, os.mknod)
-        for name in "stdout", "stderr":
-            self._have(f"{root}/{name}", is_free_fifo, os.mkfifo)
-        write_over(f"{root}/stdin", text.encode("utf-8", "surrogateescape"))
-        for name in "stdin", "stdout", "stderr":  # its own: it may open /dev/stdout again
-            self._own(f"{root}/{name}", 0o600)
+    def tidy(self) -> None:
+        """Empty /tmp and the like; raises OSError."""
+        for path, stays in self.shared.items():
+            if self._has_changed(path):
+                sweep(path, stays)
+                os.chmod(path, 0o1777 if path in self.room.own else 0o711)
+                self.marks[path] = mark_of(path)
 
     @staticmethod
-    def _scan(package: str) -> dict[str, dict[str, os.stat_result]]:
+    def _scan(package: str) -> dict[str, list[os.DirEntry]]:
         """What every directory of a package holds, parents first."""
-        found: dict[str, dict[str, os.stat_result]] = {}
+        found: dict[str, list[os.DirEntry]] = {}
         for directory in (pending := [package]):
-            entries = list(os.scandir(directory))
-            found[directory] = {each.name: each.stat(follow_symlinks=False) for each in entries}
-            pending += [each.path for each in entries if each.is_dir(follow_symlinks=False)]
+            found[directory] = list(os.scandir(directory))
+            pending += [each.path for each in found[directory] if is_folder(each)]
         return found
 
-    def _restore(self, path: str, source: str, entries: dict, mode: int) -> None:
-        """Give a directory just these entries of `source`, unless it has them still."""
-        self._have(path, is_directory, os.mkdir)
-        if self.seen.get(path) == mark_of(os.lstat(path)) and (self.linked or all(
-                self._same(entry, entries[entry.name]) for entry in os.scandir(path))):
+    def _fill(self, path: str, entries: list[os.DirEntry]) -> None:
+        """Give a directory of the workspace just these entries, unless it has them still."""
+        files = [entry for entry in entries if not is_folder(entry)]
+        if not self._has_changed(path) and (self.linked or not any(
+                self._has_changed(f"{path}/{file.name}") for file in files)):
             return
-        self._own(path, mode)
-        missing = dict(entries)
+        folders = {entry.name for entry in entries} - {file.name for file in files}
+        self._have(path)
+        self._own(path, 0o755)
         for entry in list(os.scandir(path)):
-            if entry.name in entries and self._same(entry, entries[entry.name]):
-                del missing[entry.name]
-            else:
+            if entry.name not in folders or not is_folder(entry):
                 self._remove(entry.path)
-        for name, want in missing.items():
-            self._make(f"{path}/{name}", f"{source}/{name}", want)
-        self.seen[path] = mark_of(os.lstat(path))
+        for name in folders:
+            self._have(f"{path}/{name}")
+        for file in files:
+            copy = f"{path}/{file.name}"
+            if self.linked and not file.is_symlink():
+                os.link(file.path, copy)
+            else:
+                shutil.copy(file.path, copy, follow_symlinks=False)
+                self.marks[copy] = mark_of(copy)
+        self.marks[path] = mark_of(path)
 
-    def _same(self, entry: os.DirEntry, want: os.stat_result) -> bool:
-        """Whether an entry is still what the package has there."""
-        if stat.S_ISDIR(want.st_mode):
-            return entry.is_dir(follow_symlinks=False)
-        if self.linked and not stat.S_ISLNK(want.st_mode):
-            return entry.inode() == want.st_ino
-        return self.seen.get(entry.path) == mark_of(entry.stat(follow_symlinks=False))
+    def _feed(self, text: str) -> None:
+        """Make the input that holds `text`, and the outputs, anew.
 
-    def _make(self, path: str, source: str, want: os.stat_result) -> None:
-        if stat.S_ISDIR(want.st_mode):
-            os.mkdir(path)
-        elif self.linked and not stat.S_ISLNK(want.st_mode):
-            os.link(source, path)
-        else:
-            shutil.copy(source, path, follow_symlinks=False)
-            self.seen[path] = mark_of(os.lstat(path))
+        A function may have passed its own on, and none may see those of the next run.
+        """
+        feed = self.room.feed
+        for path in (feed, f"{feed}/out"):
+            self._have(path)
+        for name in ("stdin", "run", *OUTPUTS):
+            if os.path.lexists(f"{feed}/{name}"):
+                self._remove(f"{feed}/{name}")
+        with open(f"{feed}/stdin", "xb") as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+        for name in OUTPUTS:  # its own: it may open /dev/stdout again
+            os.mkfifo(f"{feed}/{name}")
+            self._own(f"{feed}/{name}", 0o600)
 
-    def _have(self, path: str, is_right: Callable[[str], bool],
-              make: Callable[[str], None]) -> None:
-        """Have what `make` makes at `path`, whatever a function put there."""
-        if os.path.lexists(path):
-            if is_right(path):
-                return
-            self._remove(path)
-        make(path)
+    def _have(self, path: str) -> None:
+        """Have a directory at `path`, whatever a function put there."""
+        if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+        os.makedirs(path, exist_ok=True)
+
+    def _has_changed(self, path: str) -> bool:
+        try:
+            return self.marks.get(path) != mark_of(path)
+        except OSError:  # it is gone
+            return True
 
     def _remove(self, path: str) -> None:
-        if is_directory(path):
-            sweep(path, f"{self.place.directory}/trash")
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            sweep(path)
             os.rmdir(path)
         else:
             os.unlink(path)
 
     def _own(self, path: str, mode: int) -> None:
-        """Give the function a path in this mode; one that it has so keeps its ctime."""
-        status = os.lstat(path)
-        if self.linked and (status.st_uid, status.st_gid) != (self.place.uid, self.place.gid):
+        """Give the function a path in this mode."""
+        if self.linked:
             os.chown(path, self.place.uid, self.place.gid)
-        if stat.S_IMODE(status.st_mode) != mode:
-            os.chmod(path, mode)
+        os.chmod(path, mode)
 
 
-def is_directory(path: str) -> bool:
-    """Whether this is a directory, and no link to one."""
-    return stat.S_ISDIR(os.lstat(path).st_mode)
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a directory, and no link to one."""
+    return entry.is_dir(follow_symlinks=False)
 
 
-# A function can pass descriptors on, to one in another slot, which must not see the next run's
-# input or outputs. What nobody has open is used again: a new file costs more the more there were
-# before it, since ext4 searches past all inodes that were freed in the last minute.
-
-
-def is_free_file(path: str) -> bool:
-    """Whether this is a regular file of one name that nobody has open."""
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # refused if so; ends with the close
-            return os.fstat(fd).st_nlink == 1
-        finally:
-            os.close(fd)
-    return False
-
-
-def is_free_fifo(path: str) -> bool:
-    """Whether this is a FIFO that nobody has open."""
-    if not stat.S_ISFIFO(os.lstat(path).st_mode):
-        return False
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-        return False
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # which says that nobody reads (fifo(7))
-            return False
-    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        return not os.read(reader, 1)  # the end of the file: nobody writes
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(reader)
-
-
-def write_over(path: str, content: bytes) -> None:
-    """Write a file in place; cut afterwards, for ext4 flushes at once what was emptied before."""
-    with open(path, "r+b") as file:
-        file.write(content)
-        file.truncate()
-
-
-def mark_of(status: os.stat_result) -> tuple[int, int]:
-    """What is another as soon as the file, its mode or a directory's entries are."""
-    return status.st_ino, status.st_ctime_ns
+# --- Helpers: the processes that fork runs ---
 
 
 class Output:
@@ -2384,37 +2478,16 @@ def write_all(fd: int, content: bytes) -> None:
             content = content[os.write(fd, content):]
 
 
-def confine(place: Place, files: list[int]) -> None:
-    """In a new child: descriptors 0, 1, 2, … from `files` alone, then limits."""
-    if place.uid is None and not os.getuid():
-        prctl(PR_SET_SECUREBITS, SECBIT_NOROOT)  # exec leaves even uid 0 no capability
-    os.setpgid(0, 0)  # of the supervisor's session, or it could not give the function a group
-    kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
-    for target, fd in enumerate(kept):
-        os.dup2(fd, target)
-    os.closerange(len(files), 1024)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    for name, value in place.limits.items():
-        # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
-        # door must not be refused.
-        if name != "RLIMIT_NPROC":
-            resource.setrlimit(getattr(resource, name), (value, value))
-    # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
-    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-
-
 class Helper:
     """A confined process that forks a supervisor's runs, one after another."""
 
     name: str
     privileged = False  # keeps the supervisor's user, and changes that of its forks
 
-    def __init__(self, place: Place, argv: list[str], env: dict[str, str], cwd: str,
+    def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
                  files: list[int]):
         """Exec argv with `files` as its descriptors, but for 3, its end of the channel."""
-        self.place = place
+        self.room, self.place = room, room.place
         self.runs = 0
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         files[3:3] = [theirs.detach()]
@@ -2428,7 +2501,7 @@ class Helper:
 
     def _exec(self, argv: list[str], env: dict[str, str], cwd: str, files: list[int]) -> NoReturn:
         try:
-            confine(self.place, files)
+            self._confine(files)
             if self.place.uid is not None and not self.privileged:
                 os.setgroups(self.place.groups)
                 os.setresgid(*[self.place.gid] * 3)
@@ -2437,6 +2510,29 @@ class Helper:
             os.execve(argv[0], argv, env)
         finally:
             os._exit(127)
+
+    def _confine(self, files: list[int]) -> None:
+        """In the new child: limits, and descriptors 0, 1, 2, … from `files` alone."""
+        if self.place.uid is None and not os.getuid():
+            kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # exec leaves even uid 0 no capability
+        os.setpgid(0, 0)  # of the supervisor's session, or it could not give the function a group
+        for name, value in self.place.limits.items():
+            # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
+            # door must not be refused.
+            if name != "RLIMIT_NPROC":
+                resource.setrlimit(getattr(resource, name), (value, value))
+        # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
+        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
+        if self.room.ruleset >= 0:
+            kernel("syscall", LANDLOCK_RESTRICT, self.room.ruleset, 0)
+        kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
+        for target, fd in enumerate(kept):
+            os.dup2(fd, target)
+        os.closerange(len(files), 1024)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
     def write(self, fd: int, message: bytes) -> None:
         """Send it something; raises ConnectionError when it is gone."""
@@ -2478,29 +2574,29 @@ class ForkShell(Helper):
 
     name = "the fork shell"
 
-    def __init__(self, place: Place, env: dict[str, str]):
-        self.script = f"{place.directory}/run"
+    def __init__(self, room: Room, env: dict[str, str]):
+        self.script = f"{room.feed}/run"
         # The kernel shares the processors between sessions first (sched(7), autogroup): a function
         # in its supervisor's could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
         self.session = [path] if (path := shutil.which("setsid")) else []
         gate, self.gate = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
-        super().__init__(place, [place.shell, "-c", FORK_SHELL, self.script], env, "/",
+        super().__init__(room, [room.place.shell, "-c", FORK_SHELL, self.script], env, "/",
                          [null, null, null, gate])
 
     def start(self, job: Job, data_bytes: int) -> int:
         """Start the job; its pid, a child of ours. Raises ConnectionError."""
-        root = shlex.quote(self.place.directory)
+        feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.place.directory}/own/work")
         processes = self.place.limits["RLIMIT_NPROC"]
         lines = [f"ulimit -d {data_bytes // 1024}",
                  f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}",  # bash; dash
-                 f"cd {root}/work", "unset PWD OLDPWD SHLVL",
+                 f"cd {work}", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(job.env[name])}"
                    for name in RUN_ENV if name in job.env),
-                 (f"exec {shlex.join([*self.session, *job.command])} <{root}/stdin "
-                  f">{root}/stdout 2>{root}/stderr 3<&- 4<&-")]
-        write_over(self.script, "\n".join((*lines, "")).encode("utf-8", "surrogateescape"))
-        os.chmod(self.script, 0o644)
+                 (f"exec {shlex.join([*self.session, *job.command])} <{feed}/stdin "
+                  f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&-")]
+        with open(self.script, "x", encoding="utf-8", errors="surrogateescape") as file:
+            file.write("\n".join((*lines, "")))
         self.write(self.channel.fileno(), b"\n")
         answer = self.receive()
         while answer.count(b"\n") < 2:
@@ -2527,14 +2623,11 @@ class ReadyPython(Helper):
     name = "the ready interpreter"
     privileged = True
 
-    def __init__(self, place: Place, env: dict[str, str], interpreter: str):
-        directory = f"{place.directory}/ready"
-        os.makedirs(directory, exist_ok=True)
-        with open(f"{directory}/main.py", "w") as file:
-            file.write(READY_PYTHON)
+    def __init__(self, room: Room, env: dict[str, str], interpreter: str):
+        directory = os.path.dirname(room.place.shell)
         null = os.open(os.devnull, os.O_RDWR)
         unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
-        super().__init__(place, [interpreter, "main.py"], env, directory, [null, output, output])
+        super().__init__(room, [interpreter, "main.py"], env, directory, [null, output, output])
         os.close(unread)
         self.receive(30)
 
@@ -2543,7 +2636,8 @@ class ReadyPython(Helper):
         self.runs += 1
         processes = self.place.limits["RLIMIT_NPROC"]
         self.write(self.channel.fileno(), marshal.dumps({
-            **vars(self.place), "env": {name: job.env[name] for name in RUN_ENV},
+            "directory": self.place.directory, "uid": self.place.uid, "gid": self.place.gid,
+            "groups": self.place.groups, "env": {name: job.env[name] for name in RUN_ENV},
             "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
         answer = self.receive()
         if not answer.isdigit():
@@ -2555,44 +2649,56 @@ class ReadyPython(Helper):
         return marshal.loads(self.receive())
 
 
+# --- The supervisor: one run from its workspace to its outcome ---
+
+
 class Supervisor:
     """One slot: runs its jobs, one at a time."""
 
     def __init__(self, place: Place, agent: socket.socket, life: int):
-        self.place = place
-        self.agent = agent
+        self.place, self.agent = place, agent
         self.life = life  # ends with the launcher
-        self.workspace = Workspace(place)
+        self.room = Room(place)
+        self.workspace = Workspace(place, self.room)
         self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
         self.unready = ""  # an interpreter that could not be made ready
+        self.begun = False  # whether the function of the run has begun
         for name, value in place.limits.items():
             hard = resource.getrlimit(getattr(resource, name))[1]
             place.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
 
     def serve(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
+        self._say({"pid": os.getpid(), "open": self.room.open})
         requests = self.agent.makefile("r", encoding="utf-8")
         while (self.life not in select.select([self.agent, self.life], [], [])[0]
                and (line := requests.readline())):
+            self.begun = False
             try:
                 answer = self.run(Job(**json.loads(line)))
             except OSError as error:  # ConnectionError is one
                 self.end_all()
-                answer = {"end": "error", "reason": reason_of(error), "text": str(error)}
-            self.agent.sendall(json.dumps(answer).encode() + b"\n")
+                answer = {"errno": error.errno, "text": str(error), "begun": self.begun}
+            self._say(answer)
+            with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
+                self.workspace.tidy()
         self.end_all()
 
+    def _say(self, answer: dict[str, Any]) -> None:
+        self.agent.sendall(json.dumps(answer).encode() + b"\n")
+
     def run(self, job: Job) -> dict[str, Any]:
-        """One run from its workspace to its outcome; raises OSError."""
+        """One run; the fields of its Report that are known here. Raises OSError."""
+        self.room.begin(job.memory_mb)
         self.workspace.prepare(job.package, job.input)
-        root = self.place.directory
-        outputs = [Output(f"{root}/{name}", tee if job.tee else 0)
-                   for tee, name in ((1, "stdout"), (2, "stderr"))]
+        outputs = [Output(f"{self.room.feed}/{name}", fd if job.tee else 0)
+                   for fd, name in enumerate(OUTPUTS, 1)]
         try:
             helper, start = self._helper(job)
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
             child = helper.start(job, max(3 * job.memory_mb, 2 * job.memory_mb + 192) * MIB)
+            self.begun = True
             started_at, started = time.time(), time.monotonic()  # the fork is not the function's
             watch = Watch(self, job, helper.done(child), outputs, started)
             end = watch.wait()
@@ -2606,14 +2712,14 @@ class Supervisor:
             texts = [output.close() for output in outputs]
         peak = max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
-        if end == "exit" and (peak > job.memory_mb * MIB
-                              or code and re.search(REFUSED, texts[1][-2000:])):
-            end = "oom"
-        return {"end": end, "reason": "disk" if end == "disk" else None, "exit_code": code,
-                "peak_bytes": peak, "duration_ms": round(duration * 1000),
-                "started_at": started_at, "stdout": texts[0], "stderr": texts[1],
-                "stdout_bytes": outputs[0].count, "stderr_bytes": outputs[1].count,
-                "start": start}
+        if end == "exit":
+            refused = code and (REFUSED.search(texts[1][-2000:]) or self.room.shm_is_full())
+            end = "oom" if refused or peak > job.memory_mb * MIB else "failed" if code else "ok"
+        return {"status": "failed" if end == "disk" else end,
+                "reason": "disk" if end == "disk" else None, "exit_code": code,
+                "peak_memory_bytes": peak, "duration_millis": round(duration * 1000),
+                "start": start, "started_at": started_at, "stdout": texts[0], "stderr": texts[1],
+                "stdout_bytes": outputs[0].count, "stderr_bytes": outputs[1].count}
 
     def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this job, made if need be, and whether that is a warm or a cold start."""
@@ -2625,12 +2731,12 @@ class Supervisor:
                 return ready, "warm"
             self._close(job.warm)
             try:
-                ready = self.helpers[job.warm] = ReadyPython(self.place, base, job.warm)
+                ready = self.helpers[job.warm] = ReadyPython(self.room, base, job.warm)
                 return ready, "cold"
             except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
                 self.unready = job.warm
         if "" not in self.helpers:
-            self.helpers[""] = ForkShell(self.place, base)
+            self.helpers[""] = ForkShell(self.room, base)
         return self.helpers[""], "cold"
 
     def _close(self, *interpreters: str) -> None:
@@ -2660,139 +2766,40 @@ class Supervisor:
         self._close("")
 
     def end_run(self) -> None:
-        """Nothing of a run outlives it: daemons, other sessions, stopped processes."""
+        """Nothing of a run outlives it: daemons, other sessions, stopped processes, IPC."""
         if self.run_pids():
             self._kill_user()
             # What clone(CLONE_PARENT) made a helper's child, it won't reap.
             self._close(*[name for name, helper in self.helpers.items()
                           if children_of(helper.pid)])
             end_descendants(self._helper_pids())
+        if self.room.has_ipc():
+            self._close(*self.helpers)
+            self.room.renew_ipc()
 
     def end_all(self) -> None:
         self._close(*self.helpers)
         self.end_run()
 
 
-class Watch:
-    """Looks after a run until it ends or must be ended."""
-
-    def __init__(self, supervisor: Supervisor, job: Job, done: int, outputs: list[Output],
-                 started: float):
-        self.supervisor, self.job = supervisor, job
-        self.done = done  # readable once the run has ended
-        self.outputs = {output.fd: output for output in outputs}
-        self.deadline = started + job.timeout_ms / 1000
-        self.next_look = started + LOOK_SECONDS
-        self.next_disk_look = started + DISK_LOOK_SECONDS
-        self.next_count = started + COUNT_SECONDS
-        self.largest = 0  # bytes: the largest sum over more than one process that was seen
-        self.together, self.sizes = 0, {}  # bytes: of all, and of each, when last looked exactly
-        self.free = self._free()
-
-    def wait(self) -> str:
-        """How the run ends: exit, timeout, oom, disk, or cancelled (the agent let go of it)."""
-        agent, life = self.supervisor.agent.fileno(), self.supervisor.life
-        poll = select.poll()
-        for fd in (self.done, agent, life, *self.outputs):
-            poll.register(fd, select.POLLIN)
-        try:
-            while (now := time.monotonic()) < self.deadline:
-                if now >= self.next_look and (end := self._look(now)):
-                    return end
-                wait = min(self.next_look, self.deadline) - time.monotonic()
-                ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
-                if self.done in ready:
-                    return "exit"
-                if life in ready:
-                    raise ConnectionError("the launcher ended")
-                if agent in ready:
-                    return "cancelled"
-                for fd in ready:
-                    if not self.outputs[fd].read():
-                        poll.unregister(fd)
-            return "timeout"
-        finally:
-            os.close(self.done)
-
-    def _look(self, now: float) -> str:
-        """Whether the run is over its memory or its disk; "" when it is not."""
-        cap = self.job.memory_mb * MIB
-        if self._held(cap) > cap:
-            return "oom"
-        if now >= self.next_disk_look and self._over_disk():
-            return "disk"
-        # A look at a large tree is not cheap: not more than a quarter of the time, unless a run
-        # that fills memory as fast as memory is could get over what it may hold at most.
-        self.next_look = now + max(LOOK_SECONDS, min(4 * (time.monotonic() - now),
-                                                     (cap + 256 * MIB) / FILL_BYTES_PER_SECOND))
-        return ""
-
-    def _held(self, cap: int) -> int:
-        """No less than what the run holds now; exactly that when it is over `cap`.
-
-        What processes share is known from the last exact look, and what they hold together has
-        grown by no more than each of them has since. Over the cap they are held for the look, for
-        they could outrun it: on a busy machine it gets no more of the processor than each of them.
-        """
-        pids = self.supervisor.run_pids()
-        sizes = resident(pids)
-        if len(pids) < 2:
-            return sum(sizes.values())
-        held = self.together + sum(max(0, size - self.sizes.get(pid, 0))
-                                   for pid, size in sizes.items())
-        if held > min(cap, self.largest * 1.01):
-            running = [pid for pid in pids if held > cap and read_proc(
-                f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
-            signal_all(running, signal.SIGSTOP)
-            self.sizes = resident(pids)
-            held = self.together = resident_together(pids) or sum(self.sizes.values())
-            signal_all(running, signal.SIGCONT)
-            self.largest = max(self.largest, held)
-        return held
-
-    def _free(self) -> tuple[int, int]:
-        """(bytes, inodes) free where the workspace is."""
-        status = os.statvfs(self.supervisor.place.directory)
-        return status.f_bfree * status.f_frsize, status.f_ffree
-
-    def _over_disk(self) -> bool:
-        """Whether the run holds too much; counted when the file system has lost that much, and
-        seldom else, for a neighbour may free what the run takes."""
-        started = time.monotonic()
-        self.next_disk_look = started + DISK_LOOK_SECONDS
-        most = self.job.disk_mb * MIB, self.job.files
-        if started < self.next_count and all(
-                before - now <= limit for before, now, limit in zip(self.free, self._free(), most)):
-            return False
-        place, private = self.supervisor.place, self.supervisor.workspace.private
-        size, count = disk_usage([f"{place.directory}/work", *private], self.job.files)
-        now = time.monotonic()
-        self.next_disk_look = now + max(DISK_LOOK_SECONDS, 5 * (now - started))
-        self.next_count = now + max(COUNT_SECONDS, 50 * (now - started))
-        return size > most[0] or count > most[1]
-
-
 # A program that failed says, last of all, that it was refused memory: the kernel keeps no count of
 # refusals, and these are the runtimes' own words for one.
-REFUSED = (
+REFUSED = re.compile(
     r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
     r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
     r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)")
 
 
-def reason_of(error: Exception) -> str:
-    """One word for the part of the machine that failed."""
-    words = {errno.ENOSPC: "disk", errno.EDQUOT: "disk", errno.EMFILE: "descriptors",
-             errno.ENFILE: "descriptors", errno.EAGAIN: "processes", errno.ENOMEM: "memory"}
-    return words.get(getattr(error, "errno", None), "launcher")
+# --- The launcher ---
 
 
 def launch(control: socket.socket) -> None:
     """The launcher's life: a supervisor for each slot that the agent asks for, until it is gone."""
     os.setsid()
-    prctl(PR_SET_DUMPABLE, 0)
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    os.umask(0o022)
+    kernel("prctl", PR_SET_DUMPABLE, 0)
+    kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
+    kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     # A handler that does nothing, for "ignored" would last through exec into the functions.
     # nohup and a shell's `&` leave some ignored, too.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
@@ -2816,7 +2823,7 @@ def launch(control: socket.socket) -> None:
                     supervisors[pidfd] = pid
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
-                    agent.sendall(b"-%d\n" % error.errno)
+                    refuse(agent, error)
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
             os.waitpid(supervisors.pop(pidfd), 0)
@@ -2831,73 +2838,202 @@ def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int
         for other in others:
             os.close(other)
         os.setsid()
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
-        agent.sendall(b"%d\n" % os.getpid())
+        kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
         Supervisor(Place(**json.loads(message)), agent, life).serve()
-    except Exception as error:  # noqa: BLE001  # it is a process of its own: nobody else says it
-        sys.stderr.write(f"nanogrid: a supervisor ended: {error!r}\n")
+    except OSError as error:
+        refuse(agent, error)
     finally:
         os._exit(0)
 
 
+def refuse(agent: socket.socket, error: OSError) -> None:
+    """Tell the agent why there is no supervisor."""
+    with contextlib.suppress(OSError):
+        answer = {"errno": error.errno, "text": str(error)}
+        agent.sendall(json.dumps(answer).encode() + b"\n")
+
+
 # --------------------------------------------------------------------------------------------
-# Report: what is said of a run
+# Measure: what a run holds while it runs
 # --------------------------------------------------------------------------------------------
 
-STATUS_OF_END = {"timeout": "timeout", "oom": "oom", "disk": "failed", "cancelled": "released",
-                 "error": "error"}
+KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
+LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
+FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
+DISK_LOOK_SECONDS = 0.25  # the same for its disk
+
+
+class Watch:
+    """Looks after a run until it ends or must be ended."""
+
+    def __init__(self, supervisor: Supervisor, job: Job, done: int, outputs: list[Output],
+                 started: float):
+        self.supervisor, self.job = supervisor, job
+        self.done = done  # readable once the run has ended
+        self.outputs = {output.fd: output for output in outputs}
+        self.deadline = started + job.timeout_ms / 1000
+        self.next_look = started + LOOK_SECONDS
+        self.next_disk_look = started + DISK_LOOK_SECONDS
+        self.largest = 0  # bytes: the largest sum that was seen, where one process is not all
+        # When last looked exactly: bytes of all together, of each process, and in /dev/shm.
+        self.together, self.sizes, self.shm = 0, {}, 0
+
+    def wait(self) -> str:
+        """How the run ends: exit, timeout, oom, disk, or released (the agent let go of it)."""
+        agent, life = self.supervisor.agent.fileno(), self.supervisor.life
+        poll = select.poll()
+        for fd in (self.done, agent, life, *self.outputs):
+            poll.register(fd, select.POLLIN)
+        try:
+            while (now := time.monotonic()) < self.deadline:
+                if now >= self.next_look and (end := self._look(now)):
+                    return end
+                wait = min(self.next_look, self.deadline) - time.monotonic()
+                ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
+                if self.done in ready:
+                    return "exit"
+                if life in ready:
+                    raise ConnectionError("the launcher ended")
+                if agent in ready:
+                    return "released"
+                for fd in ready:
+                    if not self.outputs[fd].read():
+                        poll.unregister(fd)
+            return "timeout"
+        finally:
+            os.close(self.done)
+
+    def _look(self, now: float) -> str:
+        """Whether the run is over its memory or its disk; "" when it is not."""
+        cap = self.job.memory_mb * MIB
+        if self._held(cap) > cap:
+            return "oom"
+        if now >= self.next_disk_look and self._over_disk():
+            return "disk"
+        # A look at a large tree is not cheap: not more than a quarter of the time, unless a run
+        # that fills memory as fast as memory is could get over what it may hold at most.
+        self.next_look = now + max(LOOK_SECONDS, min(4 * (time.monotonic() - now),
+                                                     (cap + 256 * MIB) / FILL_BYTES_PER_SECOND))
+        return ""
+
+    def _held(self, cap: int) -> int:
+        """The bytes that the run holds now, or more where that is below `cap`.
+
+        An exact look costs much. So what was held at the last one counts, and all that each
+        process and /dev/shm have grown by since. Only a sum over the cap, or over what was seen
+        before, is looked at exactly.
+        """
+        pids = self.supervisor.run_pids()
+        sizes, shm = resident(pids), self.supervisor.room.shm_bytes()
+        if len(pids) < 2 and not shm:
+            return sum(sizes.values())
+        held = self.together + max(0, shm - self.shm) + sum(
+            max(0, size - self.sizes.get(pid, 0)) for pid, size in sizes.items())
+        if held <= min(cap, self.largest * 1.01):
+            return held
+        # On a busy machine this process gets no more of it than each of theirs, which could outrun
+        # the look: they are stopped for it when they seem to be over the cap.
+        running = [pid for pid in pids if held > cap and read_proc(
+            f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
+        signal_all(running, signal.SIGSTOP)
+        self.sizes, self.shm = resident(pids), self.supervisor.room.shm_bytes()
+        held = self.together = (resident_together(pids, self.shm)
+                                or sum(self.sizes.values()))  # a process that cannot be read
+        signal_all(running, signal.SIGCONT)
+        self.largest = max(self.largest, held)
+        return held
+
+    def _over_disk(self) -> bool:
+        """Whether the run keeps too much on disk; counting takes a tenth of the time at most."""
+        started = time.monotonic()
+        workspace = self.supervisor.workspace
+        size, count = disk_usage(workspace.on_disk, self.job.files)
+        now = time.monotonic()
+        self.next_disk_look = now + max(DISK_LOOK_SECONDS, 10 * (now - started))
+        return size > self.job.disk_mb * MIB or count > self.job.files
+
+
+def resident(pids: list[int]) -> dict[int, int]:
+    """The resident bytes of each of these processes; cheap, and pages they share count for each."""
+    return {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids}
+
+
+def resident_together(pids: list[int], shm: int) -> int:
+    """The resident bytes of these processes, shared pages once, and `shm` bytes in /dev/shm.
+
+    Walks their page tables; what they have mapped of /dev/shm is in `shm` already.
+    """
+    if not shm:
+        return 1024 * sum(int(share) for pid in pids
+                          for share in SHARE.findall(read_proc(f"/proc/{pid}/smaps_rollup")))
+    maps = b"".join(read_proc(f"/proc/{pid}/smaps") for pid in pids)
+    return shm + 1024 * sum(int(SHARE.search(entry)[1]) for entry in MAPPING.split(maps)[1:]
+                            if not entry.startswith(os.fsencode(SHM)))
+
+
+SHARE = re.compile(rb"^Pss: +(\d+)", re.MULTILINE)
+MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *", re.MULTILINE)  # then its path
+
+
+# --------------------------------------------------------------------------------------------
+# Report: what is said and kept of a message's turn
+# --------------------------------------------------------------------------------------------
+
 RECENT = 20  # runs of a function whose peaks make its recommendation
+# S3 takes keys of 1,024 bytes of UTF-8, of which requestId may have 128 and s3Prefix has as many.
+LONGEST_OUTPUT = 768
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a message's turn ended; None where a value is not known."""
+class Report:
+    """What is known of a message's turn; None where a value is not known.
 
-    status: str
+    The fields up to `reason` are the pairs of the REPORT line, in its order.
+    """
+
+    request_id: str | None = None
+    function_id: str | None = None
+    runtime: str | None = None
+    status: str = "error"
+    exit_code: int | None = None
+    duration_millis: int | None = None
+    peak_memory_bytes: int | None = None
+    memory_mb: int | None = None
+    timeout_ms: int | None = None
+    receive_count: int = 1
+    start: str | None = None
     reason: str | None = None
     text: str = ""  # for the log: what went wrong, where, what to do
-    exit_code: int | None = None
-    peak_bytes: int | None = None
-    duration_ms: int | None = None
     stdout: str = ""
     stderr: str = ""
     stdout_bytes: int = 0
     stderr_bytes: int = 0
-    started_at: float | None = None
-    start: str | None = None
+    started_at: float | None = None  # seconds since the epoch
+
+    def pairs(self) -> dict[str, Any]:
+        """The pairs of the REPORT line."""
+        names = [one.name for one in fields(self)]
+        known = {camel(name): getattr(self, name) for name in names[:names.index("text")]}
+        return known if self.reason else {key: known[key] for key in known if key != "reason"}
+
+    def result(self, names: list[str], peaks: list[int]) -> dict[str, Any]:
+        """The content of result.json, with the output files' names and the function's peaks."""
+        begin = self.started_at
+        end = begin and begin + (self.duration_millis or 0) / 1000
+        return {**self.pairs(), "success": self.status == "ok", "stdout": self.stdout,
+                "stderr": self.stderr or self.text, "stdoutBytes": self.stdout_bytes,
+                "stderrBytes": self.stderr_bytes, "startedAt": begin and iso(begin),
+                "finishedAt": end and iso(end), "outputFiles": names,
+                **recommendation(peaks, self.memory_mb)}
 
 
-def outcome_of(answer: Mapping[str, Any]) -> Outcome:
-    """The outcome of what a supervisor says of a run (see Supervisor.run)."""
-    known = dict(answer)
-    end = known.pop("end")
-    status = STATUS_OF_END.get(end) or ("failed" if known["exit_code"] else "ok")
-    return Outcome(status, **known)
+def camel(name: str) -> str:
+    """A field's name as messages and reports write it: request_id is requestId."""
+    first, *rest = name.split("_")
+    return first + "".join(map(str.capitalize, rest))
 
 
-def report_pairs(task: Mapping[str, Any], outcome: Outcome, message: Message) -> dict[str, Any]:
-    """The pairs of the REPORT line; `task` has those of the task's fields that are known."""
-    return {"requestId": task.get("requestId"), "functionId": task.get("functionId"),
-            "runtime": task.get("runtime"), "status": outcome.status,
-            "exitCode": outcome.exit_code, "durationMillis": outcome.duration_ms,
-            "peakMemoryBytes": outcome.peak_bytes, "memoryMb": task.get("memoryMb"),
-            "timeoutMs": task.get("timeoutMs"), "receiveCount": message.receive_count,
-            "start": outcome.start, **({"reason": outcome.reason} if outcome.reason else {})}
-
-
-def result_of(pairs: Mapping[str, Any], outcome: Outcome, names: list[str],
-              peaks: list[int]) -> dict[str, Any]:
-    """The content of result.json."""
-    begin = outcome.started_at
-    end = begin and begin + (outcome.duration_ms or 0) / 1000
-    return {**pairs, "success": outcome.status == "ok", "stdout": outcome.stdout,
-            "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
-            "stderrBytes": outcome.stderr_bytes, "startedAt": begin and iso(begin),
-            "finishedAt": end and iso(end), "outputFiles": names,
-            **advice(peaks, pairs["memoryMb"])}
-
-
-def advice(peaks: list[int], memory_mb: int | None) -> dict[str, Any]:
+def recommendation(peaks: list[int], memory_mb: int | None) -> dict[str, Any]:
     """recommendedMemoryMb and optimizationTip from a function's recent peaks, in bytes."""
     if not peaks or memory_mb is None:
         return {"recommendedMemoryMb": None, "optimizationTip": None}
@@ -2909,37 +3045,246 @@ def advice(peaks: list[int], memory_mb: int | None) -> dict[str, Any]:
     return {"recommendedMemoryMb": wanted, "optimizationTip": f"{seen}: {words}."}
 
 
-def report(log: Log, request_id: str, outcome: Outcome, pairs: Mapping[str, Any]) -> None:
-    """Write the function's kept output and the REPORT line, together."""
+def write_report(log: Log, name: str, report: Report) -> None:
+    """Write the function's kept output and the REPORT line, together; `name` stands before each."""
     lines = []
-    for stream, text in (("stdout", outcome.stdout), ("stderr", outcome.stderr)):
+    for stream, text in (("stdout", report.stdout), ("stderr", report.stderr)):
         for line in text.removesuffix("\n").split("\n") if text else ():
             if log.json:
-                lines.append(log.line("INFO", line, {"requestId": request_id, "stream": stream}))
+                lines.append(log.line("INFO", line, {"requestId": name, "stream": stream}))
             else:
-                lines.append(log.line("INFO", f"[{request_id}] {stream}: {line}", {}))
-    if outcome.text:
-        level = "ERROR" if outcome.status == "error" else "WARNING"
-        lines.append(log.line(level, f"[{request_id}] {outcome.status}: {outcome.text}", {}))
-    lines.append(log.line("INFO", "REPORT", pairs))
+                lines.append(log.line("INFO", f"[{name}] {stream}: {line}", {}))
+    if report.text:
+        level = "ERROR" if report.status == "error" else "WARNING"
+        lines.append(log.line(level, f"[{name}] {report.status}: {report.text}", {}))
+    lines.append(log.line("INFO", "REPORT", report.pairs()))
     log.write(lines)
 
 
-def summary(runs: Mapping[str, list[tuple[str, int | None, int | None, int | None]]]) -> str:
-    """The table that ends --drain; of each run: status, ms, peak in bytes, cap in MiB."""
-    import statistics
+def summary(reports: Iterable[Report]) -> str:
+    """The table that ends --drain: a line for each function."""
+    runs: defaultdict[str, list[Report]] = defaultdict(list)
+    for report in reports:
+        runs[report.function_id or "-"].append(report)
     width = max([8, *map(len, runs)])
     lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
-        good = sum(status == "ok" for status, *_ in mine)
-        spent = [ms for _, ms, _, _ in mine if ms is not None] or [0]
-        peak, cap = max(((peak, cap) for _, _, peak, cap in mine if peak is not None),
-                        default=(0, 0))
-        bar = "#" * round(min(1.0, peak / MIB / (cap or 1)) * 20)
+        good = sum(each.status == "ok" for each in mine)
+        spent = [each.duration_millis or 0 for each in mine if each.start] or [0]
+        peak, cap = max(((each.peak_memory_bytes / MIB, each.memory_mb) for each in mine
+                         if each.peak_memory_bytes), default=(0, 0))
+        bar = "#" * round(min(1.0, peak / (cap or 1)) * 20)
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
                      f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
-                     f"{peak / MIB:.1f} of {cap} MiB")
+                     f"{peak:.1f} of {cap} MiB")
     return "\n".join(lines)
+
+
+# --- Results ---
+
+
+def output_files(directory: str, uid: int | None) -> tuple[list[str], int]:
+    """The regular files a function left in $OUTPUT_DIR, as relative names; links are passed over.
+
+    A file that is not its own counts only if anybody may read it: it could be a hard link to
+    something that the function may not. Also how many entries have names that cannot be stored.
+    """
+    found, unnamed = [], 0
+    pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
+    for relative in pending:
+        for entry in sorted(os.scandir(os.path.join(directory, relative)), key=lambda e: e.name):
+            name = os.path.join(relative, entry.name)
+            status = entry.stat(follow_symlinks=False)
+            text = name.encode("utf-8", "ignore")
+            if len(text) > LONGEST_OUTPUT or text != os.fsencode(name) or text == b"result.json":
+                unnamed += 1
+            elif stat.S_ISDIR(status.st_mode):
+                pending.append(name)
+                if uid is None:
+                    os.chmod(entry.path, 0o700)
+            elif stat.S_ISREG(status.st_mode) and (
+                    uid is None or status.st_uid == uid or status.st_mode & 0o004):
+                found.append(name)
+    return sorted(found), unnamed
+
+
+class FolderResults:
+    """DIR/results/<requestId>/."""
+
+    def __init__(self, root: Path, log: Log):
+        self.root, self.fault = root / "results", Fault(log, f"storing results in {root}")
+
+    def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
+        """Keep a result, and the files `names` that are moved out of `directory`; raises Outage."""
+        target = f"{self.root}/{result['requestId']}"
+        with self.fault.outage():
+            os.makedirs(target, exist_ok=True)
+            for name in names:
+                source, copy = os.path.join(directory, name), Path(target, name)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if os.path.lexists(source):  # else an earlier try has moved it
+                    shutil.move(source, copy)
+                if os.geteuid() == 0:
+                    os.chown(copy, 0, 0)
+                os.chmod(copy, 0o644)
+            write_json(target, "result.json", result)
+        self.fault.worked()
+
+
+class AwsResults:
+    """s3://output.bucket/s3Prefix/requestId/ and output.queueUrl, each when it is set."""
+
+    def __init__(self, clients: Clients, settings: Settings, log: Log):
+        self.clients, self.settings = clients, settings
+        self.bucket = Fault(log, f"storing results in s3://{settings.output_bucket}")
+        self.queue = Fault(log, f"sending results to {settings.output_queue_url}")
+
+    def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
+        """Upload the files, then result.json; raises Ended, Outage and OSError."""
+        text = json.dumps(result, ensure_ascii=True)
+        if bucket := self.settings.output_bucket:
+            parts = self.settings.output_prefix, result["requestId"]
+            prefix = "".join(f"{part}/" for part in parts if part)
+
+            def put(name: str, **content: Any) -> None:
+                self._send(self.bucket, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
+                           self.clients.s3.put_object, Bucket=bucket, Key=prefix + name, **content)
+
+            for name in names:
+                fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
+                with open(fd, "rb") as body:
+                    put(name, Body=body)
+            put("result.json", Body=text.encode(), ContentType="application/json")
+        if url := self.settings.output_queue_url:
+            self._send(self.queue, "sqs:SendMessage on agent.output.queueUrl",
+                       self.clients.results.send_message, QueueUrl=url, MessageBody=text)
+
+    @staticmethod
+    def _send(fault: Fault, needs: str, call: Callable[..., Any], **arguments: Any) -> None:
+        _, error = attempt(call, **arguments)
+        if error and passes(error):
+            raise Outage(fault, "output", error)
+        if error:
+            raise Ended(status="error", reason="output", text="the result cannot be stored: "
+                        + remedy(error, needs, arguments.get("QueueUrl")))
+        fault.worked()
+
+
+# --- Metrics ---
+
+
+class FolderMetrics:
+    """DIR/metrics.jsonl: a line for each peak."""
+
+    def __init__(self, root: Path, settings: Settings, log: Log):
+        self.path, self.settings, self.log = root / "metrics.jsonl", settings, log
+        self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.count = 0
+        self.lock = threading.Lock()
+        self.fault = Fault(log, f"writing {self.path}")
+
+    def put(self, report: Report) -> None:
+        """Append the run's peak; a disk that is full loses it, and ends no job."""
+        if report.peak_memory_bytes is None:
+            return
+        line = json.dumps({"timestamp": iso(time.time()), "namespace": self.settings.namespace,
+                           "metricName": "PeakMemoryBytes", "value": report.peak_memory_bytes,
+                           "unit": "Bytes", "dimensions": {"FunctionId": report.function_id,
+                                                           "Runtime": report.runtime}})
+        with self.lock, self.fault.noted():
+            os.write(self.fd, line.encode() + b"\n")
+            self.count += 1
+
+    def close(self) -> None:
+        """Say how many there were."""
+        os.close(self.fd)
+        if self.count:
+            self.log("INFO", f"Successfully published {self.count} values to {self.path}")
+
+
+class CloudWatchMetrics:
+    """PeakMemoryBytes in CloudWatch, and Runs if so set: in batches; kept, bounded, while it is
+    down."""
+
+    MOST_KEPT = 100_000
+    VALUES = 150  # PutMetricData's limit for one datum
+    DATA = 60  # of one request: its limit is 1,000, but also 1 MB, which these fit into
+
+    def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
+        self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
+        # (metric, unit, its dimensions), value
+        self.values: deque[tuple[tuple[str, str, tuple[tuple[str, str], ...]], float]] = deque()
+        self.dropped = 0
+        self.fault = Fault(log, "publishing metrics to CloudWatch")
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()
+        self.thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
+        self.thread.start()
+
+    def put(self, report: Report) -> None:
+        """Keep what is to be said of a turn for the next flush."""
+        with self.lock:
+            if report.peak_memory_bytes is not None:
+                dimensions = ("FunctionId", report.function_id), ("Runtime", report.runtime)
+                self.values.append((("PeakMemoryBytes", "Bytes", dimensions),
+                                    float(report.peak_memory_bytes)))
+            if self.settings.count_runs:
+                self.values.append((("Runs", "Count", (("Status", report.status),)), 1.0))
+            self._bound()
+
+    def _bound(self) -> None:
+        """Drop the oldest values beyond what is kept."""
+        while len(self.values) > self.MOST_KEPT:
+            self.values.popleft()
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Flush a last time."""
+        self.stopping.set()
+        self.thread.join(25)
+
+    def _publish(self) -> None:
+        pause: float = self.settings.flush_seconds
+        while not self.stopping.wait(pause):
+            pause = self._flush() or self.settings.flush_seconds
+        self._flush()
+
+    def _flush(self) -> float:
+        """Send what is kept now; 0, or the pause before another try."""
+        groups: defaultdict[tuple, list[float]] = defaultdict(list)
+        with self.lock:
+            for key, value in self.values:
+                groups[key].append(value)
+            self.values.clear()
+        data = [(key, values[start:start + self.VALUES]) for key, values in groups.items()
+                for start in range(0, len(values), self.VALUES)]
+        sent, error = 0, None
+        while data and not error:
+            _, error = attempt(self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
+                               MetricData=[self._datum(*one) for one in data[:self.DATA]])
+            if not error:
+                sent += sum(len(values) for _, values in data[:self.DATA])
+                del data[:self.DATA]
+        if sent:
+            self.fault.worked()
+            lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
+            self.dropped = 0
+            self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
+        if not error:
+            return 0
+        with self.lock:  # those that came meanwhile are younger, and there may be too many now
+            self.values.extendleft((key, value) for key, values in data for value in values)
+            self._bound()
+        return self.fault.failed(remedy(error, "cloudwatch:PutMetricData") or error)
+
+    @staticmethod
+    def _datum(key: tuple, values: list[float]) -> dict[str, Any]:
+        name, unit, dimensions = key
+        counts = Counter(values)
+        return {"MetricName": name, "Unit": unit, "Values": list(counts),
+                "Counts": list(map(float, counts.values())),
+                "Dimensions": [{"Name": each, "Value": value} for each, value in dimensions],
+                "Timestamp": time.time()}
 
 
 # --------------------------------------------------------------------------------------------
@@ -2947,50 +3292,46 @@ def summary(runs: Mapping[str, list[tuple[str, int | None, int | None, int | Non
 # --------------------------------------------------------------------------------------------
 
 BASE_ENV = ("PATH", "LANG", "TZ")  # all that a function gets of the agent's own environment
-RUN_ENV = ("REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS")  # what differs from run to run
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
+UNSTORED = 1000  # results that are kept for the return of their messages
+METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
 
 
 class Launcher:
-    """The agent's end of the launcher, which is started when it is needed, and again if it goes."""
+    """The agent's end of the launcher, which is started first, and again if it goes."""
 
     def __init__(self, log: Log):
         self.log, self.lock = log, threading.Lock()
-        self.process: subprocess.Popen | None = None
+        kernel("prctl", PR_SET_DUMPABLE, 0)  # /proc/PID/environ may hold a credential
+        kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
+        self._start()
 
     def _start(self) -> None:
-        prctl(PR_SET_DUMPABLE, 0)  # /proc/PID/environ may hold a credential
-        prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         env = {name: os.environ[name] for name in BASE_ENV if name in os.environ}
-        with theirs, open(os.memfd_create("nanogrid"), "w+b") as code:
-            marshal.dump(CODE, code)
-            code.seek(0)
+        with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", LOADER, "--launcher", str(theirs.fileno())],
-                env=env, pass_fds=[theirs.fileno()], stdin=code)
+                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno())], env=env,
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
 
     def supervisor(self, place: Place) -> socket.socket:
         """A connection to a new supervisor for this place; raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs, self.lock:
-            if self.process and self.process.poll() is not None:
+            if self.process.poll() is not None:
                 self.log("ERROR", f"the launcher ended ({self.process.returncode}); its runs are "
                                   "lost, and another is started")
                 self.close()
-            if not self.process:
                 self._start()
             socket.send_fds(self.control, [json.dumps(asdict(place)).encode()], [theirs.fileno()])
         return ours
 
     def close(self) -> None:
         """End the launcher and all that runs."""
-        if self.process:
-            self.control.close()
-            self.process.wait()
-            self.process = None
-            end_descendants()
+        self.control.close()
+        self.process.wait()
+        end_descendants()
 
 
 class Slot:
@@ -2998,35 +3339,41 @@ class Slot:
 
     SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
 
-    def __init__(self, place: Place, launcher: Launcher):
-        self.place, self.launcher = place, launcher
+    def __init__(self, place: Place, launcher: Launcher, fault: Fault):
+        self.place, self.launcher, self.fault = place, launcher, fault
         self.lock = threading.RLock()
         self.connection: socket.socket | None = None
         self.pid = 0
+        self.open: list[str] = []  # what the slot's room leaves open, in words
         self.cancelled = False
 
     def run(self, job: Job) -> dict[str, Any]:
-        """A supervisor's answer (see Supervisor.run); raises MachineFault and OSError."""
-        try:
-            with self.lock:
-                if self.cancelled:
-                    return {"end": "cancelled"}
-                self._connect()
-            self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
-            self.connection.sendall(json.dumps(asdict(job)).encode() + b"\n")
-            answer = json.loads(self._line())
-        except OSError as error:
-            self.drop(kill=True)
-            if reason_of(error) != "launcher":
-                raise
-            raise MachineFault("launcher", f"what ran the function was lost ({error!r}); it may "
-                                           "have killed it") from None
-        if answer["end"] == "error":
-            self.drop()  # what a function did to it, it may do again: begin anew
+        """The fields of a run's Report; raises Ended, and Outage if it has not begun."""
+        with self.fault.outage():
+            try:
+                with self.lock:
+                    if self.cancelled:
+                        return {"status": "released"}
+                    self.connect()
+                self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
+                self.connection.sendall(json.dumps(asdict(job)).encode() + b"\n")
+                answer = self._answer()
+            except OSError as error:
+                self.drop(kill=True)
+                if error.errno in MACHINE_AWAY:
+                    raise
+                raise Ended(status="error", reason="launcher", text="what ran the function was "
+                            f"lost ({error!r}); it may have killed it") from None
+            if "errno" in answer:
+                self.drop()  # what a function did to it, it may do again: begin anew
+                if answer["errno"] in MACHINE_AWAY and not answer["begun"]:
+                    raise OSError(answer["errno"], answer["text"])
+                raise Ended(status="error", reason="launcher", text=answer["text"])
+        self.fault.worked()
         return answer
 
-    def _connect(self) -> None:
-        """Have a supervisor; one that ended while it was idle is replaced."""
+    def connect(self) -> None:
+        """Have a supervisor; one that ended while it was idle is replaced. Raises OSError."""
         if self.connection:
             idle = select.poll()  # select(2) knows no descriptor over 1,023
             idle.register(self.connection, select.POLLIN)
@@ -3036,15 +3383,17 @@ class Slot:
             self.connection = self.launcher.supervisor(self.place)
             self.connection.settimeout(self.SPARE_SECONDS)
             self.answers = self.connection.makefile("rb")
-            self.pid = int(self._line())
-            if self.pid < 0:  # the launcher's errno: it could not fork
-                raise OSError(-self.pid, os.strerror(-self.pid))
+            answer = self._answer()
+            if "errno" in answer:
+                self.drop()
+                raise OSError(answer["errno"], answer["text"])
+            self.pid, self.open = answer["pid"], answer["open"]
 
-    def _line(self) -> bytes:
+    def _answer(self) -> dict[str, Any]:
         line = self.answers.readline()
         if not line.endswith(b"\n"):
             raise ConnectionError("end of file")
-        return line
+        return json.loads(line)
 
     def drop(self, kill: bool = False) -> None:
         """Let go of the supervisor, which then ends what it runs; kill it if it may be stopped."""
@@ -3088,6 +3437,59 @@ def reachable(path: str, uid: int | None, gid: int | None) -> bool:
     return True
 
 
+# --- What functions see of the machine ---
+
+
+def hidden_paths(settings_file: Path | None) -> list[str]:
+    """The directories and files that functions do not see, or have of their own; sorted.
+
+    A directory that holds this file or the settings is hidden as a whole, unless it is one of the
+    system's: then that file alone is.
+    """
+    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
+    for file in map(os.path.realpath, filter(None, (FILE, settings_file))):
+        parts = Path(file).parts
+        is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
+        found.append(file if is_system else os.path.dirname(file))
+    return sorted({path for path in found if os.path.exists(path) and not os.path.islink(path)})
+
+
+def needed_paths(hidden: list[str], paths: Iterable[str]) -> set[str]:
+    """What to show again of the hidden directories: what holds these paths, and what name
+    resolution needs."""
+    names = {"/run/nscd", os.path.dirname(os.path.realpath("/etc/resolv.conf"))}
+    found = {path for path in names if path.startswith("/run/") and os.path.isdir(path)}
+    for path in {*paths, *map(os.path.realpath, paths)}:
+        covers = [cover for cover in hidden if path.startswith(f"{cover}/")]
+        if covers:
+            cover = max(covers, key=len)
+            found.add(os.path.join(cover, os.path.relpath(path, cover).partition("/")[0]))
+    return {path for path in found if os.path.exists(path)}
+
+
+def refuse_metadata(first_uid: int, last_uid: int) -> None:
+    """Have the kernel refuse the instance metadata to these uids; raises OSError.
+
+    By a rule of routing (rtnetlink(7), as `ip rule add to … uidrange … prohibit` makes it), which
+    one agent after another finds there already. It stays until the machine's next boot.
+    """
+    nlm_f_request, nlm_f_ack, nlm_f_excl, nlm_f_create, rtm_newrule = 1, 4, 0x200, 0x400, 32
+    fra_dst, fra_priority, fra_uid_range, fr_act_prohibit, priority = 1, 6, 20, 8, 100
+    for family, address in METADATA.items():
+        target = socket.inet_pton(family, address)
+        body = struct.pack("=8BI", family, len(target) * 8, 0, 0, 0, 0, 0, fr_act_prohibit, 0)
+        for kind, value in ((fra_dst, target), (fra_priority, struct.pack("=I", priority)),
+                            (fra_uid_range, struct.pack("=II", first_uid, last_uid))):
+            body += struct.pack("=HH", 4 + len(value), kind) + value
+        flags = nlm_f_request | nlm_f_ack | nlm_f_create | nlm_f_excl
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
+            route.send(struct.pack("=IHHII", 16 + len(body), rtm_newrule, flags, 1, 0) + body)
+            code = -struct.unpack_from("=i", route.recv(4096), 16)[0]
+        if code and code != errno.EEXIST and not (
+                family == socket.AF_INET6 and code in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)):
+            raise OSError(code, os.strerror(code), address)
+
+
 class Slots:
     """The machine's side of running: directories, users, programs, and the slots themselves."""
 
@@ -3095,31 +3497,59 @@ class Slots:
         self.settings = settings
         self.base, self.lock = make_task_dir(settings, log)
         self.uid_locks: list[socket.socket] = []
-        self.all = [Slot(self._place(n), launcher) for n in range(settings.concurrency)]
-        first = self.all[0].place
+        self.fault = Fault(log, "starting functions")
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
+        self.shell = self.base / "sh"
+        # Its user may not read it, so that the kernel lets none of that user's processes trace it
+        # (fs/exec.c, would_dump): it forks the next run, too.
+        shutil.copyfile(shutil.which("dash") or "/bin/sh", self.shell)
+        self.shell.chmod(0o111)
+        (self.base / "main.py").write_text(READY_PYTHON)
+        users = [self._user() for _ in range(settings.concurrency)]
         self.programs = {
             name: find_program((settings.runtimes[name],) if name in settings.runtimes
-                               else runtime.programs, self.path, first.uid, first.gid)
+                               else runtime.programs, self.path, *users[0][:2])
             for name, runtime in RUNTIMES.items()}
+        self.hidden = hidden_paths(settings.file)
+        self.all = [Slot(self._place(number, *user), launcher, self.fault)
+                    for number, user in enumerate(users)]
         log("INFO", "runtimes: " + ", ".join(f"{name} {path or '(not here)'}"
                                              for name, path in self.programs.items()))
-        if first.uid is None:
-            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
-            log("WARNING", f"{why}: functions run as this agent's own user, and may read its "
-                           "files and signal its processes")
+        try:
+            self.all[0].connect()
+        except OSError as error:
+            raise GiveUp(f"no function can be run here: {error}" + (
+                "; agent.execution.network none needs a network namespace: start the agent as root"
+                if settings.network == "none" else "")) from None
+        self.refuses_metadata = False
+        self.left_open = self._left_open()  # what functions can do here that they should not
+        if self.left_open:
+            log("WARNING", "; ".join(self.left_open))
 
-    def _place(self, number: int) -> Place:
+    def _left_open(self) -> list[str]:
+        place = self.all[0].place
+        found = list(self.all[0].open)
+        if self.settings.metadata == "refuse" and place.network == "host":
+            try:
+                if not place.private:
+                    raise OSError(errno.EPERM, "their uid is not theirs alone")
+                refuse_metadata(FIRST_UID, LAST_UID)
+                self.refuses_metadata = True
+            except OSError as error:
+                found.append(f"functions reach the instance metadata, and with it this machine's "
+                             f"role ({error.strerror}): refuse them {METADATA[socket.AF_INET]} by "
+                             "a firewall, or set agent.execution.network to none")
+        if place.uid is None:
+            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
+            found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
+        return found
+
+    def _place(self, number: int, uid: int | None, gid: int | None, groups: tuple[int, ...],
+               private: bool) -> Place:
         """The place of a slot, with its directory made."""
-        uid, gid, groups, private = self._user()
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
-        shell = self.base / "sh"
-        if not shell.exists():
-            # Its user may not read it, so that the kernel lets none of that user's processes
-            # trace it (fs/exec.c, would_dump): it forks the next run, too.
-            shutil.copyfile(shutil.which("dash") or "/bin/sh", shell)
-            shell.chmod(0o111)
+        os.mknod(directory / "nothing", 0)  # what is mounted over a file that is hidden
         if uid is not None:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
@@ -3127,7 +3557,15 @@ class Slots:
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
                   "RLIMIT_FSIZE": self.settings.max_file_mb * MIB,
                   "RLIMIT_NPROC": self.settings.max_processes + others}
-        return Place(str(directory), uid, gid, groups, private, str(shell), limits)
+        # A link needs code and workspace under one mount; who has no uid of its own has copies, and
+        # sees nothing of the other slots.
+        ours = [self.base] if uid is not None else [
+            self.base / "code", self.shell, self.base / "main.py", directory, directory / "own"]
+        hidden = sorted({*self.hidden, *([str(self.base)] if uid is None else [])})
+        kept = needed_paths(self.hidden, [*self.path.split(os.pathsep), *filter(
+            None, self.programs.values())])
+        return Place(str(directory), uid, gid, groups, private, str(self.shell), limits,
+                     self.settings.network, tuple(hidden), (*sorted(kept), *map(str, ours)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
@@ -3168,7 +3606,7 @@ class Slots:
                      "agent.execution.concurrency")
 
     def job(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> Job:
-        """The run of a task; raises MachineFault when its runtime is not installed."""
+        """The run of a task; raises Ended when its runtime is not installed."""
         command = self.command(RUNTIMES[task.runtime].commands[package.entry], task.runtime)
         env = self.environment(slot)
         env.update(REQUEST_ID=task.request_id, FUNCTION_ID=task.function_id,
@@ -3180,18 +3618,18 @@ class Slots:
 
     def environment(self, slot: Slot) -> dict[str, str]:
         """What every run of a slot has in its environment."""
-        root = slot.place.directory
+        root = f"{slot.place.directory}/own"
         kept = {name: os.environ[name] for name in BASE_ENV if name in os.environ}
         return {"PATH": self.path, **kept, "HOME": f"{root}/home", "TMPDIR": f"{root}/tmp",
                 "OUTPUT_DIR": f"{root}/output"}
 
     def command(self, command: tuple[str, ...], runtime: str) -> tuple[str, ...]:
-        """A command with its program filled in; raises MachineFault when there is none."""
+        """A command with its program filled in; raises Ended when there is none."""
         program = self.programs[runtime] if "{program}" in command else command[0]
         if not program or "/" in program and program[0] == "/" and not os.path.exists(program):
             names = self.settings.runtimes.get(runtime) or " or ".join(RUNTIMES[runtime].programs)
-            raise MachineFault("runtime", f"this machine has no {names} that a function can run; "
-                                          f"install it, or name it in agent.runtimes.{runtime}")
+            raise Ended(status="error", reason="runtime", text=f"this machine has no {names} that "
+                        f"a function can run; install it, or name it in agent.runtimes.{runtime}")
         return tuple(program if part == "{program}" else part for part in command)
 
     def compile(self, task: Task, package: Package, slot: Slot) -> Package:
@@ -3207,27 +3645,28 @@ class Slots:
 
     def _build(self, package: Package, slot: Slot, command: tuple[str, ...], built: Path) -> None:
         job = Job(command, "", self.environment(slot), str(package.path), "", COMPILE_MS,
-                  COMPILE_MB, self.settings.max_disk_mb, self.settings.max_files, False)
+                  COMPILE_MB, self.settings.max_disk_mb, self.settings.max_files)
         answer = slot.run(job)
-        if answer["end"] in ("error", "cancelled"):
-            raise Ended(outcome_of(answer))
-        made = Path(slot.place.directory, "work", "main")
+        if answer["status"] == "released":
+            raise Ended(**answer)
         try:
+            made = f"{slot.place.directory}/own/work/main"
             fd = os.open(made, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             fd = -1
-        if answer["end"] != "exit" or answer["exit_code"] or fd < 0:
-            outcome = outcome_of(answer)
-            raise Ended(replace(outcome, status="rejected", reason="compile", peak_bytes=None,
-                                text=f"{package.entry} does not compile ({answer['end']}, exit "
-                                     f"status {answer['exit_code']})"))
+        if answer["status"] != "ok" or fd < 0:
+            text = (f"{package.entry} does not compile ({answer['status']}, exit status "
+                    f"{answer['exit_code']})")
+            raise Ended(**{**answer, "status": "rejected", "reason": "compile", "text": text,
+                           "peak_memory_bytes": None})
         part = built.with_suffix(".part")
-        with open(fd, "rb") as program:
+        with self.fault.outage(), open(fd, "rb") as program:
+            shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(package.path, part, symlinks=True, copy_function=os.link)
             with open(part / "main", "wb") as copy:
                 shutil.copyfileobj(program, copy)
-        os.chmod(part / "main", 0o755)
-        os.rename(part, built)
+            os.chmod(part / "main", 0o755)
+            os.rename(part, built)
 
     def close(self) -> None:
         """Remove all that was made on disk."""
@@ -3235,26 +3674,6 @@ class Slots:
         os.close(self.lock)
         with contextlib.suppress(OSError):  # another agent's may be there
             self.base.parent.rmdir()
-
-
-class Ended(Exception):
-    """A turn that ended before its run began, with its outcome."""
-
-    def __init__(self, outcome: Outcome):
-        super().__init__(outcome.text)
-        self.outcome = outcome
-
-
-def outcome_of_error(error: Exception) -> Outcome:
-    """The outcome of a turn that an exception ended."""
-    if isinstance(error, Ended):
-        return error.outcome
-    if isinstance(error, (Rejected, MachineFault)):
-        status = "rejected" if isinstance(error, Rejected) else "error"
-        return Outcome(status, error.reason, str(error))
-    if isinstance(error, OSError):
-        return Outcome("error", reason_of(error), f"the machine failed: {error}")
-    return Outcome("error", "agent", f"{type(error).__name__}: {error}")
 
 
 def can_become(uid: int) -> bool:
@@ -3320,12 +3739,32 @@ def remove_if_dead(path: Path) -> None:
 
 def remove_task_dir(path: Path) -> None:
     """Remove an agent's directory, whatever functions left in it."""
-    trash = path / "trash"
-    trash.mkdir(exist_ok=True)
-    for entry in list(os.scandir(path)):
-        if entry.is_dir(follow_symlinks=False) and entry.name != "trash":
-            sweep(entry.path, str(trash))
+    for entry in filter(is_folder, list(os.scandir(path))):
+        sweep(entry.path)
     shutil.rmtree(path, ignore_errors=True)
+
+
+class Ending(NamedTuple):
+    """How a turn ended: its report, and the output files below a directory."""
+
+    report: Report
+    directory: str
+    names: list[str]
+    is_new: bool = True  # False: it ended before, and could not be stored then
+
+
+@dataclass
+class Turn:
+    """A message from its receive to its end."""
+
+    message: Message
+    task: Task | None  # None: it ends as `report` says
+    report: Report  # what is known so far
+    begun: bool = False  # only its slot may end it from here on
+
+    @property
+    def memory_mb(self) -> int:
+        return self.task.memory_mb if self.task else 0
 
 
 class Agent:
@@ -3337,13 +3776,14 @@ class Agent:
         self.settings, self.log, self.queue, self.code = settings, log, queue, code
         self.results, self.metrics, self.slots = results, metrics, slots
         self.local = isinstance(queue, FolderQueue)
-        # Two conditions on one lock: a finished run wakes who has use for it, and nobody else.
+        # Conditions on one lock: a finished run wakes who has use for it, and nobody else.
         self.lock = threading.RLock()
         self.tasks = threading.Condition(self.lock)  # for the slots: something waits
         self.space = threading.Condition(self.lock)  # for the receiver: something may be asked for
-        self.waiting: deque[tuple[Message, Task]] = deque()
-        self.turns: dict[Slot, tuple[Message, Task]] = {}
-        self.preparing: set[Slot] = set()  # those whose turn has not come to its run yet
+        self.waiting: deque[Turn] = deque()
+        self.turns: dict[Slot, Turn] = {}
+        self.held_up = 0  # turns that wait out an outage
+        self.unstored: OrderedDict[tuple[str, str], Ending] = OrderedDict()  # by message
         self.free_mb = settings.memory_mb
         self.mean_seconds: float | None = None
         self.hold_until = 0.0
@@ -3351,7 +3791,7 @@ class Agent:
         self.fault = Fault(log, "receiving messages")
         self.peaks: OrderedDict[str, deque[int]] = OrderedDict()
         self.drain = False
-        self.runs: defaultdict[str, list[tuple]] = defaultdict(list)  # for summary()
+        self.drained: list[Report] = []  # for summary()
         self.counts: Counter[str] = Counter()
         self.stopping = False
         self.signals = 0
@@ -3363,8 +3803,6 @@ class Agent:
 
     def run(self, drain: bool) -> None:
         """Work until a signal, or with `drain` until the queue is empty."""
-        gc.freeze()  # what the start has made stays: no collection need look at it again
-        gc.enable()
         self.drain = drain
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -3421,13 +3859,13 @@ class Agent:
         notify("STOPPING=1")
         with self.lock:
             self.stopping = True
-            preparing = list(self.preparing)
+            preparing = [slot for slot, turn in self.turns.items() if not turn.begun]
             unstarted = [*self.waiting, *map(self.turns.pop, preparing)]
             self.waiting.clear()
             self._wake_all()
         self.queue.interrupt()
-        for message, task in unstarted:
-            self._settle(message, shown(task), Outcome("released"))
+        for turn in unstarted:
+            self._settle(turn, replace(turn.report, status="released", reason=None, text=""))
         for slot in preparing:
             slot.cancel()  # it may be compiling
 
@@ -3455,7 +3893,7 @@ class Agent:
                 if not messages and not self.local and not self.settings.wait_time_seconds:
                     self._pause(1)  # SQS answered at once
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
-                advice = queue_advice(error, self.settings.queue_url)
+                advice = remedy(error, QUEUE_NEEDS, self.settings.queue_url)
                 self._pause(self.fault.failed(advice or error))
         with self.lock:
             self.stopping = True
@@ -3477,9 +3915,9 @@ class Agent:
         with self.lock:
             while not self.stopping:
                 wait = self.hold_until - time.monotonic()
-                ahead = min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)),
-                            2 * most) if self.mean_seconds else 0
-                if self.waiting and self.waiting[0][1].memory_mb > self.free_mb:
+                ahead = min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)), 2 * most
+                            ) if self.mean_seconds and not self.held_up else 0
+                if self.waiting and self.waiting[0].memory_mb > self.free_mb:
                     ahead = -slots  # what waits for memory goes first
                 room = slots - len(self.turns) + ahead - len(self.waiting)
                 # Short runs free a slot each moment: a request is worth a whole batch then.
@@ -3496,148 +3934,209 @@ class Agent:
         return self.queue.is_empty()
 
     def _take(self, message: Message) -> None:
-        """Check a message; have it wait for a slot, or say why not."""
-        known: Mapping[str, Any] = {}
+        """Check a message, and have it wait for a slot, to run or to be rejected there."""
+        report, task = Report(receive_count=message.receive_count), None
         try:
             task = parse_task(message.body, self.settings, any_bucket=self.local)
-            known = shown(task)
+            report = replace(report, **task.known())
             if not self.queue.fits(message, task.timeout_ms):
-                raise Rejected("visibility", f"timeoutMs {task.timeout_ms} does not fit into the "
+                task = None
+                raise rejected("visibility", f"timeoutMs {report.timeout_ms} does not fit into the "
                                "queue's visibility timeout, and sqs:ChangeMessageVisibility is not "
                                "granted; grant it, or raise the visibility timeout")
-            with self.lock:
-                if not self.stopping:
-                    self.waiting.append((message, task))
-                    self.tasks.notify()
-                    return
-            self._settle(message, known, Outcome("released"))
+        except Ended as error:
+            report = replace(report, **error.fields)
         except Exception as error:  # noqa: BLE001  # its batch's other messages have their turn
-            self._settle(message, known or getattr(error, "known", {}), outcome_of_error(error))
+            report = replace(report, **unexpected(error))
+        turn = Turn(message, task, report)
+        with self.lock:
+            if not self.stopping:
+                self.waiting.append(turn)
+                self.tasks.notify()
+                return
+        self._settle(turn, replace(report, status="released", reason=None, text=""))
 
     # The slots' threads.
 
-    def _next(self, slot: Slot) -> tuple[Message, Task] | None:
-        """The next task, in the order they came, once its memory is free; None at the end."""
+    def _next(self, slot: Slot) -> Turn | None:
+        """The next turn, in the order they came, once its memory is free; None at the end."""
         with self.lock:
-            while not (self.waiting and self.waiting[0][1].memory_mb <= self.free_mb):
+            while not (self.waiting and self.waiting[0].memory_mb <= self.free_mb):
                 if self.stopping and not self.waiting:
                     return None
                 self.tasks.wait()
-            message, task = self.turns[slot] = self.waiting.popleft()
-            self.preparing.add(slot)
-            self.free_mb -= task.memory_mb
+            turn = self.turns[slot] = self.waiting.popleft()
+            self.free_mb -= turn.memory_mb
             if self.waiting:
                 self.tasks.notify()
             if len(self.waiting) <= self.settings.max_number_of_messages:
                 self.space.notify()
-            return message, task
+            return turn
 
     def _work(self, slot: Slot) -> None:
-        """Run tasks in one slot, one after another."""
-        while held := self._next(slot):
-            message, task = held
+        """Take turns in one slot, one after another."""
+        while turn := self._next(slot):
             started = time.monotonic()
-            outcome = self._execute(task, message, slot)
-            if not self._is_held(slot):
+            ending = self.unstored.pop((turn.message.id, turn.message.body), None)
+            ending = ending or self._perform(turn, slot)
+            if not self._begin(turn, slot):
                 return
-            self._settle(message, shown(task), outcome, slot)
+            report, result = self._store(turn, ending)
+            self._settle(turn, report, result, ending.is_new)
             spent = time.monotonic() - started
             with self.lock:
                 del self.turns[slot]
-                self.free_mb += task.memory_mb
+                self.free_mb += turn.memory_mb
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
-                self._note_health(outcome)
+                self._note_health(report)
                 if self.waiting:
                     self.tasks.notify()
                 else:
                     self.space.notify()
         os.write(self.waker, b"\n")
 
-    def _is_held(self, slot: Slot) -> bool:
-        """Whether the slot's message is still its own, which no shutdown takes from now on."""
+    def _begin(self, turn: Turn, slot: Slot) -> bool:
+        """Whether the slot's turn is still its own, which no shutdown takes from now on."""
         with self.lock:
-            self.preparing.discard(slot)
-            return slot in self.turns
+            turn.begun = self.turns.get(slot) is turn
+            return turn.begun
 
-    def _note_health(self, outcome: Outcome) -> None:
-        """A machine that fails takes messages more slowly, not to send them all to the DLQ."""
-        if outcome.status != "error" or outcome.reason == "runtime":
+    def _note_health(self, report: Report) -> None:
+        """What fails for all takes messages more slowly, not to send them all to the DLQ."""
+        if report.status != "error" or report.reason == "runtime":
             self.sick_seconds = 0.0
         else:
             self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2))
             self.hold_until = time.monotonic() + self.sick_seconds
 
-    def _execute(self, task: Task, message: Message, slot: Slot) -> Outcome:
-        """One run, from the code to its outcome; every failure becomes a value here."""
+    def _perform(self, turn: Turn, slot: Slot) -> Ending:
+        """A turn up to its outcome; every failure becomes a value here."""
+        found: dict[str, Any] = {}
         try:
-            package = self.code.get(task, message)
-            try:
-                job = self.slots.job(task, self.slots.compile(task, package, slot), slot)
-                return outcome_of(slot.run(job)) if self._is_held(slot) else Outcome("released")
-            finally:
-                self.code.release(package)
+            if turn.task:
+                found = self._run(turn, turn.task, slot)
+        except Ended as error:
+            found = error.fields
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
-            return outcome_of_error(error)
+            found = unexpected(error)
+        report, directory = replace(turn.report, **found), f"{slot.place.directory}/own/output"
+        names, unnamed = output_files(directory, slot.place.uid) if report.start else ([], 0)
+        if unnamed:
+            self.log("WARNING", f"[{report.request_id}] {unnamed} entries of $OUTPUT_DIR are left "
+                                f"out: a name must be UTF-8, no longer than {LONGEST_OUTPUT} bytes "
+                                "with its directories, and not result.json")
+        return Ending(report, directory, names)
 
-    def _settle(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
-                slot: Slot | None = None) -> None:
-        """Keep the result, say it, count it, and end the message's turn."""
-        result, outcome = self._store(message, known, outcome, slot)
-        pairs = report_pairs(known, outcome, message)
-        report(self.log, str(known.get("requestId") or message.id), outcome, pairs)
-        if outcome.peak_bytes is not None:
-            self.metrics.put(pairs["functionId"], pairs["runtime"], outcome.peak_bytes)
+    def _run(self, turn: Turn, task: Task, slot: Slot) -> dict[str, Any]:
+        """From the code to the end of the run: fields of its report. Raises Ended."""
+        package = self._patiently(turn, lambda: self.code.get(task, turn.message))
         try:
-            self.queue.end(message, outcome.status, {**result, **pairs, "success": False}
-                           if outcome.status != "ok" else result)
+            built = self._patiently(turn, lambda: self.slots.compile(task, package, slot))
+            job = self.slots.job(task, built, slot)
+            if not self._begin(turn, slot):
+                raise Ended(status="released")
+            return self._patiently(turn, lambda: slot.run(job))
+        finally:
+            self.code.release(package)
+
+    def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
+        """What `step` returns, tried again while what it needs is away; the message is held.
+
+        Raises Ended when patience or the lease ends before the outage, or a shutdown begins.
+        """
+        end = time.monotonic() + self.settings.patience_seconds
+        while True:
+            try:
+                return step()
+            except Outage as outage:
+                pause = outage.fault.failed(outage)
+                if time.monotonic() + pause > min(end, self.queue.held_until(turn.message)):
+                    raise Ended(status="error", reason=outage.reason, text=str(outage)) from None
+                self._wait_out(outage.fault, pause)
+
+    def _wait_out(self, fault: Fault, seconds: float) -> None:
+        """Wait until a fault is over, or the time is; raises Ended when a shutdown begins."""
+        end = time.monotonic() + seconds
+        with self.lock:
+            self.held_up += 1
+        while not self.stopping and time.monotonic() < end and not fault.over.wait(0.2):
+            pass
+        with self.lock:
+            self.held_up -= 1
+        if self.stopping:
+            raise Ended(status="released")
+
+    def _store(self, turn: Turn, ending: Ending) -> tuple[Report, dict[str, Any]]:
+        """Keep a turn's result and output files; the report after that, and the result.
+
+        What cannot be stored is kept for the message's return: the function is not run again.
+        """
+        report, directory, names, _ = ending
+        result = report.result(names, self._peaks(ending))
+        if not report.request_id or report.status == "released":
+            return report, result
+        try:
+            self._patiently(turn, lambda: self.results.put(result, directory, names))
+        except Ended as error:
+            failure = error.fields
+        except Exception as error:  # noqa: BLE001  # as in _perform
+            failure = unexpected(error)
+        else:
+            if not ending.is_new:
+                shutil.rmtree(directory, ignore_errors=True)
+            return report, result
+        if report.start and failure["status"] != "released":
+            self._put_aside(turn.message, ending)
+        return replace(report, **failure), result
+
+    def _put_aside(self, message: Message, ending: Ending) -> None:
+        """Keep what could not be stored, until the message comes back."""
+        directory = ending.directory
+        if ending.is_new:
+            directory = tempfile.mkdtemp(prefix="unstored-", dir=self.slots.base)
+            for name in ending.names:
+                os.makedirs(os.path.dirname(f"{directory}/{name}"), exist_ok=True)
+                os.rename(f"{ending.directory}/{name}", f"{directory}/{name}")
+        with self.lock:
+            self.unstored[message.id, message.body] = ending._replace(
+                directory=directory, is_new=False)
+            if len(self.unstored) > UNSTORED:
+                _, oldest = self.unstored.popitem(last=False)
+                shutil.rmtree(oldest.directory, ignore_errors=True)
+
+    def _settle(self, turn: Turn, report: Report, result: Mapping[str, Any] = {},
+                is_new: bool = True) -> None:
+        """Say how a turn ended, count it, and let go of its message."""
+        write_report(self.log, report.request_id or turn.message.id, report)
+        self.metrics.put(report if is_new else replace(report, peak_memory_bytes=None))
+        try:
+            self.queue.end(turn.message, report.status, {
+                **result, **report.pairs(), "success": report.status == "ok"})
         except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
-            self.log("ERROR", f"[{message.id}] cannot be put away: {error}")
+            self.log("ERROR", f"[{turn.message.id}] cannot be put away: {error}")
         with self.lock:
-            self.counts[outcome.status] += 1
+            self.counts[report.status] += 1
             if self.drain:
-                self.runs[pairs["functionId"] or "-"].append(
-                    (outcome.status, outcome.duration_ms, outcome.peak_bytes, pairs["memoryMb"]))
+                self.drained.append(replace(report, stdout="", stderr="", text=""))
 
-    def _store(self, message: Message, known: Mapping[str, Any], outcome: Outcome,
-               slot: Slot | None) -> tuple[dict[str, Any], Outcome]:
-        """Keep a turn's result and output files; the result, and how the turn ends after that."""
-        result: dict[str, Any] = {}
-        try:
-            directory = f"{slot.place.directory}/output" if slot else ""
-            ran = slot and outcome.exit_code is not None
-            names, unnamed = output_files(directory, slot.place.uid) if ran else ([], 0)
-            if unnamed:
-                self.log("WARNING", f"[{known.get('requestId')}] {unnamed} entries of $OUTPUT_DIR "
-                                    "are left out: a name must be UTF-8, no longer than "
-                                    f"{LONGEST_OUTPUT} bytes with its directories, and not "
-                                    "result.json")
-            result = result_of(report_pairs(known, outcome, message), outcome, names,
-                               self._peaks(known, outcome))
-            if known.get("requestId") and outcome.status != "released":
-                self.results.put(result, directory, names)
-        except Exception as error:  # noqa: BLE001  # as in _execute
-            outcome = replace(outcome, status="error", reason="output",
-                              text=f"the result cannot be stored: {error}")
-        return result, outcome
-
-    def _peaks(self, known: Mapping[str, Any], outcome: Outcome) -> list[int]:
+    def _peaks(self, ending: Ending) -> list[int]:
         """The function's recent peaks, with this one."""
+        report = ending.report
         with self.lock:
-            name = str(known.get("functionId"))
+            name = str(report.function_id)
             recent = self.peaks.setdefault(name, deque(maxlen=RECENT))
             self.peaks.move_to_end(name)
             if len(self.peaks) > 10_000:
                 self.peaks.popitem(last=False)
-            if outcome.peak_bytes is not None:
-                recent.append(outcome.peak_bytes)
+            if report.peak_memory_bytes is not None and ending.is_new:
+                recent.append(report.peak_memory_bytes)
             return list(recent)
 
 
-def shown(task: Task) -> dict[str, Any]:
-    """A task's fields under the names that reports give them."""
-    return {"requestId": task.request_id, "functionId": task.function_id, "runtime": task.runtime,
-            "timeoutMs": task.timeout_ms, "memoryMb": task.memory_mb}
+def unexpected(error: Exception) -> dict[str, Any]:
+    """The fields of a report of what nobody foresaw."""
+    return {"status": "error", "reason": "agent", "text": f"{type(error).__name__}: {error}"}
 
 
 def notify(state: str) -> None:
@@ -3654,7 +4153,6 @@ def notify(state: str) -> None:
 
 def spot_notice() -> bool:
     """Whether the instance metadata (IMDSv2) announces an interruption; False without any."""
-    from urllib.request import Request, urlopen
     base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
     try:
         with urlopen(Request(f"{base}/latest/api/token", method="PUT", headers={
@@ -3693,21 +4191,21 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
     with machine(settings, log) as slots:
         if folder:
             try:
-                queue, source = FolderQueue(folder, log), FolderCode(folder)
-                results = FolderResults(folder)
-                metrics = FolderMetrics(folder, settings.namespace, log)
+                parts = (FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
+                         FolderMetrics(folder, settings, log))
             except OSError as error:
                 raise unusable_folder(error) from None
         else:
-            clients = Clients(settings)
-            queue, source = SqsQueue(clients, settings, log), S3Code(clients)
-            results = AwsResults(clients, settings)
-            metrics = CloudWatchMetrics(clients, settings, log)
-        agent = Agent(settings, log, queue, CodeCache(source, slots.base / "code"), results,
-                      metrics, slots)
+            clients = make_clients(settings)
+            parts = (SqsQueue(clients, settings, log), S3Code(clients.s3, log),
+                     AwsResults(clients, settings, log),
+                     CloudWatchMetrics(clients.cloudwatch, settings, log))
+        queue, source, results, metrics = parts
+        code = CodeCache(source, slots.base / "code", log)
+        agent = Agent(settings, log, queue, code, results, metrics, slots)
         agent.run(drain)
         if drain:
-            say(summary(agent.runs))
+            say(summary(agent.drained))
 
 
 def say(text: str) -> None:
@@ -3724,32 +4222,34 @@ def unusable_folder(error: OSError) -> GiveUp:
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
     """Run one function from a zip or a folder; 0 when it ends ok."""
     log = Log(form, "ERROR")
-    known = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
+    asked = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
              "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
-    body = {name: value for name, value in known.items() if value is not None}
+    body = {name: value for name, value in asked.items() if value is not None}
     given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-    message = Message("invoke", "", 1, 0.0)
+    report = Report()
     with machine(replace(settings, concurrency=1), log) as slots:
+        slot = slots.all[0]
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: slots.all[0].cancel())
+            signal.signal(number, lambda *_: slot.cancel())
         try:
             task = replace(parse_task(json.dumps(body), settings, any_bucket=True), input=given)
-            known = shown(task)
+            report = replace(report, **task.known())
             package = invoked_package(Path(args.invoke), slots.base / "code", task.runtime)
-            slot = slots.all[0]
             job = slots.job(task, slots.compile(task, package, slot), slot, tee=True)
-            outcome = outcome_of(slot.run(job))
-        except (Rejected, Ended, MachineFault) as error:
-            outcome = outcome_of_error(error)
+            report = replace(report, **slot.run(job))
+        except Ended as error:
+            report = replace(report, **error.fields)
+        except Outage as error:
+            report = replace(report, status="error", reason=error.reason, text=str(error))
     log.least = 0
-    if outcome.text:
-        log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
-    log("INFO", "REPORT", **report_pairs(known, outcome, message))
-    return 0 if outcome.status == "ok" else 1
+    if report.text:
+        log("ERROR", f"{report.status}: {report.text}\n{report.stderr}".strip())
+    log("INFO", "REPORT", **report.pairs())
+    return 0 if report.status == "ok" else 1
 
 
 def invoked_package(path: Path, directory: Path, runtime: str) -> Package:
-    """The package of --invoke's zip or folder; raises Rejected or GiveUp."""
+    """The package of --invoke's zip or folder; raises Ended or GiveUp."""
     target = directory / "invoked"
     try:
         if path.is_dir():
@@ -3838,7 +4338,7 @@ def check_folder(folder: Path) -> str:
 
 
 def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
-    """Check each runtime; what a trial run in the sandbox says. Raises GiveUp."""
+    """Check each runtime and what functions can reach; what a trial run says. Raises GiveUp."""
     with machine(replace(settings, concurrency=1), log) as slots:
         for name, runtime in RUNTIMES.items():
             if slots.programs[name] or name in settings.runtimes:
@@ -3847,37 +4347,54 @@ def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
             else:
                 say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
                     "function can run; its tasks end as error")
-        return check_sandbox(slots)
+        if slots.refuses_metadata:
+            checks("instance metadata", lambda: check_metadata(slots))
+        report = trial(slots, "test -w .\n")
+        if report.status != "ok":
+            raise GiveUp(f"a trial run ended {report.status} ({report.text or report.stderr})")
+        uid = slots.all[0].place.uid
+        who = "the agent's own user" if uid is None else f"uid {uid}"
+        return (f"a trial run ended ok, as {who}, with a peak of {report.peak_memory_bytes} bytes"
+                + "".join(f"; open: {words}" for words in slots.left_open))
 
 
-def check_sandbox(slots: Slots) -> str:
-    """Run a shell as a function would be; raises GiveUp."""
-    place = slots.base / "code" / "check"
-    place.mkdir()
-    (place / "run.sh").write_text("test -w . && exit 0\n")
+def check_metadata(slots: Slots) -> str:
+    """Have a function connect to the instance metadata, which must be refused; raises GiveUp."""
+    address = METADATA[socket.AF_INET]
+    report = trial(slots, f"exec 3<>/dev/tcp/{address}/80\n")
+    if report.status == "ok" or "ermission denied" not in report.stderr:
+        raise GiveUp(f"{address} is not refused to functions ({report.status}, {report.stderr}); "
+                     "refuse it by a firewall, or set agent.execution.network to none")
+    return f"{address} is refused to functions"
+
+
+def trial(slots: Slots, script: str) -> Report:
+    """Run lines of bash as a function would be; raises GiveUp."""
+    place = Path(tempfile.mkdtemp(dir=slots.base / "code"))
+    place.chmod(0o755)
+    (place / "run.sh").write_text(script)
     slot = slots.all[0]
-    job = Job(("/bin/sh", "run.sh"), "", slots.environment(slot), str(place), "", 10_000, 64, 64,
-              1000, False)
-    outcome = outcome_of(slot.run(job))
-    if outcome.status != "ok":
-        raise GiveUp(f"a trial run ended {outcome.status} ({outcome.text or outcome.stderr})")
-    who = "the agent's own user" if slot.place.uid is None else f"uid {slot.place.uid}"
-    return f"a trial run ended ok, as {who}, with a peak of {outcome.peak_bytes} bytes"
+    job = Job(("/bin/bash", "run.sh"), "", slots.environment(slot), str(place), "", 10_000, 64, 64,
+              1000)
+    try:
+        return Report(**slot.run(job))
+    except (Ended, Outage) as error:
+        raise GiveUp(f"a trial run cannot be made: {error}") from None
 
 
 def check_aws(settings: Settings, checks: Checks) -> None:
     """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
     made: list[Clients] = []
-    if not checks("credentials", lambda: made.append(Clients(settings)) or "found"):
+    if not checks("credentials", lambda: check_credentials(settings, made)):
         return
     clients = made[0]
     attributes: dict[str, str] = {}
 
     def ask_queue() -> str:
-        answer, error = attempt(clients.get("sqs").get_queue_attributes,
-                                QueueUrl=settings.queue_url, AttributeNames=["All"])
+        answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=settings.queue_url,
+                                AttributeNames=["All"])
         if error:
-            raise GiveUp(queue_advice(error, settings.queue_url) or str(error))
+            raise GiveUp(remedy(error, QUEUE_NEEDS, settings.queue_url) or str(error))
         attributes.update(answer["Attributes"])
         waiting = attributes.get("ApproximateNumberOfMessages")
         return f"{settings.queue_url}, about {waiting} waiting"
@@ -3889,27 +4406,41 @@ def check_aws(settings: Settings, checks: Checks) -> None:
                          "set its RedrivePolicy (setup_resources.sh does)")
         return f"{policy['deadLetterTargetArn']} after {policy.get('maxReceiveCount')} receives"
 
-    def ask_bucket() -> str:
-        _, error = attempt(clients.get("s3").list_objects_v2, Bucket=settings.code_bucket,
-                           MaxKeys=1)
-        if error:
-            raise GiveUp(f"{settings.code_bucket}: {error}; check agent.s3.codeBucket and that the "
-                         "role has s3:ListBucket and s3:GetObject")
-        return str(settings.code_bucket)
-
     def ask_cloudwatch() -> str:
         # Nothing to write: who may not write is told so, who may is told that this is nothing.
-        _, error = attempt(clients.get("cloudwatch").put_metric_data,
-                           Namespace=settings.namespace, MetricData=[])
+        _, error = attempt(clients.cloudwatch.put_metric_data, Namespace=settings.namespace,
+                           MetricData=[])
         if error and (is_denied(error_code(error)) or not hasattr(error, "response")):
-            raise GiveUp(f"{error}; grant cloudwatch:PutMetricData")
+            raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
         return f"PutMetricData into {settings.namespace} is not refused"
 
     if checks("queue", ask_queue):
         checks("visibility timeout", lambda: f"{attributes.get('VisibilityTimeout')} s")
         checks("dead-letter queue", ask_dlq)
-    checks("bucket", ask_bucket)
+    checks("bucket", lambda: check_bucket(clients.s3, str(settings.code_bucket)))
     checks("CloudWatch", ask_cloudwatch)
+
+
+def check_credentials(settings: Settings, made: list[Clients]) -> str:
+    """Fetch the credentials; their kind, and whose they are. The clients are left in `made`."""
+    clients = make_clients(settings)
+    credentials = clients.session.get_credentials()
+    credentials.get_frozen_credentials()  # a role, a web identity, SSO: this asks for them
+    made.append(clients)
+    answer, error = attempt(clients.session.client("sts", config=clients.sqs.meta.config
+                                                   ).get_caller_identity)
+    who = f"sts:GetCallerIdentity does not say whose ({error})" if error else answer["Arn"]
+    return f"{credentials.method}: {who}"
+
+
+def check_bucket(s3: Any, bucket: str) -> str:
+    """What GetObject says of a key that is not there; raises GiveUp."""
+    _, error = attempt(s3.get_object, Bucket=bucket, Key=f"nanogrid-check-{os.urandom(8).hex()}")
+    if error is None or error_code(error) == "NoSuchKey":
+        return f"{bucket}: s3:GetObject and s3:ListBucket are granted"
+    if is_denied(error_code(error)) and "perform: s3:ListBucket" in str(error):
+        return f"{bucket}: s3:ListBucket is not granted, so a missing key looks like a refusal"
+    raise GiveUp(f"{bucket}: {remedy(error, BUCKET_NEEDS.format(bucket)) or error}")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -3940,7 +4471,6 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
     if argv[:1] == ["--launcher"]:
-        gc.enable()
         launch(socket.socket(fileno=int(argv[1])))
         return 0
     args = arguments().parse_args(argv)
