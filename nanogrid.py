@@ -375,7 +375,7 @@ class Settings:
 SETTINGS = tuple(row._replace(field=one.name)
                  for one in fields(Settings) for row in one.metadata.get("rows", ()))
 _REQUIRED = {"region", "queue_url", "code_bucket"}
-_FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION")}
+_FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
 _HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
 _LEAVES = [tuple(row.path.split(".")) for row in SETTINGS]
 _SECTIONS = {leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf))}
@@ -2069,7 +2069,6 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
 MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
-MNT_DETACH = 2
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; rights; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
@@ -2250,15 +2249,6 @@ class Room:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
         return bool(self.queues and os.listdir(self.queues) or self.own and any(
             read_proc(f"/proc/sysvipc/{kind}").count(b"\n") > 1 for kind in ("shm", "sem", "msg")))
-
-    def renew_ipc(self) -> None:
-        """Leave behind all IPC that is there; helpers must be made anew after it."""
-        kernel("unshare", CLONE_NEWIPC)
-        if self.queues:
-            for path in (self.queues, "/dev/mqueue"):
-                with contextlib.suppress(OSError):
-                    kernel("umount2", path.encode(), MNT_DETACH)
-        self._mount_queues()
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2676,6 +2666,7 @@ class Supervisor:
             self.begun = False
             try:
                 answer = self.run(Job(**json.loads(line)))
+                answer["is_last"] = self.room.has_ipc()  # which ends with its namespace
             except OSError as error:  # ConnectionError is one
                 self.end_all()
                 answer = {"errno": error.errno, "text": str(error), "begun": self.begun}
@@ -2766,16 +2757,13 @@ class Supervisor:
         self._close("")
 
     def end_run(self) -> None:
-        """Nothing of a run outlives it: daemons, other sessions, stopped processes, IPC."""
+        """Nothing of a run outlives it: daemons, other sessions, stopped processes."""
         if self.run_pids():
             self._kill_user()
             # What clone(CLONE_PARENT) made a helper's child, it won't reap.
             self._close(*[name for name, helper in self.helpers.items()
                           if children_of(helper.pid)])
             end_descendants(self._helper_pids())
-        if self.room.has_ipc():
-            self._close(*self.helpers)
-            self.room.renew_ipc()
 
     def end_all(self) -> None:
         self._close(*self.helpers)
@@ -3369,6 +3357,8 @@ class Slot:
                 if answer["errno"] in MACHINE_AWAY and not answer["begun"]:
                     raise OSError(answer["errno"], answer["text"])
                 raise Ended(status="error", reason="launcher", text=answer["text"])
+            if answer.pop("is_last"):
+                self.drop()
         self.fault.worked()
         return answer
 
@@ -3457,8 +3447,10 @@ def hidden_paths(settings_file: Path | None) -> list[str]:
 def needed_paths(hidden: list[str], paths: Iterable[str]) -> set[str]:
     """What to show again of the hidden directories: what holds these paths, and what name
     resolution needs."""
-    names = {"/run/nscd", os.path.dirname(os.path.realpath("/etc/resolv.conf"))}
-    found = {path for path in names if path.startswith("/run/") and os.path.isdir(path)}
+    resolver = os.path.realpath("/etc/resolv.conf")
+    names = ("/run/nscd", resolver if os.path.dirname(resolver) == "/run" else
+             os.path.dirname(resolver))
+    found = {path for path in names if path.startswith("/run/")}
     for path in {*paths, *map(os.path.realpath, paths)}:
         covers = [cover for cover in hidden if path.startswith(f"{cover}/")]
         if covers:
@@ -3515,19 +3507,17 @@ class Slots:
                     for number, user in enumerate(users)]
         log("INFO", "runtimes: " + ", ".join(f"{name} {path or '(not here)'}"
                                              for name, path in self.programs.items()))
+        self.refuses_metadata = False
+
+    def left_open(self) -> list[str]:
+        """What functions can do here that they should not, in words; raises GiveUp."""
+        place = self.all[0].place
         try:
             self.all[0].connect()
         except OSError as error:
             raise GiveUp(f"no function can be run here: {error}" + (
                 "; agent.execution.network none needs a network namespace: start the agent as root"
-                if settings.network == "none" else "")) from None
-        self.refuses_metadata = False
-        self.left_open = self._left_open()  # what functions can do here that they should not
-        if self.left_open:
-            log("WARNING", "; ".join(self.left_open))
-
-    def _left_open(self) -> list[str]:
-        place = self.all[0].place
+                if place.network == "none" else "")) from None
         found = list(self.all[0].open)
         if self.settings.metadata == "refuse" and place.network == "host":
             try:
@@ -4177,6 +4167,8 @@ def machine(settings: Settings, log: Log) -> Iterator[Slots]:
     slots = None
     try:
         slots = Slots(settings, launcher, log)
+        if said := slots.left_open():
+            log("WARNING", "; ".join(said))
         yield slots
     finally:
         launcher.close()
@@ -4355,7 +4347,7 @@ def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
         uid = slots.all[0].place.uid
         who = "the agent's own user" if uid is None else f"uid {uid}"
         return (f"a trial run ended ok, as {who}, with a peak of {report.peak_memory_bytes} bytes"
-                + "".join(f"; open: {words}" for words in slots.left_open))
+                + "".join(f"; {words}" for words in slots.left_open()))
 
 
 def check_metadata(slots: Slots) -> str:
