@@ -2218,10 +2218,11 @@ class Room:
         attributes = struct.pack("QQQ", 0 if own_uid else change, 0, SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
         if not own_uid:
-            mine = [f"{self.place.directory}/own/{name}" for name in OWN]
+            mine = [*(f"{self.place.directory}/own/{name}" for name in OWN), *self.own]
+            mine += [self.queues] if self.queues else []
             devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
-            for path in (*mine, *self.own, f"{self.feed}/out", *devices):
-                right = change if path in mine or path in self.own else MAY_WRITE
+            for path in (*mine, f"{self.feed}/out", *devices):
+                right = change if path in mine else MAY_WRITE
                 fd = os.open(path, os.O_PATH)
                 kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, struct.pack("=Qi", right, fd), 0)
                 os.close(fd)
