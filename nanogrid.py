@@ -1231,7 +1231,7 @@ class SqsQueue:
         if time.monotonic() + timeout_ms / 1000 + 1 < lease.ends:
             return True
         if self.may_change is None:
-            self._change([(lease, lease.receipt, self.visibility)])
+            self._change([lease])
         return self.may_change is not False
 
     def held_until(self, message: Message) -> float:
@@ -1268,13 +1268,11 @@ class SqsQueue:
                         return
                     self.condition.wait(wait)
                 now = time.monotonic()
-                for key, lease in list(self.leases.items()):
-                    if lease.wish and lease.ends < now:  # too late: SQS has it back already
-                        del self.leases[key]
+                # What is too late SQS has back already.
+                self._forget([lease for lease in self.leases.values()
+                              if lease.wish and lease.ends < now])
                 beats = self._beats(now)
-                returns = [(lease, lease.receipt, lease.delay)
-                           for lease in self._wishes("return")[:BATCH]]
-                deletes = [(lease, lease.receipt) for lease in self._wishes("delete")[:BATCH]]
+                returns, deletes = self._wishes("return")[:BATCH], self._wishes("delete")[:BATCH]
             for start in range(0, len(beats), BATCH):
                 self._change(beats[start:start + BATCH])
             if returns and self.changing.retry_at <= now:
@@ -1298,7 +1296,7 @@ class SqsQueue:
             due.append(max(self.deleting.retry_at, full))
         return min(due, default=time.monotonic() + 60)
 
-    def _beats(self, now: float) -> list[tuple[Lease, str, int]]:
+    def _beats(self, now: float) -> list[Lease]:
         """The leases to renew now; says which are lost."""
         beats = []
         for key, lease in self.leases.items():
@@ -1311,66 +1309,69 @@ class SqsQueue:
             elif self.may_change is False:
                 lease.beat = lease.ends
             else:
-                beats.append((lease, lease.receipt, min(self.visibility, int(lease.left(now)))))
+                beats.append(lease)
                 lease.beat = now + max(0.5, (lease.ends - now) / 3)  # again, if this one fails
         return beats
 
-    def _delete(self, entries: list[tuple[Lease, str]]) -> None:
-        """DeleteMessageBatch; what fails stays for the next try."""
-        answer, error = attempt(self.sqs.delete_message_batch, QueueUrl=self.url, Entries=[
-            {"Id": str(n), "ReceiptHandle": receipt} for n, (_, receipt) in enumerate(entries)])
+    def _send(self, call: Callable[..., Any], leases: list[Lease], more: list[dict[str, int]],
+              fault: Fault) -> tuple[list[Lease], dict[str, str], Exception | None]:
+        """Make a batch request: the leases that are settled, what was refused of them, the error."""
+        answer, error = attempt(call, QueueUrl=self.url, Entries=[
+            {"Id": str(n), "ReceiptHandle": lease.receipt, **fields}
+            for n, (lease, fields) in enumerate(zip(leases, more))])
         answer = answer or {}
-        done = [entries[int(entry["Id"])] for entry in answer.get("Successful", [])]
-        for entry in answer.get("Failed", []):
-            if entry.get("SenderFault"):  # a handle that no longer holds: no use in trying again
-                done.append(entries[int(entry["Id"])])
-                self.log("WARNING", f"message {done[-1][0].message.id} was not deleted: "
-                                    f"{entry.get('Code')}; it will be, when it comes back")
-            else:
-                error = f"DeleteMessageBatch: {entry.get('Code')}"
-        self.deleting.note(error)
+        failed = answer.get("Failed", [])
+        # The sender's fault is a handle that no longer holds: no use in trying again.
+        refused = {each["Id"]: each.get("Code") for each in failed if each.get("SenderFault")}
+        passing = [each.get("Code") for each in failed if not each.get("SenderFault")]
+        if not error or not is_denied(error_code(error)):
+            fault.note(error or (passing and f"{call.__name__}: {passing[0]}"))
+        settled = [*refused, *(each["Id"] for each in answer.get("Successful", []))]
+        return ([leases[int(key)] for key in settled],
+                {leases[int(key)].message.id: code for key, code in refused.items()}, error)
+
+    def _delete(self, leases: list[Lease]) -> None:
+        """DeleteMessageBatch; what fails stays for the next try."""
+        settled, refused, _ = self._send(self.sqs.delete_message_batch, leases,
+                                         [{}] * len(leases), self.deleting)
+        for key, code in refused.items():
+            self.log("WARNING", f"message {key} was not deleted: {code}; it will be, when it "
+                                "comes back")
         with self.condition:
-            for lease, receipt in done:
-                self._forget(lease, receipt)
+            self._forget(settled)
 
-    def _forget(self, lease: Lease, receipt: str) -> None:
-        """Let go of a message, unless it has been received again meanwhile."""
-        if self.leases.get(lease.message.id) is lease and lease.receipt == receipt:
-            del self.leases[lease.message.id]
-
-    def _change(self, entries: list[tuple[Lease, str, int]]) -> None:
-        """ChangeMessageVisibilityBatch; what fails is tried again while its lease lasts."""
-        asked = time.monotonic()
-        answer, error = attempt(
-            self.sqs.change_message_visibility_batch, QueueUrl=self.url, Entries=[
-                {"Id": str(n), "ReceiptHandle": receipt, "VisibilityTimeout": seconds}
-                for n, (_, receipt, seconds) in enumerate(entries)])
+    def _change(self, leases: list[Lease]) -> None:
+        """ChangeMessageVisibilityBatch, to return them or to keep them; what fails is tried again
+        while its lease lasts."""
+        asked, returned = time.monotonic(), leases[0].wish == "return"
+        seconds = {lease.message.id: lease.delay if returned else
+                   min(self.visibility, int(lease.left(asked))) for lease in leases}
+        settled, refused, error = self._send(
+            self.sqs.change_message_visibility_batch, leases,
+            [{"VisibilityTimeout": each} for each in seconds.values()], self.changing)
         if error:
             if is_denied(error_code(error)):
                 self._deny()
-            else:
-                self.changing.note(error)
             return
         self.may_change = True
-        failed = [entry for entry in answer.get("Failed", []) if not entry.get("SenderFault")]
-        self.changing.note(failed and f"ChangeMessageVisibilityBatch: {failed[0].get('Code')}")
-        again = {int(entry["Id"]) for entry in failed}
-        lost = {int(entry["Id"]) for entry in answer.get("Failed", [])} - again
         with self.condition:
-            for n, (lease, receipt, seconds) in enumerate(entries):
-                if n in again:
-                    continue
-                if lease.wish == "return":
-                    self._forget(lease, receipt)
-                elif lease.receipt == receipt:
-                    lease.ends = asked + (0 if n in lost else seconds)
-                    lease.beat = asked + (0 if n in lost else seconds / 3)
+            if returned:
+                return self._forget(settled)
+            for lease in settled:
+                key = lease.message.id
+                lease.ends = asked + (0 if key in refused else seconds[key])
+                lease.beat = asked + (0 if key in refused else seconds[key] / 3)
+
+    def _forget(self, leases: Iterable[Lease]) -> None:
+        """Let go of messages, but of those that have been received again meanwhile."""
+        for lease in leases:
+            if self.leases.get(lease.message.id) is lease:
+                del self.leases[lease.message.id]
 
     def _deny(self) -> None:
         """sqs:ChangeMessageVisibility is not granted: said once, and not tried again."""
         with self.condition:
-            for lease in self._wishes("return"):
-                del self.leases[lease.message.id]
+            self._forget(self._wishes("return"))
             if self.may_change is not False:
                 self.may_change = False
                 self.log("WARNING", "sqs:ChangeMessageVisibility is not granted: leases are not "
