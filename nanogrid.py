@@ -388,11 +388,15 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
     written, problems, warnings = _from_file(path) if path else ({}, [], [])
-    values: dict[str, Any] = {"runtimes": {}}
+    values: dict[str, Any] = {"runtimes": {}, "file": path}
     for row in SETTINGS:
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
-        value, where = written[row.path] = _look_up(
-            row, names, environ, written, f"{path}:1" if path else row.variable)
+        own, *fallbacks = [(_from_variable(name, row, environ), name) for name in names]
+        start = f"{path}:1" if path else row.variable
+        section = written.get(row.path.rpartition(".")[0], (None, start))
+        in_file = written.get(row.path, (None, section[1]))
+        known = [one for one in (own, in_file, *fallbacks) if one[0] is not None]
+        value, where = written[row.path] = known[0] if known else in_file
         if value is None:
             faults = [] if local or row.field not in _REQUIRED else [
                 f"is missing; write it in application.yml, or set {' or '.join(names)}"]
@@ -400,21 +404,12 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
             if row.kind == "command":
                 values[row.field][row.path.rpartition(".")[2]] = value
             else:
-                values[row.field] = _HELD_AS[row.kind](value) if row.kind in _HELD_AS else value
+                values[row.field] = _HELD_AS.get(row.kind, lambda same: same)(value)
         problems += [f"{where}: {row.path} {fault}" for fault in faults]
     problems += [] if local else _queue_problems(written)
     if problems:
         raise ConfigError("\n".join(problems))
-    return Settings(**values, file=path), warnings
-
-
-def _look_up(row: Setting, names: tuple[str, ...], environ: Mapping[str, str],
-             written: dict[str, tuple[Any, str]], start: str) -> tuple[Any, str]:
-    """The value for `row` (None: nothing says one) and where it stands, or where it should."""
-    own, *fallbacks = [(_from_variable(name, row, environ), name) for name in names]
-    section = written.get(row.path.rpartition(".")[0], (None, start))
-    in_file = written.get(row.path, (None, section[1]))
-    return next((one for one in (own, in_file, *fallbacks) if one[0] is not None), in_file)
+    return Settings(**values), warnings
 
 
 def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[str]]:
