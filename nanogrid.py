@@ -3731,15 +3731,6 @@ def remove_task_dir(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-class Ending(NamedTuple):
-    """How a turn ended: its report, and the output files below a directory."""
-
-    report: Report
-    directory: str
-    names: list[str]
-    is_new: bool = True  # False: it ended before, and could not be stored then
-
-
 @dataclass
 class Turn:
     """A message from its receive to its end."""
@@ -3747,7 +3738,10 @@ class Turn:
     message: Message
     task: Task | None  # None: it ends as `report` says
     report: Report  # what is known so far
+    directory: str = ""  # where its output files are
+    names: list[str] = field(default_factory=list)  # of its output files
     begun: bool = False  # only its slot may end it from here on
+    ran_before: bool = False  # it ran when it was here before, and could not be stored
 
     @property
     def memory_mb(self) -> int:
@@ -3770,7 +3764,7 @@ class Agent:
         self.waiting: deque[Turn] = deque()
         self.turns: dict[Slot, Turn] = {}
         self.held_up = 0  # turns that wait out an outage
-        self.unstored: OrderedDict[tuple[str, str], Ending] = OrderedDict()  # by message
+        self.unstored: OrderedDict[tuple[str, str], Turn] = OrderedDict()  # by message
         self.free_mb = settings.memory_mb
         self.mean_seconds: float | None = None
         self.hold_until = 0.0
@@ -3852,7 +3846,7 @@ class Agent:
             self._wake_all()
         self.queue.interrupt()
         for turn in unstarted:
-            self._settle(turn, replace(turn.report, status="released", reason=None, text=""))
+            self._release(turn)
         for slot in preparing:
             slot.cancel()  # it may be compiling
 
@@ -3941,7 +3935,7 @@ class Agent:
                 self.waiting.append(turn)
                 self.tasks.notify()
                 return
-        self._settle(turn, replace(report, status="released", reason=None, text=""))
+        self._release(turn)
 
     # The slots' threads.
 
@@ -3964,19 +3958,17 @@ class Agent:
         """Take turns in one slot, one after another."""
         while turn := self._next(slot):
             started = time.monotonic()
-            ending = self.unstored.pop((turn.message.id, turn.message.body), None)
-            ending = ending or self._perform(turn, slot)
+            self._perform(turn, slot)
             if not self._begin(turn, slot):
                 return
-            report, result = self._store(turn, ending)
-            self._settle(turn, report, result, ending.is_new)
+            self._settle(turn, self._store(turn))
             spent = time.monotonic() - started
             with self.lock:
                 del self.turns[slot]
                 self.free_mb += turn.memory_mb
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
-                self._note_health(report)
+                self._note_health(turn.report)
                 if self.waiting:
                     self.tasks.notify()
                 else:
@@ -3997,23 +3989,20 @@ class Agent:
             self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2))
             self.hold_until = time.monotonic() + self.sick_seconds
 
-    def _perform(self, turn: Turn, slot: Slot) -> Ending:
-        """A turn up to its outcome; every failure becomes a value here."""
+    def _perform(self, turn: Turn, slot: Slot) -> None:
+        """Take a turn to its outcome; every failure becomes a value here."""
+        if old := self.unstored.pop((turn.message.id, turn.message.body), None):
+            turn.report = replace(old.report, receive_count=turn.message.receive_count)
+            turn.directory, turn.names, turn.ran_before = old.directory, old.names, True
+            return
         found: dict[str, Any] = {}
         try:
-            if turn.task:
-                found = self._run(turn, turn.task, slot)
+            found = self._run(turn, turn.task, slot) if turn.task else {}
         except Ended as error:
             found = error.fields
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
             found = unexpected(error)
-        report, directory = replace(turn.report, **found), f"{slot.place.directory}/own/output"
-        names, unnamed = output_files(directory, slot.place.uid) if report.start else ([], 0)
-        if unnamed:
-            self.log("WARNING", f"[{report.request_id}] {unnamed} entries of $OUTPUT_DIR are left "
-                                f"out: a name must be UTF-8, no longer than {LONGEST_OUTPUT} bytes "
-                                "with its directories, and not result.json")
-        return Ending(report, directory, names)
+        turn.report = replace(turn.report, **found)
 
     def _run(self, turn: Turn, task: Task, slot: Slot) -> dict[str, Any]:
         """From the code to the end of the run: fields of its report. Raises Ended."""
@@ -4023,9 +4012,21 @@ class Agent:
             job = self.slots.job(task, built, slot)
             if not self._begin(turn, slot):
                 raise Ended(status="released")
-            return self._patiently(turn, lambda: slot.run(job))
+            found = self._patiently(turn, lambda: slot.run(job))
         finally:
             self.code.release(package)
+        self._patiently(turn, lambda: self._collect(turn, slot))
+        return found
+
+    def _collect(self, turn: Turn, slot: Slot) -> None:
+        """Find a run's output files; raises Outage."""
+        turn.directory = f"{slot.place.directory}/own/output"
+        with self.slots.fault.outage():
+            turn.names, unnamed = output_files(turn.directory, slot.place.uid)
+        if unnamed:
+            self.log("WARNING", f"[{turn.report.request_id}] {unnamed} entries of $OUTPUT_DIR are "
+                                "left out: a name must be UTF-8, no longer than "
+                                f"{LONGEST_OUTPUT} bytes with its directories, and not result.json")
 
     def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
         """What `step` returns, tried again while what it needs is away; the message is held.
@@ -4054,49 +4055,49 @@ class Agent:
         if self.stopping:
             raise Ended(status="released")
 
-    def _store(self, turn: Turn, ending: Ending) -> tuple[Report, dict[str, Any]]:
-        """Keep a turn's result and output files; the report after that, and the result.
+    def _store(self, turn: Turn) -> dict[str, Any]:
+        """Keep a turn's result and output files; the result. Its report says how it ends then.
 
         What cannot be stored is kept for the message's return: the function is not run again.
         """
-        report, directory, names, _ = ending
-        result = report.result(names, self._peaks(ending))
+        report = turn.report
+        result = report.result(turn.names, self._peaks(turn))
         if not report.request_id or report.status == "released":
-            return report, result
+            return result
         try:
-            self._patiently(turn, lambda: self.results.put(result, directory, names))
+            self._patiently(turn, lambda: self.results.put(result, turn.directory, turn.names))
+            if turn.ran_before:
+                shutil.rmtree(turn.directory, ignore_errors=True)
+            return result
         except Ended as error:
             failure = error.fields
         except Exception as error:  # noqa: BLE001  # as in _perform
             failure = unexpected(error)
-        else:
-            if not ending.is_new:
-                shutil.rmtree(directory, ignore_errors=True)
-            return report, result
-        if report.start and failure["status"] != "released":
-            self._put_aside(turn.message, ending)
-        return replace(report, **failure), result
+        if turn.directory and failure["status"] != "released":
+            with contextlib.suppress(OSError):  # no room: then it runs again
+                self._put_aside(replace(turn))
+        turn.report = replace(report, **failure)
+        return result
 
-    def _put_aside(self, message: Message, ending: Ending) -> None:
+    def _put_aside(self, turn: Turn) -> None:
         """Keep what could not be stored, until the message comes back."""
-        directory = ending.directory
-        if ending.is_new:
+        if not turn.ran_before:
             directory = tempfile.mkdtemp(prefix="unstored-", dir=self.slots.base)
-            for name in ending.names:
+            for name in turn.names:
                 os.makedirs(os.path.dirname(f"{directory}/{name}"), exist_ok=True)
-                os.rename(f"{ending.directory}/{name}", f"{directory}/{name}")
+                os.rename(f"{turn.directory}/{name}", f"{directory}/{name}")
+            turn.directory = directory
         with self.lock:
-            self.unstored[message.id, message.body] = ending._replace(
-                directory=directory, is_new=False)
+            self.unstored[turn.message.id, turn.message.body] = turn
             if len(self.unstored) > UNSTORED:
                 _, oldest = self.unstored.popitem(last=False)
                 shutil.rmtree(oldest.directory, ignore_errors=True)
 
-    def _settle(self, turn: Turn, report: Report, result: Mapping[str, Any] = {},
-                is_new: bool = True) -> None:
+    def _settle(self, turn: Turn, result: Mapping[str, Any]) -> None:
         """Say how a turn ended, count it, and let go of its message."""
+        report = turn.report
         write_report(self.log, report.request_id or turn.message.id, report)
-        self.metrics.put(report if is_new else replace(report, peak_memory_bytes=None))
+        self.metrics.put(replace(report, peak_memory_bytes=None) if turn.ran_before else report)
         try:
             self.queue.end(turn.message, report.status, {
                 **result, **report.pairs(), "success": report.status == "ok"})
@@ -4107,17 +4108,21 @@ class Agent:
             if self.drain:
                 self.drained.append(replace(report, stdout="", stderr="", text=""))
 
-    def _peaks(self, ending: Ending) -> list[int]:
+    def _release(self, turn: Turn) -> None:
+        """Give a message back that was not started."""
+        turn.report = replace(turn.report, status="released", reason=None, text="")
+        self._settle(turn, {})
+
+    def _peaks(self, turn: Turn) -> list[int]:
         """The function's recent peaks, with this one."""
-        report = ending.report
         with self.lock:
-            name = str(report.function_id)
+            name = str(turn.report.function_id)
             recent = self.peaks.setdefault(name, deque(maxlen=RECENT))
             self.peaks.move_to_end(name)
             if len(self.peaks) > 10_000:
                 self.peaks.popitem(last=False)
-            if report.peak_memory_bytes is not None and ending.is_new:
-                recent.append(report.peak_memory_bytes)
+            if turn.report.peak_memory_bytes is not None and not turn.ran_before:
+                recent.append(turn.report.peak_memory_bytes)
             return list(recent)
 
 
