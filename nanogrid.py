@@ -1934,8 +1934,12 @@ def is_plain():
             or sys.getprofile() or sys.stdout is not sys.__stdout__
             or sys.stderr is not sys.__stderr__):
         return False
-    made = [module for name, module in sys.modules.items() if name not in here]
-    return not any(map(keeps, made)) and not any(map(has_end, gc.get_objects()))
+    if any(keeps(module) for name, module in sys.modules.items() if name not in here):
+        return False
+    made = gc.get_objects()  # but for what was frozen before the fork
+    kinds = {kind for kind in set(map(type, made)) if hasattr(kind, "__del__")
+             or kind is weakref.ref or issubclass(kind, type)}
+    return not any(has_end(thing) for thing in made if type(thing) in kinds)
 
 def leave(status):
     """End the process; by the interpreter, which touches every inherited page, only if need be."""
