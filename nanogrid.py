@@ -2177,13 +2177,13 @@ class Room:
         A mount point cannot be renamed or removed: the path's first part is one, too.
         """
         first = os.path.join(cover, os.path.relpath(path, cover).partition("/")[0])
-        if first != path and first not in self.props:
+        if first != path and first not in self.props and first not in self.place.kept:
             os.makedirs(first, exist_ok=True)
             mount("room", first, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
             self.props.add(first)
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             os.makedirs(path, exist_ok=True)
-        else:
+        elif not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)

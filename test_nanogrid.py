@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 
 import boto3
 import pytest
@@ -184,6 +185,48 @@ class Folder:
 @pytest.fixture
 def folder(tmp_path):
     return Folder(tmp_path / "grid")
+
+
+class Hearing(StreamRequestHandler):
+    """`mark PATH TEXT` leaves a file that holds the text (1: none was said); `read PATH` answers it."""
+
+    writing = threading.Lock()
+
+    def handle(self):
+        verb, path, *text = self.rfile.readline().decode().rstrip("\n").split(" ", 2)
+        with self.writing:
+            said = Path(path).read_text() if os.path.exists(path) else ""
+            if verb == "mark":
+                Path(path + "~").write_text(said + (text or ["1"])[0])
+                os.rename(path + "~", path)
+        self.wfile.write(said.encode() + b"\n")
+
+
+@functools.lru_cache(None)
+def witness() -> int:
+    """The port to which functions say what they did: they share no directory with the tests."""
+    class Witness(ThreadingTCPServer):
+        daemon_threads, request_queue_size = True, 200
+
+    server = Witness(("127.0.0.1", 0), Hearing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.server_address[1]
+
+
+def with_tell(source: str) -> str:
+    """A Python function that can tell() the witness, and is answered."""
+    return f"""import socket
+def tell(*words):
+    with socket.create_connection(("127.0.0.1", {witness()})) as witness:
+        witness.sendall(" ".join(words).encode() + b"\\n")
+        return witness.makefile().readline()[:-1]
+""" + source
+
+
+def tell_in_bash() -> str:
+    """The same for bash."""
+    return (f"tell() {{ exec 9<>/dev/tcp/127.0.0.1/{witness()}; echo \"$*\" >&9; read -r answer <&9; "
+            "exec 9>&-; }; ")
 
 
 def free_port() -> int:
@@ -627,9 +670,20 @@ def test_memory_for_runs_leaves_a_reserve():
     assert abs(ng.Settings().memory_mb - max(1, machine - max(256, machine // 10))) <= 16
 
 
+def test_each_of_several_agents_has_its_share_of_cores_and_memory(monkeypatch):
+    alone, cores = ng.Settings(), len(os.sched_getaffinity(0))
+    monkeypatch.setenv("NANOGRID_AGENTS", "4")
+    assert ng.Settings().concurrency == max(1, cores // 4)
+    assert ng.Settings().memory_mb == alone.memory_mb // 4
+    for text in ("0", "-1", "four", "1000", "1.5"):
+        monkeypatch.setenv("NANOGRID_AGENTS", text)
+        with pytest.raises(ng.ConfigError, match=f"^NANOGRID_AGENTS: is '{text}'; write how many"):
+            ng.load_settings(None, {}, local=True)
+
+
 def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits():
     names = [row.field for row in ng.SETTINGS]
-    assert list(dict.fromkeys(names)) == [one.name for one in dataclasses.fields(ng.Settings)]
+    assert [*dict.fromkeys(names), "file"] == [one.name for one in dataclasses.fields(ng.Settings)]
     assert len({row.path for row in ng.SETTINGS}) == len(ng.SETTINGS)
     for row in ng.SETTINGS:
         if row.kind == "count":
@@ -646,6 +700,9 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("execution.memoryMb", "0x100", "memory_mb", 256),
     ("execution.defaultTimeoutMs", "43200000", "default_timeout_ms", 43_200_000),
     ("execution.shutdownGraceSeconds", "0", "shutdown_grace_seconds", 0),
+    ("execution.patienceSeconds", "0", "patience_seconds", 0),
+    ("execution.network", "none", "network", "none"),
+    ("execution.metadata", "allow", "metadata", "allow"),
     ("execution.runAs", "1000", "run_as", "1000"),
     ("execution.runAs", "nobody", "run_as", "nobody"),
     ("execution.warmStart", "false", "warm_start", False),
@@ -662,6 +719,7 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("output.queueUrl", QUEUE, "output_queue_url", QUEUE),
     ("metrics.namespace", "Mine/Runs", "namespace", "Mine/Runs"),
     ("metrics.flushSeconds", "60", "flush_seconds", 60),
+    ("metrics.runs", "true", "count_runs", True),
     ("taskBaseDir", "/srv/task", "task_base_dir", "/srv/task"),
 ])
 def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, text, field, value):
@@ -770,6 +828,10 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("runAs", "-1", "'-1'", "write a user name"),
         ("runAs", "4294967295", "'4294967295'", "write"),
         ("runAs", "true", "true", "put it in quotes"),
+        ("patienceSeconds", "-1", "-1", "0 to 43200"),
+        ("network", "bridge", "'bridge'", "write host or none"),
+        ("network", "false", "false", "put it in quotes"),
+        ("metadata", "none", "'none'", "write refuse or allow"),
         ("runAs", "a b", "'a b'", "write a user")]),
     ("agent:\n  sqs:\n    waitTimeSeconds: 21", 3,
      "agent.sqs.waitTimeSeconds is 21; SQS allows 0 to 20"),
@@ -955,6 +1017,12 @@ def parse(any_bucket=False, **fields):
     return ng.parse_task(json.dumps({**TASK, **fields}), SETTINGS, any_bucket)
 
 
+def known(caught) -> dict:
+    """What a refusal knows of the task beside why it was refused."""
+    return {name: value for name, value in caught.value.fields.items()
+            if name not in ("status", "reason", "text")}
+
+
 def test_a_task_with_its_defaults():
     assert parse() == ng.Task("r-1", "team/hello:v1", "python", "code", "f/h.zip", 10_000, 128, b"")
 
@@ -1010,26 +1078,28 @@ BAD_FIELDS = [
 @pytest.mark.parametrize("name, value", BAD_FIELDS, ids=lambda value: ascii(value)[:30])
 def test_a_wrong_field_is_named_with_its_value(name, value):
     text = rf"^{name} is [ -~]{{1,80}}; it must be [ -~]+\Z"
-    with pytest.raises(ng.Rejected, match=text) as caught:
+    with pytest.raises(ng.Ended, match=text) as caught:
         parse(**{name: value})
-    assert caught.value.reason == "task"
-    assert caught.value.known == {key: found for key, found in {
-        **TASK, "timeoutMs": 10_000, "memoryMb": 128}.items() if key not in (name, "s3Key")}
+    assert caught.value.fields["reason"] == "task"
+    assert known(caught) == {
+        ng.REPORTED[key]: found for key, found in {**TASK, "timeoutMs": 10_000,
+                                                   "memoryMb": 128}.items()
+        if key not in (name, "s3Key")}
 
 
 @pytest.mark.parametrize("name", ["requestId", "functionId", "runtime", "s3Key"])
 def test_a_missing_field_is_named(name):
-    with pytest.raises(ng.Rejected, match=f"^{name} is missing; it must be ") as caught:
+    with pytest.raises(ng.Ended, match=f"^{name} is missing; it must be ") as caught:
         ng.parse_task(json.dumps({k: v for k, v in TASK.items() if k != name}), SETTINGS)
-    assert caught.value.reason == "task" and "DIR/code" not in str(caught.value)
+    assert caught.value.fields["reason"] == "task" and "DIR/code" not in str(caught.value)
 
 
 def test_every_wrong_field_is_named_at_once():
-    with pytest.raises(ng.Rejected, match="requestId is 'a/b'.*; memoryMb is 5000; ") as caught:
+    with pytest.raises(ng.Ended, match="requestId is 'a/b'.*; memoryMb is 5000; ") as caught:
         parse(requestId="a/b", memoryMb=5000, runtime="node", timeoutMs=7)
-    assert caught.value.reason == "task"
-    assert caught.value.known == {"functionId": "team/hello:v1", "runtime": "nodejs",
-                                  "timeoutMs": 7, "memoryMb": 5000}
+    assert caught.value.fields["reason"] == "task"
+    assert known(caught) == {"function_id": "team/hello:v1", "runtime": "nodejs", "timeout_ms": 7,
+                             "memory_mb": 5000}
 
 
 @pytest.mark.parametrize("fields, reason, text", [
@@ -1038,27 +1108,27 @@ def test_every_wrong_field_is_named_at_once():
     ({"memoryMb": 4097}, "memory", "memoryMb is 4097; it must be at most 4096"),
     ({"memoryMb": 10 ** 4000}, "memory", r"memoryMb is 10+\.\.\.; it must be at most 4096")])
 def test_what_this_agent_does_not_allow_has_its_own_reason(fields, reason, text):
-    with pytest.raises(ng.Rejected, match=text) as caught:
+    with pytest.raises(ng.Ended, match=text) as caught:
         parse(**fields)
-    assert caught.value.reason == reason
+    assert caught.value.fields["reason"] == reason
 
 
 @pytest.mark.parametrize("unset", [None, ""])
 def test_without_a_code_bucket_a_task_must_name_its_own(unset):
     settings = types.SimpleNamespace(**{**vars(SETTINGS), "code_bucket": unset})
-    with pytest.raises(ng.Rejected, match="s3Bucket is ''; it must be one of more ") as caught:
+    with pytest.raises(ng.Ended, match="s3Bucket is ''; it must be one of more ") as caught:
         ng.parse_task(json.dumps(TASK), settings)
-    assert caught.value.reason == "bucket"
+    assert caught.value.fields["reason"] == "bucket"
     assert ng.parse_task(json.dumps(TASK), settings, any_bucket=True).bucket == ""
 
 
 def test_a_folder_takes_any_bucket_and_only_keys_below_it():
     assert parse(any_bucket=True, s3Bucket="other", s3Key="a/b.zip").key == "a/b.zip"
     for key in ("/a", "a//b", "a/", "../a", "a/../../b", "a/..", "./a", "."):
-        with pytest.raises(ng.Rejected, match="s3Key is .* below DIR/code") as caught:
+        with pytest.raises(ng.Ended, match="s3Key is .* below DIR/code") as caught:
             parse(any_bucket=True, s3Key=key)
-        assert caught.value.reason == "task"
-    with pytest.raises(ng.Rejected, match="s3Bucket is 7"):
+        assert caught.value.fields["reason"] == "task"
+    with pytest.raises(ng.Ended, match="s3Bucket is 7"):
         parse(any_bucket=True, s3Bucket=7)
 
 
@@ -1077,14 +1147,14 @@ def body(more):
     (body('"input": ' + "[" * 300_000 + "]" * 300_000), "recursion"),
     ("[" * 1_000_000, "recursion"), ("\0", "Expecting value")], ids=lambda value: value[-25:])
 def test_a_message_that_is_no_json_object(text, what):
-    with pytest.raises(ng.Rejected, match=f"(?i)^the message is [ -~]*{what}") as caught:
+    with pytest.raises(ng.Ended, match=f"(?i)^the message is [ -~]*{what}") as caught:
         ng.parse_task(text, SETTINGS)
-    assert (caught.value.reason, caught.value.known) == ("task", {})
+    assert caught.value.fields["reason"] == "task" and not known(caught)
     assert len(str(caught.value)) < 300
 
 
 def test_a_number_of_more_digits_than_python_reads_is_rejected():
-    with pytest.raises(ng.Rejected, match="4300"):
+    with pytest.raises(ng.Ended, match="4300"):
         ng.parse_task(body('"input": ' + "9" * 4301), SETTINGS)
 
 
@@ -1227,9 +1297,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("data, what", REFUSED.values(), ids=REFUSED)
 def test_a_zip_is_refused(unpack, data, what):
-    with pytest.raises(ng.Rejected, match=r"^[ -~]+\Z") as caught:
+    with pytest.raises(ng.Ended, match=r"^[ -~]+\Z") as caught:
         unpack(data)
-    assert caught.value.reason == "zip"
+    assert caught.value.fields["reason"] == "zip"
     assert what in str(caught.value)
     assert len(str(caught.value)) < 400
 
@@ -1239,7 +1309,7 @@ def test_a_method_without_a_bound_on_memory_is_refused(unpack, method):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as archive:
         archive.writestr("a", "x" * 100)
-    with pytest.raises(ng.Rejected, match=f"method {method}; zip it with deflate"):
+    with pytest.raises(ng.Ended, match=f"method {method}; zip it with deflate"):
         unpack(out.getvalue())
 
 
@@ -1249,7 +1319,7 @@ def test_members_that_share_bytes_are_refused(unpack):
     start = len(outer[0]) - len(inner[0])  # the second local header lies in the first one's data
     directory = (outer[1] + struct.pack("<L", 0) + outer[2]
                  + inner[1] + struct.pack("<L", start) + inner[2])
-    with pytest.raises(ng.Rejected, match="share their bytes"):
+    with pytest.raises(ng.Ended, match="share their bytes"):
         unpack(outer[0] + directory + b"PK\5\6" + struct.pack(
             "<HHHHLLH", 0, 0, 2, 2, len(directory), len(outer[0]), 0))
 
@@ -1258,23 +1328,23 @@ def test_ten_thousand_members_and_no_more(unpack):
     members = [member(f"d/{i}", b"") for i in range(10_001)]
     assert len(unpack(bundle(*members[1:]))) == 10_000
     for claimed in (None, 1):
-        with pytest.raises(ng.Rejected, match="has 10001 members; it may have 1 to 10000"):
+        with pytest.raises(ng.Ended, match="has 10001 members; it may have 1 to 10000"):
             unpack(bundle(*members, claimed=claimed))
 
 
 def test_folders_that_names_imply_are_bounded(unpack):
-    with pytest.raises(ng.Rejected, match="over 20000 files and folders"):
+    with pytest.raises(ng.Ended, match="over 20000 files and folders"):
         unpack(bundle(*(member(f"{i}/" + "a/" * 400 + "b") for i in range(60))))
 
 
 def test_a_directory_of_the_zip_that_would_fill_the_memory_is_not_read(unpack):
-    with pytest.raises(ng.Rejected, match="its directory claims [0-9]+ bytes"):
+    with pytest.raises(ng.Ended, match="its directory claims [0-9]+ bytes"):
         unpack(bundle(*[member("a" * 800, b"")] * 9_500))
 
 
 def test_more_than_250_mib_is_refused(unpack):
     data = bundle(*(member(f"{i}", bytes(126 << 20), method=8) for i in range(2)))
-    with pytest.raises(ng.Rejected, match=r"'1' is too large: .* 262144000 bytes"):
+    with pytest.raises(ng.Ended, match=r"'1' is too large: .* 262144000 bytes"):
         unpack(data)
     assert sum(path.stat().st_size for path in unpack.target.iterdir()) <= 250 << 20
 
@@ -1284,7 +1354,7 @@ def test_the_limit_on_bytes_is_for_all_files_together(unpack, monkeypatch):
     monkeypatch.setattr(ng, "MAX_UNPACKED", 300_000)
     assert len(unpack(data)) == 3
     monkeypatch.setattr(ng, "MAX_UNPACKED", 299_999)
-    with pytest.raises(ng.Rejected, match="'2' is too large"):
+    with pytest.raises(ng.Ended, match="'2' is too large"):
         unpack(data)
 
 
@@ -1390,8 +1460,8 @@ def test_damaged_bytes_are_rejected_or_read_and_never_a_crash(unpack, sample):
             del data[dice.randrange(len(data)):]
         try:
             unpack(bytes(data))
-        except ng.Rejected as error:
-            assert error.reason == "zip"
+        except ng.Ended as error:
+            assert error.fields["reason"] == "zip"
             rejected += 1
     assert rejected > 100
 
@@ -1403,8 +1473,8 @@ def test_a_damaged_end_record_is_rejected_or_read(unpack, at, byte):
     data[len(data) - 22 + at] = byte
     try:
         unpack(bytes(data))
-    except ng.Rejected as error:
-        assert error.reason == "zip"
+    except ng.Ended as error:
+        assert error.fields["reason"] == "zip"
 
 
 # --- Entry files -----------------------------------------------------------------------------
@@ -1433,9 +1503,9 @@ def test_entry(unpack, runtime, files, entry):
     ("go", [member("main.cpp")], "has no run.sh or main or main.go at its top")])
 def test_no_entry(unpack, runtime, members, text):
     unpack(bundle(*members))
-    with pytest.raises(ng.Rejected, match=text) as caught:
+    with pytest.raises(ng.Ended, match=text) as caught:
         ng.find_entry(unpack.target, runtime)
-    assert caught.value.reason == "entry"
+    assert caught.value.fields["reason"] == "entry"
 
 
 def test_a_link_to_a_file_is_an_entry(unpack):
@@ -1466,7 +1536,7 @@ MIB = 1 << 20
 
 # ---------------------------------------------------------------- tables of functions
 
-Case = collections.namedtuple("Case", "files runtime task expect only")
+Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
 
 
 def pairs(words: list[str]) -> list[list[str]]:
@@ -1486,7 +1556,7 @@ def table(text: str) -> dict[str, Case]:
         files = {entry: chunks[0], **dict(zip(chunks[1::2], chunks[2::2]))}
         fields = {key: json.loads(value) for key, value in pairs(words)}
         cases[name] = Case(files, runtime, fields, {"status": "ok", **dict(pairs(expect.split()))},
-                           "root" if "root" in words else None)
+                           "root" if "root" in words else None, "unordered" in words)
     return cases
 
 
@@ -1494,11 +1564,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def as_user(user: str) -> list[str]:
+def as_user(user: str, uid: int = ORDINARY) -> list[str]:
     """The words before a command that make it run as `user`."""
     if user == "root" or not ROOT:
         return []
-    return ["setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups", "--"]
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
 
 
 class Grid(Folder):
@@ -2115,30 +2185,41 @@ def test_a_hog_never_holds_more_than_twice_its_cap_and_256_mib(grids, user):
     assert 32 * MIB < most <= (2 * 64 + 256) * MIB, most / MIB
 
 
-def test_a_hog_that_stops_its_watcher_is_held_by_the_kernel(grids):
-    """As it could be by a busy machine; an ordinary user's function may signal its supervisor."""
+def test_a_hog_whose_watcher_is_stopped_is_held_by_the_kernel(grids):
+    """As it could be by a busy machine."""
     grid = grids("ordinary")
-    grid.put({"main.py": r"""
-import os, signal
-watcher = int(open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[1])
-os.kill(watcher, signal.SIGSTOP)
+    mark = str(grid.spool / "hog")
+    grid.put({"main.py": with_tell(f"mark = {mark!r}") + r"""
+import os, time
+tell("mark", mark, str(os.getpid()))
+while not tell("read", mark + ".go"): time.sleep(0.01)
 held = []
 try:
     while True:
         held.append(bytearray(1 << 20))
 finally:
-    print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0], flush=True)
-    os.kill(watcher, signal.SIGCONT)
+    del held
+    tell("mark", mark + ".held", [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """}, request_id="hog", memoryMb=128)
-    grid.run()
-    held_kib = int(re.search(r"VmHWM:\s+(\d+) kB", grid["hog"]["stdout"])[1])
-    assert 128 < held_kib / 1024 <= 2 * 128 + 256
-    assert grid["hog"]["status"] == "oom"
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user("ordinary")) as agent:
+        until(lambda: os.path.exists(mark), what="the hog")
+        helper = int(stat_of(int(Path(mark).read_text()))[1])
+        watcher = int(stat_of(helper)[1])
+        os.kill(watcher, signal.SIGSTOP)
+        try:
+            Path(mark + ".go").write_text("1")
+            held = until(lambda: os.path.exists(mark + ".held") and Path(mark + ".held").read_text(),
+                         what="what it held")
+        finally:
+            os.kill(watcher, signal.SIGCONT)
+        agent.wait_for("REPORT requestId=hog .* status=oom")
+    held_mib = int(re.search(r"VmHWM:\s+(\d+) kB", held)[1]) / 1024
+    assert 128 < held_mib <= 2 * 128 + 256
 
 
 # ---------------------------------------------------------------- nothing outlives its run
 
-# Each row leaves a process behind that would write a file one second later.
+# Each row leaves a process behind that would tell the witness so one second later.
 ESCAPES = table(r"""
 === a child
 start(LINGER)
@@ -2148,11 +2229,11 @@ start(LINGER, start_new_session=True)
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        os.execvp("sh", LINGER)
+        os.execvp("bash", LINGER)
     os._exit(0)
 os.wait()
 === a daemon deaf to signals
-start(["sh", "-c", "trap '' TERM HUP INT QUIT USR1 USR2 CONT TSTP; " + LINGER[2], LINGER[3]], start_new_session=True)
+start(["bash", "-c", "trap '' TERM HUP INT QUIT USR1 USR2 CONT TSTP; " + LINGER[2], LINGER[3]], start_new_session=True)
 === a stopped daemon
 child = start(LINGER, start_new_session=True)
 started()
@@ -2164,10 +2245,10 @@ for _ in range(100):
 import ctypes, platform
 clone = {"x86_64": 56, "aarch64": 220}[platform.machine()]
 if ctypes.CDLL(None).syscall(clone, 0x8000 | signal.SIGCHLD, 0, 0, 0, 0) == 0:  # CLONE_PARENT
-    os.execvp("sh", LINGER)
+    os.execvp("bash", LINGER)
 === a daemon that forks and ends, for ever
-RUNNER = "import os, sys, time\nend = time.time() + 1\nopen(sys.argv[1] + '.started', 'w')\n" \
-         "while time.time() < end or open(sys.argv[1] + '.late', 'w'):\n    if os.fork(): os._exit(0)\n"
+RUNNER = open("main.py").read().partition("# tell")[0] + "import os, sys, time\nend = time.time() + 1\ntell('mark', sys.argv[1] + '.started')\n" \
+         "while time.time() < end or tell('mark', sys.argv[1] + '.late'):\n    if os.fork(): os._exit(0)\n"
 start([sys.executable, "-c", RUNNER, LINGER[3]], start_new_session=True)
 === namespaces of its own
 start(["sh", "-c", 'unshare -Urpf "$@" || exec "$@"', "sh", *LINGER], start_new_session=True)
@@ -2183,14 +2264,14 @@ start(LINGER, start_new_session=True)
 started()
 block = [bytearray(1 << 20) for _ in range(1000)]
 """)
-ESCAPE_HEAD = r"""
+ESCAPE_HEAD = r"""# tell
 import json, os, signal, subprocess, sys, time
-mark = json.load(sys.stdin)  # a path in a directory that everyone may write to; it also marks command lines
-LINGER = ["sh", "-c", 'touch "$0.started"; sleep 1; touch "$0.late"', mark]
+mark, tell_in_bash = json.load(sys.stdin)  # the first also marks command lines
+LINGER = ["bash", "-c", tell_in_bash + 'tell mark "$0.started"; sleep 1; tell mark "$0.late"', mark]
 def start(command, **options):
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 def started(deadline=time.monotonic() + 5):
-    while not os.path.exists(mark + ".started"):
+    while not tell("read", mark + ".started"):
         if time.monotonic() > deadline:
             raise SystemExit("the child did not start")
         time.sleep(0.005)
@@ -2213,9 +2294,9 @@ def escaped(grids, user):
     """The agent runs on while the rows are looked at: its own end must not be what cleans up."""
     grid = grids(user, EXECUTION_CONCURRENCY=2)
     for name, case in ESCAPES.items():
-        source = ESCAPE_HEAD + case.files["main.py"] + "started()\n"
+        source = with_tell(ESCAPE_HEAD + case.files["main.py"] + "started()\n")
         grid.put({"main.py": source}, request_id=slug(name), function_id=slug(name),
-                 **{**case.task, "input": str(grid.spool / slug(name))})
+                 **{**case.task, "input": [str(grid.spool / slug(name)), tell_in_bash()]})
     with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
         takes = sum(1 if case.expect["status"] == "ok" else 3 for case in ESCAPES.values())
         until(lambda: len(reports(agent.log)) == takes, 60, f"{takes} reports")
@@ -2378,19 +2459,17 @@ def test_no_core_file_is_left(confined):
 NEIGHBOUR = r"""
 import json, os, sys, time
 spool, me, other = json.load(sys.stdin)
-def meet(stage):
-    open(os.path.join(spool, me + stage), "w").close()
+def meet(stage, text="1"):
+    tell("mark", spool + "/" + me + stage, text)
     end = time.monotonic() + 10
-    while not os.path.exists(os.path.join(spool, other + stage)):
+    while not (said := tell("read", spool + "/" + other + stage)):
         if time.monotonic() > end: raise SystemExit("alone at " + stage)
         time.sleep(0.005)
+    return said
 places = [os.getcwd()] + [os.environ[name] for name in ("HOME", "TMPDIR", "OUTPUT_DIR")]
 for place in places:
     open(os.path.join(place, "secret"), "w").write("mine")
-with open(os.path.join(spool, me + ".json"), "w") as file:
-    json.dump({"pid": os.getpid(), "uid": os.getuid(), "places": places}, file)
-meet(".ready")
-its = json.load(open(os.path.join(spool, other + ".json")))
+its = json.loads(meet(".ready", json.dumps({"pid": os.getpid(), "uid": os.getuid(), "places": places})))
 pid, taken = its["pid"], []
 attempts = [(os.kill, pid, 0), (os.setpriority, os.PRIO_PROCESS, pid, 5)]
 attempts += [(open, f"/proc/{pid}/{name}", "rb") for name in ("environ", "mem", "maps")]
@@ -2414,7 +2493,7 @@ def test_slots_cannot_touch_each_other(grids):
     """Two runs meet, and each tries what it can against the other."""
     grid = grids("root", EXECUTION_CONCURRENCY=2)
     for me, other in (("a", "b"), ("b", "a")):
-        grid.put({"main.py": NEIGHBOUR}, request_id=me, input=[str(grid.spool), me, other], timeoutMs=20000)
+        grid.put({"main.py": with_tell(NEIGHBOUR)}, request_id=me, input=[str(grid.spool), me, other], timeoutMs=20000)
     grid.run()
     for name in "ab":
         assert grid[name]["stdout"] == "[true, []]\n", grid[name]
@@ -2496,8 +2575,8 @@ victim = json.load(sys.stdin)
 workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], os.getcwd()]))
 places = [os.environ["OUTPUT_DIR"]] + workplaces
 def replace_streams(make):
-    for name in "stdin", "stdout", "stderr", "run":
-        path = os.path.join(os.path.dirname(os.environ["HOME"]), name)
+    for name in "stdin", "out/stdout", "out/stderr", "run":
+        path = os.environ["HOME"].replace("own/home", "feed/" + name)
         try:
             os.unlink(path)
             make(path)
@@ -2551,53 +2630,6 @@ def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
     assert results == b"", "the target of a link was collected as output"
 
 
-TAKER = """
-import json, os, socket, time
-place = json.load(open(0, closefd=False))
-with socket.socket(socket.AF_UNIX) as door:
-    door.bind(place + "/door")
-    os.chmod(place + "/door", 0o666)
-    door.listen()
-    _, fds, _, _ = socket.recv_fds(door.accept()[0], 1, 2)
-os.set_blocking(fds[1], False)
-taken = b""
-while not os.path.exists(place + "/written"):
-    try:
-        taken += os.read(fds[1], 1000)
-    except BlockingIOError:
-        time.sleep(0.0001)
-print(json.dumps([os.pread(fds[0], 1000, 0).decode(), taken.decode()]))
-"""
-GIVER = """
-import json, os, socket, time
-place = json.load(open(0, closefd=False))
-while not os.path.exists(place + "/door"):
-    time.sleep(0.01)
-with socket.socket(socket.AF_UNIX) as door:
-    door.connect(place + "/door")
-    socket.send_fds(door, [b"x"], [0, os.open("/dev/stdout", os.O_RDWR)])
-"""
-WRITER = """
-import json, time
-place, secret = json.load(open(0, closefd=False))
-for _ in range(100):
-    print(secret, flush=True)
-    time.sleep(0.002)
-open(place + "/written", "w").close()
-"""
-
-
-def test_a_descriptor_handed_to_another_slot_shows_nothing_of_the_next_run(grids, user):
-    grid = grids(user, EXECUTION_CONCURRENCY=2)
-    place = str(grid.spool)
-    for name, source, given in (("a-taker", TAKER, place), ("b-giver", GIVER, place),
-                                ("c-writer", WRITER, [place, "secret"])):
-        grid.put({"main.py": source}, request_id=name, function_id=name, input=given)
-    grid.run()
-    assert grid["c-writer"]["stdout"] == "secret\n" * 100, grid.log
-    assert grid["a-taker"]["stdout"] == json.dumps([json.dumps(place), ""]) + "\n", grid.log
-
-
 NESTED = """
 import os
 os.chdir(os.environ["OUTPUT_DIR"])
@@ -2635,31 +2667,6 @@ def test_small_files_without_end_are_bounded(grids, user):
     for report in grid.reports["many"]:
         assert (report["status"], report["reason"]) in (("failed", "disk"), ("error", "disk")), report
     assert grid["probe"]["status"] == "ok", grid["probe"]
-
-
-HIDDEN = """
-import json, os, sys, time
-neighbour = json.load(sys.stdin)
-for name in os.listdir(neighbour):
-    os.unlink(neighbour + "/" + name)
-for n in range(3000):
-    open(str(n), "w").close()
-time.sleep(20)
-"""
-
-
-def test_files_are_counted_though_a_neighbour_frees_as_many(grids, user):
-    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXFILES=2000)
-    neighbour = grid.spool / "neighbour"
-    neighbour.mkdir()
-    neighbour.chmod(0o777)
-    for n in range(4000):
-        (neighbour / str(n)).touch()
-    grid.put({"main.py": HIDDEN}, request_id="many", timeoutMs=20000, input=str(neighbour))
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
-        agent.wait_for("REPORT requestId=many ")
-        assert reports(agent.log)[0].get("reason") == "disk", agent.log
-        agent.stop(signal.SIGKILL)
 
 
 TREE = {"main.py": None, "run*": "#!/bin/sh\necho ran\n", "data.txt": "data", "lib/one.py": "one = 1\n",
@@ -3013,7 +3020,7 @@ class D:
     def __del__(self): raise ValueError("in del")
 d = D()
 del d
-=== __del__ in a module
+=== __del__ in a module | unordered
 import mod
 class D:
     def __init__(self, name): self.name = name
@@ -3021,7 +3028,7 @@ class D:
 mod.kept = D(b"module "); kept = D(b"main ")
 --- mod.py
 import os
-=== __del__ of what a module of its own holds
+=== __del__ of what a module of its own holds | unordered
 import os, first, second
 class D:
     def __init__(self, name): self.name = name
@@ -3032,7 +3039,7 @@ import os
 def f(): pass
 --- second.py
 def f(): pass
-=== __del__ of what hangs in sys, builtins and os
+=== __del__ of what hangs in sys, builtins and os | unordered
 import builtins, os, sys
 class D:
     def __init__(self, name): self.name = name
@@ -3054,6 +3061,38 @@ def g():
         print("generator closed")
 it = g(); next(it)
 print("end")
+=== __del__ of what has no attributes and is in no cycle
+import os
+class D:
+    __slots__ = ()
+    def __del__(self): os.write(1, b"del")
+kept = [D()]
+=== a weak reference's callback
+import os, weakref
+class A: pass
+def gone(reference): os.write(1, b"gone")
+kept = A()
+seen = weakref.ref(kept, gone)
+=== a database left open
+import os, sqlite3
+kept = sqlite3.connect(os.environ["OUTPUT_DIR"] + "/db.sqlite")
+kept.execute("pragma journal_mode=wal")
+kept.execute("create table t (n)")
+kept.execute("insert into t values (1)")
+kept.commit()
+=== a file left open, with text in its buffer
+import os
+kept = open(os.environ["OUTPUT_DIR"] + "/text.txt", "w")
+kept.write("flushed")
+=== a profiler at the end
+import os, sys
+sys.setprofile(lambda frame, event, arg: None if event != "call" else os.write(1, frame.f_code.co_name.encode() + b"\n"))
+import atexit
+def last(): pass
+atexit.register(last)
+=== a callback of the collector at the end
+import gc, os
+gc.callbacks.append(lambda phase, info: os.write(1, b"collected\n") if phase == "start" else None)
 === a coroutine never awaited
 async def c(): pass
 c()
@@ -3432,6 +3471,10 @@ def masked(text: str) -> str:
     return re.sub(STARTER_FRAME, "", text)
 
 
+def words(text: str) -> list[str]:
+    return sorted(text.split())
+
+
 def without_places(text: str, base: Path) -> str:
     """`text` with every directory below `base` that a function can name cut to one word."""
     return re.sub(re.escape(str(base)) + r"/[\w./-]*?(?=/\.local|/\w+\.(py|txt)|/__pycache__|/pack\b|/x\b|/tmp\w{8}|[\s'\",:)]|$)",
@@ -3440,30 +3483,47 @@ def without_places(text: str, base: Path) -> str:
 
 @functools.lru_cache(None)
 def bare_results() -> dict[str, tuple]:
-    """(stdout, stderr, exit status) of each program under a bare `cd dir && python3 main.py`."""
+    """What each program does under a bare `cd dir && python3 main.py`; see bare_run()."""
     with tempfile.TemporaryDirectory(prefix="nanogrid-bare-") as top:
         os.chmod(top, 0o755)
         with ThreadPoolExecutor(2) as pool:
             return dict(zip(PROGRAMS, pool.map(lambda name: bare_run(Path(top, slug(name)), PROGRAMS[name]), PROGRAMS)))
 
 
-def bare_run(place: Path, case: Case) -> tuple:
+@functools.lru_cache(None)
+def other_bare_run(name: str) -> tuple:
+    """The same in another environment: another uid and home, files as streams, code compiled."""
+    with tempfile.TemporaryDirectory(prefix="nanogrid-elsewhere-") as top:
+        os.chmod(top, 0o755)
+        return bare_run(Path(top), PROGRAMS[name], elsewhere=True)
+
+
+def bare_run(place: Path, case: Case, elsewhere: bool = False) -> tuple:
+    """(stdout, stderr, exit status, names in $OUTPUT_DIR)."""
     for name in ("work", "home", "tmp", "out"):
         (place / name).mkdir(parents=True)
     for name, content in case.files.items():
         (place / "work" / name).parent.mkdir(exist_ok=True)
         (place / "work" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    user = as_user("ordinary", ORDINARY + elsewhere)
+    if elsewhere:
+        subprocess.run([PYTHON, "-m", "compileall", "-q", place / "work"], stdout=subprocess.DEVNULL, check=False)
     if ROOT:
-        subprocess.run(["chown", "-R", f"{ORDINARY}:{ORDINARY}", place], check=True)
+        uid = ORDINARY + elsewhere
+        subprocess.run(["chown", "-R", f"{uid}:{uid}", place], check=True)
     env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TZ": "Asia/Seoul", "HOME": f"{place}/home",
            "TMPDIR": f"{place}/tmp", "OUTPUT_DIR": f"{place}/out", "REQUEST_ID": "r", "FUNCTION_ID": "f",
            "MEMORY_MB": "256", "TIMEOUT_MS": "10000"}
     given = json.dumps(case.task["input"]).encode() if "input" in case.task else b""
-    done = subprocess.run([*as_user("ordinary"), PYTHON, "main.py"], cwd=place / "work", env=env, input=given,  # noqa: PLW1510, UP022
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,  # its own: it may reopen them
-                          preexec_fn=lambda: [os.fchown(fd, ORDINARY, ORDINARY) for fd in range(3)] if ROOT else None)
-    return (*(masked(without_places(text.decode("utf-8", "replace"), place)) for text in (done.stdout, done.stderr)),
-            done.returncode)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        streams = (out, err) if elsewhere else (subprocess.PIPE, subprocess.PIPE)
+        done = subprocess.run(
+            [*user, PYTHON, "main.py"], cwd=place / "work", env=env, input=given, timeout=60, check=False,
+            stdout=streams[0], stderr=streams[1],  # its own: it may reopen them
+            preexec_fn=lambda: [os.fchown(fd, uid, uid) for fd in range(3)] if ROOT else None)
+        said = [os.pread(one.fileno(), 1 << 20, 0) for one in streams] if elsewhere else [done.stdout, done.stderr]
+    return (*(masked(without_places(text.decode("utf-8", "replace"), place)) for text in said),
+            done.returncode, sorted(os.listdir(place / "out")))
 
 
 @pytest.fixture(scope="module", params=["warm-root", "warm-ordinary", "cold-ordinary"])
@@ -3480,10 +3540,17 @@ def started(request, grids):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_start_is_a_bare_python(started, name):
+    """What two bare runs in two environments agree on holds here, too; the order of the words where
+    nobody promises one."""
     result = started[name]
-    got = tuple(masked(without_places(result[key], started.base)) for key in ("stdout", "stderr"))
-    out, err, status = bare_results()[name]
-    assert (*got, result["exitCode"]) == (out, err, status)
+    got = (*(masked(without_places(result[key], started.base)) for key in ("stdout", "stderr")),
+           result["exitCode"], result["outputFiles"])
+    expected = bare_results()[name]
+    if PROGRAMS[name].unordered:
+        assert (words(got[0]), *got[1:]) == (words(expected[0]), *expected[1:])
+    elif got != expected:
+        agreed = [mine if mine == other else None for mine, other in zip(expected, other_bare_run(name))]
+        assert [one if known is not None else None for one, known in zip(got, agreed)] == agreed
 
 
 def test_signals_that_the_agent_ignores_from_its_start_are_default_for_functions(grids, user):
@@ -3584,8 +3651,9 @@ package main
 #!/bin/sh
 echo executable
 """)
-COUNTING = """#!/bin/sh
-{ id -u; tr '\\0' '\\n' < /proc/self/environ; grep NoNewPrivs /proc/self/status; ulimit -Hc; echo end; } >> %s 2>&1
+COUNTING = """#!/bin/bash
+%s
+tell mark %s "$({ id -u; tr '\\0' '\\n' < /proc/self/environ; grep NoNewPrivs /proc/self/status; ulimit -Hc; echo end; } 2>&1 | tr '\\n' '|')"
 exec g++ "$@"
 """
 
@@ -3597,10 +3665,8 @@ def built(grids, user):
         pytest.skip("no C++ compiler (g++) on this machine")
     grid = grids(user, EXECUTION_CONCURRENCY=2)
     wrapper, grid.calls = grid.spool / "counting-g++", grid.spool / "calls"
-    wrapper.write_text(COUNTING % grid.calls)
-    grid.calls.touch()
-    for path, mode in ((wrapper, 0o755), (grid.calls, 0o666)):
-        path.chmod(mode)
+    wrapper.write_text(COUNTING % (tell_in_bash(), grid.calls))
+    wrapper.chmod(0o755)
     grid.env.update(AGENT_RUNTIMES_CPP=str(wrapper), AWS_SECRET_ACCESS_KEY="telltale")
     for name, case in BUILT.items():
         files = {file: text for file, text in case.files.items() if text.strip()}
@@ -3620,12 +3686,11 @@ def test_source_is_compiled(built, name):
 
 
 def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
-    calls = built.calls.read_text().split("end\n")[:-1]
-    good = [call for call in calls]
-    assert 2 <= len(good) <= 2 + 9, calls  # one for the good zip; the bad one is tried at most once a take
+    calls = built.calls.read_text().split("end|")[:-1]
+    assert 2 <= len(calls) <= 2 + 9, calls  # one for the good zip; the bad one is tried at most once a take
     for call in calls:
         assert "telltale" not in call and "NoNewPrivs:\t1" in call, call
-        assert not ROOT or not call.startswith("0\n"), call
+        assert not ROOT or not call.startswith("0|"), call
 
 
 def test_a_good_source_is_compiled_exactly_once(grids, user):
@@ -3633,16 +3698,14 @@ def test_a_good_source_is_compiled_exactly_once(grids, user):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler (g++) on this machine")
     wrapper, calls = grid.spool / "counting-g++", grid.spool / "calls"
-    wrapper.write_text(f'#!/bin/sh\necho call >> {calls}\nexec g++ "$@"\n')
-    calls.touch()
-    for path, mode in ((wrapper, 0o755), (calls, 0o666)):
-        path.chmod(mode)
+    wrapper.write_text(f'#!/bin/bash\n{tell_in_bash()}\ntell mark {calls} call\nexec g++ "$@"\n')
+    wrapper.chmod(0o755)
     grid.env["AGENT_RUNTIMES_CPP"] = str(wrapper)
     ids = [grid.put({"main.cpp": '#include <cstdio>\nint main() { puts("hi"); }\n'} if n == 0 else None, "cpp")
            for n in range(6)]
     grid.run()
     assert [grid.result(each)["stdout"] for each in ids] == ["hi\n"] * 6
-    assert calls.read_text() == "call\n"
+    assert calls.read_text() == "call"
 
 
 @pytest.mark.parametrize("runtime, entry", [("nodejs", "index.js"), ("go", "main.go"), ("python", "main.py"), ("cpp", "main.cpp")])
@@ -3983,26 +4046,27 @@ def moto_server():
 
 # ---------------------------------------------------------------------- a site of a test's own
 
-# Leaves a file for each run, named REQUEST_ID.RANDOM and holding its pid; then as its input says.
-MARKER = {"main.py": """
+# Has a file for each run, named REQUEST_ID.RANDOM and holding its pid; then as its input says.
+MARKER = """
 import json, os, sys, time
 task = json.load(sys.stdin)
-name = os.path.join(task["marks"], os.environ["REQUEST_ID"] + "." + os.urandom(6).hex())
-with open(name + "~", "x") as mark:
-    mark.write(str(os.getpid()))
-os.rename(name + "~", name)
+name = task["marks"] + "/" + os.environ["REQUEST_ID"] + "." + os.urandom(6).hex()
+tell("mark", name, str(os.getpid()))
 time.sleep(task.get("sleep", 0))
 sys.exit(task.get("exit", 0))
-"""}
+"""
+
+
+def marker() -> dict[str, str]:
+    return {"main.py": with_tell(MARKER)}
 
 
 @contextlib.contextmanager
 def scratch():
-    """A directory that every user may enter, with a folder `marks` that every user may write."""
+    """A directory that every user may enter, with a folder `marks` for what the witness hears."""
     path = Path(tempfile.mkdtemp(prefix="nanogrid-delivery-"))
     path.chmod(0o755)
     (path / "marks").mkdir()
-    (path / "marks").chmod(0o1777)
     try:
         yield path
     finally:
@@ -4016,7 +4080,7 @@ def site(moto: str, **options):
         aws = Aws(moto, path, **options)
         aws.proxy = proxy
         aws.env["AWS_ENDPOINT_URL"] = proxy.url
-        aws.put(MARKER)
+        aws.put(marker())
         yield aws
 
 
@@ -4253,13 +4317,15 @@ def fault_trial(moto: str, what: str, fault: str):
         assert metric_values(aws, aws.name) == 2 or what == "metrics" and fault in UNHEARD
         assert tried <= 12, "tries that do not grow apart"
         assert left == (what != "metrics") or what == "delete" and fault in UNHEARD
+        if what in ("code", "visibility"):
+            assert {each["receiveCount"] for each in reports(log)} == {"1"}, log
         if what in ("receive", "delete", "metrics"):
             assert cpu < 0.01, f"{cpu:.1%} of a core meanwhile\n{log}"
         if what == "visibility":
             assert len(aws.proxy.received) == 2, f"the lease was lost\n{log}"
         if what == "start":
             assert len(complaints(log)) <= 2, log
-        elif what != "code":
+        else:
             assert len(complaints(log)) == 1 == log.count(" works again after "), log
 
 
@@ -4298,7 +4364,8 @@ for _trouble in S3_TROUBLE:
 
 
 def result_trial(moto: str, operation: str):
-    """A result that cannot be stored leaves the message."""
+    """A result that may not be stored leaves the message; when that is back, only the storing is
+    repeated."""
     with site(moto, visibility=3, receives=9) as aws:
         results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
         aws.proxy.fail(operation, "denied")
@@ -4309,7 +4376,7 @@ def result_trial(moto: str, operation: str):
             assert reports(agent.log)[0]["status"] == "error" and aws.count() == 1
             aws.proxy.heal()
             until_settled(aws, agent, seconds=60)
-            assert reports(agent.log)[-1]["status"] == "ok"
+            assert reports(agent.log)[-1]["status"] == "ok" and proxy_runs(aws.path) == {"r1": 1}
             assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
             assert visible(aws, results) == 1
 
@@ -4485,10 +4552,7 @@ def set_limit(pid: int, option: str) -> None:
 
 
 FAILS_ONCE = """import json, os
-mark = json.loads(input())
-first = not os.path.exists(mark)
-open(mark, "w").close()
-raise SystemExit(first)
+raise SystemExit(not tell("mark", json.loads(input())))
 """
 
 
@@ -4502,33 +4566,35 @@ def test_a_full_disk_under_a_folder_stops_no_slot(grids):
         agent.wait_for("REPORT requestId=before .*status=ok")
         set_limit(pid, "--fsize=0:")
         grid.put(request_id="during", function_id="f")
-        until(lambda: agent.log.count("REPORT requestId=during") >= 4, 60, "four tries")
+        agent.wait_for("storing results in .*too large")
+        until(lambda: len(names(grid, "running")) == 1 and not names(grid, "queue"), what="the task in hand")
+        assert "requestId=during" not in agent.log
         set_limit(pid, "--fsize=unlimited:")
-        agent.wait_for("REPORT requestId=during .*status=ok", 60)
-        grid.put({"main.py": FAILS_ONCE}, request_id="after", input=str(grid.spool / "mark"))
+        agent.wait_for("REPORT requestId=during .*status=ok .*receiveCount=1", 60)
+        grid.put({"main.py": with_tell(FAILS_ONCE)}, request_id="after", input=str(grid.spool / "mark"))
         agent.wait_for("REPORT requestId=after .*status=ok")  # its first take was counted in a file
         assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
     assert not os.listdir(grid.path / "running") and not os.listdir(grid.path / "dead")
-    assert re.search("metrics.jsonl failed: .*too large.*trying on", agent.log), agent.log
-    for place in (grid.path, grid.path / "metrics.jsonl"):
-        assert re.search(f"writ\\w+ (to )?{place} works again after ", agent.log), agent.log
+    assert len(complaints(agent.log)) == agent.log.count(" works again after ") >= 1, agent.log
 
 
-def test_no_more_processes_is_an_error_and_the_agent_lives(grids):
+def test_no_more_processes_is_waited_out(grids):
     """As an ordinary user, whom the limit binds; it is lowered and raised under the agent."""
     grid, usual = grids("ordinary"), resource.getrlimit(resource.RLIMIT_NPROC)[0]
+
+    def limit(processes):
+        for pid in family(agent.process.pid):
+            set_limit(pid, f"--nproc={processes}:")
+
     with Agent("--local", grid.path, python=PYTHON, env=grid.env,
                prefix=as_user("ordinary")) as agent:
-        for request_id, soft, status in (("before", usual, "ok"), ("during", 1, "error"),
-                                         ("after", usual, "ok")):
-            for pid in family(agent.process.pid):
-                set_limit(pid, f"--nproc={soft}:")
-            for runtime, files in (("python", {"main.py": ""}), ("cpp", {"run.sh": "true"})):
-                function_id = f"{request_id}-{runtime}"
-                grid.put(files, runtime, function_id, function_id)
-                agent.wait_for(f"REPORT requestId={function_id} .*status={status}")
-        assert agent.process.poll() is None
-        assert re.search("(?i)process|temporarily unavailable|EAGAIN|fork", agent.log), agent.log
+        grid.put({"run.sh": "true"}, "cpp", "before", "before")
+        agent.wait_for("REPORT requestId=before .*status=ok")
+        limit(1)
+        grid.put({"main.py": ""}, "python", "during", "during")
+        agent.wait_for("starting functions failed: .*unavailable.*trying on")
+        limit(usual)
+        agent.wait_for("REPORT requestId=during .*status=ok .*receiveCount=1")
         assert agent.stop() == 0 and agent.log.count("Traceback") == 0, agent.log
 
 
@@ -4879,10 +4945,9 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
 
 
 def test_run_that_is_let_go_of_before_it_begins_is_released():
-    slot = ng.Slot(None, None)
+    slot = ng.Slot(None, None, ng.Fault(ng.Log(), "starting functions"))
     slot.cancel()
-    job = ng.Job((), "", {}, "", "", 1, 1, 1, 1, False)
-    assert ng.outcome_of(slot.run(job)).status == "released"
+    assert slot.run(ng.Job((), "", {}, "", "", 1, 1, 1, 1)) == {"status": "released"}
 
 
 @trial
@@ -5256,7 +5321,7 @@ def local_site():
     """A Folder with MARKER as fn.zip; the workspaces are in its own scratch directory."""
     with scratch() as path:
         folder = Folder(path / "grid")
-        (folder.path / "code" / "fn.zip").write_bytes(make_zip(MARKER))
+        (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
         folder.scratch, folder.env = path, {"AGENT_TASKBASEDIR": str(path / "task")}
         yield folder
 
@@ -6195,12 +6260,10 @@ def test_three_commands_install_it(tmp_path):
     assert said.stdout
 
 
-@pytest.mark.parametrize("addition", [False, True])
-def test_unit_is_one_that_systemd_takes(tmp_path, addition):
+def test_unit_is_one_that_systemd_takes(tmp_path):
     need("systemd-analyze")
     unit = tmp_path / "nanogrid.service"
-    unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable)
-                    + BLOCKS["unit addition"] * addition)
+    unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable))
     ended = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True,
                            timeout=60, check=False)
     assert "nanogrid.service" not in ended.stdout + ended.stderr
@@ -6213,16 +6276,13 @@ def test_unit_waits_for_longer_than_a_shutdown_takes():
     assert seconds > settings.shutdown_grace_seconds + settings.wait_time_seconds
 
 
-@pytest.mark.parametrize("program", ["nft", "iptables"])
-def test_rules_that_close_the_instance_metadata(tmp_path, program):
-    need(program, "unshare")
+def test_rules_that_close_the_instance_metadata_to_a_user(tmp_path):
+    need("nft", "unshare")
     if subprocess.run(["unshare", "-n", "true"], capture_output=True, timeout=10, check=False).returncode:
         pytest.skip("a network namespace of its own needs root")
-    uids = f"{ng.FIRST_UID}-{ng.LAST_UID}"
-    show = "nft list ruleset" if program == "nft" else "iptables -S OUTPUT && ip6tables -S OUTPUT"
-    again = BLOCKS[program] if program == "nft" else ""  # run at every start of the agent
-    rules = sh(f"unshare -n bash -euc {shlex.quote(BLOCKS[program] + again + show)}", tmp_path).stdout
-    assert rules.count(uids) == 2 and "169.254.169.254" in rules and "fd00:ec2::254" in rules
+    twice = BLOCKS["nft"] * 2 + "nft list ruleset"  # run at every start of the agent
+    rules = sh(f"unshare -n bash -euc {shlex.quote(twice)}", tmp_path).stdout
+    assert rules.count("meta skuid") == 2 and "169.254.169.254" in rules and "fd00:ec2::254" in rules
 
 
 # --- Commands for AWS
