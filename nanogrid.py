@@ -9,10 +9,24 @@ deletes the message if, and only if, the function succeeded:
 
 Theory of operation. Two kinds of process, both from this file. The agent talks to AWS, owns
 the messages and their leases, unpacks code and reports; it has threads, and never forks a
-function. The launcher is started for the first run and never sees a credential; it forks a
-supervisor for each slot, and each supervisor runs one function at a time: it limits it, looks
-after it, ends all that is left of it and measures it. Whoever loses the process above itself
-kills what it runs and ends, so no function survives even a SIGKILL of the agent.
+function. The launcher is started first and never sees a credential; it forks a supervisor for
+each slot, and each supervisor runs one function at a time: it limits it, looks after it, ends
+all that is left of it and measures it. Whoever loses the process above itself kills what it
+runs and ends, so no function survives even a SIGKILL of the agent.
+
+The rooms of this file, in order:
+
+    Settings      reads application.yml and the environment; never asks AWS whether they are true
+    Tasks         checks a message and a zip, field by field; never runs anything
+    Log           lines, faults that begin and end, outages; never decides what becomes of a task
+    AWS           makes the clients and tells passing errors from lasting ones; never retries
+    Queue         owns messages and leases, of SQS or of a folder; never looks into a message
+    Code          fetches, unpacks and keeps zips; never runs them
+    Run           launcher, supervisors, their rooms and workspaces; never speaks to AWS
+    Measure       looks at what a run holds and says when it must end; never kills it
+    Report        says and stores what became of a turn, and the metric; never touches the queue
+    Agent         slots, the loop and the shutdown; the only one that knows all the others
+    Command line  --config, --local, --demo, --check, --invoke
 """
 from __future__ import annotations
 
@@ -73,21 +87,20 @@ class ConfigError(Exception):
 
 # --- YAML: the subset that settings need, read as YAML 1.2 reads it or refused ---
 
-# Patterns stand as text, here and below: `re` compiles each when it is first used, and keeps it.
-_FORBIDDEN = (  # what YAML 1.2's c-printable leaves out; also a lone CR, a late BOM
+_FORBIDDEN = re.compile(  # what YAML 1.2's c-printable leaves out; also a lone CR, a late BOM
     "[^\t\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
-_MARKER = r"(---|\.\.\.)(?=[ \t]|$) *([^ #])?"
-_ITEM = r"-(?: +|$)"
-_COLON = r" *:(?: +(?:#.*)?|$)"
-_COMMENT = r"(?: +#.*)?"
-_EMPTY = r"(\[ *\]|\{ *\})(?: +#.*)?"
-_TOKEN = r'''(?x)
+_MARKER = re.compile(r"(---|\.\.\.)(?=[ \t]|$) *([^ #])?")
+_ITEM = re.compile(r"-(?: +|$)")
+_COLON = re.compile(r" *:(?: +(?:#.*)?|$)")
+_COMMENT = re.compile(r"(?: +#.*)?")
+_EMPTY = re.compile(r"(\[ *\]|\{ *\})(?: +#.*)?")
+_TOKEN = re.compile(r'''(?x)
     (?P<double> "(?:[^"\\]|\\.)*" )
   | (?P<single> '(?:[^']|'')*'(?!') )
   | (?P<plain>  (?: [^- \t?:,\[\]{}\#&*!|>'"%@`] | [-?:](?=[^ \t]) )       # ns-plain-first
                 (?: [^ \t:] | :(?=[^ \t]) | [ ]+(?=[^ \t:\#]|:[^ \t]) )* )  # blanks inside only
-'''
-_ESCAPE = r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))"
+''')
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
 _ESCAPES = dict(zip('0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
 _CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take other digits and `_`
     (r"~|null|Null|NULL", lambda text: None),
@@ -97,7 +110,7 @@ _CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take o
     (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda s: float(s.replace(".", ""))),
 )
-_LONG_NUMBER = r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}"  # int(), str() raise at some thousand
+_LONG_NUMBER = re.compile(r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}")  # int(), str() raise at some thousand
 _DEEPEST_MAP = 50  # Python's recursion limit must not be what ends the reading
 _REFUSED = {  # how text outside of the subset begins: what it is; what to write instead
     **dict.fromkeys("'\"", 'a quote is not closed in its line; close it, a line break is "\\n"'),
@@ -152,14 +165,13 @@ class _YamlReader:
         begun = False
         for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028
             line = line.removesuffix("\r")
-            # Most lines are printable, and need no pattern that takes 2 ms of the start to compile.
-            if not line.isprintable() and (bad := re.search(_FORBIDDEN, line)):
+            if bad := _FORBIDDEN.search(line):
                 self.fail(number, f"the character U+{ord(bad[0]):04X} is not allowed in YAML; "
                           "take it out, or write it as an escape in double quotes")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
                 self.fail(number, _REFUSED[body[0]])
-            if marker := re.match(_MARKER, line):
+            if marker := _MARKER.match(line):
                 if begun or marker[1] == "..." or marker[2]:
                     self.fail(number, f"`{marker[1]}` ends a document or has text after it; write "
                               "one document, with nothing but a line `---` before it")
@@ -171,7 +183,7 @@ class _YamlReader:
 
     def entries(self, indent: int, items: bool) -> Iterator[_Line]:
         """The lines at `indent`, with `items` only list items; a deeper line is refused."""
-        while self.line.indent == indent and (not items or re.match(_ITEM, self.line.body)):
+        while self.line.indent == indent and (not items or _ITEM.match(self.line.body)):
             taken, self.line = self.line, next(self.lines)
             yield taken
         if self.line.indent > indent:
@@ -184,15 +196,15 @@ class _YamlReader:
         found: dict[str, Any] = {}
         for line in self.entries(indent, items=False):
             key, _, rest = self.token(line.number, line.body)
-            if not (colon := re.match(_COLON, rest)):
-                self.fail(line.number, f"{_shown(line.body)} is no `key: value`; write a space "
+            if not (colon := _COLON.match(rest)):
+                self.fail(line.number, f"{shown(line.body)} is no `key: value`; write a space "
                           "after the colon, and a value in its key's line")
             text, here = rest[colon.end():], (*path, key)
             if key in found:
-                self.fail(line.number, f"the key {_shown(key)} stands in line {self.line_of[here]} "
+                self.fail(line.number, f"the key {shown(key)} stands in line {self.line_of[here]} "
                           "too; keep one of them")
             self.line_of[here] = line.number
-            if empty := re.fullmatch(_EMPTY, text):
+            if empty := _EMPTY.fullmatch(text):
                 found[key] = [] if empty[1][0] == "[" else {}
             else:
                 found[key] = self.scalar(line, text) if text else self.child(indent, here)
@@ -201,8 +213,8 @@ class _YamlReader:
     def child(self, indent: int, path: tuple) -> Any:
         """The map or list beneath a key at `indent`; None when there is none."""
         line = self.line
-        if line.indent >= indent and re.match(_ITEM, line.body):
-            return [self.scalar(item, re.sub(_ITEM, "", item.body, count=1))
+        if line.indent >= indent and _ITEM.match(line.body):
+            return [self.scalar(item, _ITEM.sub("", item.body, count=1))
                     for item in self.entries(line.indent, items=True)]
         return self.block_map(line.indent, path) if line.indent > indent else None
 
@@ -210,10 +222,10 @@ class _YamlReader:
         if text[:1] in ("", "#"):
             return None
         value, is_plain, rest = self.token(line.number, text)
-        if not re.fullmatch(_COMMENT, rest):
-            self.fail(line.number, f"{_shown(rest.strip())} after a value; put the whole value in "
+        if not _COMMENT.fullmatch(rest):
+            self.fail(line.number, f"{shown(rest.strip())} after a value; put the whole value in "
                       "one pair of quotes, a key in its own line, a space before a `#`")
-        if is_plain and re.match(_LONG_NUMBER, value):
+        if is_plain and _LONG_NUMBER.match(value):
             self.fail(line.number, "a number that is too long; put it in quotes")
         return _typed(value) if is_plain else value
 
@@ -227,14 +239,14 @@ class _YamlReader:
                           "backslash, or use single quotes")
             return chr(code)
 
-        found = re.match(_TOKEN, text)
+        found = _TOKEN.match(text)
         rest = text[found.end():] if found else text.lstrip("-?:")
         if rest.lstrip(" :")[:1] == "\t":
             self.fail(number, _REFUSED["\t"])
         if not found:
             self.fail(number, _REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
         if found["double"]:
-            return re.sub(_ESCAPE, character, found[0][1:-1]), False, rest
+            return _ESCAPE.sub(character, found[0][1:-1]), False, rest
         return found["plain"] or found[0][1:-1].replace("''", "'"), bool(found["plain"]), rest
 
 
@@ -243,23 +255,17 @@ def _typed(text: str) -> Any:
     return next((value(text) for kind, value in _CORE_SCHEMA if re.fullmatch(kind, text)), text)
 
 
-def _shown(value: Any, mapping: str = "a section", empty: str = "empty",
-           text_of: Callable[[Any], str] = repr) -> str:
-    """A value of settings for an error text: on one line, and short."""
+def shown(value: Any, in_json: bool = False) -> str:
+    """A value for an error text: on one line, and short; with `in_json` in JSON's words."""
     if isinstance(value, (dict, list)):
-        return mapping if isinstance(value, dict) else "a list"
+        return "a list" if isinstance(value, list) else "an object" if in_json else "a section"
     if value is None or isinstance(value, bool):
-        return empty if value is None else json.dumps(value)
-    text = text_of(value)
+        return "empty" if value is None and not in_json else json.dumps(value)
+    text = ascii(value) if in_json else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _quoted(value: Any) -> str:
-    """A value of a message or a zip for an error text: in JSON's words, in ASCII."""
-    return _shown(value, "an object", "null", ascii)
-
-
-# --- Settings: the class is the table of every path, default, type and limit ---
+# --- Settings: the class is the table of every path, default, kind and limit ---
 
 _SPRING_ONLY = {"spring", "server", "logging",
                 "agent.docker", "agent.warmPool", "agent.polling", "agent.redis"}
@@ -280,7 +286,7 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "namespace": (r"(?!AWS/|:)[A-Za-z0-9._/#:-]{1,255}", "write letters, digits, . _ / # : or -"),
     "directory": (r"(/(?!\.\.?(/|$))[^/]+)+/?", "write an absolute path without . and .. in it"),
 }
-_AWS_QUEUE = (
+_AWS_QUEUE = re.compile(
     r"(?i)https?://(?:(?:[^/]+\.)?sqs(?:-fips)?\.([a-z0-9-]+)\.(?:vpce\.)?"
     r"(?:amazonaws\.com|api\.aws)|(?:([a-z0-9-]+)\.)?queue\.amazonaws\.com)"
     r"(?:\.cn)?(?::[0-9]+)?(/.*)?")
@@ -313,7 +319,7 @@ def _agents() -> int:
     """How many agents share this machine: NANOGRID_AGENTS, as the systemd template sets it."""
     text = os.environ.get("NANOGRID_AGENTS") or "1"
     if not re.fullmatch("[1-9][0-9]{0,2}", text):
-        raise ConfigError(f"NANOGRID_AGENTS: is {_shown(text)}; write how many agents there are")
+        raise ConfigError(f"NANOGRID_AGENTS: is {shown(text)}; write how many agents there are")
     return int(text)
 
 
@@ -340,17 +346,14 @@ class Settings:
                                       "SQS allows 1 to 10")
     code_bucket: str | None = _at("s3.codeBucket", "bucket")
     allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "buckets", ())
-    concurrency: int = _at("execution.concurrency", "count",
-                           _cores, 1, 1000)
+    concurrency: int = _at("execution.concurrency", "count", _cores, 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
     default_timeout_ms: int = _at(
         "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
         f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
-    shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0,
-                                      MAX_TIMEOUT_MS // 1000)
-    patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0,
-                                MAX_TIMEOUT_MS // 1000)
+    shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
+    patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0, 43_200)
     network: str = _at("execution.network", "network", "host")
     metadata: str = _at("execution.metadata", "metadata", "refuse")
     run_as: str | None = _at("execution.runAs", "user")
@@ -361,7 +364,7 @@ class Settings:
     max_disk_mb: int = _at("execution.maxDiskMb", "count", 2048)
     max_files: int = _at("execution.maxFiles", "count", 100_000)
     runtimes: Mapping[str, str] = _at("runtimes.python runtimes.cpp runtimes.nodejs runtimes.go",
-                                   "command", dict)
+                                      "command", dict)
     output_bucket: str | None = _at("output.bucket", "bucket")
     output_prefix: str = _at("output.s3Prefix", "prefix", "outputs")
     output_queue_url: str | None = _at("output.queueUrl", "queue")
@@ -379,6 +382,7 @@ _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("
 _HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
 _LEAVES = [tuple(row.path.split(".")) for row in SETTINGS]
 _SECTIONS = {leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf))}
+_Written = dict[str, tuple[Any, str]]  # path of a setting -> its value, and FILE:LINE
 
 
 def load_settings(path: Path | None, environ: Mapping[str, str],
@@ -392,11 +396,11 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     for row in SETTINGS:
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
         own, *fallbacks = [(_from_variable(name, row, environ), name) for name in names]
-        start = f"{path}:1" if path else row.variable
-        section = written.get(row.path.rpartition(".")[0], (None, start))
-        in_file = written.get(row.path, (None, section[1]))
-        known = [one for one in (own, in_file, *fallbacks) if one[0] is not None]
-        value, where = written[row.path] = known[0] if known else in_file
+        section = written.get(row.path.rpartition(".")[0])
+        in_file = written.get(row.path) or (None, section[1] if section else f"{path}:1" if path
+                                            else row.variable)
+        value, where = written[row.path] = next(
+            (one for one in (own, in_file, *fallbacks) if one[0] is not None), in_file)
         if value is None:
             faults = [] if local or row.field not in _REQUIRED else [
                 f"is missing; write it in application.yml, or set {' or '.join(names)}"]
@@ -412,8 +416,8 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     return Settings(**values), warnings
 
 
-def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[str]]:
-    """What a file says, as {path: (value, FILE:LINE)}; what is wrong with its keys; warnings."""
+def _from_file(path: Path) -> tuple[_Written, list[str], list[str]]:
+    """What a file says; what is wrong with its keys; warnings."""
     try:
         content = path.read_bytes()
         reader = _YamlReader(content.decode(), str(path))
@@ -424,14 +428,18 @@ def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
     written, problems, warnings = {}, [], []
-    for keys, value in _keys(reader.tree):
+    pending = [((key,), value) for key, value in reader.tree.items()]
+    while pending:
+        keys, value = pending.pop(0)
         dotted, where = repr(".".join(keys))[1:-1], f"{path}:{reader.line_of[keys]}"
         if dotted in _SPRING_ONLY:
             warnings.append(f"{where}: {dotted} is for the Spring Boot agent; passed over")
         elif keys in _LEAVES or keys in _SECTIONS and isinstance(value, (dict, type(None))):
             written[dotted] = value, where
+            if keys in _SECTIONS and value:
+                pending[:0] = [((*keys, key), below) for key, below in value.items()]
         elif keys in _SECTIONS:
-            problems.append(f"{where}: {dotted} is {_shown(value)}; write its keys beneath it, "
+            problems.append(f"{where}: {dotted} is {shown(value)}; write its keys beneath it, "
                             "indented, since it is a section")
         else:
             known = {".".join(one).lower(): ".".join(one) for one in (*_SECTIONS, *_LEAVES)
@@ -439,14 +447,6 @@ def _from_file(path: Path) -> tuple[dict[str, tuple[Any, str]], list[str], list[
             nearest = known[get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
     return written, problems, warnings
-
-
-def _keys(section: dict[str, Any], above: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """Each path of keys in a file with its value, but none beneath a section that is not ours."""
-    for key, value in section.items():
-        yield (*above, key), value
-        if (*above, key) in _SECTIONS and isinstance(value, dict):
-            yield from _keys(value, (*above, key))
 
 
 def _from_variable(name: str, row: Setting, environ: Mapping[str, str]) -> Any:
@@ -478,15 +478,15 @@ def _faults(row: Setting, value: Any) -> list[str]:
     else:
         fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
         advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
-    return [] if fits else [f"is {_shown(value)}; {advice}"]
+    return [] if fits else [f"is {shown(value)}; {advice}"]
 
 
-def _queue_problems(written: dict[str, tuple[Any, str]]) -> Iterator[str]:
+def _queue_problems(written: _Written) -> Iterator[str]:
     """What is wrong with the URLs of queues, beyond their being URLs."""
-    region = written.get("agent.aws.region", (None,))[0]
+    region = written["agent.aws.region"][0]
     for path in ("agent.sqs.queueUrl", "agent.output.queueUrl"):
-        url, where = written.get(path, ("", ""))
-        aws = re.fullmatch(_AWS_QUEUE, str(url))
+        url, where = written[path]
+        aws = _AWS_QUEUE.fullmatch(str(url))
         of_queue = aws and (aws[1] or aws[2] or "us-east-1").lower()
         if re.search("YOUR_[A-Z]|(?i:your_account)", str(url)):
             yield (f"{where}: {path} still holds YOUR_ACCOUNT_ID; write the id that `aws sts "
@@ -494,14 +494,14 @@ def _queue_problems(written: dict[str, tuple[Any, str]]) -> Iterator[str]:
         elif str(url).endswith(".fifo"):
             yield f"{where}: {path} is a FIFO queue; write the URL of a standard queue"
         elif aws and not re.fullmatch(r"/[0-9]{12}/[A-Za-z0-9_-]{1,80}", aws[3] or ""):
-            yield f"{where}: {path} is {_shown(url)}; write ...amazonaws.com/ACCOUNT_ID/NAME"
+            yield f"{where}: {path} is {shown(url)}; write ...amazonaws.com/ACCOUNT_ID/NAME"
         if aws and region not in (None, of_queue):
             yield (f"{where}: {path} is in {of_queue}, but agent.aws.region (or AWS_REGION) is "
-                   f"{_shown(region)}; write the queue's region in both")
+                   f"{shown(region)}; write the queue's region in both")
 
 
 # --------------------------------------------------------------------------------------------
-# Tasks: the message, checked field by field
+# Tasks: the message, and its zip, checked field by field
 # --------------------------------------------------------------------------------------------
 
 MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
@@ -509,9 +509,9 @@ REPORTED = {"requestId": "request_id", "functionId": "function_id", "runtime": "
             "timeoutMs": "timeout_ms", "memoryMb": "memory_mb"}
 
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
-_REQUEST_ID = rf"(?=.{{1,128}}\Z){_PART}"
-_FUNCTION_ID = rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*"
-_UNPRINTED = "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, lone surrogates
+_REQUEST_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}")
+_FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
+_UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone surrogates
 
 
 class Runtime(NamedTuple):
@@ -536,7 +536,7 @@ _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
 
 
 class Ended(Exception):
-    """A message's turn ends, with these fields of its Report; str() says what, where, what to do."""
+    """A message's turn ends with these fields of its Report; str() says what and what to do."""
 
     def __init__(self, **known: Any):
         super().__init__(known.get("text", known["status"]))
@@ -566,16 +566,16 @@ class Task:
         return {name: getattr(self, name) for name in REPORTED.values()}
 
 
-def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
+def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     """The task in a message body; raises Ended, which names every field that is wrong.
 
     `any_bucket` is for --local: s3Bucket is not looked at, s3Key is a path below a folder.
     """
-    fields, input_text = _read_json(body)
+    given, input_text = _read_json(body)
     values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
               "memoryMb": settings.default_memory_mb}
     # null for an optional field is how many serializers write "not set"
-    values.update((k, v) for k, v in fields.items() if v is not None or k not in values)
+    values.update((k, v) for k, v in given.items() if v is not None or k not in values)
     right: dict[str, Any] = {}
     wrong: dict[str, tuple[str, str]] = {}
     for name, reason, check, allowed in _rules(settings, any_bucket):
@@ -584,7 +584,7 @@ def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
         if name in values and check(values[name]):
             right[name] = values[name]
         else:
-            found = _quoted(values[name]) if name in values else "missing"
+            found = shown(values[name], in_json=True) if name in values else "missing"
             wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
@@ -595,17 +595,17 @@ def parse_task(body: str, settings: Any, any_bucket: bool = False) -> Task:
                 right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
 
 
-def _rules(settings: Any, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
+def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
     """(field, reason, check, what the check allows); a field's first rule makes its type sure."""
     buckets = [name for name in (settings.code_bucket, *settings.allowed_buckets) if name]
     return [
-        ("requestId", "task", lambda v: isinstance(v, str) and re.fullmatch(_REQUEST_ID, v),
+        ("requestId", "task", lambda v: isinstance(v, str) and _REQUEST_ID.fullmatch(v),
          "1 to 128 of A-Z a-z 0-9 . _ : -, and neither '.' nor '..'"),
-        ("functionId", "task", lambda v: isinstance(v, str) and re.fullmatch(_FUNCTION_ID, v),
+        ("functionId", "task", lambda v: isinstance(v, str) and _FUNCTION_ID.fullmatch(v),
          "1 to 128 of A-Z a-z 0-9 . _ : / - without an empty, '.' or '..' path part"),
         ("runtime", "task", lambda v: isinstance(v, str) and v in _RUNTIME_OF,
          f"one of {', '.join(_RUNTIME_OF)}"),
-        ("s3Key", "task", lambda v: isinstance(v, str) and not re.search(_UNPRINTED, v)
+        ("s3Key", "task", lambda v: isinstance(v, str) and not _UNPRINTED.search(v)
          and 1 <= len(v.encode()) <= MAX_KEY_BYTES,
          f"a string of 1 to {MAX_KEY_BYTES} bytes without control characters"),
         ("s3Key", "task", lambda v: not any_bucket or not {"", ".", ".."} & set(v.split("/")),
@@ -623,29 +623,25 @@ def _rules(settings: Any, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
 
 def _read_json(body: str) -> tuple[dict[str, Any], str]:
     """The message's fields, and the JSON text of `input` in ASCII ("" when there is none)."""
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {shown(twice, in_json=True)} stands twice in one object")
+        return dict(pairs)
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):  # NaN, 1e999: the function could not read it
+            raise ValueError(f"{shown(number, in_json=True)} is no number of JSON, or too large")
+        return value
+
     try:
-        fields = json.loads(body, object_pairs_hook=_unique, parse_float=_finite,
-                            parse_constant=_finite)
-        if isinstance(fields, dict):
-            return fields, json.dumps(fields["input"]) if "input" in fields else ""
+        found = json.loads(body, object_pairs_hook=unique, parse_float=finite,
+                           parse_constant=finite)
+        if isinstance(found, dict):
+            return found, json.dumps(found["input"]) if "input" in found else ""
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
         raise rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
-    raise rejected("task", f"the message is {_quoted(fields)}; it must be a JSON object")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {_quoted(twice)} stands twice in one object")
-    return fields
-
-
-def _finite(number: str) -> float:
-    """Neither NaN nor 1e999: both would be written for the function as what is not JSON."""
-    if not math.isfinite(value := float(number)):
-        raise ValueError(f"{_quoted(number)} is no number of JSON, or too large a one")
-    return value
+    raise rejected("task", f"the message is {shown(found, in_json=True)}; it must be a JSON object")
 
 
 def _why(error: Exception) -> str:
@@ -663,7 +659,7 @@ MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less ro
 MAX_PART_BYTES = 255               # NAME_MAX
 _UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
-_OUTSIDE = r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)"
+_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -731,7 +727,8 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInf
         while (path := path.rpartition("/")[0]) not in tree:
             tree[path] = None
         if _kind(tree[path]) != "folder":
-            raise _bad(member, f"stands below {_quoted(path)}, which is no folder; rename one")
+            raise _bad(member, f"stands below {shown(path, in_json=True)}, which is no folder; "
+                               "rename one")
         if len(tree) > MAX_PATHS:
             raise rejected("zip", f"the zip has over {MAX_PATHS} files and folders")
     return tree
@@ -742,9 +739,9 @@ def _path(member: zipfile.ZipInfo) -> str:
     name, method = member.filename, member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
     for is_wrong, what in (
-            (re.search(_UNPRINTED, member.orig_filename + name),  # zipfile ends filename at a NUL
+            (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
              "has a control character in its name; rename it"),
-            (re.search(_OUTSIDE, name),
+            (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
             (len(name.encode()) > MAX_NAME_BYTES
              or any(len(part.encode()) > MAX_PART_BYTES for part in parts),
@@ -794,13 +791,14 @@ def _link_target(path: str, target: str) -> str:
     ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
     if (not target or "\0" in target or target.startswith("/")
             or ups > path.count("/") or ".." in parts[ups:]):
-        raise rejected("zip", f"zip member {_quoted(path)} is a link to {_quoted(target)}; it "
-                              "must be relative, stay inside and have '..' only at its beginning")
+        raise rejected("zip", f"zip member {shown(path, in_json=True)} is a link to "
+                              f"{shown(target, in_json=True)}; it must be relative, stay inside "
+                              "and have '..' only at its beginning")
     return target
 
 
 def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
-    return rejected("zip", f"zip member {_quoted(member.orig_filename)} {what}")
+    return rejected("zip", f"zip member {shown(member.orig_filename, in_json=True)} {what}")
 
 
 def find_entry(target: Path, runtime: str) -> str:
@@ -817,22 +815,18 @@ def find_entry(target: Path, runtime: str) -> str:
     if there:
         hint = "; main is there but not executable: chmod +x before zipping"
     elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
-        hint = f"; {_quoted(below[0].parent.name)} has one: zip what is in that folder, not itself"
+        folder = shown(below[0].parent.name, in_json=True)
+        hint = f"; {folder} has one: zip what is in that folder, not itself"
     raise rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
 
 
 # --------------------------------------------------------------------------------------------
-# Log
+# Log: lines, and what fails for a while
 # --------------------------------------------------------------------------------------------
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-_UNSAFE = ("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
                      "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # bidi controls
-
-
-def printable(text: str) -> str:
-    """The text on one line: controls, line separators and what reorders text are escaped."""
-    return re.sub(_UNSAFE, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def iso(seconds: float) -> str:
@@ -853,14 +847,15 @@ class Log:
         self.write([self.line(level, text, pairs)])
 
     def line(self, level: str, text: str, pairs: Mapping[str, Any]) -> str:
-        """One line; "" when its level is not wanted."""
+        """One line, what would break or reorder it escaped; "" when its level is not wanted."""
         if LEVELS.index(level) < self.least:
             return ""
         now = iso(time.time())
         if self.json:
             return json.dumps({"time": now, "level": level, "message": text, **pairs}) + "\n"
-        shown = "".join(f" {key}={'-' if value is None else value}" for key, value in pairs.items())
-        return f"{now} {level} {printable(text + shown)}\n"
+        text += "".join(f" {key}={'-' if value is None else value}" for key, value in pairs.items())
+        safe = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        return f"{now} {level} {safe}\n"
 
     def write(self, lines: list[str]) -> None:
         """Write lines together; a standard error that is gone or full stops no job."""
@@ -875,6 +870,10 @@ MACHINE_AWAY = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG), "disk"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "descriptors"),
     errno.EAGAIN: "processes", errno.ENOMEM: "memory"}
+
+
+class GiveUp(Exception):
+    """The agent cannot go on; str() says why and what to do. Exit status 1."""
 
 
 class Outage(Exception):
@@ -921,33 +920,23 @@ class Fault:
                 seconds = time.monotonic() - self.since
                 self.log("INFO", f"{self.name} works again after {seconds:.1f} s")
 
-    def note(self, error: object) -> None:
-        """Note how a try ended."""
-        self.failed(error) if error else self.worked()
-
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note how the block ends; an OSError ends in here."""
+    def watched(self, goes_on: bool = False) -> Iterator[None]:
+        """Note how a block ends. An OSError of it that passes by itself becomes an Outage.
+
+        With `goes_on` no OSError leaves the block: what it did not do can be done without.
+        """
         try:
             yield
         except OSError as error:
-            self.failed(error)
+            if goes_on:
+                self.failed(error)
+            elif error.errno in MACHINE_AWAY:
+                raise Outage(self, MACHINE_AWAY[error.errno], error) from None
+            else:
+                raise
         else:
             self.worked()
-
-    @contextlib.contextmanager
-    def outage(self) -> Iterator[None]:
-        """An OSError of the block is an Outage, if it is one that passes."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in MACHINE_AWAY:
-                raise
-            raise Outage(self, MACHINE_AWAY[error.errno], error) from None
-
-
-class GiveUp(Exception):
-    """The agent cannot go on; str() says why and what to do. Exit status 1."""
 
 
 # --------------------------------------------------------------------------------------------
@@ -1111,7 +1100,7 @@ class Message:
     received: float = field(default_factory=time.monotonic)
 
 
-@dataclass
+@dataclass(eq=False)
 class Lease:
     """What keeps a message ours: its newest receipt handle, and until when that holds."""
 
@@ -1202,6 +1191,7 @@ class SqsQueue:
         """Delete a message that succeeded; give back or leave any other."""
         with self.condition:
             lease, now = self.leases[message.id], time.monotonic()
+            lease.wished = now
             if status == "ok":
                 self.finished[message.id] = None
                 while len(self.finished) > REMEMBERED:
@@ -1212,7 +1202,6 @@ class SqsQueue:
                 if status == "error":  # a machine that is ill must not empty the queue into the DLQ
                     delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
                     lease.delay = int(min(delay, lease.left(now)))
-            lease.wished = now
             if lease.lost:
                 self.log("WARNING", f"message {message.id} ended {status} with its lease lost: "
                                     "it is not deleted or given back from here")
@@ -1226,7 +1215,7 @@ class SqsQueue:
         if time.monotonic() + timeout_ms / 1000 + 1 < lease.ends:
             return True
         if self.may_change is None:
-            self._change([lease])
+            self._send([lease], "")
         return self.may_change is not False
 
     def held_until(self, message: Message) -> float:
@@ -1256,40 +1245,30 @@ class SqsQueue:
 
     def _deliver(self) -> None:
         """Send what is due until all is sent at the close."""
+        is_busy = False
         while True:
             with self.condition:
-                while (wait := self._due() - time.monotonic()) > 0:
-                    if self.closing and not any(lease.wish for lease in self.leases.values()):
-                        return
-                    self.condition.wait(wait)
+                if not is_busy:
+                    self.condition.wait(DELETE_WAIT_SECONDS if self.leases or self.closing else 60)
                 now = time.monotonic()
                 # What is too late SQS has back already.
                 self._forget([lease for lease in self.leases.values()
                               if lease.wish and lease.ends < now])
+                wishes = [lease for lease in self.leases.values() if lease.wish]
+                returns = [lease for lease in wishes if lease.wish == "return"]
+                deletes = [lease for lease in wishes if lease.wish == "delete"]
+                if self.closing and not wishes:
+                    return
                 beats = self._beats(now)
-                returns, deletes = self._wishes("return")[:BATCH], self._wishes("delete")[:BATCH]
-            for start in range(0, len(beats), BATCH):
-                self._change(beats[start:start + BATCH])
-            if returns and self.changing.retry_at <= now:
-                self._change(returns)
-            if deletes and self.deleting.retry_at <= now:
-                self._delete(deletes)
-
-    def _wishes(self, wish: str) -> list[Lease]:
-        """The leases of messages that are to be deleted, or returned; first wished, first."""
-        return sorted((lease for lease in self.leases.values() if lease.wish == wish),
-                      key=lambda lease: lease.wished)
-
-    def _due(self) -> float:
-        """When the courier has to act next."""
-        due = [lease.beat for lease in self.leases.values()
-               if lease.wish != "return" and not lease.lost]
-        if self._wishes("return"):
-            due.append(self.changing.retry_at)
-        if deletes := self._wishes("delete"):
-            full = 0.0 if len(deletes) >= BATCH else deletes[0].wished + DELETE_WAIT_SECONDS
-            due.append(max(self.deleting.retry_at, full))
-        return min(due, default=time.monotonic() + 60)
+            if self.changing.retry_at > now:
+                returns = []
+            are_young = all(lease.wished + DELETE_WAIT_SECONDS > now for lease in deletes)
+            if self.deleting.retry_at > now or are_young and len(deletes) < BATCH:
+                deletes = []
+            for leases, wish in ((beats, ""), (returns, "return"), (deletes, "delete")):
+                for start in range(0, len(leases), BATCH):
+                    self._send(leases[start:start + BATCH], wish)
+            is_busy = bool(beats or returns or deletes)
 
     def _beats(self, now: float) -> list[Lease]:
         """The leases to renew now; says which are lost."""
@@ -1308,54 +1287,40 @@ class SqsQueue:
                 lease.beat = now + max(0.5, (lease.ends - now) / 3)  # again, if this one fails
         return beats
 
-    def _send(self, call: Callable[..., Any], leases: list[Lease], more: list[dict[str, int]],
-              fault: Fault) -> tuple[list[Lease], dict[str, str], Exception | None]:
-        """Make a batch request: the leases that are settled, what was refused of them, the error."""
+    def _send(self, leases: list[Lease], wish: str) -> None:
+        """Delete, return or ("") keep these, in one request; what fails is tried again later."""
+        asked, deletes = time.monotonic(), wish == "delete"
+        call, fault = ((self.sqs.delete_message_batch, self.deleting) if deletes else
+                       (self.sqs.change_message_visibility_batch, self.changing))
+        seconds = [lease.delay if wish else min(self.visibility, int(lease.left(asked)))
+                   for lease in leases]
         answer, error = attempt(call, QueueUrl=self.url, Entries=[
-            {"Id": str(n), "ReceiptHandle": lease.receipt, **fields}
-            for n, (lease, fields) in enumerate(zip(leases, more))])
-        answer = answer or {}
-        failed = answer.get("Failed", [])
+            {"Id": str(n), "ReceiptHandle": lease.receipt,
+             **({} if deletes else {"VisibilityTimeout": seconds[n]})}
+            for n, lease in enumerate(leases)])
+        if error and not deletes and is_denied(error_code(error)):
+            return self._deny()
+        failed = {each["Id"]: each for each in (answer or {}).get("Failed", [])}
         # The sender's fault is a handle that no longer holds: no use in trying again.
-        refused = {each["Id"]: each.get("Code") for each in failed if each.get("SenderFault")}
-        passing = [each.get("Code") for each in failed if not each.get("SenderFault")]
-        if not error or not is_denied(error_code(error)):
-            fault.note(error or (passing and f"{call.__name__}: {passing[0]}"))
-        settled = [*refused, *(each["Id"] for each in answer.get("Successful", []))]
-        return ([leases[int(key)] for key in settled],
-                {leases[int(key)].message.id: code for key, code in refused.items()}, error)
-
-    def _delete(self, leases: list[Lease]) -> None:
-        """DeleteMessageBatch; what fails stays for the next try."""
-        settled, refused, _ = self._send(self.sqs.delete_message_batch, leases,
-                                         [{}] * len(leases), self.deleting)
-        for key, code in refused.items():
-            self.log("WARNING", f"message {key} was not deleted: {code}; it will be, when it "
-                                "comes back")
+        passing = [each.get("Code") for each in failed.values() if not each.get("SenderFault")]
+        if error or passing:
+            fault.failed(error or f"{call.__name__}: {passing[0]}")
+        else:
+            fault.worked()
         with self.condition:
-            self._forget(settled)
-
-    def _change(self, leases: list[Lease]) -> None:
-        """ChangeMessageVisibilityBatch, to return them or to keep them; what fails is tried again
-        while its lease lasts."""
-        asked, returned = time.monotonic(), leases[0].wish == "return"
-        seconds = {lease.message.id: lease.delay if returned else
-                   min(self.visibility, int(lease.left(asked))) for lease in leases}
-        settled, refused, error = self._send(
-            self.sqs.change_message_visibility_batch, leases,
-            [{"VisibilityTimeout": each} for each in seconds.values()], self.changing)
-        if error:
-            if is_denied(error_code(error)):
-                self._deny()
-            return
-        self.may_change = True
-        with self.condition:
-            if returned:
-                return self._forget(settled)
-            for lease in settled:
-                key = lease.message.id
-                lease.ends = asked + (0 if key in refused else seconds[key])
-                lease.beat = asked + (0 if key in refused else seconds[key] / 3)
+            for n, lease in enumerate([] if error else leases):
+                refused = failed.get(str(n))
+                if refused and not refused.get("SenderFault"):
+                    continue
+                if deletes and refused:
+                    self.log("WARNING", f"message {lease.message.id} was not deleted: "
+                                        f"{refused.get('Code')}; it will be, when it comes back")
+                if wish:
+                    self._forget([lease])
+                else:
+                    lease.ends = asked + (0 if refused else seconds[n])
+                    lease.beat = asked + (0 if refused else seconds[n] / 3)
+            self.may_change = self.may_change if error or deletes else True
 
     def _forget(self, leases: Iterable[Lease]) -> None:
         """Let go of messages, but of those that have been received again meanwhile."""
@@ -1366,7 +1331,7 @@ class SqsQueue:
     def _deny(self) -> None:
         """sqs:ChangeMessageVisibility is not granted: said once, and not tried again."""
         with self.condition:
-            self._forget(self._wishes("return"))
+            self._forget([lease for lease in self.leases.values() if lease.wish == "return"])
             if self.may_change is not False:
                 self.may_change = False
                 self.log("WARNING", "sqs:ChangeMessageVisibility is not granted: leases are not "
@@ -1375,7 +1340,10 @@ class SqsQueue:
 
 
 class FolderQueue:
-    """A folder as queue: a rename claims, and a lock on the file dies with its holder."""
+    """A folder as queue: a rename claims, and a lock on the file dies with its holder.
+
+    How often a task was taken before stands in the hidden file queue/.NAME.json.takes.
+    """
 
     RECEIVES = 3
     PARTS = ("queue", "running", "dead", "results", "code")
@@ -1389,19 +1357,14 @@ class FolderQueue:
         self.locks: dict[str, int] = {}
         self.stopping = False
         self.news, self._waker = os.pipe()
-        self.notices = self._watch()
+        self.notices = -1  # an inotify(7) descriptor for new tasks; without one it looks
+        with contextlib.suppress(OSError):
+            moved_to, close_write = 0x80, 0x8
+            self.notices = kernel("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
+            kernel("inotify_add_watch", self.notices, os.fsencode(root / "queue"),
+                   moved_to | close_write)
         self.fault = Fault(log, f"writing to {root}")
         self.recover()
-
-    def _watch(self) -> int:
-        """An inotify(7) descriptor for new tasks; -1 where there is none (then it looks)."""
-        moved_to, close_write = 0x80, 0x8
-        with contextlib.suppress(OSError):
-            fd = kernel("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
-            kernel("inotify_add_watch", fd, os.fsencode(self.root / "queue"),
-                   moved_to | close_write)
-            return fd
-        return -1
 
     def recover(self) -> None:
         """Put the tasks of agents that died back; their take counts."""
@@ -1414,24 +1377,23 @@ class FolderQueue:
                     os.close(lock)
 
     def _lock(self, name: str) -> int | None:
-        """Lock a task's file; None when another has it, or it is gone."""
+        """Lock a task's file; None when another has it, it is gone, or it cannot be (said once)."""
         path = f"{self.root}/{name}"
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._refuse(path, error)
-            return None
-        try:
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                self._refuse(path, "it is a folder")
-                raise IsADirectoryError
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                return fd
-        except OSError:
-            pass
+            return self._refuse(path, error)
+        is_ours = False
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            self._refuse(path, "it is a folder")
+        else:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_ours = os.path.samestat(os.fstat(fd), os.lstat(path))
+        if is_ours:
+            return fd
         os.close(fd)
         return None
 
@@ -1458,7 +1420,6 @@ class FolderQueue:
         return new
 
     def _takes(self, name: str) -> int:
-        """How often a task was taken before."""
         try:
             return int((self.root / "queue" / f".{name}.takes").read_text())
         except (OSError, ValueError):
@@ -1466,7 +1427,7 @@ class FolderQueue:
 
     def _count(self, name: str, takes: int) -> None:
         path = self.root / "queue" / f".{name}.takes"
-        with self.fault.noted():  # a take that is not counted is one more try
+        with self.fault.watched(goes_on=True):  # a take that is not counted is one more try
             if takes:
                 path.write_text(str(takes))
             else:
@@ -1497,8 +1458,7 @@ class FolderQueue:
                 continue
             try:
                 status = os.fstat(lock)
-                body = (os.pread(lock, status.st_size, 0) if status.st_size else b"").decode(
-                    "utf-8", "surrogateescape")
+                body = os.pread(lock, max(1, status.st_size), 0).decode("utf-8", "surrogateescape")
                 self._move(f"queue/{name}", f"running/{name}")
             except OSError as error:
                 os.close(lock)
@@ -1510,26 +1470,25 @@ class FolderQueue:
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Remove a task that succeeded; take another again at once, or bury it the third time."""
+        name, takes = message.id, message.receive_count
         # Once its file has moved, another of its name may be taken, and have a lock of its own.
-        lock = self.locks.pop(message.id)
+        lock = self.locks.pop(name)
         try:
-            self._put_away(message.id, message.receive_count, status, result)
+            is_over = status == "ok" or status != "released" and takes >= self.RECEIVES
+            if is_over and takes > 1:
+                self._count(name, 0)
+            if status == "ok":
+                os.unlink(f"{self.root}/running/{name}")
+            elif is_over:
+                with self.fault.watched(goes_on=True):  # the log says why the task failed, too
+                    write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
+                self._move(f"running/{name}", f"dead/{name}")
+            elif status == "released":  # a take that was given back does not count
+                self._put_back(name, takes - 1)
+            else:
+                self.names.append(self._put_back(name, takes))
         finally:
             os.close(lock)
-
-    def _put_away(self, name: str, takes: int, status: str, result: object) -> None:
-        if takes > 1 and (status == "ok" or status != "released" and takes >= self.RECEIVES):
-            self._count(name, 0)
-        if status == "ok":
-            os.unlink(f"{self.root}/running/{name}")
-        elif status == "released":  # a take that was given back does not count
-            self._put_back(name, takes - 1)
-        elif takes >= self.RECEIVES:
-            with self.fault.noted():  # without it, the log still says why the task failed
-                write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
-            self._move(f"running/{name}", f"dead/{name}")
-        else:
-            self.names.append(self._put_back(name, takes))
 
     def fits(self, message: Message, timeout_ms: int) -> bool:
         """A folder's lease has no end."""
@@ -1582,21 +1541,28 @@ def write_json(directory: str, name: str, value: object) -> None:
 
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
 CACHE_BYTES = 8 * 1024 * MIB  # packages in no use are dropped beyond this, oldest use first
+BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
+                "that does not exist looks like this, too)")
 
 
-@dataclass
+@dataclass(eq=False)
 class Package:
     """An unpacked zip: a directory that no function can write to."""
 
     path: Path
     etag: str
     entry: str
-    size: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    size: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 0
     used: float = 0.0
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
+
+    @property
+    def built(self) -> Path:
+        """Where it stands with its program compiled."""
+        return self.path.with_suffix(".built")
 
     def serves(self, message: Message) -> bool:
         """Whether this is right for a message without asking: confirmed after that was sent.
@@ -1605,10 +1571,6 @@ class Package:
         """
         return (message.received < self.asked
                 or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
-
-
-BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
-                "that does not exist looks like this, too)")
 
 
 class S3Code:
@@ -1620,8 +1582,8 @@ class S3Code:
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
         """Write the zip to `target`, unless `known` is still its ETag; (ETag, when S3 said so).
 
-        Raises Ended when there is no such object or no permission, Outage when S3 is away, and
-        OSError when the disk is.
+        The time is by S3's own clock, 0 where it is not known. Raises Ended when there is no such
+        object or no permission, Outage when S3 is away, and OSError when the disk is.
         """
         condition = {"IfNoneMatch": known} if known else {}
         answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key, **condition)
@@ -1633,7 +1595,10 @@ class S3Code:
             self._download(answer, target, f"s3://{task.bucket}/{task.key}")
             known = answer["ETag"]
         self.fault.worked()
-        return known, s3_time(answer)
+        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        with contextlib.suppress(TypeError, ValueError):
+            return known, parsedate_to_datetime(headers.get("date")).timestamp()
+        return known, 0.0
 
     def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
         """Write a body to a file, whole or not at all: its length is checked before it counts."""
@@ -1666,15 +1631,6 @@ class S3Code:
                      text=f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}")
 
 
-def s3_time(answer: Mapping[str, Any]) -> float:
-    """The time of an answer by S3's own clock, in seconds since the epoch."""
-    try:
-        return parsedate_to_datetime(
-            answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
-    except (KeyError, TypeError, ValueError):
-        return 0.0  # never trusted: asked again each time
-
-
 class FolderCode:
     """The zips of DIR/code; a file's identity is its ETag."""
 
@@ -1685,23 +1641,19 @@ class FolderCode:
         """As S3Code.get, for a file."""
         path = f"{self.root}/{task.key}"
         try:
-            if known and file_etag(os.stat(path)) == known:
-                return known, 0.0
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise rejected("key", f"{path} is no file")
-                with open(target, "wb") as copy:
-                    shutil.copyfileobj(file, copy)
+                # It is another as soon as the file is overwritten or replaced.
+                etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+                if etag != known:
+                    with open(target, "wb") as copy:
+                        shutil.copyfileobj(file, copy)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise rejected("key", f"{path} does not exist; put the zip there, or correct s3Key"
                            ) from None
-        return file_etag(status), 0.0
-
-
-def file_etag(status: os.stat_result) -> str:
-    """What changes when a file is overwritten or replaced."""
-    return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+        return etag, 0.0
 
 
 class CodeCache:
@@ -1714,7 +1666,6 @@ class CodeCache:
         self.key_locks: defaultdict[tuple[str, str, str], threading.Lock] = defaultdict(
             threading.Lock)
         self.packages: dict[tuple[str, str, str], Package] = {}
-        self.replaced: list[Package] = []
         self.serial = 0
 
     def get(self, task: Task, message: Message) -> Package:
@@ -1735,61 +1686,52 @@ class CodeCache:
             return package
 
     def release(self, package: Package) -> None:
-        """Say that a run no longer needs its package."""
+        """Say that a run no longer needs its package, which goes if it was replaced meanwhile."""
         with self.lock:
             package.users -= 1
+            is_known = package in self.packages.values()
+        if not is_known and not package.users:
+            self._remove(package)
 
     def _refresh(self, key: tuple[str, str, str], task: Task, old: Package | None) -> Package:
+        """Ask the source: the old package if that is still right, else the new one, taken in."""
         with self.lock:
             self.serial += 1
             place = self.directory / str(self.serial)
         archive = place.with_suffix(".zip")
         asked = time.monotonic()
         try:
-            with self.fault.outage():
+            with self.fault.watched():
                 etag, confirmed = self.source.get(task, old.etag if old else "", archive)
                 if old and etag == old.etag:
                     old.asked, old.confirmed = asked, confirmed
                     return old
                 place.mkdir(mode=0o755)
                 unpack(archive, place)
-                package = Package(place, etag, find_entry(place, task.runtime), tree_size(place),
-                                  asked=asked, confirmed=confirmed)
-            self.fault.worked()
+                size = sum(entry.lstat().st_size for entry in place.rglob("*"))
+                package = Package(place, etag, find_entry(place, task.runtime), size, asked=asked,
+                                  confirmed=confirmed)
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
         finally:
             archive.unlink(missing_ok=True)
-        self._store(key, package)
+        with self.lock:
+            gone = [old] if old and not old.users else []
+            self.packages[key] = package
+            size = sum(one.size for one in self.packages.values())
+            for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
+                if size > CACHE_BYTES and not one.users and one is not package:
+                    gone.append(self.packages.pop(name))
+                    size -= one.size
+        for one in gone:
+            self._remove(one)
         return package
 
-    def _store(self, key: tuple[str, str, str], package: Package) -> None:
-        """Take a new package in; drop what it replaces, and old ones that nobody uses."""
-        with self.lock:
-            if old := self.packages.get(key):
-                self.replaced.append(old)
-            self.packages[key] = package
-            gone = [one for one in self.replaced if not one.users]
-            self.replaced = [one for one in self.replaced if one.users]
-            total = sum(one.size for one in self.packages.values())
-            for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if total > CACHE_BYTES and not one.users and one is not package:
-                    gone.append(self.packages.pop(name))
-                    total -= one.size
-        for one in gone:
-            for path in (one.path, built_path(one.path)):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def built_path(path: Path) -> Path:
-    """Where the package of `path` stands with its program compiled."""
-    return path.with_suffix(".built")
-
-
-def tree_size(path: Path) -> int:
-    """Bytes of all files below a directory of ours."""
-    return sum(entry.lstat().st_size for entry in path.rglob("*"))
+    @staticmethod
+    def _remove(package: Package) -> None:
+        for path in (package.path, package.built):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1841,7 +1783,7 @@ import os
 here = set(sys.modules)
 looked_at = list(sys.path_importer_cache)
 import _weakref as weakref
-import atexit, ctypes, gc, marshal, resource
+import atexit, ctypes, gc, marshal, resource, time
 os.chdir("/")
 prctl = ctypes.CDLL(None).prctl
 compile("", "", "exec")  # makes the types of syntax trees: 0.6 ms that no fork need spend again
@@ -1884,7 +1826,8 @@ def become(channel, request):
     for name, value in request["env"].items():  # update() would touch 60 pages more
         os.environ[name] = value
         sys.modules["posix"].environ[name.encode()] = os.fsencode(value)
-    os.write(channel, b"%d" % os.getpid())  # from here on the time is the function's
+    # From here on the time is the function's.
+    os.write(channel, marshal.dumps((os.getpid(), time.monotonic()), 2))
     os.close(channel)
     path = os.getcwd() + "/main.py"
     for name in set(sys.path_importer_cache).difference(looked_at):
@@ -2106,8 +2049,9 @@ class Room:
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
-            if not os.geteuid():
-                self._try("functions see other users' processes in /proc", self._mount_proc)
+            if not os.geteuid():  # before Linux 5.8, which knows no `invisible`, it is refused
+                self._try("functions see other users' processes in /proc", lambda: mount(
+                    "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
         os.makedirs(f"{self.feed}/out", exist_ok=True)
         self._try("functions may use the machine's abstract sockets" if place.uid is not None else
                   "functions may write and signal whatever this user may", self._make_ruleset)
@@ -2169,7 +2113,11 @@ class Room:
         # file system on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
         os.mkdir(f"{self.feed}/queues")
-        self._mount_queues()
+        with contextlib.suppress(OSError):  # a kernel without message queues
+            mount("queues", f"{self.feed}/queues", "mqueue", flags)
+            self.queues = f"{self.feed}/queues"
+            if os.path.isdir("/dev/mqueue"):
+                mount(self.queues, "/dev/mqueue", "", MS_BIND)
 
     def _show(self, path: str, fd: int, cover: str) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered.
@@ -2192,17 +2140,6 @@ class Room:
             flags = os.statvfs(path).f_flag & MS_KEPT
             mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
 
-    def _mount_queues(self) -> None:
-        with contextlib.suppress(OSError):  # a kernel without them
-            mount("queues", f"{self.feed}/queues", "mqueue", MS_NOSUID | MS_NODEV)
-            self.queues = f"{self.feed}/queues"
-            if os.path.isdir("/dev/mqueue"):
-                mount(self.queues, "/dev/mqueue", "", MS_BIND)
-
-    def _mount_proc(self) -> None:
-        """A proc of its own; before Linux 5.8, which knows no `invisible`, it would be everyone's."""
-        mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible")
-
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
 
@@ -2217,15 +2154,16 @@ class Room:
         change = MAY_WRITE | MAY_REFER | MAY_CHANGE | (MAY_TRUNCATE if version >= 3 else 0)
         attributes = struct.pack("QQQ", 0 if own_uid else change, 0, SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
-        if not own_uid:
-            mine = [*(f"{self.place.directory}/own/{name}" for name in OWN), *self.own]
-            mine += [self.queues] if self.queues else []
-            devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
-            for path in (*mine, f"{self.feed}/out", *devices):
-                right = change if path in mine else MAY_WRITE
-                fd = os.open(path, os.O_PATH)
-                kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, struct.pack("=Qi", right, fd), 0)
-                os.close(fd)
+        if own_uid:
+            return
+        mine = [*(f"{self.place.directory}/own/{name}" for name in OWN), *self.own]
+        mine += [self.queues] if self.queues else []
+        devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
+        for path in (*mine, f"{self.feed}/out", *devices):
+            right = change if path in mine else MAY_WRITE
+            fd = os.open(path, os.O_PATH)
+            kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, struct.pack("=Qi", right, fd), 0)
+            os.close(fd)
 
     # For each run.
 
@@ -2242,10 +2180,6 @@ class Room:
         status = os.statvfs(SHM)
         return (status.f_blocks - status.f_bfree) * status.f_frsize
 
-    def shm_is_full(self) -> bool:
-        """Whether /dev/shm has no room left."""
-        return SHM in self.own and os.statvfs(SHM).f_bfree == 0
-
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
         return bool(self.queues and os.listdir(self.queues) or self.own and any(
@@ -2253,6 +2187,11 @@ class Room:
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a directory, and no link to one."""
+    return entry.is_dir(follow_symlinks=False)
 
 
 def sweep(path: str, keep: Collection[str] = ()) -> None:
@@ -2268,7 +2207,7 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
         for entry in list(os.scandir(directory)):
             if directory == path and entry.name in keep:
                 continue
-            if entry.is_dir(follow_symlinks=False):
+            if is_folder(entry):
                 os.chmod(entry.path, 0o700)
                 pending.append(f"{path}/{os.urandom(8).hex()}")
                 os.rename(entry.path, pending[-1])
@@ -2278,26 +2217,19 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
             os.rmdir(directory)
 
 
-def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
-    """(bytes, files) below these directories; stops counting beyond `most_files`."""
-    size = count = 0
-    pending = list(paths)
-    while pending and count <= most_files:
-        with contextlib.suppress(OSError):  # it changes while we look
-            for entry in os.scandir(pending.pop()):
-                count += 1
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-                else:
-                    status = entry.stat(follow_symlinks=False)
-                    size += status.st_blocks * 512 // status.st_nlink
-    return size, count
-
-
 def mark_of(path: str) -> tuple[int, int]:
     """What is another as soon as the file, its mode or a directory's entries are."""
     status = os.lstat(path)
     return status.st_ino, status.st_ctime_ns
+
+
+def remove(path: str) -> None:
+    """Remove what is at a path, whatever a function put there."""
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        sweep(path)
+        os.rmdir(path)
+    else:
+        os.unlink(path)
 
 
 class Workspace:
@@ -2317,16 +2249,19 @@ class Workspace:
         self.linked = place.uid not in (None, os.getuid())
         self.package = ""
         self.wanted: dict[str, list[os.DirEntry]] = {}  # directory of the package -> its entries
-        self.marks: dict[str, tuple[int, int]] = {}  # path -> mark_of() when it was pristine
+        self.marks: dict[str, tuple[int, int]] = {}  # path -> inode and ctime when it was pristine
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
         if package != self.package:
-            self.wanted, self.package = self._scan(package), package
+            self.wanted, self.package = {}, package
+            for directory in (pending := [package]):
+                self.wanted[directory] = list(os.scandir(directory))
+                pending += [each.path for each in self.wanted[directory] if is_folder(each)]
             self.marks.clear()
         for path in self.private:
             if self._has_changed(path):
-                self._have(path)
+                self._have(path, 0o700)
                 sweep(path)
                 self._own(path, 0o700)
                 self.marks[path] = mark_of(path)
@@ -2346,15 +2281,6 @@ class Workspace:
                 os.chmod(path, 0o1777 if path in self.room.own else 0o711)
                 self.marks[path] = mark_of(path)
 
-    @staticmethod
-    def _scan(package: str) -> dict[str, list[os.DirEntry]]:
-        """What every directory of a package holds, parents first."""
-        found: dict[str, list[os.DirEntry]] = {}
-        for directory in (pending := [package]):
-            found[directory] = list(os.scandir(directory))
-            pending += [each.path for each in found[directory] if is_folder(each)]
-        return found
-
     def _fill(self, path: str, entries: list[os.DirEntry]) -> None:
         """Give a directory of the workspace just these entries, unless it has them still."""
         files = [entry for entry in entries if not is_folder(entry)]
@@ -2362,13 +2288,12 @@ class Workspace:
                 self._has_changed(f"{path}/{file.name}") for file in files)):
             return
         folders = {entry.name for entry in entries} - {file.name for file in files}
-        self._have(path)
-        self._own(path, 0o755)
+        self._have(path, 0o755)
         for entry in list(os.scandir(path)):
             if entry.name not in folders or not is_folder(entry):
-                self._remove(entry.path)
+                remove(entry.path)
         for name in folders:
-            self._have(f"{path}/{name}")
+            self._have(f"{path}/{name}", 0o755)
         for file in files:
             copy = f"{path}/{file.name}"
             if self.linked and not file.is_symlink():
@@ -2384,35 +2309,21 @@ class Workspace:
         A function may have passed its own on, and none may see those of the next run.
         """
         feed = self.room.feed
-        for path in (feed, f"{feed}/out"):
-            self._have(path)
         for name in ("stdin", "run", *OUTPUTS):
             if os.path.lexists(f"{feed}/{name}"):
-                self._remove(f"{feed}/{name}")
+                remove(f"{feed}/{name}")
         with open(f"{feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
         for name in OUTPUTS:  # its own: it may open /dev/stdout again
             os.mkfifo(f"{feed}/{name}")
             self._own(f"{feed}/{name}", 0o600)
 
-    def _have(self, path: str) -> None:
-        """Have a directory at `path`, whatever a function put there."""
+    def _have(self, path: str, mode: int) -> None:
+        """Have a directory of the function's at `path`, whatever a function put there."""
         if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
         os.makedirs(path, exist_ok=True)
-
-    def _has_changed(self, path: str) -> bool:
-        try:
-            return self.marks.get(path) != mark_of(path)
-        except OSError:  # it is gone
-            return True
-
-    def _remove(self, path: str) -> None:
-        if stat.S_ISDIR(os.lstat(path).st_mode):
-            sweep(path)
-            os.rmdir(path)
-        else:
-            os.unlink(path)
+        self._own(path, mode)
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
@@ -2420,10 +2331,11 @@ class Workspace:
             os.chown(path, self.place.uid, self.place.gid)
         os.chmod(path, mode)
 
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a directory, and no link to one."""
-    return entry.is_dir(follow_symlinks=False)
+    def _has_changed(self, path: str) -> bool:
+        try:
+            return self.marks.get(path) != mark_of(path)
+        except OSError:  # it is gone
+            return True
 
 
 # --- Helpers: the processes that fork runs ---
@@ -2439,10 +2351,7 @@ class Output:
 
     def read(self) -> bool:
         """Take what is there now; False at the end of the stream."""
-        try:
-            chunk = os.read(self.fd, 65536)
-        except BlockingIOError:
-            return False
+        chunk = read_nonblocking(self.fd)
         if self.tee:
             write_all(self.tee, chunk)
         self.count += len(chunk)
@@ -2485,27 +2394,20 @@ class Helper:
         try:
             self.pid = os.fork()
             if not self.pid:
-                self._exec(argv, env, cwd, files)
+                try:
+                    self._confine(files)
+                    os.chdir(cwd)
+                    os.execve(argv[0], argv, env)
+                finally:
+                    os._exit(127)
         finally:
             for fd in set(files):
                 os.close(fd)
 
-    def _exec(self, argv: list[str], env: dict[str, str], cwd: str, files: list[int]) -> NoReturn:
-        try:
-            self._confine(files)
-            if self.place.uid is not None and not self.privileged:
-                os.setgroups(self.place.groups)
-                os.setresgid(*[self.place.gid] * 3)
-                os.setresuid(*[self.place.uid] * 3)  # takes all capabilities, too
-            os.chdir(cwd)
-            os.execve(argv[0], argv, env)
-        finally:
-            os._exit(127)
-
     def _confine(self, files: list[int]) -> None:
-        """In the new child: limits, and descriptors 0, 1, 2, … from `files` alone."""
+        """In the new child: user, limits, and descriptors 0, 1, 2, … from `files` alone."""
         if self.place.uid is None and not os.getuid():
-            kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # exec leaves even uid 0 no capability
+            kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
         os.setpgid(0, 0)  # of the supervisor's session, or it could not give the function a group
         for name, value in self.place.limits.items():
             # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
@@ -2524,6 +2426,10 @@ class Helper:
         os.closerange(len(files), 1024)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        if self.place.uid is not None and not self.privileged:
+            os.setgroups(self.place.groups)
+            os.setresgid(*[self.place.gid] * 3)
+            os.setresuid(*[self.place.uid] * 3)  # takes all capabilities, too
 
     def write(self, fd: int, message: bytes) -> None:
         """Send it something; raises ConnectionError when it is gone."""
@@ -2541,12 +2447,6 @@ class Helper:
             if answer := self.channel.recv(1000):
                 return answer
         raise ConnectionError(f"{self.name} ended")
-
-    def done(self, child: int) -> int:
-        """A descriptor that is readable once the run has ended (pidfd_open(2), Linux 5.3)."""
-        with contextlib.suppress(ProcessLookupError):
-            return os.pidfd_open(child)
-        return os.dup(self.channel.fileno())  # it has ended, and its status is under way
 
     def ended(self) -> bool:
         """Whether it is gone: a run under its uid may have killed it."""
@@ -2575,8 +2475,8 @@ class ForkShell(Helper):
         super().__init__(room, [room.place.shell, "-c", FORK_SHELL, self.script], env, "/",
                          [null, null, null, gate])
 
-    def start(self, job: Job, data_bytes: int) -> int:
-        """Start the job; its pid, a child of ours. Raises ConnectionError."""
+    def start(self, job: Job, data_bytes: int) -> tuple[int, float]:
+        """Start the job; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
         feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.place.directory}/own/work")
         processes = self.place.limits["RLIMIT_NPROC"]
         lines = [f"ulimit -d {data_bytes // 1024}",
@@ -2595,8 +2495,9 @@ class ForkShell(Helper):
         child = int(answer)
         if not self.session:
             os.setpgid(child, child)
+        started = time.monotonic()
         self.write(self.gate, b"\n")
-        return child
+        return child, started
 
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended."""
@@ -2622,18 +2523,18 @@ class ReadyPython(Helper):
         os.close(unread)
         self.receive(30)
 
-    def start(self, job: Job, data_bytes: int) -> int:
-        """Start the job; its pid, a child of the interpreter. Raises ConnectionError."""
+    def start(self, job: Job, data_bytes: int) -> tuple[int, float]:
+        """Start the job; its pid, a child of the interpreter, and when. Raises ConnectionError."""
         self.runs += 1
         processes = self.place.limits["RLIMIT_NPROC"]
         self.write(self.channel.fileno(), marshal.dumps({
             "directory": self.place.directory, "uid": self.place.uid, "gid": self.place.gid,
             "groups": self.place.groups, "env": {name: job.env[name] for name in RUN_ENV},
             "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
-        answer = self.receive()
-        if not answer.isdigit():
+        begun = marshal.loads(self.receive())
+        if not isinstance(begun[1], float):
             raise ConnectionError("the function's process ended before it began")
-        return int(answer)
+        return begun
 
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
@@ -2641,6 +2542,13 @@ class ReadyPython(Helper):
 
 
 # --- The supervisor: one run from its workspace to its outcome ---
+
+# A program that failed says, last of all, that it was refused memory: the kernel keeps no count of
+# refusals, and these are the runtimes' own words for one.
+REFUSED = re.compile(
+    r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
+    r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
+    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)")
 
 
 class Supervisor:
@@ -2660,7 +2568,7 @@ class Supervisor:
 
     def serve(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
-        self._say({"pid": os.getpid(), "open": self.room.open})
+        answer_to(self.agent, {"pid": os.getpid(), "open": self.room.open})
         requests = self.agent.makefile("r", encoding="utf-8")
         while (self.life not in select.select([self.agent, self.life], [], [])[0]
                and (line := requests.readline())):
@@ -2669,15 +2577,12 @@ class Supervisor:
                 answer = self.run(Job(**json.loads(line)))
                 answer["is_last"] = self.room.has_ipc()  # which ends with its namespace
             except OSError as error:  # ConnectionError is one
-                self.end_all()
+                self.end_run(self.helpers)
                 answer = {"errno": error.errno, "text": str(error), "begun": self.begun}
-            self._say(answer)
+            answer_to(self.agent, answer)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
-        self.end_all()
-
-    def _say(self, answer: dict[str, Any]) -> None:
-        self.agent.sendall(json.dumps(answer).encode() + b"\n")
+        self.end_run(self.helpers)
 
     def run(self, job: Job) -> dict[str, Any]:
         """One run; the fields of its Report that are known here. Raises OSError."""
@@ -2689,10 +2594,15 @@ class Supervisor:
             helper, start = self._helper(job)
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
-            child = helper.start(job, max(3 * job.memory_mb, 2 * job.memory_mb + 192) * MIB)
+            child, started = helper.start(job, max(3 * job.memory_mb,
+                                                   2 * job.memory_mb + 192) * MIB)
             self.begun = True
-            started_at, started = time.time(), time.monotonic()  # the fork is not the function's
-            watch = Watch(self, job, helper.done(child), outputs, started)
+            started_at = time.time() - (time.monotonic() - started)
+            try:
+                done = os.pidfd_open(child)  # readable once the run has ended (Linux 5.3)
+            except ProcessLookupError:  # it has, and its status is under way
+                done = os.dup(helper.channel.fileno())
+            watch = Watch(self, job, done, outputs, started)
             end = watch.wait()
             duration = time.monotonic() - started
             if end != "exit":  # leaving the status of its first process to be taken
@@ -2705,8 +2615,9 @@ class Supervisor:
         peak = max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
         if end == "exit":
-            refused = code and (REFUSED.search(texts[1][-2000:]) or self.room.shm_is_full())
-            end = "oom" if refused or peak > job.memory_mb * MIB else "failed" if code else "ok"
+            cap = job.memory_mb * MIB
+            refused = REFUSED.search(texts[1][-2000:]) or self.room.shm_bytes() >= cap
+            end = "oom" if peak > cap or code and refused else "failed" if code else "ok"
         return {"status": "failed" if end == "disk" else end,
                 "reason": "disk" if end == "disk" else None, "exit_code": code,
                 "peak_memory_bytes": peak, "duration_millis": round(duration * 1000),
@@ -2715,13 +2626,13 @@ class Supervisor:
 
     def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this job, made if need be, and whether that is a warm or a cold start."""
-        self._close(*[name for name, helper in self.helpers.items() if helper.ended()])
+        self._close([name for name, helper in self.helpers.items() if helper.ended()])
         base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
         if job.warm and job.warm != self.unready:
             ready = self.helpers.get(job.warm)
             if ready and ready.runs < READY_RUNS:
                 return ready, "warm"
-            self._close(job.warm)
+            self._close([job.warm])
             try:
                 ready = self.helpers[job.warm] = ReadyPython(self.room, base, job.warm)
                 return ready, "cold"
@@ -2731,17 +2642,15 @@ class Supervisor:
             self.helpers[""] = ForkShell(self.room, base)
         return self.helpers[""], "cold"
 
-    def _close(self, *interpreters: str) -> None:
-        """End those helpers that there are."""
-        for helper in filter(None, [self.helpers.pop(each, None) for each in interpreters]):
-            helper.close()
-
-    def _helper_pids(self) -> list[int]:
-        return [helper.pid for helper in self.helpers.values()]
+    def _close(self, names: Iterable[str]) -> None:
+        """End those of these helpers that there are."""
+        for name in list(names):
+            if helper := self.helpers.pop(name, None):
+                helper.close()
 
     def run_pids(self) -> list[int]:
         """All processes of the run."""
-        return descendants(self._helper_pids())
+        return descendants([helper.pid for helper in self.helpers.values()])
 
     def _kill_user(self) -> None:
         """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
@@ -2755,28 +2664,16 @@ class Supervisor:
             finally:
                 os._exit(0)
         os.waitpid(killer, 0)
-        self._close("")
+        self._close([""])
 
-    def end_run(self) -> None:
-        """Nothing of a run outlives it: daemons, other sessions, stopped processes."""
+    def end_run(self, helpers: Iterable[str] = ()) -> None:
+        """Nothing of a run outlives it: daemons, other sessions, stopped ones; nor `helpers`."""
+        self._close(helpers)
         if self.run_pids():
             self._kill_user()
             # What clone(CLONE_PARENT) made a helper's child, it won't reap.
-            self._close(*[name for name, helper in self.helpers.items()
-                          if children_of(helper.pid)])
-            end_descendants(self._helper_pids())
-
-    def end_all(self) -> None:
-        self._close(*self.helpers)
-        self.end_run()
-
-
-# A program that failed says, last of all, that it was refused memory: the kernel keeps no count of
-# refusals, and these are the runtimes' own words for one.
-REFUSED = re.compile(
-    r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
-    r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
-    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)")
+            self._close([name for name, helper in self.helpers.items() if children_of(helper.pid)])
+            end_descendants([helper.pid for helper in self.helpers.values()])
 
 
 # --- The launcher ---
@@ -2812,7 +2709,7 @@ def launch(control: socket.socket) -> None:
                     supervisors[pidfd] = pid
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
-                    refuse(agent, error)
+                    answer_to(agent, {"errno": error.errno, "text": str(error)})
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
             os.waitpid(supervisors.pop(pidfd), 0)
@@ -2830,15 +2727,14 @@ def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int
         kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
         Supervisor(Place(**json.loads(message)), agent, life).serve()
     except OSError as error:
-        refuse(agent, error)
+        answer_to(agent, {"errno": error.errno, "text": str(error)})
     finally:
         os._exit(0)
 
 
-def refuse(agent: socket.socket, error: OSError) -> None:
-    """Tell the agent why there is no supervisor."""
-    with contextlib.suppress(OSError):
-        answer = {"errno": error.errno, "text": str(error)}
+def answer_to(agent: socket.socket, answer: dict[str, Any]) -> None:
+    """Send the agent one line; one that has gone needs none."""
+    with contextlib.suppress(ConnectionError):
         agent.sendall(json.dumps(answer).encode() + b"\n")
 
 
@@ -2849,7 +2745,9 @@ def refuse(agent: socket.socket, error: OSError) -> None:
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
 FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
-DISK_LOOK_SECONDS = 0.25  # the same for its disk
+DISK_LOOK_SECONDS = 0.25  # how often it looks at a run's disk
+SHARE = re.compile(rb"^Pss: +(\d+)", re.MULTILINE)
+MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *", re.MULTILINE)  # then its path
 
 
 class Watch:
@@ -2897,8 +2795,13 @@ class Watch:
         cap = self.job.memory_mb * MIB
         if self._held(cap) > cap:
             return "oom"
-        if now >= self.next_disk_look and self._over_disk():
-            return "disk"
+        if now >= self.next_disk_look:
+            began = time.monotonic()
+            size, count = disk_usage(self.supervisor.workspace.on_disk, self.job.files)
+            if size > self.job.disk_mb * MIB or count > self.job.files:
+                return "disk"
+            now = time.monotonic()  # counting takes a tenth of the time at most
+            self.next_disk_look = now + max(DISK_LOOK_SECONDS, 10 * (now - began))
         # A look at a large tree is not cheap: not more than a quarter of the time, unless a run
         # that fills memory as fast as memory is could get over what it may hold at most.
         self.next_look = now + max(LOOK_SECONDS, min(4 * (time.monotonic() - now),
@@ -2932,15 +2835,6 @@ class Watch:
         self.largest = max(self.largest, held)
         return held
 
-    def _over_disk(self) -> bool:
-        """Whether the run keeps too much on disk; counting takes a tenth of the time at most."""
-        started = time.monotonic()
-        workspace = self.supervisor.workspace
-        size, count = disk_usage(workspace.on_disk, self.job.files)
-        now = time.monotonic()
-        self.next_disk_look = now + max(DISK_LOOK_SECONDS, 10 * (now - started))
-        return size > self.job.disk_mb * MIB or count > self.job.files
-
 
 def resident(pids: list[int]) -> dict[int, int]:
     """The resident bytes of each of these processes; cheap, and pages they share count for each."""
@@ -2960,8 +2854,20 @@ def resident_together(pids: list[int], shm: int) -> int:
                             if not entry.startswith(os.fsencode(SHM)))
 
 
-SHARE = re.compile(rb"^Pss: +(\d+)", re.MULTILINE)
-MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *", re.MULTILINE)  # then its path
+def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
+    """(bytes, files) below these directories; stops counting beyond `most_files`."""
+    size = count = 0
+    pending = list(paths)
+    while pending and count <= most_files:
+        with contextlib.suppress(OSError):  # it changes while we look
+            for entry in os.scandir(pending.pop()):
+                count += 1
+                if is_folder(entry):
+                    pending.append(entry.path)
+                else:
+                    status = entry.stat(follow_symlinks=False)
+                    size += status.st_blocks * 512 // status.st_nlink
+    return size, count
 
 
 # --------------------------------------------------------------------------------------------
@@ -3000,54 +2906,48 @@ class Report:
     started_at: float | None = None  # seconds since the epoch
 
     def pairs(self) -> dict[str, Any]:
-        """The pairs of the REPORT line."""
-        names = [one.name for one in fields(self)]
-        known = {camel(name): getattr(self, name) for name in names[:names.index("text")]}
-        return known if self.reason else {key: known[key] for key in known if key != "reason"}
+        """The pairs of the REPORT line: the fields as messages write them, request_id requestId."""
+        found = {}
+        for name, value in vars(self).items():
+            if name == "text":
+                return found
+            if value is not None or name != "reason":
+                first, *rest = name.split("_")
+                found[first + "".join(map(str.capitalize, rest))] = value
+        return found
 
     def result(self, names: list[str], peaks: list[int]) -> dict[str, Any]:
         """The content of result.json, with the output files' names and the function's peaks."""
         begin = self.started_at
         end = begin and begin + (self.duration_millis or 0) / 1000
+        wanted = words = None
+        if peaks and self.memory_mb is not None:
+            largest = max(peaks) / MIB
+            wanted = max(16, math.ceil(largest * 1.25 / 16) * 16)
+            advice = (f"raise memoryMb to {wanted}" if wanted > self.memory_mb else
+                      f"{wanted} would do" if wanted <= self.memory_mb * 3 // 4 else
+                      "memoryMb fits")
+            words = (f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of "
+                     f"{self.memory_mb}: {advice}.")
         return {**self.pairs(), "success": self.status == "ok", "stdout": self.stdout,
                 "stderr": self.stderr or self.text, "stdoutBytes": self.stdout_bytes,
                 "stderrBytes": self.stderr_bytes, "startedAt": begin and iso(begin),
                 "finishedAt": end and iso(end), "outputFiles": names,
-                **recommendation(peaks, self.memory_mb)}
+                "recommendedMemoryMb": wanted, "optimizationTip": words}
 
-
-def camel(name: str) -> str:
-    """A field's name as messages and reports write it: request_id is requestId."""
-    first, *rest = name.split("_")
-    return first + "".join(map(str.capitalize, rest))
-
-
-def recommendation(peaks: list[int], memory_mb: int | None) -> dict[str, Any]:
-    """recommendedMemoryMb and optimizationTip from a function's recent peaks, in bytes."""
-    if not peaks or memory_mb is None:
-        return {"recommendedMemoryMb": None, "optimizationTip": None}
-    largest = max(peaks) / MIB
-    wanted = max(16, math.ceil(largest * 1.25 / 16) * 16)
-    seen = f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of {memory_mb}"
-    words = (f"raise memoryMb to {wanted}" if wanted > memory_mb else
-             f"{wanted} would do" if wanted <= memory_mb * 3 // 4 else "memoryMb fits")
-    return {"recommendedMemoryMb": wanted, "optimizationTip": f"{seen}: {words}."}
-
-
-def write_report(log: Log, name: str, report: Report) -> None:
-    """Write the function's kept output and the REPORT line, together; `name` stands before each."""
-    lines = []
-    for stream, text in (("stdout", report.stdout), ("stderr", report.stderr)):
-        for line in text.removesuffix("\n").split("\n") if text else ():
-            if log.json:
-                lines.append(log.line("INFO", line, {"requestId": name, "stream": stream}))
-            else:
-                lines.append(log.line("INFO", f"[{name}] {stream}: {line}", {}))
-    if report.text:
-        level = "ERROR" if report.status == "error" else "WARNING"
-        lines.append(log.line(level, f"[{name}] {report.status}: {report.text}", {}))
-    lines.append(log.line("INFO", "REPORT", report.pairs()))
-    log.write(lines)
+    def write(self, log: Log, name: str) -> None:
+        """Log the function's kept output and the REPORT line together; `name` begins each line."""
+        lines = []
+        for stream, text in (("stdout", self.stdout), ("stderr", self.stderr)):
+            for line in text.removesuffix("\n").split("\n") if text else ():
+                if log.json:
+                    lines.append(log.line("INFO", line, {"requestId": name, "stream": stream}))
+                else:
+                    lines.append(log.line("INFO", f"[{name}] {stream}: {line}", {}))
+        if self.text:
+            level = "ERROR" if self.status == "error" else "WARNING"
+            lines.append(log.line(level, f"[{name}] {self.status}: {self.text}", {}))
+        log.write([*lines, log.line("INFO", "REPORT", self.pairs())])
 
 
 def summary(reports: Iterable[Report]) -> str:
@@ -3087,7 +2987,7 @@ def output_files(directory: str, uid: int | None) -> tuple[list[str], int]:
             text = name.encode("utf-8", "ignore")
             if len(text) > LONGEST_OUTPUT or text != os.fsencode(name) or text == b"result.json":
                 unnamed += 1
-            elif stat.S_ISDIR(status.st_mode):
+            elif is_folder(entry):
                 pending.append(name)
                 if uid is None:
                     os.chmod(entry.path, 0o700)
@@ -3106,7 +3006,7 @@ class FolderResults:
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Keep a result, and the files `names` that are moved out of `directory`; raises Outage."""
         target = f"{self.root}/{result['requestId']}"
-        with self.fault.outage():
+        with self.fault.watched():
             os.makedirs(target, exist_ok=True)
             for name in names:
                 source, copy = os.path.join(directory, name), Path(target, name)
@@ -3117,7 +3017,6 @@ class FolderResults:
                     os.chown(copy, 0, 0)
                 os.chmod(copy, 0o644)
             write_json(target, "result.json", result)
-        self.fault.worked()
 
 
 class AwsResults:
@@ -3180,7 +3079,7 @@ class FolderMetrics:
                            "metricName": "PeakMemoryBytes", "value": report.peak_memory_bytes,
                            "unit": "Bytes", "dimensions": {"FunctionId": report.function_id,
                                                            "Runtime": report.runtime}})
-        with self.lock, self.fault.noted():
+        with self.lock, self.fault.watched(goes_on=True):
             os.write(self.fd, line.encode() + b"\n")
             self.count += 1
 
@@ -3201,8 +3100,8 @@ class CloudWatchMetrics:
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        # (metric, unit, its dimensions), value
-        self.values: deque[tuple[tuple[str, str, tuple[tuple[str, str], ...]], float]] = deque()
+        # (metric, unit, (dimension, value), ...), value
+        self.values: deque[tuple[tuple, float]] = deque()
         self.dropped = 0
         self.fault = Fault(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
@@ -3212,20 +3111,21 @@ class CloudWatchMetrics:
 
     def put(self, report: Report) -> None:
         """Keep what is to be said of a turn for the next flush."""
-        with self.lock:
-            if report.peak_memory_bytes is not None:
-                dimensions = ("FunctionId", report.function_id), ("Runtime", report.runtime)
-                self.values.append((("PeakMemoryBytes", "Bytes", dimensions),
-                                    float(report.peak_memory_bytes)))
-            if self.settings.count_runs:
-                self.values.append((("Runs", "Count", (("Status", report.status),)), 1.0))
-            self._bound()
+        found = []
+        if report.peak_memory_bytes is not None:
+            found.append((("PeakMemoryBytes", "Bytes", ("FunctionId", report.function_id),
+                           ("Runtime", report.runtime)), float(report.peak_memory_bytes)))
+        if self.settings.count_runs:
+            found.append((("Runs", "Count", ("Status", report.status)), 1.0))
+        self._keep(found)
 
-    def _bound(self) -> None:
-        """Drop the oldest values beyond what is kept."""
-        while len(self.values) > self.MOST_KEPT:
-            self.values.popleft()
-            self.dropped += 1
+    def _keep(self, values: list[tuple[tuple, float]], first: bool = False) -> None:
+        """Have these wait for the next flush, before or after the others; the oldest may go."""
+        with self.lock:
+            self.values.extendleft(values) if first else self.values.extend(values)
+            while len(self.values) > self.MOST_KEPT:
+                self.values.popleft()
+                self.dropped += 1
 
     def close(self) -> None:
         """Flush a last time."""
@@ -3261,14 +3161,12 @@ class CloudWatchMetrics:
             self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
         if not error:
             return 0
-        with self.lock:  # those that came meanwhile are younger, and there may be too many now
-            self.values.extendleft((key, value) for key, values in data for value in values)
-            self._bound()
+        self._keep([(key, value) for key, values in data for value in values], first=True)
         return self.fault.failed(remedy(error, "cloudwatch:PutMetricData") or error)
 
     @staticmethod
     def _datum(key: tuple, values: list[float]) -> dict[str, Any]:
-        name, unit, dimensions = key
+        name, unit, *dimensions = key
         counts = Counter(values)
         return {"MetricName": name, "Unit": unit, "Values": list(counts),
                 "Counts": list(map(float, counts.values())),
@@ -3338,7 +3236,7 @@ class Slot:
 
     def run(self, job: Job) -> dict[str, Any]:
         """The fields of a run's Report; raises Ended, and Outage if it has not begun."""
-        with self.fault.outage():
+        with self.fault.watched():
             try:
                 with self.lock:
                     if self.cancelled:
@@ -3360,8 +3258,7 @@ class Slot:
                 raise Ended(status="error", reason="launcher", text=answer["text"])
             if answer.pop("is_last"):
                 self.drop()
-        self.fault.worked()
-        return answer
+            return answer
 
     def connect(self) -> None:
         """Have a supervisor; one that ended while it was idle is replaced. Raises OSError."""
@@ -3628,13 +3525,12 @@ class Slots:
         compiler = RUNTIMES[task.runtime].compiled.get(package.entry)
         if compiler is None:
             return package
-        built = built_path(package.path)
         with package.lock:
-            if not built.exists():
-                self._build(package, slot, self.command(compiler, task.runtime), built)
-        return replace(package, path=built, entry="main")
+            if not package.built.exists():
+                self._build(package, slot, self.command(compiler, task.runtime))
+        return Package(package.built, package.etag, "main")
 
-    def _build(self, package: Package, slot: Slot, command: tuple[str, ...], built: Path) -> None:
+    def _build(self, package: Package, slot: Slot, command: tuple[str, ...]) -> None:
         job = Job(command, "", self.environment(slot), str(package.path), "", COMPILE_MS,
                   COMPILE_MB, self.settings.max_disk_mb, self.settings.max_files)
         answer = slot.run(job)
@@ -3650,14 +3546,14 @@ class Slots:
                     f"{answer['exit_code']})")
             raise Ended(**{**answer, "status": "rejected", "reason": "compile", "text": text,
                            "peak_memory_bytes": None})
-        part = built.with_suffix(".part")
-        with self.fault.outage(), open(fd, "rb") as program:
+        part = package.path.with_suffix(".part")
+        with self.fault.watched(), open(fd, "rb") as program:
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(package.path, part, symlinks=True, copy_function=os.link)
             with open(part / "main", "wb") as copy:
                 shutil.copyfileobj(program, copy)
             os.chmod(part / "main", 0o755)
-            os.rename(part, built)
+            os.rename(part, package.built)
 
     def close(self) -> None:
         """Remove all that was made on disk."""
@@ -4025,7 +3921,7 @@ class Agent:
     def _collect(self, turn: Turn, slot: Slot) -> None:
         """Find a run's output files; raises Outage."""
         turn.directory = f"{slot.place.directory}/own/output"
-        with self.slots.fault.outage():
+        with self.slots.fault.watched():
             turn.names, unnamed = output_files(turn.directory, slot.place.uid)
         if unnamed:
             self.log("WARNING", f"[{turn.report.request_id}] {unnamed} entries of $OUTPUT_DIR are "
@@ -4100,7 +3996,7 @@ class Agent:
     def _settle(self, turn: Turn, result: Mapping[str, Any]) -> None:
         """Say how a turn ended, count it, and let go of its message."""
         report = turn.report
-        write_report(self.log, report.request_id or turn.message.id, report)
+        report.write(self.log, report.request_id or turn.message.id)
         self.metrics.put(replace(report, peak_memory_bytes=None) if turn.ran_before else report)
         try:
             self.queue.end(turn.message, report.status, {
@@ -4260,7 +4156,7 @@ def invoked_package(path: Path, directory: Path, runtime: str) -> Package:
             unpack(path, target)
     except FileNotFoundError:
         raise GiveUp(f"--invoke {path}: there is no such zip or folder") from None
-    return Package(target, "", find_entry(target, runtime), 0)
+    return Package(target, "", find_entry(target, runtime))
 
 
 DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself, entry, its text
