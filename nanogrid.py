@@ -3601,7 +3601,9 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
         for old in root.glob("agent-*"):
-            remove_if_dead(old)
+            with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_task_dir(old)
         own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
         lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -3611,17 +3613,6 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         raise GiveUp(f"agent.taskBaseDir {root} cannot be used ({error}); name a directory of the "
                      "agent's own user") from None
     return own, lock
-
-
-def remove_if_dead(path: Path) -> None:
-    """Remove an agent's directory, unless that agent lives."""
-    with contextlib.suppress(OSError):
-        fd = os.open(path / "lock", os.O_RDWR)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_task_dir(path)
-        finally:
-            os.close(fd)
 
 
 def remove_task_dir(path: Path) -> None:
@@ -3692,7 +3683,7 @@ class Agent:
                    for slot in self.slots.all]
         poller = threading.Thread(target=self._poll, daemon=True)
         if self.settings.spot_interruption:
-            threading.Thread(target=self._watch_spot, daemon=True).start()
+            threading.Thread(target=self._await_spot_notice, daemon=True).start()
         for thread in (poller, *workers):
             thread.start()
         notify("READY=1")
@@ -3750,13 +3741,19 @@ class Agent:
         for slot in preparing:
             slot.cancel()  # it may be compiling
 
-    def _watch_spot(self) -> None:
-        """Begin the shutdown when EC2 says that it will take this spot instance away."""
+    def _await_spot_notice(self) -> None:
+        """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
+        base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://{METADATA[socket.AF_INET]}")
+        latest = f"{base.rstrip('/')}/latest"
         while not self.stopping:
-            if spot_notice():
+            with contextlib.suppress(OSError, ValueError):  # HTTPError of 404 is one: no notice
+                with urlopen(Request(f"{latest}/api/token", method="PUT", headers={
+                        "X-aws-ec2-metadata-token-ttl-seconds": "60"}), timeout=2) as answer:
+                    token = answer.read().decode()
+                urlopen(Request(f"{latest}/meta-data/spot/instance-action", headers={
+                    "X-aws-ec2-metadata-token": token}), timeout=2).close()
                 self.log("WARNING", "EC2 will interrupt this spot instance")
-                self.stop()
-                return
+                return self.stop()
             time.sleep(5)
 
     # The receiving thread.
@@ -3868,7 +3865,10 @@ class Agent:
                 self.free_mb += turn.memory_mb
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
-                self._note_health(turn.report)
+                # What fails for all takes messages more slowly, not to send them all to the DLQ.
+                is_sick = turn.report.status == "error" and turn.report.reason != "runtime"
+                self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2)) * is_sick
+                self.hold_until = time.monotonic() + self.sick_seconds
                 if self.waiting:
                     self.tasks.notify()
                 else:
@@ -3880,14 +3880,6 @@ class Agent:
         with self.lock:
             turn.begun = self.turns.get(slot) is turn
             return turn.begun
-
-    def _note_health(self, report: Report) -> None:
-        """What fails for all takes messages more slowly, not to send them all to the DLQ."""
-        if report.status != "error" or report.reason == "runtime":
-            self.sick_seconds = 0.0
-        else:
-            self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2))
-            self.hold_until = time.monotonic() + self.sick_seconds
 
     def _perform(self, turn: Turn, slot: Slot) -> None:
         """Take a turn to its outcome; every failure becomes a value here."""
@@ -3938,22 +3930,18 @@ class Agent:
             try:
                 return step()
             except Outage as outage:
-                pause = outage.fault.failed(outage)
-                if time.monotonic() + pause > min(end, self.queue.held_until(turn.message)):
-                    raise Ended(status="error", reason=outage.reason, text=str(outage)) from None
-                self._wait_out(outage.fault, pause)
-
-    def _wait_out(self, fault: Fault, seconds: float) -> None:
-        """Wait until a fault is over, or the time is; raises Ended when a shutdown begins."""
-        end = time.monotonic() + seconds
-        with self.lock:
-            self.held_up += 1
-        while not self.stopping and time.monotonic() < end and not fault.over.wait(0.2):
-            pass
-        with self.lock:
-            self.held_up -= 1
-        if self.stopping:
-            raise Ended(status="released")
+                fault, failed = outage.fault, outage
+            again = time.monotonic() + fault.failed(failed)
+            if again > min(end, self.queue.held_until(turn.message)):
+                raise Ended(status="error", reason=failed.reason, text=str(failed))
+            with self.lock:
+                self.held_up += 1
+            while not self.stopping and time.monotonic() < again and not fault.over.wait(0.2):
+                pass
+            with self.lock:
+                self.held_up -= 1
+            if self.stopping:
+                raise Ended(status="released")
 
     def _store(self, turn: Turn) -> dict[str, Any]:
         """Keep a turn's result and output files; the result. Its report says how it ends then.
@@ -3961,7 +3949,15 @@ class Agent:
         What cannot be stored is kept for the message's return: the function is not run again.
         """
         report = turn.report
-        result = report.result(turn.names, self._peaks(turn))
+        with self.lock:
+            name = str(report.function_id)
+            peaks = self.peaks.setdefault(name, deque(maxlen=RECENT))
+            self.peaks.move_to_end(name)
+            if len(self.peaks) > 10_000:
+                self.peaks.popitem(last=False)
+            if report.peak_memory_bytes is not None and not turn.ran_before:
+                peaks.append(report.peak_memory_bytes)
+            result = report.result(turn.names, list(peaks))
         if not report.request_id or report.status == "released":
             return result
         try:
@@ -4013,18 +4009,6 @@ class Agent:
         turn.report = replace(turn.report, status="released", reason=None, text="")
         self._settle(turn, {})
 
-    def _peaks(self, turn: Turn) -> list[int]:
-        """The function's recent peaks, with this one."""
-        with self.lock:
-            name = str(turn.report.function_id)
-            recent = self.peaks.setdefault(name, deque(maxlen=RECENT))
-            self.peaks.move_to_end(name)
-            if len(self.peaks) > 10_000:
-                self.peaks.popitem(last=False)
-            if turn.report.peak_memory_bytes is not None and not turn.ran_before:
-                recent.append(turn.report.peak_memory_bytes)
-            return list(recent)
-
 
 def unexpected(error: Exception) -> dict[str, Any]:
     """The fields of a report of what nobody foresaw."""
@@ -4041,20 +4025,6 @@ def notify(state: str) -> None:
                 sender.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
             except OSError:
                 pass
-
-
-def spot_notice() -> bool:
-    """Whether the instance metadata (IMDSv2) announces an interruption; False without any."""
-    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
-    try:
-        with urlopen(Request(f"{base}/latest/api/token", method="PUT", headers={
-                "X-aws-ec2-metadata-token-ttl-seconds": "60"}), timeout=2) as answer:
-            token = answer.read().decode()
-        with urlopen(Request(f"{base}/latest/meta-data/spot/instance-action", headers={
-                "X-aws-ec2-metadata-token": token}), timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, ValueError):
-        return False
 
 
 # --------------------------------------------------------------------------------------------
