@@ -1864,18 +1864,14 @@ def has_end(thing):
         return "__del__" in vars(thing) and not thing.__flags__ & 1 << 14
     if not hasattr(kind, "__del__"):
         return False
-    for frame in "gi_frame", "cr_frame", "ag_frame":
-        if hasattr(kind, frame):
-            return getattr(thing, frame) is not None
     if kind.__module__ == "_io":
         return not thing.closed and kind.__name__ not in ("BytesIO", "StringIO")
     return kind.__module__ != "socket" or thing.fileno() >= 0
 
 def is_plain():
     """Whether the interpreter would do nothing at its end that could be seen."""
-    if (sys.modules.get("atexit", atexit)._ncallbacks() or gc.callbacks or sys.gettrace()
-            or sys.getprofile() or sys.stdout is not sys.__stdout__
-            or sys.stderr is not sys.__stderr__):
+    if (sys.modules.get("atexit", atexit)._ncallbacks() or gc.callbacks
+            or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__):
         return False
     if any(keeps(module) for name, module in sys.modules.items() if name not in here):
         return False
@@ -1885,7 +1881,7 @@ def is_plain():
     return not any(has_end(thing) for thing in made if type(thing) in kinds)
 
 def leave(status):
-    """End the process; by the interpreter, which touches every inherited page, only if need be."""
+    """End the process here, if the interpreter, which touches every page for it, need not do it."""
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
     if is_plain():
@@ -1896,7 +1892,6 @@ def leave(status):
             os._exit(status)
         except (OSError, ValueError):  # the interpreter has words for it
             pass
-    sys.exit(status)
 
 names, code = become(*serve())
 try:
@@ -1917,7 +1912,9 @@ except BaseException as error:
     del names, code
     raise
 del names, code
-leave(status)
+if not (sys.getprofile() or sys.gettrace()):  # they would see what is called here
+    leave(status)
+sys.exit(status)
 '''
 
 
