@@ -4157,33 +4157,28 @@ def demo(settings: Settings, log: Log) -> None:
         serve(settings, log, folder, drain=True)
 
 
-class Checks:
-    """The lines of --check."""
-
-    def __init__(self) -> None:
-        self.failed = False
-
-    def __call__(self, name: str, probe: Callable[[], str]) -> bool:
-        """Print whether a part is usable: what `probe` says, or the error that it raises."""
-        try:
-            say(f"ok    {name}: {probe()}")
-            return True
-        except Exception as error:  # noqa: BLE001  # to say it is what this is for
-            self.failed = True
-            say(f"FAIL  {name}: {error}")
-            return False
+Check = Callable[[str, Callable[[], str]], bool]  # prints a line of --check: whether it is usable
 
 
 def check(settings: Settings, log: Log, folder: Path | None, origin: str) -> int:
     """--check: 0 when all that the agent needs is usable, else 1; changes nothing."""
-    checks = Checks()
-    checks("settings", lambda: origin)
+    failed = []
+
+    def is_usable(name: str, probe: Callable[[], str]) -> bool:
+        try:
+            say(f"ok    {name}: {probe()}")
+        except Exception as error:  # noqa: BLE001  # to say it is what this is for
+            failed.append(name)
+            say(f"FAIL  {name}: {error}")
+        return name not in failed
+
+    is_usable("settings", lambda: origin)
     if folder:
-        checks("folder", lambda: check_folder(folder))
+        is_usable("folder", lambda: check_folder(folder))
     else:
-        check_aws(settings, checks)
-    checks("sandbox", lambda: check_machine(settings, log, checks))
-    return int(checks.failed)
+        check_aws(settings, is_usable)
+    is_usable("sandbox", lambda: check_machine(settings, log, is_usable))
+    return int(bool(failed))
 
 
 def check_folder(folder: Path) -> str:
@@ -4198,18 +4193,18 @@ def check_folder(folder: Path) -> str:
     return str(folder)
 
 
-def check_machine(settings: Settings, log: Log, checks: Checks) -> str:
+def check_machine(settings: Settings, log: Log, is_usable: Check) -> str:
     """Check each runtime and what functions can reach; what a trial run says. Raises GiveUp."""
     with machine(replace(settings, concurrency=1), log) as slots:
         for name, runtime in RUNTIMES.items():
             if slots.programs[name] or name in settings.runtimes:
-                checks(f"runtime {name}",
-                       lambda name=name: slots.command(("{program}",), name)[0])
+                is_usable(f"runtime {name}",
+                          lambda name=name: slots.command(("{program}",), name)[0])
             else:
                 say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
                     "function can run; its tasks end as error")
         if slots.refuses_metadata:
-            checks("instance metadata", lambda: check_metadata(slots))
+            is_usable("instance metadata", lambda: check_metadata(slots))
         report = trial(slots, "test -w .\n")
         if report.status != "ok":
             raise GiveUp(f"a trial run ended {report.status} ({report.text or report.stderr})")
@@ -4243,10 +4238,10 @@ def trial(slots: Slots, script: str) -> Report:
         raise GiveUp(f"a trial run cannot be made: {error}") from None
 
 
-def check_aws(settings: Settings, checks: Checks) -> None:
+def check_aws(settings: Settings, is_usable: Check) -> None:
     """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
     made: list[Clients] = []
-    if not checks("credentials", lambda: check_credentials(settings, made)):
+    if not is_usable("credentials", lambda: check_credentials(settings, made)):
         return
     clients = made[0]
     attributes: dict[str, str] = {}
@@ -4275,11 +4270,11 @@ def check_aws(settings: Settings, checks: Checks) -> None:
             raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
         return f"PutMetricData into {settings.namespace} is not refused"
 
-    if checks("queue", ask_queue):
-        checks("visibility timeout", lambda: f"{attributes.get('VisibilityTimeout')} s")
-        checks("dead-letter queue", ask_dlq)
-    checks("bucket", lambda: check_bucket(clients.s3, str(settings.code_bucket)))
-    checks("CloudWatch", ask_cloudwatch)
+    if is_usable("queue", ask_queue):
+        is_usable("visibility timeout", lambda: f"{attributes.get('VisibilityTimeout')} s")
+        is_usable("dead-letter queue", ask_dlq)
+    is_usable("bucket", lambda: check_bucket(clients.s3, str(settings.code_bucket)))
+    is_usable("CloudWatch", ask_cloudwatch)
 
 
 def check_credentials(settings: Settings, made: list[Clients]) -> str:
