@@ -3740,7 +3740,7 @@ class Agent:
 
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
-        base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://{METADATA[socket.AF_INET]}")
+        base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
         latest = f"{base.rstrip('/')}/latest"
         while not self.stopping:
             with contextlib.suppress(OSError, ValueError):  # HTTPError of 404 is one: no notice
