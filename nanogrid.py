@@ -14,7 +14,7 @@ each slot, and each supervisor runs one function at a time: it limits it, looks 
 all that is left of it and measures it. Whoever loses the process above itself kills what it
 runs and ends, so no function survives even a SIGKILL of the agent.
 
-The rooms of this file, in order:
+The parts of this file, in order:
 
     Settings      reads application.yml and the environment; never asks AWS whether they are true
     Tasks         checks a message and a zip, field by field; never runs anything
@@ -23,7 +23,7 @@ The rooms of this file, in order:
     Queue         owns messages and leases, of SQS or of a folder; never looks into a message
     Code          fetches, unpacks and keeps zips; never runs them
     Run           launcher, supervisors, their rooms and workspaces; never speaks to AWS
-    Measure       looks at what a run holds and says when it must end; never kills it
+    Measure       looks at a run, reads its output and says when it must end; never ends it
     Report        says and stores what became of a turn, and the metric; never touches the queue
     Agent         slots, the loop and the shutdown; the only one that knows all the others
     Command line  --config, --local, --demo, --check, --invoke
@@ -308,7 +308,10 @@ class Setting(NamedTuple):
 
 
 def _at(paths: str, *columns: Any) -> Any:
-    """A field that is written at agent.`paths`: one path, or one for each key of a dict."""
+    """A field that is written at agent.`paths`.
+
+    With one path it holds the value; with several, a dict by the last part of each path.
+    """
     rows = [Setting(f"agent.{path}", *columns) for path in paths.split()]
     default = rows[0].default
     preset = {"default_factory" if callable(default) else "default": default}
@@ -515,7 +518,11 @@ _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone s
 
 
 class Runtime(NamedTuple):
-    """What a task may call a runtime, and what runs its entries: the first that a zip has."""
+    """A runtime's other names, its programs, and the command for each entry file.
+
+    The first entry that a zip has counts. A new runtime needs a path in Settings.runtimes, too, and
+    its words for a refused allocation in REFUSED.
+    """
     aliases: tuple[str, ...]
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
     commands: dict[str, tuple[str, ...]]  # by entry; "{program}" stands for what was found
@@ -651,7 +658,7 @@ def _why(error: Exception) -> str:
 
 # --- Zips: checked, unpacked, and the file that a run starts with ---
 
-MAX_UNPACKED = 250 * MIB           # bytes; AWS Lambda's limit on a function's code
+MAX_UNPACKED = 250 * MIB           # of the zip itself, too; AWS Lambda's limit on a function's code
 MAX_MEMBERS = 10_000
 MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names imply
 MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
@@ -667,8 +674,8 @@ _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplement
 def unpack(archive: Path, target: Path) -> list[str]:
     """Unpack a zip into the new or empty folder `target`; the sorted paths of its regular files.
 
-    Modes are 0755 for folders and what is executable, else 0644. Raises Ended("zip"), with
-    nothing written beside `target`, which the caller removes; an OSError is the machine's.
+    Modes are 0755 for folders and what is executable, else 0644. Raises Ended("zip"); nothing is
+    written outside of `target`, which the caller removes then. An OSError is the machine's.
     """
     with _Archive(archive) as source:
         try:
@@ -971,8 +978,9 @@ class Clients(NamedTuple):
 def make_clients(settings: Settings) -> Clients:
     """The clients; raises GiveUp.
 
-    What the queue's own thread and the polls ask is asked once: pauses and repeats are ours. The
-    rest is repeated by botocore. Eight seconds, for a job must go on soon after AWS does.
+    botocore does not repeat what `polls` and `sqs` ask: the queue's own loops do, with their own
+    pauses. It tries the others three times. A read waits for eight seconds at most, so that a job
+    goes on soon after AWS works again.
     """
     try:
         import boto3  # not at the top: --local does without, and so does the launcher
@@ -1188,7 +1196,7 @@ class SqsQueue:
         return True
 
     def end(self, message: Message, status: str, result: object) -> None:
-        """Delete a message that succeeded; give back or leave any other."""
+        """Have a message deleted that succeeded; have any other given back, or leave it."""
         with self.condition:
             lease, now = self.leases[message.id], time.monotonic()
             lease.wished = now
@@ -1251,7 +1259,7 @@ class SqsQueue:
                 if not is_busy:
                     self.condition.wait(DELETE_WAIT_SECONDS if self.leases or self.closing else 60)
                 now = time.monotonic()
-                # What is too late SQS has back already.
+                # SQS has made these visible again: their leases ended before we asked.
                 self._forget([lease for lease in self.leases.values()
                               if lease.wish and lease.ends < now])
                 wishes = [lease for lease in self.leases.values() if lease.wish]
@@ -1565,9 +1573,10 @@ class Package:
         return self.path.with_suffix(".built")
 
     def serves(self, message: Message) -> bool:
-        """Whether this is right for a message without asking: confirmed after that was sent.
+        """Whether this is right for a message without asking the source again.
 
-        What was asked after the message was here is, without a look at any clock but ours.
+        It is when the source was asked after the message was here: our own clock knows that. Else
+        the source must have confirmed it, by its own clock, seconds after the message was sent.
         """
         return (message.received < self.asked
                 or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
@@ -1610,7 +1619,7 @@ class S3Code:
                     break
                 written += len(chunk)
                 if written > MAX_UNPACKED:
-                    raise rejected("zip", f"{where} is over 250 MiB; make the package smaller")
+                    raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
                 file.write(chunk)
         if error or written != answer["ContentLength"]:
             raise Outage(self.fault, "s3", f"{where} was cut short: {written} of "
@@ -1756,12 +1765,12 @@ PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linu
 PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
 
-# Forks what is exec'd. A child's ru_maxrss starts at the size of the process it was forked from
-# (exec folds the old image's high-water mark into it), which from a supervisor would be 7 MB and
-# more; from a shell it is 1.5. The function must end as the supervisor's own child, whose rusage
-# wait4 gives. So the shell's child forks it and is killed by it at once: the function is the
-# subreaper's then. It says its pid, and waits for the word to begin. A background job would come
-# without that kill, but with SIGINT ignored.
+# Forks what is exec'd. The kernel starts a child's ru_maxrss at its parent's size, and exec keeps
+# it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks the function. But wait4 gives
+# the supervisor the rusage of its own children alone. So the shell forks a child, that child forks
+# the function, and the function kills that child at once: the kernel then gives the function to
+# the supervisor, which is a subreaper. The function says its pid and waits for the word to begin.
+# A background job would do without that kill, but it would ignore SIGINT.
 FORK_SHELL = """
 while read -r go <&3; do
   ( cd -P /proc/self && parent=${PWD#/proc/}
@@ -2119,7 +2128,8 @@ class Room:
     def _show(self, path: str, fd: int, cover: str) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered.
 
-        A mount point cannot be renamed or removed: the path's first part is one, too.
+        The kernel lets nobody rename or remove a mount point, but a plain directory above it. So
+        the first part of the path below the cover becomes a mount point, too.
         """
         first = os.path.join(cover, os.path.relpath(path, cover).partition("/")[0])
         if first != path and first not in self.props and first not in self.place.kept:
@@ -2339,7 +2349,7 @@ class Workspace:
 
 
 class Output:
-    """One output of a run: its first and last KEPT_BYTES, and how many there were."""
+    """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
 
     def __init__(self, path: str, tee: int):
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -2758,7 +2768,7 @@ class Watch:
         self.deadline = started + job.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
-        self.largest = 0  # bytes: the largest sum that was seen, where one process is not all
+        self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
         # When last looked exactly: bytes of all together, of each process, and in /dev/shm.
         self.together, self.sizes, self.shm = 0, {}, 0
 
@@ -2799,18 +2809,18 @@ class Watch:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time at most
             self.next_disk_look = now + max(DISK_LOOK_SECONDS, 10 * (now - began))
-        # A look at a large tree is not cheap: not more than a quarter of the time, unless a run
-        # that fills memory as fast as memory is could get over what it may hold at most.
+        # A look at many processes is slow, so the pause is four times as long as the look. But it
+        # is never longer than a run needs to write its cap and 256 MiB more.
         self.next_look = now + max(LOOK_SECONDS, min(4 * (time.monotonic() - now),
                                                      (cap + 256 * MIB) / FILL_BYTES_PER_SECOND))
         return ""
 
     def _held(self, cap: int) -> int:
-        """The bytes that the run holds now, or more where that is below `cap`.
+        """An upper bound of the bytes that the run holds; exact when it is over `cap`.
 
-        An exact look costs much. So what was held at the last one counts, and all that each
-        process and /dev/shm have grown by since. Only a sum over the cap, or over what was seen
-        before, is looked at exactly.
+        An exact look costs much. The bound is what the last one found, and all that each process
+        and /dev/shm have grown by since. When it is over the cap, or over the largest sum that was
+        seen before, the run is looked at exactly.
         """
         pids = self.supervisor.run_pids()
         sizes, shm = resident(pids), self.supervisor.room.shm_bytes()
@@ -2820,8 +2830,8 @@ class Watch:
             max(0, size - self.sizes.get(pid, 0)) for pid, size in sizes.items())
         if held <= min(cap, self.largest * 1.01):
             return held
-        # On a busy machine this process gets no more of it than each of theirs, which could outrun
-        # the look: they are stopped for it when they seem to be over the cap.
+        # On a busy machine each of the run's processes gets as much time as this one, and could
+        # outrun the look. So they are stopped for it when they seem to be over the cap.
         running = [pid for pid in pids if held > cap and read_proc(
             f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
         signal_all(running, signal.SIGSTOP)
@@ -2872,7 +2882,7 @@ def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------
 
 RECENT = 20  # runs of a function whose peaks make its recommendation
-# S3 takes keys of 1,024 bytes of UTF-8, of which requestId may have 128 and s3Prefix has as many.
+# S3 takes keys of 1,024 bytes of UTF-8; requestId may have 128, which leaves as many for s3Prefix.
 LONGEST_OUTPUT = 768
 
 
@@ -2932,18 +2942,18 @@ class Report:
                 "finishedAt": end and iso(end), "outputFiles": names,
                 "recommendedMemoryMb": wanted, "optimizationTip": words}
 
-    def write(self, log: Log, name: str) -> None:
-        """Log the function's kept output and the REPORT line together; `name` begins each line."""
+    def write(self, log: Log, label: str) -> None:
+        """Log the function's kept output, each line after `label`, and the REPORT line."""
         lines = []
         for stream, text in (("stdout", self.stdout), ("stderr", self.stderr)):
             for line in text.removesuffix("\n").split("\n") if text else ():
                 if log.json:
-                    lines.append(log.line("INFO", line, {"requestId": name, "stream": stream}))
+                    lines.append(log.line("INFO", line, {"requestId": label, "stream": stream}))
                 else:
-                    lines.append(log.line("INFO", f"[{name}] {stream}: {line}", {}))
+                    lines.append(log.line("INFO", f"[{label}] {stream}: {line}", {}))
         if self.text:
             level = "ERROR" if self.status == "error" else "WARNING"
-            lines.append(log.line(level, f"[{name}] {self.status}: {self.text}", {}))
+            lines.append(log.line(level, f"[{label}] {self.status}: {self.text}", {}))
         log.write([*lines, log.line("INFO", "REPORT", self.pairs())])
 
 
@@ -3088,8 +3098,10 @@ class FolderMetrics:
 
 
 class CloudWatchMetrics:
-    """PeakMemoryBytes in CloudWatch, and Runs if so set: in batches; kept, bounded, while it is
-    down."""
+    """PeakMemoryBytes of each run in CloudWatch; with metrics.runs also Runs, one for each turn.
+
+    Values go in batches. While CloudWatch is away they are kept, up to a number.
+    """
 
     MOST_KEPT = 100_000
     VALUES = 150  # PutMetricData's limit for one datum
@@ -3357,8 +3369,8 @@ def needed_paths(hidden: list[str], paths: Iterable[str]) -> set[str]:
 def refuse_metadata(first_uid: int, last_uid: int) -> None:
     """Have the kernel refuse the instance metadata to these uids; raises OSError.
 
-    By a rule of routing (rtnetlink(7), as `ip rule add to … uidrange … prohibit` makes it), which
-    one agent after another finds there already. It stays until the machine's next boot.
+    A rule of routing does it (rtnetlink(7)), as `ip rule add to … uidrange … prohibit` makes it. It
+    stays until the machine's next boot: other agents find it there, and need it.
     """
     nlm_f_request, nlm_f_ack, nlm_f_excl, nlm_f_create, rtm_newrule = 1, 4, 0x200, 0x400, 32
     fra_dst, fra_priority, fra_uid_range, fr_act_prohibit, priority = 1, 6, 20, 8, 100
@@ -3542,7 +3554,7 @@ class Slots:
             text = (f"{package.entry} does not compile ({answer['status']}, exit status "
                     f"{answer['exit_code']})")
             raise Ended(**{**answer, "status": "rejected", "reason": "compile", "text": text,
-                           "peak_memory_bytes": None})
+                           "peak_memory_bytes": None, "duration_millis": None, "start": None})
         part = package.path.with_suffix(".part")
         with self.fault.watched(), open(fd, "rb") as program:
             shutil.rmtree(part, ignore_errors=True)
@@ -3637,7 +3649,10 @@ class Turn:
 
 
 class Agent:
-    """The loop: one thread receives, one for each slot runs, the main one keeps the order."""
+    """The loop. One thread receives, and one for each slot runs what was received.
+
+    The main thread handles signals, tells systemd how it goes, and ends the agent.
+    """
 
     def __init__(self, settings: Settings, log: Log, queue: SqsQueue | FolderQueue,
                  code: CodeCache, results: FolderResults | AwsResults,
@@ -3990,6 +4005,7 @@ class Agent:
         """Say how a turn ended, count it, and let go of its message."""
         report = turn.report
         report.write(self.log, report.request_id or turn.message.id)
+        # What ran before was measured then: its values are published already.
         self.metrics.put(replace(report, peak_memory_bytes=None) if turn.ran_before else report)
         try:
             self.queue.end(turn.message, report.status, {
