@@ -282,7 +282,7 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "metadata": ("refuse|allow", "write refuse or allow"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
     "command": (r"/.*[^/]|\w[^\s/]*", "write an absolute path, or a bare name to find on PATH"),
-    "prefix": (r".{0,500}", "write at most 500 characters"),
+    "prefix": (r".{0,120}", "write at most 120 characters"),
     "namespace": (r"(?!AWS/|:)[A-Za-z0-9._/#:-]{1,255}", "write letters, digits, . _ / # : or -"),
     "directory": (r"(/(?!\.\.?(/|$))[^/]+)+/?", "write an absolute path without . and .. in it"),
 }
