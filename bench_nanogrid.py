@@ -1,21 +1,25 @@
 #!/usr/bin/env python3
 """Measures nanogrid.py from outside, every figure beside what it is to be compared with.
 
-    python3 bench_nanogrid.py [--quick] [--only NAME ...] [--json [FILE]]
+    python3 bench_nanogrid.py [--quick] [--only NAME ...] [--json FILE] [--runs N]
 
 A time says more about the machine than about the program, so each row is the ratio of two things
-that were measured in turns in this run. A row whose tools are not here (g++, ministack, boto3)
-says so. The exit status is 0 whatever the figures are.
+that were measured one after the other in this run. A row whose tools are not here (g++,
+ministack, boto3) says so. The exit status is 0 whatever the figures are.
 
-  jobs a second   (N - 1) / (time of a drain of N tasks - time of a drain of 1), two slots, against
-                  N runs by `xargs -P2`: the agent's start and end cancel out
-  CPU a job       the agent's whole process tree in those same drains, against the same xargs
+  jobs a second   of a busy agent with two slots whose queue is kept as deep as it was, against
+                  `xargs -P2` before and after. Two halves, of 10 s each in the full form, must
+                  agree within 15 %, else it goes on; the last half counts. The agent never rests,
+                  for a file system that removes files all the time is the normal case.
+  CPU a job       the agent's whole process tree in that half, against the same xargs; and the
+                  agent's own process alone, which bounds how many jobs one agent can feed
   latency         from the rename of a task into an idle agent's queue/ to the function's first
                   statement, against a bare start of the same file up to that statement
-  depth           between two looks at a running agent whose queue is kept as deep as it was
+  depth           a job's cost at a deep queue, against the mean of a shallow one before and after
   idle            PSS and CPU time of the whole process tree while it long-polls a stand-in
 
-Both sides run functions on one interpreter: this one where every user can reach it, else
+`--runs 3` does all of it three times in a row and ends with the README's table of the worst and
+the best. Both sides run functions on one interpreter: this one where every user can reach it, else
 /usr/bin/python3. NANOGRID in the environment names another nanogrid.py than the one beside.
 """
 from __future__ import annotations
@@ -24,18 +28,19 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import http.client
+import functools
 import importlib.util
 import io
-import itertools
 import json
 import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
+import socketserver
 import statistics
 import subprocess
 import sys
@@ -43,7 +48,6 @@ import tempfile
 import threading
 import time
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,10 +57,13 @@ REGION = "ap-northeast-2"
 MIB = 1 << 20
 PR_SET_CHILD_SUBREAPER = 36     # prctl(2)
 
-FULL = SimpleNamespace(rounds=5, python_jobs=1500, cpp_jobs=1500, bare_jobs=600, latencies=200,
-                       packages=20, starts=9, idle_s=10, deep=100_000, depth_jobs=1000, peaks=3)
-QUICK = SimpleNamespace(rounds=2, python_jobs=200, cpp_jobs=200, bare_jobs=80, latencies=30,
-                        packages=4, starts=9, idle_s=2, deep=3_000, depth_jobs=200, peaks=1)
+MOST_HALVES = 8
+AGREEMENT = 0.15                # of two halves
+
+FULL = SimpleNamespace(half_s=10, bare_jobs=1000, latencies=200, packages=20, starts=9, idle_s=10,
+                       deep=100_000, depth_s=4, peaks=3)
+QUICK = SimpleNamespace(half_s=1, bare_jobs=80, latencies=30, packages=4, starts=5, idle_s=2,
+                        deep=3_000, depth_s=1, peaks=1)
 
 TWO_PRINTS = 'print("Hello from NanoGrid!")\nprint("Result: 42")\n'
 CLOCK_FIRST = "import time\nprint(time.clock_gettime_ns(time.CLOCK_MONOTONIC))\n"
@@ -83,7 +90,7 @@ BARE_BOTO3 = """import sys, boto3
 clients = [boto3.client(name) for name in ("sqs", "s3", "cloudwatch")]
 clients[0].receive_message(QueueUrl=sys.argv[1], WaitTimeSeconds=20)
 """
-LINE = "{:<43} {:>12}  {:<35} {:>7} {:>7} {:<6} {}"
+LINE = "{:<43} {:>12}  {:<35} {:>7} {:<12} {:<6} {}"
 
 
 class Unmeasured(Exception):
@@ -102,7 +109,8 @@ class Row:
     note: str = ""
 
     def target(self) -> str:
-        return "" if self.bound is None else f"{'>=' if self.at_least else '<='} {self.bound:g}"
+        least_or_most = "at least" if self.at_least else "at most"
+        return "" if self.bound is None else f"{least_or_most} {self.bound:g}"
 
     def verdict(self) -> str:
         if self.ratio is None or self.bound is None:
@@ -123,8 +131,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
+    """Of a job: wall time, CPU time with all that it starts, that of the agents' own processes."""
     wall_s: float
     cpu_s: float
+    own_s: float = 0.0
 
 
 def until(condition, seconds: float, what: str, pause_s: float = 0.001):
@@ -156,13 +166,18 @@ def process_tree(root: int) -> set[int]:
     return found
 
 
+def own_cpu_s(pid: int) -> float:
+    """CPU seconds of a process, by the clock id that clock_getcpuclockid(3) makes of its pid."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
 def tree_cpu_s(root: int) -> float:
-    """CPU seconds of a live tree: its processes to the nanosecond, by the clock id that
-    clock_getcpuclockid(3) makes of a pid; the children they waited for to the clock tick."""
+    """CPU seconds of a live tree: its processes to the nanosecond, the children they waited for
+    to the clock tick."""
     total = 0.0
     for pid in process_tree(root):
         with contextlib.suppress(OSError, IndexError):
-            total += time.clock_gettime((~pid << 3) | 2)
+            total += own_cpu_s(pid)
             total += sum(map(int, stat_fields(pid)[13:15])) / os.sysconf("SC_CLK_TCK")
     return total
 
@@ -198,94 +213,115 @@ def reap_orphans(known: set[int]):
     until(gone, 20, "the end of the agent's last process", 0.005)
 
 
-# --- a stand-in for AWS, which counts -----------------------------------------------------------
+# --- AWS: an emulator, and a proxy that counts --------------------------------------------------
 
-class Front(ThreadingHTTPServer):
-    """Notes each request; passes it to the `upstream` port, or answers as AWS with one queue."""
+class Front(socketserver.ThreadingTCPServer):
+    """Passes connections on to a port of this machine, and notes each request."""
     daemon_threads = True
 
-    def __init__(self, upstream: int = 0, code: bytes = b""):
-        super().__init__(("127.0.0.1", 0), FrontHandler)
-        self.upstream, self.code = upstream, code
-        self.messages: list[str] = []
-        self.requests: list[tuple[str, float]] = []     # operation, time.monotonic()
-        self.release = threading.Event()                # ends long polls early
+    def __init__(self, upstream: int):
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.upstream = ("127.0.0.1", upstream)
+        self.requests: list[list] = []      # [what was sent, time.monotonic() when it came]
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.queue_url = self.url + "/000000000000/bench"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
-    def first_poll(self) -> float | None:
-        return next((at for name, at in list(self.requests) if name == "ReceiveMessage"), None)
+    def finish_request(self, client: socket.socket, _address):
+        with client, socket.create_connection(self.upstream) as server:
+            for each in (client, server):
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            request: list = []
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    if not (content := source.recv(1 << 16)):
+                        return
+                    if source is client and re.match(rb"[A-Z]+ \S+ HTTP/", content):
+                        self.requests.append(request := [b"", time.monotonic()])
+                    if source is client:
+                        request[0] += content
+                    (server if source is client else client).sendall(content)
 
     def handle_error(self, *_):
         """Says nothing: a process that is stopped resets its connections."""
 
-    def close(self):
-        self.release.set()
-        self.shutdown()
-        self.server_close()
+    def operations(self) -> list[tuple[str, float]]:
+        """Each request's operation, in any of AWS's protocols, and when it came."""
+        marks = rb"(?i)\nX-Amz-Target: *\w+\.(\w+)|/operation/(\w+)|\bAction=(\w+)"
+        return [((found[found.lastindex] if (found := re.search(marks, text))
+                  else b"S3 " + text.split()[0]).decode(), at) for text, at in self.requests[:]]
+
+    def first_poll(self) -> float | None:
+        return next((at for name, at in self.operations() if name == "ReceiveMessage"), None)
 
 
-class FrontHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = 1 << 16      # head and body in one segment: none waits for a delayed ACK
+class Emulator:
+    """A ministack that lives as long as the bench, with the bucket `bench`."""
 
-    def handle_any(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        operation = self.operation(body)
-        self.server.requests.append((operation, time.monotonic()))
-        answer = self.forward if self.server.upstream else self.stand_in
-        status, headers, content = answer(operation, body)
-        self.send_response_only(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
+    def __init__(self, bench: Bench):
+        for module in ("boto3", "ministack"):
+            if not importlib.util.find_spec(module):
+                raise Unmeasured(f"{module} is not installed for this Python")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.bench, self.url = bench, f"http://127.0.0.1:{self.port}"
+        environment = {"GATEWAY_PORT": str(self.port), "LOG_LEVEL": "ERROR",
+                       "TMPDIR": str(bench.path)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ministack"], env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        bench.stack.callback(process.wait)
+        bench.stack.callback(process.kill)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+        def answers():
+            with socket.socket() as connection:
+                return not connection.connect_ex(("127.0.0.1", self.port))
+        until(answers, 60, "ministack", 0.05)
+        bench.known |= process_tree(process.pid)
+        self.sqs, self.s3 = self.client("sqs"), self.client("s3")
+        self.s3.create_bucket(Bucket="bench",
+                              CreateBucketConfiguration={"LocationConstraint": REGION})
+        self.front = Front(self.port)
+        bench.stack.callback(self.front.shutdown)
 
-    def operation(self, body: bytes) -> str:
-        """The operation's name in any of AWS's protocols: JSON, CBOR, query, REST."""
-        if target := self.headers.get("X-Amz-Target"):
-            return target.rpartition(".")[2]
-        if "/operation/" in self.path:
-            return self.path.rpartition("/")[2]
-        action = re.match(rb"(?:.*&)?Action=(\w+)", body)
-        return action[1].decode() if action else f"S3 {self.command}"
+    def client(self, service: str):
+        import boto3
+        return boto3.client(service, region_name=REGION, endpoint_url=self.url,
+                            aws_access_key_id="bench", aws_secret_access_key="bench")
 
-    def forward(self, _operation: str, body: bytes):
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        upstream.request(self.command, self.path, body, dict(self.headers))
-        answer = upstream.getresponse()
-        content = answer.read()
-        upstream.close()
-        ours = ("connection", "transfer-encoding", "keep-alive")
-        return answer.status, {name.title(): value for name, value in answer.getheaders()
-                               if name.lower() not in ours}, content
 
-    def stand_in(self, operation: str, body: bytes):
-        answer: dict = {}
-        if operation.startswith("S3"):
-            return 200, {"ETag": '"1"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}, (
-                self.server.code)
-        if operation == "ReceiveMessage":
-            answer = self.receive(json.loads(body).get("WaitTimeSeconds", 0))
-        elif operation == "GetQueueAttributes":
-            answer = {"Attributes": {"VisibilityTimeout": "30", "ApproximateNumberOfMessages": "0"}}
-        elif operation.endswith("Batch"):
-            ids = [{"Id": entry["Id"]} for entry in json.loads(body)["Entries"]]
-            answer = {"Successful": ids, "Failed": []}
-        return 200, {"Content-Type": "application/x-amz-json-1.0"}, json.dumps(answer).encode()
+class Queue:
+    """A new queue of the emulator's; the code of its functions is in the bucket."""
 
-    def receive(self, wait_s: int) -> dict:
-        waiting = self.server.messages
-        if not waiting:
-            self.server.release.wait(wait_s)
-            return {}
-        sent = {"SentTimestamp": str(time.time_ns() // 10**6), "ApproximateReceiveCount": "1"}
-        return {"Messages": [{"MessageId": text, "ReceiptHandle": text, "Body": text,
-                              "Attributes": sent} for text in [waiting.pop()]]}
+    def __init__(self, emulator: Emulator, functions: int = 1):
+        self.sqs, self.bench, self.functions = emulator.sqs, emulator.bench, functions
+        self.unsent: list[dict] = []
+        for number in range(functions):
+            emulator.s3.put_object(Bucket="bench", Key=f"f{number}.zip",
+                                   Body=make_zip({"main.py": TWO_PRINTS}))
+        self.url = self.sqs.create_queue(QueueName=f"q{time.monotonic_ns()}",
+                                         Attributes={"VisibilityTimeout": "120"})["QueueUrl"]
+
+    def put(self, numbers):
+        """Add messages by their numbers, each ten of them at once."""
+        self.unsent += [{"Id": str(n), "MessageBody": json.dumps(task(n, f"f{n % self.functions}"))}
+                        for n in numbers]
+        while len(self.unsent) >= 10:
+            self.sqs.send_message_batch(QueueUrl=self.url, Entries=self.unsent[:10])
+            del self.unsent[:10]
+
+    def left(self) -> int:
+        """How many messages it holds."""
+        found = self.sqs.get_queue_attributes(QueueUrl=self.url, AttributeNames=["All"])
+        return sum(int(found["Attributes"][f"ApproximateNumberOfMessages{which}"])
+                   for which in ("", "NotVisible"))
+
+    def agent(self, wait_s: int = 1) -> list:
+        """The command of an agent that serves it."""
+        text = (f"agent:\n  aws:\n    region: {REGION}\n  sqs:\n    queueUrl: {self.url}\n"
+                f"    waitTimeSeconds: {wait_s}\n  s3:\n    codeBucket: bench\n")
+        folder = self.bench.directory({"application.yml": text})
+        return [MODULE, "--config", folder / "application.yml"]
 
 
 # --- what all figures share ---------------------------------------------------------------------
@@ -300,7 +336,7 @@ def make_zip(files: dict) -> bytes:
     return buffer.getvalue()
 
 
-def task(number: int, function: str = "bench", runtime: str = "python", memory_mb: int = 128):
+def task(number: int, function: str = "f0", runtime: str = "python", memory_mb: int = 128):
     return {"requestId": f"r{number:06d}", "functionId": function, "runtime": runtime,
             "s3Key": f"{function}.zip", "timeoutMs": 60000, "memoryMb": memory_mb}
 
@@ -312,31 +348,35 @@ def common_python() -> str:
     return str(own) if everybody or os.getuid() else "/usr/bin/python3"
 
 
-def need_boto3():
-    if not importlib.util.find_spec("boto3"):
-        raise Unmeasured("boto3 is not installed for this Python")
-
-
 class Folder:
     """A directory for --local."""
 
-    def __init__(self, path: Path):
-        self.path, self.queue = path, path / "queue"
-        for part in (self.queue, path / "code", path / "spare"):
-            part.mkdir()
+    def __init__(self, path: Path, archive: bytes, runtime: str = "python", functions: int = 1):
+        self.path, self.runtime, self.functions = path, runtime, functions
+        (path / "queue").mkdir()
+        (path / "code").mkdir()
+        for number in range(functions):
+            self.code(archive, f"f{number}")
 
-    def code(self, archive: bytes, function: str = "bench"):
+    def code(self, archive: bytes, function: str):
         (self.path / "code" / f"{function}.zip").write_bytes(archive)
 
-    def put(self, body: dict, part: str = "queue"):
-        """Write a task file while no agent looks there."""
-        (self.path / part / f"{body['requestId']}.json").write_text(json.dumps(body))
+    def agent(self) -> list:
+        """The command of an agent that serves it."""
+        return [MODULE, "--local", self.path]
+
+    def put(self, numbers):
+        """Add tasks by their numbers."""
+        for number in numbers:
+            self.hand_over(task(number, f"f{number % self.functions}", self.runtime))
 
     def hand_over(self, body: dict) -> int:
-        """Rename a task into the queue of a running agent; CLOCK_MONOTONIC in ns just before."""
-        self.put(body, "spare")
-        name, at = f"{body['requestId']}.json", time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        (self.path / "spare" / name).rename(self.queue / name)
+        """Rename a task into the queue; CLOCK_MONOTONIC in ns just before."""
+        spare, name = f"{self.path}/spare", f"{body['requestId']}.json"
+        with open(spare, "w") as file:
+            json.dump(body, file)
+        at = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        os.rename(spare, f"{self.path}/queue/{name}")
         return at
 
     def result(self, body: dict, agent=None) -> dict:
@@ -358,8 +398,7 @@ class Bench:
         self.path.chmod(0o755)      # functions run as other users
         stack.callback(shutil.rmtree, self.path, ignore_errors=True)
         self.known = {os.getpid()}  # processes that outlive a figure
-        self.emulator_port = 0
-        self.pairs: dict[str, tuple[Cost, Cost]] = {}
+        self.serving: set[int] = set()
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("AGENT_", "AWS_"))}
         self.env = {**kept, "AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench",
                     "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true",
@@ -375,8 +414,8 @@ class Bench:
             (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
 
-    def folder(self) -> Folder:
-        return Folder(self.directory())
+    def folder(self, archive: bytes, *of) -> Folder:
+        return Folder(self.directory(), archive, *of)
 
     def two_prints(self) -> Path:
         return self.directory({"main.py": TWO_PRINTS}) / "main.py"
@@ -388,225 +427,178 @@ class Bench:
         subprocess.run(["g++", "-O2", "-o", "main", "main.cpp"], cwd=path, check=True)
         return path / "main"
 
-    def front(self, **options) -> Front:
-        front = Front(**options)
-        self.stack.callback(front.close)
-        return front
+    @functools.cached_property
+    def emulator(self) -> Emulator:
+        return Emulator(self)
 
-    def config(self, queue_url: str, wait_s: int) -> Path:
-        text = (f"agent:\n  aws:\n    region: {REGION}\n  sqs:\n    queueUrl: {queue_url}\n"
-                f"    waitTimeSeconds: {wait_s}\n  s3:\n    codeBucket: bench\n")
-        return self.directory({"application.yml": text}) / "application.yml"
-
-    def costed(self, command: list, stdin, log: Path, environment: dict) -> Cost:
-        """Run a command to its end: its wall time, and the CPU of all that it started."""
+    def xargs(self, command: list) -> Cost:
+        """What one of `bare_jobs` bare runs costs, SLOTS at once."""
         def cpu_s():
             usage = resource.getrusage(resource.RUSAGE_CHILDREN)
             return usage.ru_utime + usage.ru_stime
-        before, start = cpu_s(), time.monotonic()
-        with open(log, "wb") as output:
-            ended = subprocess.run(command, stdin=stdin, stdout=output, stderr=output, timeout=600,
-                                   env={**self.env, **environment}, check=False)
-        wall_s = time.monotonic() - start
-        reap_orphans(self.known)
-        if ended.returncode:
-            raise Unmeasured(f"exit status {ended.returncode}; {log.read_text()[-300:]}")
-        return Cost(wall_s, cpu_s() - before)
-
-    def xargs(self, jobs: int, command: list) -> Cost:
-        """`jobs` bare runs, SLOTS at once."""
-        numbers = self.path / "numbers"
-        numbers.write_text("".join(f"{n}\n" for n in range(jobs)))
-        with open(numbers) as stdin:
-            return self.costed(["xargs", f"-P{SLOTS}", "-n1", *command], stdin,
-                               self.path / "xargs.log", {})
-
-    def drain(self, jobs: int, *arguments, **environment) -> Cost:
-        """One `--drain`; Unmeasured unless the log reports every job as ok."""
-        log = self.path / "drain.log"
-        cost = self.costed([sys.executable, MODULE, *arguments, "--drain"], subprocess.DEVNULL,
-                           log, environment)
-        text = log.read_text(errors="replace")
-        ok = len(re.findall(r" REPORT .*? status=ok ", text))
-        if ok != jobs:
-            raise Unmeasured(f"{ok} of {jobs} runs were ok; the log ends: {text[-300:]}")
-        return cost
+        jobs, before, start = self.size.bare_jobs, cpu_s(), time.monotonic()
+        subprocess.run(["xargs", f"-P{SLOTS}", "-n1", *command], check=True, env=self.env,
+                       input=b"1\n" * jobs, stdout=subprocess.DEVNULL)
+        return Cost((time.monotonic() - start) / jobs, (cpu_s() - before) / jobs)
 
 
 @contextlib.contextmanager
-def running(bench: Bench, command: list, front: Front | None = None):
+def running(bench: Bench, command: list, **environment):
     """A process that serves until the block ends; .reports() counts the runs in its log."""
     log = bench.directory() / "log"
-    environment = {**bench.env, **({"AWS_ENDPOINT_URL": front.url} if front else {})}
     with open(log, "wb") as output, open(log, "rb") as reader:
         process = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=output, env=environment)
-        counts = [0]
+                                   stdout=output, stderr=output, env={**bench.env, **environment})
+        count, tail = 0, b""
 
         def reports() -> int:
+            """How many runs there were; Unmeasured when one was not ok, or the agent ended."""
+            nonlocal count, tail
             if process.poll() is not None:
                 raise Unmeasured(f"the agent ended by itself: {log.read_text()[-300:]}")
-            counts.append(counts.pop() + reader.read().count(b" REPORT "))
-            return counts[-1]
+            *lines, tail = (tail + reader.read()).split(b"\n")
+            for line in lines:
+                if b" REPORT " in line and b" status=ok " not in line:
+                    raise Unmeasured(f"a run was not ok: {line.decode(errors='replace')}")
+                count += b" REPORT " in line
+            return count
         process.reports = reports
+        bench.serving.add(process.pid)
         try:
             yield process
         finally:
             process.terminate()
-            if front:
-                front.release.set()     # an idle agent waits for the answer to its poll
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
             process.kill()
             process.wait()
-            reap_orphans(bench.known)
-            if front:
-                front.release.clear()
+            bench.serving.discard(process.pid)
+            if not bench.serving:
+                reap_orphans(bench.known)
 
 
 # --- jobs a second, and the CPU of a job --------------------------------------------------------
 
-def compare(bench: Bench, drained, jobs: int, command: list) -> tuple[Cost, Cost]:
-    """Seconds a job, by the agent and bare; from medians of rounds that take turns."""
-    many, one, bare = [], [], []
-    for _ in range(bench.size.rounds):
-        bare.append(bench.xargs(bench.size.bare_jobs, command))
-        many.append(drained(jobs))
-        one.append(drained(1))
+class Feed:
+    """Keeps the queue of some agents as deep as it was at first."""
 
-    def median(costs, name):
-        return statistics.median(getattr(cost, name) for cost in costs)
-    names = ("wall_s", "cpu_s")
-    return (Cost(*((median(many, name) - median(one, name)) / (jobs - 1) for name in names)),
-            Cost(*(median(bare, name) / bench.size.bare_jobs for name in names)))
+    def __init__(self, queue, depth: int):
+        self.queue, self.depth, self.given, self.agents = queue, depth, 0, []
 
+    def top_up(self) -> int:
+        """How many runs there were, after as many tasks were added."""
+        done = sum(agent.reports() for agent in self.agents)
+        self.queue.put(range(self.given, done + self.depth))
+        self.given = done + self.depth
+        return done
 
-def drain_folder(bench: Bench, jobs: int, archive: bytes, runtime: str) -> Cost:
-    folder = bench.folder()
-    folder.code(archive)
-    for number in range(jobs):
-        folder.put(task(number, runtime=runtime))
-    cost = bench.drain(jobs, "--local", folder.path)
-    shutil.rmtree(folder.path)
-    return cost
+    def until(self, condition, seconds: float) -> tuple:
+        """When condition(runs) is true: runs, the time, CPU seconds of the agents with all that
+        they started, and their own."""
+        until(lambda: condition(self.top_up()), seconds, "as many runs", 0.003)
+        pids = [agent.pid for agent in self.agents]
+        return (self.top_up(), time.monotonic(), sum(map(tree_cpu_s, pids)),
+                sum(map(own_cpu_s, pids)))
 
 
-def local_pair(bench: Bench, runtime: str) -> tuple[Cost, Cost]:
-    """The comparison for a runtime, made once for the two figures that need it."""
-    if runtime not in bench.pairs:
-        if runtime == "python":
-            main, jobs = bench.two_prints(), bench.size.python_jobs
-        else:
-            main, jobs = bench.compiled(CPP_HELLO), bench.size.cpp_jobs
-        archive = make_zip({main.name: main.read_bytes()})
-        command = [bench.python, main] if runtime == "python" else [main]
-        bench.pairs[runtime] = compare(
-            bench, lambda n: drain_folder(bench, n, archive, runtime), jobs, command)
-    return bench.pairs[runtime]
+def halves(bench: Bench, queues: list, seconds: float, depth: int = 200, warm_up: int = 200,
+           **environment) -> tuple[Cost, Cost]:
+    """What a job costs agents that are busy all the time, in two stretches of `seconds` that
+    follow one another: the first two that agree in the rate, else the last two of MOST_HALVES."""
+    costs, feed = [], Feed(queues[0], depth)
+    with contextlib.ExitStack() as stack:
+        feed.top_up()
+        feed.agents += [stack.enter_context(running(bench, queue.agent(), **environment))
+                        for queue in queues]
+        before = feed.until(lambda runs: runs >= warm_up, 120)
+        while len(costs) < 2 or len(costs) < MOST_HALVES and not agree(*costs[-2:]):
+            end = before[1] + seconds
+            after = feed.until(lambda _, end=end: time.monotonic() >= end, 2 * seconds)
+            jobs = max(1, after[0] - before[0])
+            costs.append(Cost(*((after[what] - before[what]) / jobs for what in (1, 2, 3))))
+            before = after
+    return costs[-2], costs[-1]
 
 
-def rate_row(figure: str, pair: tuple[Cost, Cost], program: str, bound: float) -> Row:
-    agent, bare = (1 / cost.wall_s for cost in pair)
-    return Row(figure, f"{agent:.0f}/s", f"xargs -P{SLOTS} {program}: {bare:.0f}/s", agent / bare,
-               bound, at_least=True)
+def agree(first: Cost, second: Cost) -> bool:
+    return abs(first.wall_s / second.wall_s - 1) <= AGREEMENT
+
+
+def rate_rows(bench: Bench, how: str, command: list, bound: float, measure, cpu_bound=None):
+    """What the halves that measure() returns say, beside bare runs before and after them."""
+    before, (first, agent), after = bench.xargs(command), measure(), bench.xargs(command)
+    wall_s, cpu_s = (before.wall_s + after.wall_s) / 2, (before.cpu_s + after.cpu_s) / 2
+    yield Row(f"{how}, jobs/s", f"{1 / agent.wall_s:.0f}/s",
+              f"xargs -P{SLOTS} {' '.join(Path(word).name for word in command)}: {1 / wall_s:.0f}/s",
+              wall_s / agent.wall_s, bound, at_least=True,
+              note=f"halves {1 / first.wall_s:.0f}/s, {1 / agent.wall_s:.0f}/s"
+              + ("" if agree(first, agent) else ": NOT STEADY"))
+    yield Row(f"{how}, CPU above a bare run's", f"{(agent.cpu_s - cpu_s) * 1e3:+.2f} ms",
+              f"bare run: {cpu_s * 1e3:.2f} ms", (agent.cpu_s - cpu_s) / cpu_s, cpu_bound,
+              note=f"{agent.cpu_s * 1e3:.2f} ms in all")
+    # Its threads share one interpreter, which bounds what one agent can feed.
+    yield Row(f"{how}, agent's own CPU, ms", f"{agent.own_s * 1e3:.2f} ms",
+              f"a core: {1 / agent.own_s:,.0f} jobs/s", agent.own_s * 1e3)
+
+
+def folder_halves(bench: Bench, main: Path, runtime: str, agents: int = 1) -> tuple[Cost, Cost]:
+    """The halves of agents that share the slots and one folder."""
+    folder = bench.folder(make_zip({main.name: main.read_bytes()}), runtime)
+    return halves(bench, [folder] * agents, bench.size.half_s,
+                  AGENT_EXECUTION_CONCURRENCY=str(SLOTS // agents))
 
 
 def python_local(bench: Bench):
-    yield rate_row("python jobs/s, --local", local_pair(bench, "python"), "python3 main.py", 2.5)
+    main = bench.two_prints()
+    yield from rate_rows(bench, "python --local", [bench.python, main], 3.0,
+                         lambda: folder_halves(bench, main, "python"), 0.5)
 
 
 def cpp_local(bench: Bench):
-    yield rate_row("cpp jobs/s, --local", local_pair(bench, "cpp"), "./main", 0.3)
+    main = bench.compiled(CPP_HELLO)
+    yield from rate_rows(bench, "cpp --local", [main], 0.3,
+                         lambda: folder_halves(bench, main, "cpp"))
 
 
-def cpu(bench: Bench):
-    for runtime, bound in (("python", 0.5), ("cpp", None)):
-        agent, bare = local_pair(bench, runtime)
-        above = agent.cpu_s - bare.cpu_s
-        yield Row(f"CPU a job above the function's, {runtime}", f"{above * 1e3:+.2f} ms",
-                  f"bare run: {bare.cpu_s * 1e3:.2f} ms", above / bare.cpu_s, bound,
-                  note=f"{agent.cpu_s * 1e3:.2f} ms in all")
+def agents(bench: Bench):
+    main = bench.two_prints()
+    one, two, after = (folder_halves(bench, main, "python", count)[1].wall_s
+                       for count in (1, SLOTS, 1))
+    base = (one + after) / 2
+    yield Row(f"jobs/s of {SLOTS} agents with a slot each", f"{1 / two:.0f}/s",
+              f"one with {SLOTS} slots: {1 / base:.0f}/s", base / two)
 
 
 # --- through SQS --------------------------------------------------------------------------------
 
-def emulator(bench: Bench) -> str:
-    """The URL of a ministack that lives as long as the bench, with the bucket `bench`."""
-    url = f"http://127.0.0.1:{bench.emulator_port}"
-    if bench.emulator_port:
-        return url
-    need_boto3()
-    program = shutil.which("ministack")
-    if not program and not importlib.util.find_spec("ministack"):
-        raise Unmeasured("ministack is not installed here (pip install ministack)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [program] if program else [sys.executable, "-m", "ministack"],
-        env={**os.environ, "GATEWAY_PORT": str(port), "LOG_LEVEL": "ERROR",
-             "TMPDIR": str(bench.path)},
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    bench.stack.callback(process.wait)
-    bench.stack.callback(process.kill)
-
-    def answers():
-        with socket.socket() as connection:
-            return not connection.connect_ex(("127.0.0.1", port))
-    until(answers, 60, "ministack", 0.05)
-    bench.known |= process_tree(process.pid)
-    bench.emulator_port = port
-    client(bench, "s3").create_bucket(
-        Bucket="bench", CreateBucketConfiguration={"LocationConstraint": REGION})
-    return emulator(bench)
-
-
-def client(bench: Bench, service: str):
-    import boto3
-    return boto3.client(service, region_name=REGION, endpoint_url=emulator(bench),
-                        aws_access_key_id="bench", aws_secret_access_key="bench")
-
-
-def fill_queue(bench: Bench, jobs: int, functions: int) -> Path:
-    """A new queue with `jobs` messages, their code in the bucket; the settings that name it."""
-    sqs, s3 = client(bench, "sqs"), client(bench, "s3")
-    for number in range(functions):
-        s3.put_object(Bucket="bench", Key=f"f{number}.zip", Body=make_zip({"main.py": TWO_PRINTS}))
-    url = sqs.create_queue(QueueName=f"q{time.monotonic_ns()}",
-                           Attributes={"VisibilityTimeout": "120"})["QueueUrl"]
-    bodies = [json.dumps(task(n, f"f{n % functions}")) for n in range(jobs)]
-    for at in range(0, jobs, 10):
-        sqs.send_message_batch(QueueUrl=url, Entries=[
-            {"Id": str(n), "MessageBody": body} for n, body in enumerate(bodies[at:at + 10])])
-    return bench.config(url, 1)
-
-
 def python_sqs(bench: Bench):
-    url = emulator(bench)
-
-    def drained(jobs):
-        return bench.drain(jobs, "--config", fill_queue(bench, jobs, 1), AWS_ENDPOINT_URL=url)
-    pair = compare(bench, drained, bench.size.python_jobs, [bench.python, bench.two_prints()])
-    yield rate_row("python jobs/s, SQS (ministack)", pair, "python3 main.py", 2.0)
+    queue, url = Queue(bench.emulator), bench.emulator.url
+    yield from rate_rows(
+        bench, "python SQS", [bench.python, bench.two_prints()], 2.0,
+        lambda: halves(bench, [queue], bench.size.half_s, AWS_ENDPOINT_URL=url))
 
 
 def requests(bench: Bench):
-    config = fill_queue(bench, 1000, 3)
+    emulator, jobs = bench.emulator, 1000
+    queue, front = Queue(emulator, 3), emulator.front
+    queue.put(range(jobs))
     time.sleep(3)       # a backlog: older than any margin for skew between the clocks of SQS and S3
-    front = bench.front(upstream=bench.emulator_port)
-    bench.drain(1000, "--config", config, AWS_ENDPOINT_URL=front.url)
-    names = [name for name, _ in front.requests]
-    yield Row("AWS requests, 1,000 jobs, 3 functions", f"{len(names)}", "one whole drain",
+    front.requests.clear()
+    with running(bench, queue.agent(), AWS_ENDPOINT_URL=front.url) as agent:
+        until(lambda: agent.reports() >= jobs, 120, "the last report", 0.01)
+    if queue.left():
+        raise Unmeasured(f"{queue.left()} messages were not deleted")
+    names = [name for name, _ in front.operations()]
+    yield Row("AWS requests, 1,000 jobs, 3 functions", f"{len(names)}", "from start to stop",
               len(names), 220, note=", ".join(f"{names.count(n)} {n}" for n in sorted(set(names))))
 
 
 # --- latency, packages, depth -------------------------------------------------------------------
 
 def latency(bench: Bench):
-    folder, mine, bare = bench.folder(), [], []
-    folder.code(make_zip({"main.py": CLOCK_FIRST}))
+    folder, mine, bare = bench.folder(make_zip({"main.py": CLOCK_FIRST})), [], []
     command = [bench.python, bench.directory({"main.py": CLOCK_FIRST}) / "main.py"]
-    with running(bench, [MODULE, "--local", folder.path]) as agent:
+    with running(bench, folder.agent()) as agent:
         for number in range(10 + bench.size.latencies):
             at = folder.hand_over(body := task(number))
             mine.append((int(folder.result(body, agent)["stdout"]) - at) / 1e6)
@@ -627,9 +619,8 @@ def package(bench: Bench):
     files.update({f"part/m{n}.py": f"VALUE = {n}\n" for n in range(9)})
     files["main.py"] = ("from part import m0, m1, m2, m3\n"
                         "print(len(open('data/0007.bin', 'rb').read()), m3.VALUE)\n")
-    folder, source, mine, bare = bench.folder(), bench.directory(files), [], []
-    folder.code(make_zip(files))
-    with running(bench, [MODULE, "--local", folder.path]) as agent:
+    folder, source, mine, bare = bench.folder(make_zip(files)), bench.directory(files), [], []
+    with running(bench, folder.agent()) as agent:
         for number in range(1 + bench.size.packages):
             at = folder.hand_over(body := task(number)) / 1e9
             folder.result(body, agent)
@@ -644,30 +635,15 @@ def package(bench: Bench):
 
 
 def cost_at_depth(bench: Bench, deep: int, functions: int) -> Cost:
-    """Seconds a job by an agent that always has `deep` tasks and a warm code cache; medians
-    over stretches of 200 jobs."""
-    folder, warm_up, jobs = bench.folder(), 100 + 3 * functions, bench.size.depth_jobs
-    for number in range(functions):
-        folder.code(make_zip({"main.py": TWO_PRINTS}), f"f{number}")
-    for number in range(deep + warm_up + 2 * jobs):
-        folder.put(task(number, f"f{number % functions}"), "queue" if number < deep else "spare")
-    spare, added, looks = iter(sorted((folder.path / "spare").iterdir())), 0, []
-    with running(bench, [MODULE, "--local", folder.path]) as agent:
-        for goal in range(warm_up, warm_up + jobs + 1, 200):
-            while (done := until(agent.reports, 60, "a report")) < goal:
-                for path in itertools.islice(spare, done - added):
-                    path.rename(folder.queue / path.name)
-                added = done
-                time.sleep(0.001)
-            looks.append((done, time.monotonic(), tree_cpu_s(agent.pid)))
+    """What a job costs an agent that always has `deep` tasks, once it has the functions' code."""
+    folder = bench.folder(make_zip({"main.py": TWO_PRINTS}), "python", functions)
+    cost = halves(bench, [folder], bench.size.depth_s, deep, 100 + 3 * functions)[1]
     shutil.rmtree(folder.path)
-    ends = [(looks[at], looks[at + 1]) for at in range(len(looks) - 1)]
-    return Cost(*(statistics.median((after[what] - before[what]) / (after[0] - before[0])
-                                    for before, after in ends) for what in (1, 2)))
+    return cost
 
 
 def depth(bench: Bench):
-    deep = bench.size.deep
+    deep, rows = bench.size.deep, []
     cases = [(10, 200), (1000, 1), (1000, 200), (deep, 1), (deep, 200)]
     before = cost_at_depth(bench, 10, 1)
     for queued, functions in cases if bench.size is FULL else cases[-1:]:
@@ -675,63 +651,60 @@ def depth(bench: Bench):
         for name in ("cpu_s", "wall_s"):
             mine = getattr(got, name) * 1e3
             base = (getattr(before, name) + getattr(after, name)) / 2 * 1e3
-            yield Row(f"{name[:-2]} a job, {queued:,} queued, {functions} functions",
-                      f"{mine:.2f} ms", f"10 queued, 1 function: {base:.2f} ms", mine / base, 1.1)
+            rows.append(Row(f"{name[:-2]} a job, deep queue", f"{mine:.2f} ms",
+                            f"10 queued, 1 function: {base:.2f} ms", mine / base, 1.1,
+                            note=f"{queued:,} queued, {functions} functions"))
         before = after
+    for name in ("cpu", "wall"):
+        cases = [row for row in rows if row.figure.startswith(name)]
+        yield dataclasses.replace(worst := max(cases, key=lambda row: row.ratio),
+                                  note=f"worst of {len(cases)}: {worst.note}")
 
 
 # --- start, idle, memory ------------------------------------------------------------------------
 
-def bare_boto3(front: Front) -> list:
-    return ["-c", BARE_BOTO3, front.queue_url]
-
-
-def polling(bench: Bench, front: Front, wait_s: int = 20) -> list:
-    return [MODULE, "--config", bench.config(front.queue_url, wait_s)]
-
-
-def first_poll(process, front: Front) -> float:
-    """time.monotonic() of the first ReceiveMessage; Unmeasured when the process ends before."""
-    return until(lambda: process.reports() >= 0 and front.first_poll(), 60, "the first poll")
+@contextlib.contextmanager
+def polling(bench: Bench, front: Front, command: list):
+    """A process, and time.monotonic() of its first ReceiveMessage."""
+    front.requests.clear()
+    with running(bench, command, AWS_ENDPOINT_URL=front.url) as process:
+        yield process, until(lambda: process.reports() >= 0 and front.first_poll(), 60, "a poll")
 
 
 def start(bench: Bench):
-    need_boto3()
-    front, bare, mine = bench.front(), [], []
+    emulator, bare, mine = bench.emulator, [], []
+    queue = Queue(emulator)
     for _ in range(bench.size.starts):
-        for seconds, command in ((bare, bare_boto3(front)), (mine, polling(bench, front))):
-            front.requests.clear()
+        for seconds, command in ((bare, ["-c", BARE_BOTO3, queue.url]),
+                                 (mine, queue.agent())):
             at = time.monotonic()
-            with running(bench, command, front) as process:
-                seconds.append(first_poll(process, front) - at)
+            with polling(bench, emulator.front, command) as (_, polled):
+                seconds.append(polled - at)
     base, got = statistics.median(bare) * 1e3, statistics.median(mine) * 1e3
     ratio = statistics.median(ours / its for ours, its in zip(mine, bare))    # clocks drift
-    yield Row("start to first poll", f"{got:.0f} ms", f"bare boto3: {base:.0f} ms", ratio, 0.8,
+    yield Row("start to first poll", f"{got:.0f} ms", f"bare boto3: {base:.0f} ms", ratio, 1.3,
               note=f"median of {len(mine)} pairs")
 
 
 def idle(bench: Bench):
-    need_boto3()
-    front, jobs = bench.front(code=make_zip({"main.py": TWO_PRINTS})), 20
-    with running(bench, bare_boto3(front), front) as bare:
-        first_poll(bare, front)
+    emulator, jobs, wait_s = bench.emulator, 20, 5
+    queue = Queue(emulator)
+    with polling(bench, emulator.front, ["-c", BARE_BOTO3, queue.url]) as (bare, _):
         base = settled_pss_bytes(bare.pid)
-    front.requests.clear()
-    with running(bench, polling(bench, front, 5), front) as agent:
-        first_poll(agent, front)
+    with polling(bench, emulator.front, queue.agent(wait_s)) as (agent, _):
         fresh, percent = settled_pss_bytes(agent.pid), cpu_percent(agent.pid, bench.size.idle_s)
-        front.messages += [json.dumps(task(number)) for number in range(jobs)]
+        queue.put(range(jobs))
         until(lambda: agent.reports() >= jobs, 60, "the last report")
         used = settled_pss_bytes(agent.pid)
-    for when, got, bound in (("start", fresh, 1.15), (f"{jobs} python jobs", used, None)):
+    for when, got, bound in (("start", fresh, 1.5), (f"{jobs} python jobs", used, None)):
         yield Row(f"idle memory (PSS) after {when}", f"{got / MIB:.1f} MiB",
                   f"bare boto3: {base / MIB:.1f} MiB", got / base, bound)
-    yield Row("idle CPU, %", f"{percent:.3f} %", f"{bench.size.idle_s} s, polls of 5 s", percent,
-              0.2)
+    yield Row("idle CPU, %", f"{percent:.3f} %", f"{bench.size.idle_s} s, polls of {wait_s} s",
+              percent, 0.2)
 
 
 def idle_local(bench: Bench):
-    with running(bench, [MODULE, "--local", bench.folder().path]) as agent:
+    with running(bench, bench.folder(b"").agent()) as agent:
         settled_pss_bytes(agent.pid)
         percent = cpu_percent(agent.pid, bench.size.idle_s)
         agent.reports()
@@ -744,14 +717,15 @@ def peak(bench: Bench):
     missing = "" if shutil.which("g++") else "; no g++ for a C++ one"
     if not missing:
         functions["cpp-hello"] = ({"main": bench.compiled(CPP_PEAK).read_bytes()}, "cpp")
-    folder, cases = bench.folder(), list(functions) * bench.size.peaks
+    folder, cases = bench.folder(b""), list(functions) * bench.size.peaks
     for name, (files, _) in functions.items():
         folder.code(make_zip(files), name)
     random.shuffle(cases)
     bodies = [task(n, name, functions[name][1], 1024) for n, name in enumerate(cases)]
     for body in bodies:
-        folder.put(body)
-    bench.drain(len(bodies), "--local", folder.path)
+        folder.hand_over(body)
+    with running(bench, folder.agent()) as agent:
+        until(lambda: agent.reports() >= len(bodies), 120, "the last report", 0.01)
     ratio, reported, own, name = max(
         (*peak_error(folder.result(body)), body["functionId"]) for body in bodies)
     yield Row("peak memory error / max(1 MiB, 3 %)", f"{reported / MIB:.2f} MiB",
@@ -767,9 +741,9 @@ def peak_error(result: dict) -> tuple[float, int, int]:
 
 
 def duration(bench: Bench):
-    folder, pairs, size = bench.folder(), [], bench.size.latencies // 2
-    folder.code(make_zip({"main.py": OWN_TIME}))
-    with running(bench, [MODULE, "--local", folder.path]) as agent:
+    folder, pairs = bench.folder(make_zip({"main.py": OWN_TIME})), []
+    size = bench.size.latencies // 2
+    with running(bench, folder.agent()) as agent:
         for body in map(task, range(size)):
             folder.hand_over(body)
             result = folder.result(body, agent)
@@ -781,10 +755,8 @@ def duration(bench: Bench):
 
 # --- command line -------------------------------------------------------------------------------
 
-# The start goes first: only the agent's makes files, and ext4 is slow at that for a minute after
-# other rows have removed theirs.
 FIGURES = {figure.__name__: figure for figure in (
-    start, python_local, python_sqs, cpp_local, cpu, latency, package, idle, idle_local, requests,
+    start, python_local, python_sqs, cpp_local, agents, latency, package, idle, idle_local, requests,
     depth, peak, duration)}
 
 
@@ -797,29 +769,51 @@ def rows_of(bench: Bench, name: str):
         yield Row(name, note=f"not measured: {text.replace('Unmeasured: ', '')}")
 
 
-def main():
+def markdown(rows: list[Row], runs: int) -> str:
+    """The README's table: the worst and the best ratio that each figure had."""
+    figures: dict[str, list[Row]] = {}
+    for row in rows:
+        figures.setdefault(row.figure, []).append(row)
+    lines = [f"| figure | against | worst and best of {runs} | goal |", "| --- | --- | --- | --- |"]
+    for figure, mine in figures.items():
+        ratios = sorted((row.ratio for row in mine if row.ratio is not None),
+                        reverse=not mine[0].at_least)
+        span = f"{ratios[0]:.2f}, {ratios[-1]:.2f}" if ratios else mine[0].note
+        missed = sum(row.verdict() == "MISSED" for row in mine)
+        lines.append(f"| {figure} | {mine[0].against.partition(':')[0]} | {span} | "
+                     f"{mine[0].target()}{f' (missed in {missed} of {runs})' if missed else ''} |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer runs: under a minute")
+    parser.add_argument("--quick", action="store_true", help="shorter: about a minute")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=FIGURES, default=FIGURES,
                         help="some of: " + " ".join(FIGURES))
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
-                        help="JSON lines, to FILE or in place of the table")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", metavar="FILE", default=os.devnull,
+                        help="JSON lines, to FILE (/dev/stderr for one)")
+    parser.add_argument("--runs", type=int, metavar="N",
+                        help="all of it N times, then the worst and the best as Markdown")
+    return parser.parse_args()
+
+
+def main():
+    args, rows = arguments(), []
     if not MODULE.exists():
-        parser.error(f"{MODULE} does not exist; set NANOGRID to the path of nanogrid.py")
+        sys.exit(f"{MODULE} does not exist; set NANOGRID to the path of nanogrid.py")
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)     # for reap_orphans
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # clears up, too
-    with contextlib.ExitStack() as stack:
-        to_file = arguments.json not in (None, "-")
-        lines = stack.enter_context(open(arguments.json, "w")) if to_file else None
-        bench = Bench(QUICK if arguments.quick else FULL, stack)
-        if arguments.json != "-":
-            print(LINE.format("figure", "measured", "against", "ratio", "target", "", "").rstrip())
-        for name in arguments.only:
-            for row in rows_of(bench, name):
-                print(row.as_json() if arguments.json == "-" else row.as_text(), flush=True)
-                if lines:
+    print(LINE.format("figure", "measured", "against", "ratio", "goal", "", "").rstrip())
+    with open(args.json, "w") as lines:
+        for _ in range(args.runs or 1):
+            with contextlib.ExitStack() as stack:
+                bench = Bench(QUICK if args.quick else FULL, stack)
+                for row in (row for name in args.only for row in rows_of(bench, name)):
+                    print(row.as_text(), flush=True)
                     print(row.as_json(), file=lines, flush=True)
+                    rows.append(row)
+    if args.runs:
+        print("\n" + markdown(rows, args.runs))
 
 
 if __name__ == "__main__":
