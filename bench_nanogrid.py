@@ -16,7 +16,7 @@ ministack, boto3) says so. The exit status is 0 whatever the figures are.
   latency         from the rename of a task into an idle agent's queue/ to the function's first
                   statement, against a bare start of the same file up to that statement
   depth           a job's cost at a deep queue, against the mean of a shallow one before and after
-  idle            PSS and CPU time of the whole process tree while it long-polls a stand-in
+  idle            PSS and CPU time of the whole process tree while it long-polls
 
 `--runs 3` does all of it three times in a row and ends with the README's table of the worst and
 the best. Both sides run functions on one interpreter: this one where every user can reach it, else
@@ -689,7 +689,8 @@ def start(bench: Bench):
 def idle(bench: Bench):
     emulator, jobs, wait_s = bench.emulator, 20, 5
     queue = Queue(emulator)
-    with polling(bench, emulator.front, ["-c", BARE_BOTO3, queue.url]) as (bare, _):
+    # The emulator goes on with the poll of a process that is gone: that one has its own queue.
+    with polling(bench, emulator.front, ["-c", BARE_BOTO3, Queue(emulator).url]) as (bare, _):
         base = settled_pss_bytes(bare.pid)
     with polling(bench, emulator.front, queue.agent(wait_s)) as (agent, _):
         fresh, percent = settled_pss_bytes(agent.pid), cpu_percent(agent.pid, bench.size.idle_s)
