@@ -2029,6 +2029,8 @@ DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "n
 OWN = ("work", "home", "tmp", "output")  # a slot's directories, beneath its own/
 OWN_TMP = {"/tmp": "machine-tmp", "/var/tmp": "machine-var-tmp"}  # what a slot has in its place
 SHM = "/dev/shm"
+# proc(5): what lists System V's IPC, the column that tells its size, and the bytes of each there
+SYSVIPC = (("shm", 14, 1), ("sem", 3, 128), ("msg", 3, 1))
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
@@ -2047,7 +2049,7 @@ class Room:
         self.open: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
         self.queues = ""  # where this namespace's POSIX message queues can be seen
-        self.shm_mb = 0
+        self.shm_limits = ""
         self.ruleset = -1
         self.props: set[str] = set()  # what holds the mount points of what is shown again
         for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
@@ -2150,23 +2152,26 @@ class Room:
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
 
-        Whom a uid of its own keeps apart already needs no more than the scopes.
+        A uid of its own keeps it from writing to the files of others, but not from making some in
+        directories that are open to all, nor from mounts in a user namespace of its own.
         """
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
         own_uid = self.place.uid is not None
-        if version < (6 if own_uid else 2):  # 1 would let no file be moved to another directory
+        if version < 2:  # it would let no file be moved to another directory
             raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
         if version < 6:
-            self.open.append("functions may signal this user's processes and use abstract sockets")
-        change = MAY_WRITE | MAY_REFER | MAY_CHANGE | (MAY_TRUNCATE if version >= 3 else 0)
-        attributes = struct.pack("QQQ", 0 if own_uid else change, 0, SCOPES if version >= 6 else 0)
+            self.open.append("functions may use the machine's abstract sockets" + (
+                "" if own_uid else " and signal this user's processes"))
+        write = 0 if own_uid else MAY_WRITE | (MAY_TRUNCATE if version >= 3 else 0)
+        change = write | MAY_REFER | MAY_CHANGE
+        attributes = struct.pack("QQQ", change, 0, SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
-        if own_uid:
-            return
-        mine = [*(f"{self.place.directory}/own/{name}" for name in OWN), *self.own]
-        mine += [self.queues] if self.queues else []
+        # Without mounts of its own it needs the machine's /dev/shm: semaphores lie there.
+        shared = self.own or ((*OWN_TMP, SHM) if own_uid else (SHM,))
+        mine = [*(f"{self.place.directory}/own/{name}" for name in OWN),
+                *filter(os.path.isdir, (*shared, self.queues))]
         devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
-        for path in (*mine, f"{self.feed}/out", *devices):
+        for path in (*mine, *([f"{self.feed}/out", *devices] if write else [])):
             right = change if path in mine else MAY_WRITE
             fd = os.open(path, os.O_PATH)
             kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, struct.pack("=Qi", right, fd), 0)
@@ -2174,11 +2179,12 @@ class Room:
 
     # For each run.
 
-    def begin(self, memory_mb: int) -> None:
+    def begin(self, memory_mb: int, files: int) -> None:
         """Have /dev/shm hold no more than the run may; raises OSError."""
-        if SHM in self.own and memory_mb != self.shm_mb:
-            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, f"size={memory_mb}m")
-            self.shm_mb = memory_mb
+        limits = f"size={memory_mb}m,nr_inodes={files}"  # an empty file is 1 KB of memory, too
+        if SHM in self.own and limits != self.shm_limits:
+            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
+            self.shm_limits = limits
 
     def shm_bytes(self) -> int:
         """What lies in /dev/shm, mapped or not."""
@@ -2187,10 +2193,15 @@ class Room:
         status = os.statvfs(SHM)
         return (status.f_blocks - status.f_bfree) * status.f_frsize
 
+    def ipc_bytes(self) -> int:
+        """What System V's segments, semaphores and queues hold."""
+        return sum(int(row.split()[column]) * size for kind, column, size in SYSVIPC if self.own
+                   for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:])
+
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
         return bool(self.queues and os.listdir(self.queues) or self.own and any(
-            read_proc(f"/proc/sysvipc/{kind}").count(b"\n") > 1 for kind in ("shm", "sem", "msg")))
+            read_proc(f"/proc/sysvipc/{kind}").count(b"\n") > 1 for kind, *_ in SYSVIPC))
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2593,7 +2604,7 @@ class Supervisor:
 
     def run(self, job: Job) -> dict[str, Any]:
         """One run; the fields of its Report that are known here. Raises OSError."""
-        self.room.begin(job.memory_mb)
+        self.room.begin(job.memory_mb, job.files)
         self.workspace.prepare(job.package, job.input)
         outputs = [Output(f"{self.room.feed}/{name}", fd if job.tee else 0)
                    for fd, name in enumerate(OUTPUTS, 1)]
@@ -2769,8 +2780,9 @@ class Watch:
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
         self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
-        # When last looked exactly: bytes of all together, of each process, and in /dev/shm.
+        # When last looked exactly: bytes of all together, of each process, and of what any may map.
         self.together, self.sizes, self.shm = 0, {}, 0
+        self.loose = 0  # of the last: what lies in memory files without a name, and in System V's IPC
 
     def wait(self) -> str:
         """How the run ends: exit, timeout, oom, disk, or released (the agent let go of it)."""
@@ -2805,6 +2817,7 @@ class Watch:
         if now >= self.next_disk_look:
             began = time.monotonic()
             size, count = disk_usage(self.supervisor.workspace.on_disk, self.job.files)
+            size += self._count_unnamed(self.supervisor.run_pids())
             if size > self.job.disk_mb * MIB or count > self.job.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time at most
@@ -2823,7 +2836,7 @@ class Watch:
         seen before, the run is looked at exactly.
         """
         pids = self.supervisor.run_pids()
-        sizes, shm = resident(pids), self.supervisor.room.shm_bytes()
+        sizes, shm = resident(pids), self.supervisor.room.shm_bytes() + self.loose
         if len(pids) < 2 and not shm:
             return sum(sizes.values())
         held = self.together + max(0, shm - self.shm) + sum(
@@ -2835,12 +2848,33 @@ class Watch:
         running = [pid for pid in pids if held > cap and read_proc(
             f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
         signal_all(running, signal.SIGSTOP)
-        self.sizes, self.shm = resident(pids), self.supervisor.room.shm_bytes()
+        self._count_unnamed(pids)
+        self.sizes, self.shm = resident(pids), self.supervisor.room.shm_bytes() + self.loose
         held = self.together = (resident_together(pids, self.shm)
                                 or sum(self.sizes.values()))  # a process that cannot be read
         signal_all(running, signal.SIGCONT)
         self.largest = max(self.largest, held)
         return held
+
+    def _count_unnamed(self, pids: list[int]) -> int:
+        """Have `loose` anew; the bytes on disk of files that have no name any more."""
+        room, found = self.supervisor.room, open_unnamed(pids)
+        disk = os.stat(room.place.directory).st_dev
+        counted = {disk, *(os.stat(path).st_dev for path in room.own)}
+        self.loose = room.ipc_bytes() + sum(
+            size for (device, _), size in found.items() if device not in counted)
+        return sum(size for (device, _), size in found.items() if device == disk)
+
+
+def open_unnamed(pids: list[int]) -> dict[tuple[int, int], int]:
+    """(device, inode) -> bytes of the files that these hold open and that have no name."""
+    found = {}
+    for path in [path for pid in pids for path in glob.glob(f"/proc/{pid}/fd/*")]:
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode) and not status.st_nlink:
+                found[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return found
 
 
 def resident(pids: list[int]) -> dict[int, int]:
@@ -2849,16 +2883,16 @@ def resident(pids: list[int]) -> dict[int, int]:
 
 
 def resident_together(pids: list[int], shm: int) -> int:
-    """The resident bytes of these processes, shared pages once, and `shm` bytes in /dev/shm.
+    """The resident bytes of these processes, shared pages once, and `shm` bytes that any may map.
 
-    Walks their page tables; what they have mapped of /dev/shm is in `shm` already.
+    Walks their page tables; what they have mapped of /dev/shm and the like is in `shm` already.
     """
     if not shm:
         return 1024 * sum(int(share) for pid in pids
                           for share in SHARE.findall(read_proc(f"/proc/{pid}/smaps_rollup")))
     maps = b"".join(read_proc(f"/proc/{pid}/smaps") for pid in pids)
     return shm + 1024 * sum(int(SHARE.search(entry)[1]) for entry in MAPPING.split(maps)[1:]
-                            if not entry.startswith(os.fsencode(SHM)))
+                            if not entry.startswith((os.fsencode(SHM), b"/memfd:", b"/SYSV")))
 
 
 def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
