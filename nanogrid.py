@@ -2021,7 +2021,7 @@ MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount m
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; rights; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-MAY_WRITE, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 13, 1 << 14
+MAY_WRITE, MAY_MAKE_BLOCK, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 11, 1 << 13, 1 << 14
 MAY_CHANGE = sum(1 << right for right in range(4, 13))  # make and remove, each kind of file
 SCOPES = 3  # no abstract socket and no process outside can be reached
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri",
@@ -2036,6 +2036,12 @@ SYSVIPC = (("shm", 14, 1), ("sem", 3, 128), ("msg", 3, 1))
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """mount(2); raises OSError."""
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
+
+
+def read_only(path: str) -> None:
+    """Have a mount be read-only from here on; raises OSError."""
+    flags = os.statvfs(path).f_flag & MS_KEPT
+    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
 
 
 class Room:
@@ -2057,6 +2063,9 @@ class Room:
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
+            if os.path.isdir("/dev/pts"):  # the agent's user may have a shell open in one
+                self._try("functions see this machine's terminals", lambda: mount(
+                    "pts", "/dev/pts", "devpts", MS_NOSUID, "ptmxmode=666,mode=620"))
             if not os.geteuid():  # before Linux 5.8, which knows no `invisible`, it is refused
                 self._try("functions see other users' processes in /proc", lambda: mount(
                     "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
@@ -2096,6 +2105,7 @@ class Room:
 
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
+        machine = read_proc("/proc/self/mountinfo").splitlines()
         kept = {path: os.open(path, os.O_PATH) for path in self.place.kept}
         here = os.open(self.place.directory, os.O_PATH)  # its path may be covered soon
         flags = MS_NOSUID | MS_NODEV
@@ -2106,8 +2116,7 @@ class Room:
             elif os.path.isdir(path):
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
                 mount("room", path, "tmpfs", flags, mode)
-            elif os.path.exists(path):
-                mount(f"/proc/self/fd/{here}/nothing", path, "", MS_BIND)
+                self.props.update({path} - {SHM})
         for path, fd in kept.items():
             covers = [cover for cover in self.place.hidden if path.startswith(f"{cover}/")]
             if covers:
@@ -2116,6 +2125,9 @@ class Room:
         os.close(here)
         for path in self.props:
             mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
+        if self.place.uid is None:
+            self._try("functions may change modes and times of this user's files",
+                      lambda: self._close_machine(machine))
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in self.place.hidden}
         # Its input, script and outputs are made anew for each run, for next to nothing here: a
         # file system on disk searches past all inodes that were freed of late.
@@ -2126,6 +2138,19 @@ class Room:
             self.queues = f"{self.feed}/queues"
             if os.path.isdir("/dev/mqueue"):
                 mount(self.queues, "/dev/mqueue", "", MS_BIND)
+
+    def _close_machine(self, mounts: list[bytes]) -> None:
+        """Have these be read-only, as mountinfo has them (proc(5)), but for what is covered.
+
+        Landlock keeps no one from chmod(2), chown(2), utime(2) and setxattr(2).
+        """
+        open_still = (*self.place.hidden, "/proc")
+        read_only("/")
+        for fields in map(bytes.split, mounts):
+            path = os.fsdecode(fields[4])
+            if not any(f"{path}/".startswith(f"{one}/") for one in open_still):
+                with contextlib.suppress(OSError):  # covered by another, or of an odd name
+                    read_only(path)
 
     def _show(self, path: str, fd: int, cover: str) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered.
@@ -2145,15 +2170,13 @@ class Room:
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
         if self.place.uid is None and path != f"{self.place.directory}/own":
-            # Landlock cannot tell what is shown below /tmp from /tmp.
-            flags = os.statvfs(path).f_flag & MS_KEPT
-            mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
+            read_only(path)  # Landlock cannot tell what is shown below /tmp from /tmp
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
 
-        A uid of its own keeps it from writing to the files of others, but not from making some in
-        directories that are open to all, nor from mounts in a user namespace of its own.
+        Whom a uid of its own keeps apart already is kept from mounts in a user namespace of its
+        own alone: whoever handles any right to files is refused all of those.
         """
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
         own_uid = self.place.uid is not None
@@ -2162,17 +2185,19 @@ class Room:
         if version < 6:
             self.open.append("functions may use the machine's abstract sockets" + (
                 "" if own_uid else " and signal this user's processes"))
-        write = 0 if own_uid else MAY_WRITE | (MAY_TRUNCATE if version >= 3 else 0)
-        change = write | MAY_REFER | MAY_CHANGE
-        attributes = struct.pack("QQQ", change, 0, SCOPES if version >= 6 else 0)
+        change = MAY_WRITE | MAY_REFER | MAY_CHANGE | (MAY_TRUNCATE if version >= 3 else 0)
+        rules = {"/": MAY_REFER}
+        if not own_uid:
+            devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
+            # Without mounts of its own it needs the machine's /dev/shm: semaphores lie there.
+            mine = [*(f"{self.place.directory}/own/{name}" for name in OWN),
+                    *filter(os.path.isdir, (*(self.own or [SHM]), self.queues))]
+            rules = dict.fromkeys((f"{self.feed}/out", *devices), MAY_WRITE)
+            rules.update(dict.fromkeys(mine, change))
+        attributes = struct.pack("QQQ", MAY_REFER | MAY_MAKE_BLOCK if own_uid else change, 0,
+                                 SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
-        # Without mounts of its own it needs the machine's /dev/shm: semaphores lie there.
-        shared = self.own or ((*OWN_TMP, SHM) if own_uid else (SHM,))
-        mine = [*(f"{self.place.directory}/own/{name}" for name in OWN),
-                *filter(os.path.isdir, (*shared, self.queues))]
-        devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
-        for path in (*mine, *([f"{self.feed}/out", *devices] if write else [])):
-            right = change if path in mine else MAY_WRITE
+        for path, right in rules.items():
             fd = os.open(path, os.O_PATH)
             kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, struct.pack("=Qi", right, fd), 0)
             os.close(fd)
@@ -2180,11 +2205,15 @@ class Room:
     # For each run.
 
     def begin(self, memory_mb: int, files: int) -> None:
-        """Have /dev/shm hold no more than the run may; raises OSError."""
+        """Have /dev/shm hold no more than the run may, and files hidden; raises OSError."""
         limits = f"size={memory_mb}m,nr_inodes={files}"  # an empty file is 1 KB of memory, too
         if SHM in self.own and limits != self.shm_limits:
             mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
             self.shm_limits = limits
+        nothing = f"{self.place.directory}/nothing"
+        for path in self.place.hidden if self.own else ():  # a file that is replaced has no cover
+            if os.path.isfile(path) and not os.path.samefile(path, nothing):
+                mount(nothing, path, "", MS_BIND)
 
     def shm_bytes(self) -> int:
         """What lies in /dev/shm, mapped or not."""
