@@ -2212,7 +2212,7 @@ class Room:
             self.shm_limits = limits
         nothing = f"{self.place.directory}/nothing"
         for path in self.place.hidden if self.own else ():  # a file that is replaced has no cover
-            if os.path.isfile(path) and not os.path.samefile(path, nothing):
+            if os.path.exists(path) and not (os.path.isdir(path) or os.path.samefile(path, nothing)):
                 mount(nothing, path, "", MS_BIND)
 
     def shm_bytes(self) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import fnmatch
 import functools
@@ -88,9 +89,9 @@ def reports(log: str) -> list[dict[str, str]]:
 class Agent:
     """A nanogrid.py process whose log is read as it comes; ends with the `with` block."""
 
-    def __init__(self, *args, python=sys.executable, env=None, cwd=None, prefix=()):
+    def __init__(self, *args, python=sys.executable, module=None, env=None, cwd=None, prefix=()):
         self.process = subprocess.Popen(
-            [*prefix, python, str(MODULE), *map(str, args)],
+            [*prefix, python, str(module or MODULE), *map(str, args)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, **(env or {})}, cwd=cwd)
         self._log: list[str] = []
@@ -2497,6 +2498,289 @@ def test_slots_cannot_touch_each_other(grids):
     grid.run()
     for name in "ab":
         assert grid[name]["stdout"] == "[true, []]\n", grid[name]
+
+
+# ---------------------------------------------------------------- a room of its own
+
+# Put around an agent by root: a machine whose /run, /dev/log, /opt and /usr/local/etc are the test's.
+STAGE = r"""
+top=$1; shift
+for name in run opt etc; do mkdir -p "$top/$name"; done
+mount -n --bind "$top/run" /run
+mount -n --bind "$top/opt" /opt
+mount -n --bind "$top/etc" /usr/local/etc
+mkdir "$top/dev"
+mount -n -t tmpfs dev "$top/dev"
+for name in null zero full random urandom tty; do : >"$top/dev/$name"; mount -n --bind "/dev/$name" "$top/dev/$name"; done
+mkdir -m 1777 "$top/dev/shm"
+mkdir "$top/dev/pts"
+mount -n --rbind /dev/pts "$top/dev/pts"
+ln -s pts/ptmx /proc/self/fd "$top/dev"
+if [ -S /run/systemd/journal/dev-log ]; then
+  : >"$top/dev/log"
+  mount -n --bind /run/systemd/journal/dev-log "$top/dev/log"
+fi
+mount -n --move "$top/dev" /dev
+rmdir "$top/dev"
+exec "$@"
+"""
+
+
+def need_room(user: str):
+    """Skip where the kernel gives this user no namespaces, or no Landlock with scopes."""
+    flags = "-mi" if user == "root" else "-Umi"
+    if subprocess.run([*as_user(user), "unshare", flags, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine gives this user no namespaces")
+    if ctypes.CDLL(None).syscall(444, None, 0, 1) < 6:
+        pytest.skip("this kernel has no Landlock that scopes sockets and signals (6.12)")
+
+
+class Ears:
+    """The machine's sockets that functions must not reach: what comes is in `heard`, by name."""
+
+    PATHS = {"systemd/journal/stdout": socket.SOCK_STREAM, "systemd/journal/socket": socket.SOCK_DGRAM,
+             "systemd/journal/dev-log": socket.SOCK_DGRAM, "systemd/notify": socket.SOCK_DGRAM,
+             "dbus/system_bus_socket": socket.SOCK_STREAM}
+
+    def __init__(self, top: Path):
+        self.heard: dict[str, bytes] = collections.defaultdict(bytes)
+        self.abstract = f"@nanogrid-test-{os.urandom(4).hex()}"
+        self.sockets = []
+        for name, kind in {**self.PATHS, self.abstract: socket.SOCK_DGRAM}.items():
+            ear = socket.socket(socket.AF_UNIX, kind)
+            path = top / name
+            if name[0] == "@":
+                ear.bind("\0" + name[1:])
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                ear.bind(str(path))
+                path.chmod(0o777)
+            if kind == socket.SOCK_STREAM:
+                ear.listen()
+            self.sockets.append(ear)
+            threading.Thread(target=self.hear, args=(name, ear), daemon=True).start()
+
+    @property
+    def names(self) -> list[str]:
+        return [*(f"/run/{name}" for name in self.PATHS), "/dev/log", self.abstract]
+
+    def hear(self, name: str, ear: socket.socket):
+        with contextlib.suppress(OSError):
+            while True:
+                said = ear.accept()[0] if ear.type == socket.SOCK_STREAM else ear
+                self.heard[name] += said.recv(4096) or b"nothing"
+
+    def close(self):
+        for ear in self.sockets:
+            with contextlib.suppress(OSError):
+                ear.shutdown(socket.SHUT_RDWR)
+            ear.close()
+
+
+SPEAK = r"""
+import syslog
+for name in given["sockets"]:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(socket.AF_UNIX, kind) as mouth:
+            try:
+                mouth.connect(name.replace("@", "\0"))
+                mouth.sendall(b"forged\n")
+                print("reached", name)
+            except OSError:
+                pass
+syslog.syslog("forged by syslog(3)")
+"""
+ROOM_HEAD = r"""
+import ctypes, glob, json, os, socket, stat, sys
+given = json.load(sys.stdin)
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+def attempt(what, *arguments):
+    try:
+        answer = what(*arguments)
+    except (OSError, ValueError):
+        return None
+    print("did", getattr(what, "__name__", what), arguments, flush=True)
+    return answer
+def look(root=""):
+    for path in given["secrets"]:
+        try:
+            with open(root + path) as file:
+                if "telltale" in file.read(): print("read", root + path, flush=True)
+        except OSError:
+            pass
+def in_child(step, *arguments):
+    child = os.fork()
+    if not child:
+        try:
+            step(*arguments)
+        except OSError:
+            pass
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+ROOM = table(r"""
+=== it tells no service of the machine a thing
+""" + SPEAK + r"""
+=== it reads neither the settings nor the agent's file
+look()
+for root in [*glob.glob("/proc/[0-9]*/root"), *glob.glob("/proc/[0-9]*/cwd"), *glob.glob("/proc/self/fd/*")]:
+    for up in ("", "/..", "/../..", "/../../..", "/../../../..", "/../../../../.."):
+        look(root + up)
+=== it writes nowhere outside
+for place in given["places"]:
+    attempt(os.mkdir, place + "/made")
+    attempt(open, place + "/made-file", "w")
+    attempt(os.symlink, "/etc", place + "/made-link")
+    attempt(os.mkfifo, place + "/made-fifo")
+    attempt(os.rename, place, place + "-moved")
+    attempt(os.chmod, place, 0o777)
+    for path in glob.glob(place + "/*"):
+        if os.path.isfile(path) and not os.path.islink(path):
+            attempt(os.unlink, path)
+            attempt(os.link, path, os.environ["TMPDIR"] + "/linked")
+            attempt(os.rename, path, os.environ["TMPDIR"] + "/stolen")
+            attempt(open, path, "r+b")
+            attempt(os.utime, path, (1, 1))
+=== no mount is taken away, and none is made
+MNT_DETACH, MS_REMOUNT, MS_BIND, MS_REC, AT_FDCWD = 2, 32, 4096, 16384, -100
+covers = ["/run", "/opt/nanogrid", "/usr/local/etc/application.yml", "/tmp", "/var/tmp", "/dev/shm", "/dev/log", "/proc", "/dev/pts"]
+def break_out(flags):
+    uid, gid = os.getuid(), os.getgid()
+    if flags: call("unshare", flags)
+    for name, text in ("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1"):
+        try:
+            open("/proc/self/" + name, "w").write(text)
+        except OSError:
+            pass
+    if flags & 1 << 29: in_child(tear)
+    tear()
+def tear():
+    here = os.environ["TMPDIR"]
+    for cover in covers:
+        attempt(call, "umount2", cover.encode(), 0)
+        attempt(call, "umount2", cover.encode(), MNT_DETACH)
+        attempt(call, "mount", b"none", cover.encode(), None, MS_REMOUNT | MS_BIND, None)
+        attempt(call, "mount", b"x", cover.encode(), b"tmpfs", 0, None)
+        look()
+    for source, flags in (b"/", MS_BIND), (b"/", MS_BIND | MS_REC), (b"/dev", MS_BIND), (b"/opt", MS_BIND), (b"/proc/1/root", MS_BIND):
+        os.makedirs(here + "/on", exist_ok=True)
+        attempt(call, "mount", source, (here + "/on").encode(), None, flags, None)
+        look(here + "/on")
+    attempt(call, "mount", b"proc", b"/proc", b"proc", 0, None)
+    attempt(call, "pivot_root", b".", b".")
+    for flags in 0x1, 0x8001:  # OPEN_TREE_CLONE, AT_RECURSIVE: open_tree(2)
+        fd = libc.syscall(428, AT_FDCWD, b"/", flags)
+        if fd >= 0: look(f"/proc/self/fd/{fd}")
+    look()
+NEWUSER, NEWNS, NEWPID, NEWIPC = 1 << 28, 1 << 17, 1 << 29, 1 << 27
+for flags in 0, NEWNS, NEWUSER, NEWUSER | NEWNS, NEWUSER | NEWNS | NEWPID | NEWIPC:
+    in_child(break_out, flags)
+=== it joins no namespace of another process
+for path in sorted(glob.glob("/proc/[0-9]*/ns/*")):
+    if os.path.exists(path) and os.readlink(path) != os.readlink("/proc/self/ns/" + os.path.basename(path)):
+        attempt(lambda path=path: call("setns", os.open(path, os.O_RDONLY), 0))
+attempt(os.chroot, "/")
+for kind in stat.S_IFBLK, stat.S_IFCHR: attempt(os.mknod, "device", kind | 0o666, os.makedev(1, 1))
+=== it sees no terminal of the machine, and has its own
+import pty
+assert set(os.listdir("/dev/pts")) == {"ptmx"}, os.listdir("/dev/pts")
+ours, theirs = pty.openpty()
+os.write(theirs, b"own"); assert os.read(ours, 3) == b"own"
+assert "0" in os.listdir("/dev/pts")
+""")
+SILENT = {"status": "ok", "stdout": ""}
+
+
+class Stage:
+    """A grid whose agent has its settings and its file in /opt/nanogrid, on a stage of its own."""
+
+    def __init__(self, grid: Grid):
+        self.grid, self.top = grid, grid.top / "stage"
+        site = self.top / "opt" / "nanogrid"
+        for place in (site, self.top / "opt" / "open", self.top / "opt" / "home", self.top / "etc"):
+            place.mkdir(parents=True)
+        shutil.copy(MODULE, site)
+        settings = "# telltale\nagent:\n  execution:\n    concurrency: 2\n"
+        files = [site / "application.yml", self.top / "opt/home/.profile", self.top / "opt/open/file",
+                 self.top / "etc/application.yml", self.top / "run/secret"]
+        self.ears = Ears(self.top / "run")
+        for path in files:
+            path.write_text(settings)
+        for path in (self.top, *self.top.rglob("*")):
+            os.chown(path, *(0, 0) if grid.user == "root" else (ORDINARY, ORDINARY))
+            if not path.is_socket():
+                path.chmod(0o755 if path.is_dir() else 0o644)
+        (self.top / "opt/open").chmod(0o777)
+        grid.env.update(HOME="/opt/home", NOTIFY_SOCKET="/run/systemd/notify")
+        places = ["/opt/nanogrid", "/opt/home", "/usr/local/etc", "/", "/etc", "/var", "/usr", "/run",
+                  str(grid.base), str(grid.path), *(["/opt/open"] if grid.user == "ordinary" else [])]
+        self.given = {"sockets": self.ears.names, "places": places, "secrets": [
+            "/opt/nanogrid/application.yml", "/run/secret"]}
+
+    def command(self, *words) -> list[str]:
+        return ["unshare", "-m", "sh", "-euc", STAGE, "sh", str(self.top), *as_user(self.grid.user), *words]
+
+    def agent(self, *args, config="/opt/nanogrid/application.yml") -> Agent:
+        return Agent("--local", self.grid.path, "--config", config, *args, python=PYTHON,
+                     module="/opt/nanogrid/nanogrid.py", env=self.grid.env, prefix=self.command())
+
+    def seen(self) -> dict[str, tuple]:
+        """What is to stay as it is: every path, its mode, times and content."""
+        return {str(path): (path.lstat().st_mode, path.lstat().st_mtime_ns, path.is_file() and path.read_bytes())
+                for path in self.top.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def stages(grids):
+    """Makes Stages; root alone can."""
+    made = []
+
+    def make(user, **settings) -> Stage:
+        if not ROOT:
+            pytest.skip("a /run and an /opt of the test's own need root")
+        need_room(user)
+        made.append(Stage(grids(user, **settings)))
+        return made[-1]
+    yield make
+    for stage in made:
+        stage.ears.close()
+
+
+@pytest.fixture(scope="module")
+def room(stages, user):
+    stage = stages(user)
+    for name, case in ROOM.items():
+        stage.grid.put({"main.py": ROOM_HEAD + case.files["main.py"]}, request_id=slug(name),
+                       function_id=slug(name), timeoutMs=30000, input=stage.given)
+    before = stage.seen()
+    with stage.agent("--drain") as agent:
+        status = agent.end(100)
+    stage.log, stage.changed = agent.log, {path for path, seen in stage.seen().items() if before.get(path) != seen}
+    assert status == 0, agent.log
+    return stage
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_a_room_shares_nothing_with_the_machine(room, name):
+    result = room.grid[name]
+    assert {key: result[key] for key in SILENT} == SILENT, (result["stdout"], result["stderr"])
+
+
+def test_nothing_came_out_of_a_room(room):
+    """The agent itself still speaks to systemd; what the same words do outside is heard."""
+    assert b"READY=1" in room.ears.heard["systemd/notify"]
+    assert not [said for said in room.ears.heard.values() if b"forged" in said]
+    assert room.changed == set()
+    assert "WARNING" not in room.log or room.grid.user == "ordinary", room.log
+    said = subprocess.run(room.command(PYTHON, "-c", ROOM_HEAD + SPEAK + "look()"), text=True, check=True,
+                          input=json.dumps(room.given), stdout=subprocess.PIPE).stdout
+    assert len(re.findall("^reached ", said, re.MULTILINE)) == len(room.given["sockets"]), said
+    assert len(re.findall("^read ", said, re.MULTILINE)) == len(room.given["secrets"]), said
+    until(lambda: sum(b"forged" in said for said in room.ears.heard.values()) == len(room.ears.sockets),
+          what="what was said outside")
 
 
 # ---------------------------------------------------------------- what is left on disk
