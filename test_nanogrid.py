@@ -2526,10 +2526,16 @@ exec "$@"
 """
 
 
+@functools.lru_cache(None)
+def has_room(user: str) -> bool:
+    """Whether the kernel gives this user namespaces of its own."""
+    flags = "-mi" if user == "root" else "-Umi"
+    return not subprocess.run([*as_user(user), "unshare", flags, "true"], capture_output=True, check=False).returncode
+
+
 def need_room(user: str):
     """Skip where the kernel gives this user no namespaces, or no Landlock with scopes."""
-    flags = "-mi" if user == "root" else "-Umi"
-    if subprocess.run([*as_user(user), "unshare", flags, "true"], capture_output=True, check=False).returncode:
+    if not has_room(user):
         pytest.skip("this machine gives this user no namespaces")
     if ctypes.CDLL(None).syscall(444, None, 0, 1) < 6:
         pytest.skip("this kernel has no Landlock that scopes sockets and signals (6.12)")
@@ -2783,6 +2789,181 @@ def test_nothing_came_out_of_a_room(room):
           what="what was said outside")
 
 
+LOOK_AGAIN = r"""
+import os, sys
+for path in sys.stdin.read().strip('"').split():
+    try:
+        print(open(path).read())
+    except OSError as error:
+        print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("user", ["root", "ordinary"])
+def test_settings_that_are_replaced_stay_hidden(stages, user):
+    """Who renames a file over a mount point takes the mount away, as editors and deployments do."""
+    stage = stages(user)
+    settings, path = stage.top / "etc/application.yml", "/usr/local/etc/application.yml"
+    with stage.agent(config=path) as agent:
+        for n in range(3):
+            stage.grid.put({"main.py": LOOK_AGAIN}, request_id=f"look-{n}", input=path)
+            agent.wait_for(f"REPORT requestId=look-{n} .*status=ok")
+            new = settings.with_suffix(".new")
+            new.write_text("# telltale of another\n")
+            new.chmod(0o644)
+            new.rename(settings)
+        assert agent.stop() == 0
+        assert "telltale" not in agent.log and agent.log.count("PermissionError") >= 3, agent.log
+
+
+# What counts as memory or as disk, though no process has it mapped and no directory lists it.
+HOARDS = table(r"""
+=== a file in the shared memory | memoryMb=128 | status=oom
+with open("/dev/shm/big", "wb") as file:
+    for _ in range(2048): file.write(bytes(1 << 20))
+=== many files in the shared memory | memoryMb=128 | status=oom
+for n in range(2048): open(f"/dev/shm/{n}", "wb").write(bytes(1 << 20))
+=== files in the shared memory that have no name | memoryMb=128 | status=oom
+import os
+for n in range(2048):
+    fd = os.open("/dev/shm/x", os.O_CREAT | os.O_WRONLY)
+    os.unlink("/dev/shm/x")
+    os.write(fd, bytes(1 << 20))
+=== empty files in the shared memory | | stdout=refused
+try:
+    for n in range(5001): open(f"/dev/shm/{n}", "w").close()
+except OSError:
+    print("refused")
+=== memory files | memoryMb=128 timeoutMs=20000 | status=oom
+import os, time
+for _ in range(12): os.write(os.memfd_create("x"), bytes(64 << 20))
+time.sleep(5)
+=== segments of System V that nobody has attached | memoryMb=128 timeoutMs=20000 | status=oom
+import time
+for _ in range(12):
+    at = libc.shmat(libc.shmget(0, 64 << 20, 0o1600), 0, 0)
+    ctypes.memset(at, 1, 64 << 20)
+    libc.shmdt(at)
+time.sleep(5)
+=== semaphores of System V | memoryMb=128 timeoutMs=20000 | status=oom
+import time
+for _ in range(200): assert libc.semget(0, 32000, 0o1600) >= 0
+time.sleep(5)
+=== files on disk that have no name | timeoutMs=20000 | status=failed reason=disk
+import os, time
+for _ in range(5):
+    fd = os.open("x", os.O_CREAT | os.O_WRONLY)
+    os.unlink("x")
+    os.write(fd, bytes(32 << 20))
+time.sleep(5)
+=== all that lies in the machine's places for files of a moment | timeoutMs=20000 | status=failed reason=disk
+import time
+open("/tmp/big", "wb").write(bytes(40 << 20))
+open("/var/tmp/big", "wb").write(bytes(40 << 20))
+time.sleep(5)
+=== files without end there | timeoutMs=20000 | status=failed/error reason=disk
+for n in range(1000000): open(f"/var/tmp/{n}", "w").close()
+=== what may be | memoryMb=200 | stdout=fine
+import mmap, os, time
+from multiprocessing import shared_memory
+block = shared_memory.SharedMemory(create=True, size=90 << 20)
+block.buf[::4096] = bytes(len(block.buf) // 4096)
+memory = os.memfd_create("x")
+os.ftruncate(memory, 50 << 20)
+mapped = mmap.mmap(memory, 50 << 20)
+mapped[::4096] = bytes(len(mapped) // 4096)
+if os.fork():
+    os.wait()
+    block.unlink()
+    print("fine")
+else:
+    time.sleep(1)
+    os._exit(0)
+""")
+HOARD_HEAD = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.shmat.restype, libc.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+"""
+
+
+@pytest.fixture(scope="module")
+def hoards(grids, user):
+    """One slot: after each hoarder comes a run that finds nothing of it."""
+    need_room(user)
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXDISKMB=64, EXECUTION_MAXFILES=5000)
+    for n, (name, case) in enumerate(HOARDS.items()):
+        grid.put({"main.py": HOARD_HEAD + case.files["main.py"]}, request_id=slug(name), function_id=slug(name), **case.task)
+        grid.put({"main.py": NOTHING_LEFT}, request_id=f"after-{slug(name)}", function_id="after")
+    return grid.run()
+
+
+NOTHING_LEFT = r"""
+import os
+for path in "/dev/shm", "/tmp", "/var/tmp":  # but for what holds the slot's own directories
+    left = [name for name in os.listdir(path) if not os.getcwd().startswith(f"{path}/{name}/")]
+    assert left == [] and os.stat(path).st_mode & 0o7777 == 0o1777, (path, left, os.stat(path))
+status = os.statvfs("/dev/shm")
+assert status.f_bfree == status.f_blocks, "the shared memory is not empty"
+for kind in "shm", "sem", "msg":
+    assert len(open(f"/proc/sysvipc/{kind}").readlines()) == 1, kind
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOARDS)
+def test_a_hoard_counts(hoards, name):
+    result = check(hoards, name, HOARDS[name])
+    assert int(result["peakMemoryBytes"]) <= (2 * 128 + 256) * MIB
+    if name == "what may be":
+        assert 145 * MIB <= int(result["peakMemoryBytes"]) <= 190 * MIB, result
+    after = hoards[f"after-{slug(name)}"]
+    assert after["status"] == "ok", after
+
+
+KEY = 0x4e474e00 + os.getpid() % 256
+HAS_IPC = r"""
+import ctypes, os, sys
+from _multiprocessing import SemLock
+from multiprocessing import shared_memory
+libc = ctypes.CDLL(None, use_errno=True)
+key = int(sys.stdin.read())
+def mq_open(flags):
+    return libc.mq_open(b"/nanogrid-left", flags | os.O_RDWR, 0o600, None)
+def sem_open(flags):
+    libc.sem_open.restype = ctypes.c_void_p
+    return libc.sem_open(b"/nanogrid-left", flags, 0o600, 1)
+for kind, found in ("a segment", libc.shmget(key, 4096, 0) >= 0), ("semaphores", libc.semget(key, 1, 0) >= 0), \
+        ("a queue", libc.msgget(key, 0) >= 0), ("a queue of POSIX", mq_open(0) >= 0), \
+        ("a semaphore of POSIX", bool(sem_open(0))), ("shared memory", os.path.exists("/dev/shm/nanogrid-left")):
+    if found: print("found", kind)
+open("/dev/shm/nanogrid-left", "w").close()
+assert libc.shmget(key, 4096, 0o1666) >= 0 and libc.semget(key, 1, 0o1666) >= 0 and libc.msgget(key, 0o1666) >= 0
+assert sem_open(os.O_CREAT)
+if os.path.isdir("/dev/mqueue"): assert mq_open(os.O_CREAT) >= 0, os.strerror(ctypes.get_errno())
+assert libc.shmget(key, 4096, 0) >= 0 and libc.semget(key, 1, 0) >= 0 and libc.msgget(key, 0) >= 0 and sem_open(0)
+"""
+
+
+def test_semaphores_segments_and_queues_end_with_the_run(grids, user):
+    """What this test makes itself is not there for functions, nor theirs for each other or for it."""
+    need_room(user)
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    ours = ctypes.CDLL(None).shmget(KEY, 4096, 0o1666)
+    assert ours >= 0
+    try:
+        for n in range(3):
+            grid.put({"main.py": HAS_IPC}, request_id=f"r{n}", input=KEY)
+        grid.run()
+    finally:
+        ctypes.CDLL(None).shmctl(ours, 0, None)
+    for n in range(3):
+        assert (grid[f"r{n}"]["status"], grid[f"r{n}"]["stdout"]) == ("ok", ""), grid[f"r{n}"]
+    libc = ctypes.CDLL(None)
+    assert libc.semget(KEY, 1, 0) < 0 and libc.msgget(KEY, 0) < 0 and libc.shmget(KEY, 4096, 0) < 0
+    assert not [name for name in os.listdir("/dev/shm") if "nanogrid-left" in name]
+
+
 # ---------------------------------------------------------------- what is left on disk
 
 LEFTOVERS = table(r"""
@@ -2855,8 +3036,8 @@ for n in range(20000):
 """)
 LEFTOVER_HEAD = r"""
 import json, os, sys
-victim = json.load(sys.stdin)
-workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], os.getcwd()]))
+victim, shared = json.load(sys.stdin)
+workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], *shared, os.getcwd()]))
 places = [os.environ["OUTPUT_DIR"]] + workplaces
 def replace_streams(make):
     for name in "stdin", "out/stdout", "out/stderr", "run":
@@ -2868,8 +3049,9 @@ def replace_streams(make):
             pass
 """
 PROBE = r"""
-import os
-for place in (".", os.environ["TMPDIR"], os.environ["HOME"], os.environ["OUTPUT_DIR"]):
+import json, os, sys
+shared = json.loads(sys.stdin.read() or "[]")
+for place in (".", os.environ["TMPDIR"], os.environ["HOME"], os.environ["OUTPUT_DIR"], *shared):
     found = [os.path.join(top, name) for top, names, files in os.walk(place) for name in names + files]
     assert not [name for name in found if "left-" in name], found
     open(os.path.join(place, "probe"), "w").close()
@@ -2888,11 +3070,12 @@ def leftovers(grids, user):
     if ROOT and user == "ordinary":  # what the agent itself might remove
         for place in (victim, victim / "precious"):
             os.chown(place, ORDINARY, ORDINARY)
+    shared = ["/tmp", "/var/tmp", "/dev/shm"] if has_room(user) else []
     for n, (name, case) in enumerate(LEFTOVERS.items()):
         source = LEFTOVER_HEAD + case.files["main.py"]
         grid.put({"main.py": source}, request_id=f"{n}-a-{slug(name)}", function_id=slug(name),
-                 **{**case.task, "timeoutMs": 30000, "input": str(victim)})
-        grid.put({"main.py": PROBE}, request_id=f"{n}-b-{slug(name)}", function_id="probe")
+                 **{**case.task, "timeoutMs": 30000, "input": [str(victim), shared]})
+        grid.put({"main.py": PROBE}, request_id=f"{n}-b-{slug(name)}", function_id="probe", input=shared)
     return grid.run()
 
 
