@@ -2457,49 +2457,6 @@ def test_no_core_file_is_left(confined):
     assert [path for path in confined.top.rglob("core*")] == []
 
 
-NEIGHBOUR = r"""
-import json, os, sys, time
-spool, me, other = json.load(sys.stdin)
-def meet(stage, text="1"):
-    tell("mark", spool + "/" + me + stage, text)
-    end = time.monotonic() + 10
-    while not (said := tell("read", spool + "/" + other + stage)):
-        if time.monotonic() > end: raise SystemExit("alone at " + stage)
-        time.sleep(0.005)
-    return said
-places = [os.getcwd()] + [os.environ[name] for name in ("HOME", "TMPDIR", "OUTPUT_DIR")]
-for place in places:
-    open(os.path.join(place, "secret"), "w").write("mine")
-its = json.loads(meet(".ready", json.dumps({"pid": os.getpid(), "uid": os.getuid(), "places": places})))
-pid, taken = its["pid"], []
-attempts = [(os.kill, pid, 0), (os.setpriority, os.PRIO_PROCESS, pid, 5)]
-attempts += [(open, f"/proc/{pid}/{name}", "rb") for name in ("environ", "mem", "maps")]
-attempts += [(os.listdir, f"/proc/{pid}/fd"), (os.readlink, f"/proc/{pid}/cwd")]
-for place in its["places"]:
-    attempts += [(os.listdir, place), (open, place + "/secret"), (open, place + "/new", "w"),
-                 (os.unlink, place + "/secret"), (os.rename, place, place + "-moved")]
-for attempt, *arguments in attempts:
-    try:
-        attempt(*arguments)
-        taken.append([attempt.__name__, *arguments])
-    except OSError:
-        pass
-meet(".done")
-print(json.dumps([its["uid"] != os.getuid(), taken]))
-"""
-
-
-@pytest.mark.skipif(not ROOT, reason="only root gives every slot a uid of its own")
-def test_slots_cannot_touch_each_other(grids):
-    """Two runs meet, and each tries what it can against the other."""
-    grid = grids("root", EXECUTION_CONCURRENCY=2)
-    for me, other in (("a", "b"), ("b", "a")):
-        grid.put({"main.py": with_tell(NEIGHBOUR)}, request_id=me, input=[str(grid.spool), me, other], timeoutMs=20000)
-    grid.run()
-    for name in "ab":
-        assert grid[name]["stdout"] == "[true, []]\n", grid[name]
-
-
 # ---------------------------------------------------------------- a room of its own
 
 # Put around an agent by root: a machine whose /run, /dev/log, /opt and /usr/local/etc are the test's.
@@ -2596,6 +2553,7 @@ for name in given["sockets"]:
                 pass
 syslog.syslog("forged by syslog(3)")
 """
+KEY = 0x4e474e00 + 2 * (os.getpid() % 4096)  # of System V's IPC, and this session's own
 ROOM_HEAD = r"""
 import ctypes, glob, json, os, socket, stat, sys
 given = json.load(sys.stdin)
@@ -2789,6 +2747,87 @@ def test_nothing_came_out_of_a_room(room):
           what="what was said outside")
 
 
+NEIGHBOUR = r"""
+import ctypes, json, os, resource, socket, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+spool, me, other, key, is_root = json.load(sys.stdin)
+def meet(stage, text="1"):
+    tell("mark", spool + "/" + me + stage, text)
+    end = time.monotonic() + 20
+    while not (said := tell("read", spool + "/" + other + stage)):
+        if time.monotonic() > end: raise SystemExit("alone at " + stage)
+        time.sleep(0.005)
+    return json.loads(said)
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+def pass_descriptor(address):
+    with socket.socket(socket.AF_UNIX) as mouth:
+        mouth.connect(address)
+        socket.send_fds(mouth, [b"x"], [1])
+def take_descriptor(pid):
+    call("syscall", 438, os.pidfd_open(pid), 1, 0)  # pidfd_getfd(2)
+def on_process(pid):
+    attempts = [(open, f"/proc/{pid}/{name}", "rb") for name in ("environ", "mem", "maps")]
+    attempts += [(os.readlink, f"/proc/{pid}/{name}") for name in ("fd/0", "fd/1", "root", "cwd", "ns/mnt")]
+    attempts += [(call, "ptrace", 0x4206, pid, 0, 0), (take_descriptor, pid)]  # PTRACE_SEIZE
+    if is_root or pid != os.getppid():  # who kills its own helper harms itself alone
+        attempts.append((os.kill, pid, 0))
+    if is_root:  # under one uid these are open
+        attempts += [(os.setpriority, os.PRIO_PROCESS, pid, 5), (os.listdir, f"/proc/{pid}/fd"), (os.stat, f"/proc/{pid}"),
+                     (resource.prlimit, pid, resource.RLIMIT_CPU), (os.sched_setaffinity, pid, [0])]
+    return attempts
+def on_files(its):
+    attempts = [(open, path) for path in its["files"]]
+    attempts += [(pass_descriptor, address.replace("@", "\0")) for address in its["sockets"]]
+    attempts += [(call, "shmget", key + (other == "b"), 1, 0)]
+    for place in its["places"]:
+        attempts += [(os.listdir, place), (open, place + "/secret"), (open, place + "/new", "w"),
+                     (os.unlink, place + "/secret"), (os.rename, place, place + "-moved"), (os.chmod, place, 0o777)]
+    return attempts
+places = [os.getcwd()] + [os.environ[name] for name in ("HOME", "TMPDIR", "OUTPUT_DIR")]
+shared = [f"{place}/nanogrid-from-{me}" for place in ("/tmp", "/var/tmp", "/dev/shm")]
+for path in shared + [place + "/secret" for place in places]:
+    open(path, "w").write("mine")
+ears = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+sockets = [f"/tmp/nanogrid-{me}", f"@nanogrid-{key}-{me}"]
+for ear, address in zip(ears, sockets):
+    ear.bind(address.replace("@", "\0"))
+    ear.listen()
+    pass_descriptor(address.replace("@", "\0"))  # to itself it can
+call("shmget", key + (me == "b"), 1, 0o1666)
+its = meet(".ready", json.dumps({"pid": os.getpid(), "uid": os.getuid(), "places": places, "files": shared, "sockets": sockets}))
+while not (pids := tell("read", spool + "/pids")): time.sleep(0.005)
+taken = []
+for attempt, *arguments in on_files(its) + [each for pid in {its["pid"], *json.loads(pids)} - {os.getpid()} for each in on_process(pid)]:
+    try:
+        attempt(*arguments)
+        taken.append([attempt.__name__, *arguments])
+    except OSError:
+        pass
+meet(".done")
+print(json.dumps([its["uid"] != os.getuid(), taken]))
+"""
+
+
+def test_slots_and_processes_of_others_cannot_be_touched(grids, user):
+    """Two runs meet, and each tries what it can against the other and all that stands above them."""
+    need_room(user)
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    for me, other in (("a", "b"), ("b", "a")):
+        grid.put({"main.py": with_tell(NEIGHBOUR)}, request_id=me, timeoutMs=40000,
+                 input=[str(grid.spool), me, other, KEY, user == "root"])
+    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        until(lambda: all((grid.spool / f"{name}.ready").exists() for name in "ab"), what="both runs")
+        above = [agent.process.pid, *descendants(agent.process.pid), os.getpid(), 1]
+        (grid.spool / "pids").write_text(json.dumps(above))
+        assert agent.end() == 0
+    assert len(above) >= 1 + 1 + 2 + 2 + 2 + 2, above
+    for name in "ab":
+        assert grid[name]["stdout"] == json.dumps([user == "root", []]) + "\n", grid[name]
+    assert not list(Path("/tmp").glob("nanogrid-from-*")) + list(Path("/dev/shm").glob("nanogrid-from-*"))
+
+
 LOOK_AGAIN = r"""
 import os, sys
 for path in sys.stdin.read().strip('"').split():
@@ -2921,7 +2960,6 @@ def test_a_hoard_counts(hoards, name):
     assert after["status"] == "ok", after
 
 
-KEY = 0x4e474e00 + os.getpid() % 256
 HAS_IPC = r"""
 import ctypes, os, sys
 from _multiprocessing import SemLock
