@@ -3002,6 +3002,287 @@ def test_semaphores_segments_and_queues_end_with_the_run(grids, user):
     assert not [name for name in os.listdir("/dev/shm") if "nanogrid-left" in name]
 
 
+class Network:
+    """A network namespace: run() has a function of this process called in it."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)  # its one thread lives there, and what it starts
+        self.thread = self.run(self._leave)
+        self.ip("link set lo up")
+
+    @staticmethod
+    def _leave() -> int:
+        assert ctypes.CDLL(None).unshare(1 << 30) == 0  # CLONE_NEWNET
+        return threading.get_native_id()
+
+    def run(self, function, *args, **kwargs):
+        return self.pool.submit(functools.partial(function, *args, **kwargs)).result()
+
+    def ip(self, words: str) -> str:
+        done = self.run(subprocess.run, ["ip", *words.split()], stdout=subprocess.PIPE, text=True, check=True)
+        return done.stdout
+
+
+@contextlib.contextmanager
+def cloud():
+    """(a machine's network, the Imds that answers it at 169.254.169.254 and, if it can, fd00:ec2::254)."""
+    machine, outside = Network(), Network()
+    outside.ip(f"link add outside type veth peer name eth0 netns {machine.thread}")
+    for network, name, own, gateway in (outside, "outside", 1, 2), (machine, "eth0", 2, 1):
+        network.ip(f"address add 10.9.0.{own}/24 dev {name}")
+        network.ip(f"link set {name} up")
+        network.ip(f"route add default via 10.9.0.{gateway}")
+    outside.ip("address add 169.254.169.254/32 dev outside")
+    servers = [outside.run(QuietServer, ("169.254.169.254", 80), Imds)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # a machine without IPv6
+        outside.ip("address add fd00:ec2::254/64 dev outside nodad")
+        machine.ip("address add fd00:ec2::2/64 dev eth0 nodad")
+        server = type("QuietServer6", (QuietServer,), {"address_family": socket.AF_INET6})
+        servers.append(outside.run(server, ("fd00:ec2::254", 80), Imds))
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield machine, servers
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+        for network in (machine, outside):
+            network.pool.shutdown()
+
+
+REACH = r"""
+import ctypes, os, socket, sys
+def reach(family, address, kind=socket.SOCK_STREAM, device=b""):
+    with socket.socket(family, kind) as mouth:
+        mouth.settimeout(3)
+        if device: mouth.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+        try:
+            mouth.connect((address, 80))
+            print("reached", address)
+        except OSError as error:
+            print(type(error).__name__, address)
+def reach_all():
+    reach(socket.AF_INET, "169.254.169.254")
+    reach(socket.AF_INET, "169.254.169.254", socket.SOCK_DGRAM)
+    reach(socket.AF_INET, "169.254.169.254", device=b"eth0")
+    reach(socket.AF_INET6, "::ffff:169.254.169.254")
+    reach(socket.AF_INET6, "fd00:ec2::254")
+reach_all()
+sys.stdout.flush()
+child = os.fork()
+if not child:
+    ctypes.CDLL(None).unshare(1 << 28)  # a user namespace of its own changes nobody's uid
+    reach_all()
+    sys.stdout.flush()
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def role_env(proxy) -> dict[str, str]:
+    """No credentials but those of the instance's role."""
+    return {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_EC2_METADATA_DISABLED": "false",
+            "AWS_ENDPOINT_URL": proxy.url, "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_CONFIG_FILE": "/nonexistent",
+            "AGENT_AWS_SPOTINTERRUPTION": "true", "AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}
+
+
+@pytest.mark.skipif(not ROOT, reason="a network with a stand-in for the instance metadata needs root")
+def test_the_instance_metadata_is_the_agents_alone(moto):
+    """A role's credentials and the spot notice reach the agent; functions only where that is allowed."""
+    need("ip")
+    with site(moto, visibility=600) as aws, cloud() as (machine, servers), machine.run(FaultProxy, moto) as proxy:
+        Imds.announced, env = False, role_env(proxy)
+        aws.put({"main.py": REACH}, "reach.zip")
+        for request_id, allowed in ("allowed", "allow"), ("refused", "refuse"), ("again", "refuse"):
+            with machine.run(start, aws, env={**env, "AGENT_EXECUTION_METADATA": allowed}) as agent:
+                aws.send(request_id, key="reach.zip", timeoutMs=60000)
+                agent.wait_for(f"REPORT requestId={request_id} .*status=ok")
+                if request_id == "again":
+                    Imds.announced = True
+                    assert agent.end(30) == 0
+                    assert "EC2 will interrupt" in agent.log
+                else:
+                    assert agent.stop() == 0
+            said = re.findall(r"stdout: (\w+) (\S+)$", agent.log, re.MULTILINE)
+            reached = {address for word, address in said if word == "reached"}
+            assert len(said) == 10, agent.log
+            assert len(reached) == (1 + len(servers) if allowed == "allow" else 0), (request_id, said)
+            if allowed == "refuse":
+                assert said.count(("PermissionError", "169.254.169.254")) == 6, said
+            assert [line for line in complaints(agent.log) if "EC2 will interrupt" not in line] == []
+        assert machine.ip("rule show").count("169.254.169.254") == 1
+
+
+@pytest.mark.skipif(not ROOT, reason="a network with a stand-in for the instance metadata needs root")
+@pytest.mark.parametrize("user", ["root", "ordinary"])
+def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
+    need("ip")
+    grid = grids(user)
+    with cloud() as (machine, _):
+        with machine.run(Agent, "--local", grid.path, "--check", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+            assert agent.end() == 0, agent.out
+        refused = re.search(r"^ok +instance metadata: 169.254.169.254 is refused", agent.out, re.MULTILINE)
+        open_still = re.search(r"^ok +sandbox: .*functions reach the instance metadata", agent.out, re.MULTILINE)
+        assert (bool(refused), bool(open_still)) == ((True, False) if user == "root" else (False, True)), agent.out
+
+
+LOOPBACK_ALONE = r"""
+import json, os, socket, sys, threading
+port, = json.load(sys.stdin)
+assert [line.split(":")[0].strip() for line in open("/proc/net/dev").readlines()[2:]] == ["lo"]
+for family, address in (socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"):
+    try:
+        ear = socket.socket(family)
+        ear.bind((address, 0))
+    except OSError:
+        assert family == socket.AF_INET6
+        continue
+    ear.listen()
+    threading.Thread(target=lambda: ear.accept()[0].sendall(b"heard"), daemon=True).start()
+    with socket.create_connection(ear.getsockname()[:2], 5) as mouth: assert mouth.recv(5) == b"heard"
+for address in ("127.0.0.1", port), ("169.254.169.254", 80), ("10.9.0.1", 80), ("8.8.8.8", 53), ("fd00:ec2::254", 80):
+    try:
+        socket.create_connection(address, 3)
+        print("reached", address)
+    except OSError as error:
+        assert type(error) is not TimeoutError, address
+try:
+    socket.getaddrinfo("nanogrid.example", 80)
+    print("resolved")
+except OSError:
+    pass
+"""
+
+
+def test_without_a_network_there_is_a_loopback_and_nothing_else(grids, user):
+    need_room(user)
+    grid = grids(user, EXECUTION_NETWORK="none", EXECUTION_CONCURRENCY=2)
+    for runtime, files in ("python", {"main.py": LOOPBACK_ALONE}), ("cpp", {
+            "main.py": LOOPBACK_ALONE, "run.sh": f"exec {PYTHON} main.py"}):
+        grid.put(files, runtime, request_id=runtime, function_id=runtime, input=[witness()], timeoutMs=30000)
+    grid.run()
+    for name in ("python", "cpp"):
+        assert (grid[name]["status"], grid[name]["stdout"]) == ("ok", ""), grid[name]
+    assert "metadata" not in grid.log, grid.log
+
+
+def test_who_asks_for_no_network_has_none_or_no_run(grids, user):
+    grid = grids(user, EXECUTION_NETWORK="none")
+    grid.put({"main.py": "print('ran')"})
+    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env,
+               prefix=[*as_user(user), *refusing("unshare")]) as agent:
+        assert agent.end() == 1, agent.log
+    assert "agent.execution.network none" in agent.log and "ran" not in agent.log
+
+
+# ---------------------------------------------------------------- a kernel that gives less
+
+# Has the kernel refuse system calls as a container does or an old kernel: seccomp(2), by prctl(2).
+REFUSE = r"""
+import ctypes, os, platform, struct, sys
+numbers = {"x86_64": {"unshare": 272}, "aarch64": {"unshare": 97}}[platform.machine()]
+numbers["landlock"] = 444
+code = lambda op, yes, no, value: struct.pack("HBBI", op, yes, no, value)
+program = code(0x20, 0, 0, 0)  # the system call's number
+for name, error in zip(sys.argv[1].split(","), sys.argv[2].split(",")):
+    program += code(0x15, 0, 1, numbers[name]) + code(0x06, 0, 0, 0x50000 | int(error))
+program += code(0x06, 0, 0, 0x7FFF0000)
+text = ctypes.create_string_buffer(program)
+class Filter(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_ushort), ("text", ctypes.c_void_p)]
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+assert prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert prctl(22, 2, ctypes.byref(Filter(len(program) // 8, ctypes.addressof(text)))) == 0, ctypes.get_errno()
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
+def refusing(*names: str) -> list[str]:
+    """The words before a command for which the kernel refuses these: unshare (EPERM), landlock (ENOSYS)."""
+    errors = ",".join("1" if name == "unshare" else "38" for name in names)
+    return [PYTHON, "-c", REFUSE, ",".join(names), errors]
+
+
+FRESH_CONTAINER = r"""
+import multiprocessing, os, pty, socket, sqlite3, subprocess, tempfile, threading, time
+from multiprocessing import shared_memory
+def work(n):
+    with lock: return n * n
+lock = multiprocessing.Lock()
+with multiprocessing.Pool(2) as pool: assert pool.map(work, range(5)) == [0, 1, 4, 9, 16]
+with multiprocessing.Manager() as manager: assert list(manager.list([1, 2])) == [1, 2]
+block = shared_memory.SharedMemory(create=True, size=1 << 20); block.buf[0] = 7; block.close(); block.unlink()
+values = multiprocessing.Array("i", 10); values[0] = 1
+assert multiprocessing.Queue().empty() and multiprocessing.Semaphore(2).acquire()
+assert subprocess.run("cat <<< here | tee $TMPDIR/x | wc -c > $TMPDIR/y; cat $TMPDIR/y", shell=True, executable="/bin/bash",
+                      capture_output=True, text=True, check=True).stdout.strip() == "5"
+with tempfile.NamedTemporaryFile() as named, tempfile.TemporaryFile() as unnamed: named.write(b"x"), unnamed.write(b"x")
+database = sqlite3.connect("base.sqlite"); database.execute("create table t (n)"); database.commit()
+threads = [threading.Thread(target=time.sleep, args=(0.01,)) for _ in range(8)]
+for each in threads: each.start()
+with socket.create_server(("127.0.0.1", 0)) as ear, socket.create_connection(ear.getsockname()): ear.accept()
+with socket.socket(socket.AF_UNIX) as ear: ear.bind(os.environ["TMPDIR"] + "/socket"); ear.listen()
+os.mkfifo("fifo"); os.symlink("fifo", "link"); os.mkdir("d"); os.rename("fifo", "d/fifo"); os.link("base.sqlite", "d/base")
+os.replace("d/base", os.environ["HOME"] + "/base"); os.chmod("d", 0o700); os.utime("d"); os.truncate("base.sqlite", 0)
+open("/dev/null", "w").write("x"); open("/dev/stdout", "w").write("fine\n"); open("/dev/stderr", "a").write("")
+if os.access("/dev/ptmx", os.R_OK | os.W_OK): pty.openpty()
+os.close(os.memfd_create("x")); os.sched_getaffinity(0); open("/proc/self/status").read(), os.listdir("/proc/self/task")
+"""
+LESS = {"unshare": "share /tmp, /dev/shm, /run and IPC", "landlock": "abstract sockets|write and signal"}
+
+
+@pytest.mark.parametrize("refused", [(), *((name,) for name in LESS), tuple(LESS)], ids="-".join)
+def test_what_the_kernel_does_not_give_is_said_once_and_functions_run(grids, user, refused):
+    need_room(user)
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    for n in range(3):
+        grid.put({"main.py": FRESH_CONTAINER}, request_id=f"r{n}", timeoutMs=60000)
+    grid.run(prefix=refusing(*refused) if refused else [])
+    for n in range(3):
+        assert (grid[f"r{n}"]["status"], grid[f"r{n}"]["stdout"]) == ("ok", "fine\n"), grid[f"r{n}"]
+    warnings = re.findall(r"^\S+ WARNING (.*)$", grid.log, re.MULTILINE)
+    assert len(warnings) == (1 if refused or user == "ordinary" else 0), grid.log
+    for name, words in LESS.items():
+        assert bool(re.search(words, "".join(warnings))) == (name in refused), (name, warnings)
+
+
+def test_functions_give_way_to_the_agent(grids, user):
+    grid = grids(user)
+    grid.put({"main.py": "import os; print(os.getpriority(os.PRIO_PROCESS, 0))"}, request_id="warm")
+    grid.put({"run.sh": "read -ra fields </proc/self/stat; echo ${fields[18]}"}, "cpp", function_id="cold", request_id="cold")
+    grid.run()
+    for name in ("warm", "cold"):
+        assert int(grid[name]["stdout"]) > os.getpriority(os.PRIO_PROCESS, 0), grid[name]
+
+
+BOMB_AT_THE_END = r"""
+import os, time
+def bomb():
+    while True:
+        try:
+            if not os.fork(): os.setsid()
+        except OSError:
+            pass
+if not os.fork(): bomb()
+time.sleep(0.3)
+for place in "/dev/shm", "/tmp": open(place + "/left", "w").close()
+"""
+
+
+@pytest.mark.slow
+def test_a_fork_bomb_that_goes_on_at_the_end_leaves_nothing(grids, user):
+    """What it forks while it is ended is ended, too: the next run finds nothing of it."""
+    need_room(user)
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    for n in range(2):
+        grid.put({"main.py": BOMB_AT_THE_END}, function_id="bomb", request_id=f"{n}-a", timeoutMs=20000)
+        grid.put({"main.py": NOTHING_LEFT}, function_id="after", request_id=f"{n}-b")
+    grid.run()
+    assert {grid[f"{n}-b"]["status"] for n in range(2)} == {"ok"}, grid.log[-3000:]
+    assert not [line for line in command_lines().values() if str(grid.base) in line]
+
+
 # ---------------------------------------------------------------- what is left on disk
 
 LEFTOVERS = table(r"""
@@ -5470,17 +5751,22 @@ def second_signal_ends_it_at_once(moto):
 
 
 class Imds(BaseHTTPRequestHandler):
-    """Instance metadata, version 2: a token for a PUT, and with it what was announced."""
+    """Instance metadata, version 2: a token for a PUT, and with it a role's credentials and what was announced."""
     announced = False
 
     def do_PUT(self):
         self.reply(200 if "X-aws-ec2-metadata-token-ttl-seconds" in self.headers else 400, b"TOKEN")
 
     def do_GET(self):
-        known = (self.path == "/latest/meta-data/spot/instance-action"
-                 and self.headers["X-aws-ec2-metadata-token"] == "TOKEN")
-        self.reply(200 if known and Imds.announced else 404,
-                   b'{"action": "terminate", "time": "2026-11-22T12:02:00Z"}')
+        role = "/latest/meta-data/iam/security-credentials/"
+        answers = {role: "role", role + "role": json.dumps({
+            "Code": "Success", "AccessKeyId": "testing", "SecretAccessKey": "testing", "Token": "testing",
+            "Expiration": "2099-01-01T00:00:00Z", "LastUpdated": "2026-11-22T12:00:00Z", "Type": "AWS-HMAC"})}
+        if Imds.announced:
+            answers["/latest/meta-data/spot/instance-action"] = (
+                '{"action": "terminate", "time": "2026-11-22T12:02:00Z"}')
+        known = self.headers["X-aws-ec2-metadata-token"] == "TOKEN" and self.path in answers
+        self.reply(200 if known else 404, answers[self.path].encode() if known else b"")
 
     def reply(self, status, content):
         self.send_response_only(status)
