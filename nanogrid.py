@@ -3260,8 +3260,17 @@ METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
 class Launcher:
     """The agent's end of the launcher, which is started first, and again if it goes."""
 
-    def __init__(self, log: Log):
+    def __init__(self, log: Log, settings: Settings):
         self.log, self.lock = log, threading.Lock()
+        self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
+        self.metadata_open = "their uid is not theirs alone"  # why functions reach it
+        if settings.metadata == "allow" or settings.network == "none":
+            self.metadata_open = "as it was set"
+        elif settings.run_as is None and can_become(FIRST_UID):
+            try:
+                self.guards, self.metadata_open = refuse_metadata(FIRST_UID, LAST_UID), ""
+            except OSError as error:
+                self.metadata_open = error.strerror
         kernel("prctl", PR_SET_DUMPABLE, 0)  # /proc/PID/environ may hold a credential
         kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
         self._start()
@@ -3272,7 +3281,7 @@ class Launcher:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno())], env=env,
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+                pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
     def supervisor(self, place: Place) -> socket.socket:
         """A connection to a new supervisor for this place; raises OSError."""
@@ -3429,27 +3438,54 @@ def needed_paths(hidden: list[str], paths: Iterable[str]) -> set[str]:
     return {path for path in found if os.path.exists(path)}
 
 
-def refuse_metadata(first_uid: int, last_uid: int) -> None:
+def refuse_metadata(first_uid: int, last_uid: int) -> list[int]:
     """Have the kernel refuse the instance metadata to these uids; raises OSError.
 
-    A rule of routing does it (rtnetlink(7)), as `ip rule add to … uidrange … prohibit` makes it. It
-    stays until the machine's next boot: other agents find it there, and need it.
+    It runs a program for each connect(2) of the machine, for as long as anybody has one of the
+    descriptors returned open (bpf(2); Linux 5.7, cgroup v2). A routing rule would not do: a socket
+    that is bound to a device goes past it.
     """
-    nlm_f_request, nlm_f_ack, nlm_f_excl, nlm_f_create, rtm_newrule = 1, 4, 0x200, 0x400, 32
-    fra_dst, fra_priority, fra_uid_range, fr_act_prohibit, priority = 1, 6, 20, 8, 100
-    for family, address in METADATA.items():
-        target = socket.inet_pton(family, address)
-        body = struct.pack("=8BI", family, len(target) * 8, 0, 0, 0, 0, 0, fr_act_prohibit, 0)
-        for kind, value in ((fra_dst, target), (fra_priority, struct.pack("=I", priority)),
-                            (fra_uid_range, struct.pack("=II", first_uid, last_uid))):
-            body += struct.pack("=HH", 4 + len(value), kind) + value
-        flags = nlm_f_request | nlm_f_ack | nlm_f_create | nlm_f_excl
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
-            route.send(struct.pack("=IHHII", 16 + len(body), rtm_newrule, flags, 1, 0) + body)
-            code = -struct.unpack_from("=i", route.recv(4096), 16)[0]
-        if code and code != errno.EEXIST and not (
-                family == socket.AF_INET6 and code in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)):
-            raise OSError(code, os.strerror(code), address)
+    ipv4, ipv6 = METADATA[socket.AF_INET], METADATA[socket.AF_INET6]
+    mapped = socket.inet_pton(socket.AF_INET6, f"::ffff:{ipv4}")
+    programs = (  # BPF_CGROUP_INET4_CONNECT and 6; where struct bpf_sock_addr has the address
+        (10, 4, [socket.inet_pton(socket.AF_INET, ipv4)]),
+        (11, 8, [socket.inet_pton(socket.AF_INET6, ipv6), mapped]))
+    mounts = re.findall(rb"(?m)^(?:\S+ ){4}(\S+) .* - cgroup2 ", read_proc("/proc/self/mountinfo"))
+    if not mounts:
+        raise OSError(errno.ENOENT, "there is no cgroup v2 here")
+    group, links = os.open(mounts[0], os.O_RDONLY), []
+    for kind, offset, addresses in programs:
+        code = ctypes.create_string_buffer(_refusal(addresses, offset, first_uid, last_uid))
+        license_text = ctypes.create_string_buffer(b"GPL")
+        program = _bpf(5, struct.pack("=IIQQ44xI", 18, len(code) // 8, ctypes.addressof(code),
+                                      ctypes.addressof(license_text), kind))
+        links.append(_bpf(28, struct.pack("=IIII", program, group, kind, 0)))
+        os.close(program)
+    os.close(group)
+    return links
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    number = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, -1)
+    return kernel("syscall", number, command, attributes, len(attributes))
+
+
+def _refusal(addresses: list[bytes], offset: int, first_uid: int, last_uid: int) -> bytes:
+    """A BPF program that refuses these addresses to these uids (kernel.org, BPF instruction set)."""
+
+    def step(code: int, registers: int = 0, jump: int = 0, value: int = 0) -> bytes:
+        return struct.pack("=BBhi", code, registers, jump, value)
+
+    program = step(0xBF, 0x16)  # r6 = r1, the context
+    for address in addresses:
+        words = struct.unpack(f"={len(address) // 4}i", address)
+        for number, word in enumerate(words):
+            program += step(0x61, 0x60, offset + 4 * number)  # r0 = its word
+            program += step(0x56, 0, 2 * (len(words) - number - 1) + 6, word)  # another: go on
+        program += step(0x85, value=15) + step(0xBC)  # r0 = bpf_get_current_uid_gid(), its half
+        program += step(0xA5, 0, 3, first_uid) + step(0x25, 0, 2, last_uid)  # below, above: go on
+        program += step(0xB7) + step(0x95)  # return 0: refused
+    return program + step(0xB7, value=1) + step(0x95)
 
 
 class Slots:
@@ -3477,7 +3513,7 @@ class Slots:
                     for number, user in enumerate(users)]
         log("INFO", "runtimes: " + ", ".join(f"{name} {path or '(not here)'}"
                                              for name, path in self.programs.items()))
-        self.refuses_metadata = False
+        self.metadata_open = launcher.metadata_open
 
     def left_open(self) -> list[str]:
         """What functions can do here that they should not, in words; raises GiveUp."""
@@ -3489,16 +3525,10 @@ class Slots:
                 "; agent.execution.network none needs a network namespace: start the agent as root"
                 if place.network == "none" else "")) from None
         found = list(self.all[0].open)
-        if self.settings.metadata == "refuse" and place.network == "host":
-            try:
-                if not place.private:
-                    raise OSError(errno.EPERM, "their uid is not theirs alone")
-                refuse_metadata(FIRST_UID, LAST_UID)
-                self.refuses_metadata = True
-            except OSError as error:
-                found.append(f"functions reach the instance metadata, and with it this machine's "
-                             f"role ({error.strerror}): refuse them {METADATA[socket.AF_INET]} by "
-                             "a firewall, or set agent.execution.network to none")
+        if self.settings.metadata == "refuse" and place.network == "host" and self.metadata_open:
+            found.append(f"functions reach the instance metadata, and with it this machine's role "
+                         f"({self.metadata_open}): refuse them {METADATA[socket.AF_INET]} by a "
+                         "firewall, or set agent.execution.network to none")
         if place.uid is None:
             why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
             found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
@@ -4111,7 +4141,7 @@ def notify(state: str) -> None:
 @contextlib.contextmanager
 def machine(settings: Settings, log: Log) -> Iterator[Slots]:
     """The launcher and its slots, which end with the block; raises GiveUp."""
-    launcher = Launcher(log)
+    launcher = Launcher(log, settings)
     slots = None
     try:
         slots = Slots(settings, launcher, log)
@@ -4282,7 +4312,7 @@ def check_machine(settings: Settings, log: Log, is_usable: Check) -> str:
             else:
                 say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
                     "function can run; its tasks end as error")
-        if slots.refuses_metadata:
+        if not slots.metadata_open:
             is_usable("instance metadata", lambda: check_metadata(slots))
         report = trial(slots, "test -w .\n")
         if report.status != "ok":
@@ -4297,7 +4327,7 @@ def check_metadata(slots: Slots) -> str:
     """Have a function connect to the instance metadata, which must be refused; raises GiveUp."""
     address = METADATA[socket.AF_INET]
     report = trial(slots, f"exec 3<>/dev/tcp/{address}/80\n")
-    if report.status == "ok" or "ermission denied" not in report.stderr:
+    if report.status == "ok" or "not permitted" not in report.stderr:
         raise GiveUp(f"{address} is not refused to functions ({report.status}, {report.stderr}); "
                      "refuse it by a firewall, or set agent.execution.network to none")
     return f"{address} is refused to functions"

@@ -3023,6 +3023,15 @@ class Network:
         return done.stdout
 
 
+class NamelessServer(ThreadingTCPServer):
+    """An HTTP server that asks no resolver for its name, for there is none where it stands."""
+    daemon_threads = allow_reuse_address = True
+
+
+class NamelessServer6(NamelessServer):
+    address_family = socket.AF_INET6
+
+
 @contextlib.contextmanager
 def cloud():
     """(a machine's network, the Imds that answers it at 169.254.169.254 and, if it can, fd00:ec2::254)."""
@@ -3033,12 +3042,11 @@ def cloud():
         network.ip(f"link set {name} up")
         network.ip(f"route add default via 10.9.0.{gateway}")
     outside.ip("address add 169.254.169.254/32 dev outside")
-    servers = [outside.run(QuietServer, ("169.254.169.254", 80), Imds)]
+    servers = [outside.run(NamelessServer, ("169.254.169.254", 80), Imds)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # a machine without IPv6
         outside.ip("address add fd00:ec2::254/64 dev outside nodad")
         machine.ip("address add fd00:ec2::2/64 dev eth0 nodad")
-        server = type("QuietServer6", (QuietServer,), {"address_family": socket.AF_INET6})
-        servers.append(outside.run(server, ("fd00:ec2::254", 80), Imds))
+        servers.append(outside.run(NamelessServer6, ("fd00:ec2::254", 80), Imds))
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
@@ -3062,8 +3070,37 @@ def reach(family, address, kind=socket.SOCK_STREAM, device=b""):
             print("reached", address)
         except OSError as error:
             print(type(error).__name__, address)
+def sneak():
+    # An IPv6 socket keeps the device of a link-local address that refused it.
+    own = [line.split()[0] for line in open("/proc/net/if_inet6") if line.startswith("fe80") and line.endswith(" eth0\n")]
+    with socket.socket(socket.AF_INET6) as mouth:
+        mouth.settimeout(3)
+        try:
+            mouth.connect((socket.inet_ntop(socket.AF_INET6, bytes.fromhex(own[0])), 1, 0, socket.if_nametoindex("eth0")))
+        except OSError:
+            pass
+        said = "ConnectionAbortedError"  # of the first try, once
+        while said == "ConnectionAbortedError":
+            try:
+                mouth.connect(("::ffff:169.254.169.254", 80))
+                said = "reached"
+            except OSError as error:
+                said = type(error).__name__
+        print(said, "sneaking")
+def fast_open():
+    with socket.socket() as mouth:
+        mouth.setblocking(False)
+        try:
+            mouth.sendto(b"GET / HTTP/1.0\r\n\r\n", 0x20000000, ("169.254.169.254", 80))
+            print("reached fast")
+        except BlockingIOError:  # it is under way
+            print("reached fast")
+        except OSError as error:
+            print(type(error).__name__, "fast")
 def reach_all():
     reach(socket.AF_INET, "169.254.169.254")
+    sneak()
+    fast_open()
     reach(socket.AF_INET, "169.254.169.254", socket.SOCK_DGRAM)
     reach(socket.AF_INET, "169.254.169.254", device=b"eth0")
     reach(socket.AF_INET6, "::ffff:169.254.169.254")
@@ -3106,12 +3143,12 @@ def test_the_instance_metadata_is_the_agents_alone(moto):
                     assert agent.stop() == 0
             said = re.findall(r"stdout: (\w+) (\S+)$", agent.log, re.MULTILINE)
             reached = {address for word, address in said if word == "reached"}
-            assert len(said) == 10, agent.log
-            assert len(reached) == (1 + len(servers) if allowed == "allow" else 0), (request_id, said)
-            if allowed == "refuse":
-                assert said.count(("PermissionError", "169.254.169.254")) == 6, said
+            assert len(said) == 14, agent.log
+            if allowed == "allow":
+                assert reached >= {"169.254.169.254", "fast", *["fd00:ec2::254"][:len(servers) - 1]}, said
+            else:
+                assert {word for word, _ in said} == {"PermissionError"}, said
             assert [line for line in complaints(agent.log) if "EC2 will interrupt" not in line] == []
-        assert machine.ip("rule show").count("169.254.169.254") == 1
 
 
 @pytest.mark.skipif(not ROOT, reason="a network with a stand-in for the instance metadata needs root")
