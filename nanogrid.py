@@ -2146,8 +2146,7 @@ class Room:
         """
         open_still = (*self.place.hidden, "/proc")
         read_only("/")
-        for fields in map(bytes.split, mounts):
-            path = os.fsdecode(fields[4])
+        for path in [os.fsdecode(line.split()[4]) for line in mounts]:
             if not any(f"{path}/".startswith(f"{one}/") for one in open_still):
                 with contextlib.suppress(OSError):  # covered by another, or of an odd name
                     read_only(path)
