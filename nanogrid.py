@@ -954,12 +954,16 @@ class Fault:
 # renewed. Those of 5xx, 408 and 429 and all that is no answer do, too.
 PASSING = {
     "ExpiredToken", "ExpiredTokenException", "RequestExpired", "RequestTimeTooSkewed",
+    "RequestInTheFuture", "RequestAbortedException", "IDPCommunicationError",
     "TokenRefreshRequired", "RequestTimeout", "RequestTimeoutException", "SlowDown", "OverLimit",
     "AWS.SimpleQueueService.OverLimit", "Throttling", "ThrottlingException", "ThrottledException",
     "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded",
     "TooManyRequestsException", "LimitExceededException", "PriorRequestNotComplete",
     "OperationAborted", "KmsThrottled", "KMS.ThrottlingException"}
-LASTING = ("ParamValidationError", "InvalidRegionError")  # botocore's own, before it asks
+LASTING = ("ParamValidationError", "InvalidRegionError",  # botocore's own, before it asks
+           "PermanentRedirect")
+# Where botocore gets credentials from: what is refused there is no permission of the call itself.
+LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
 NO_CREDENTIALS = ("no AWS credentials ({}); attach the role to the instance, or set "
                   "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
@@ -1041,9 +1045,11 @@ def error_code(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code") or type(error).__name__)
 
 
-def is_denied(code: str) -> bool:
-    """Whether a code says that a permission is missing."""
-    return "AccessDenied" in code or code in ("403", "Forbidden", "AuthorizationError")
+def is_denied(error: Exception) -> bool:
+    """Whether an error says that the call is not permitted."""
+    code = error_code(error)
+    return getattr(error, "operation_name", "") not in LENDERS and (
+        "AccessDenied" in code or code in ("403", "Forbidden", "NotAuthorized"))
 
 
 def passes(error: Exception) -> bool:
@@ -1051,8 +1057,9 @@ def passes(error: Exception) -> bool:
     response = getattr(error, "response", None) or {}
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = error_code(error)
-    return code in PASSING or code not in LASTING and (not 400 <= status < 500
-                                                       or status in (408, 429))
+    # SQS has no code of its own for a clock that is wrong: "Signature expired: ... is now earlier".
+    return (code in PASSING or bool(re.search("Signature (expired|not yet current)", str(error)))
+            or code not in LASTING and (not 400 <= status < 500 or status in (408, 429)))
 
 
 def remedy(error: Exception, needs: str, url: str | None = None) -> str:
@@ -1063,7 +1070,7 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     code = error_code(error)
     if passes(error):
         return ""
-    if "kms" in f"{code} {error}".lower():
+    if re.search(r"^(?i:kms)|kms:|AWSKMS|ciphertext", f"{code} {error}"):
         advice = ("grant the role kms:Decrypt on the key (kms:GenerateDataKey too, for what is "
                   "written), and see that the key is enabled")
     elif "NonExistentQueue" in code or "QueueDoesNotExist" in code:
@@ -1071,10 +1078,14 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     elif code in ("InvalidAddress", "InvalidAddressException", "InvalidEndpoint"):
         advice = f"AWS does not know {url} as a queue; check its URL in the settings"
     elif code in ("InvalidClientTokenId", "UnrecognizedClientException", "InvalidAccessKeyId",
-                  "SignatureDoesNotMatch", "InvalidSecurity"):
+                  "SignatureDoesNotMatch", "InvalidSecurity", "InvalidToken",
+                  "InvalidSignatureException"):
         advice = "AWS does not accept the credentials; check AWS_ACCESS_KEY_ID or the role"
-    elif is_denied(code):
-        advice = f"grant {needs}"
+    elif getattr(error, "operation_name", "") in LENDERS:
+        advice = "the role is not lent to these credentials; check its trust policy and the profile"
+    elif is_denied(error):
+        policy = re.search(r"because no (.*? policy)|explicit deny in an? (.*? policy)", str(error))
+        advice = f"grant {needs}" + (f" in the {policy[1] or policy[2]}" if policy else "")
     else:
         advice = "see what AWS says of it"
     return f"{error}; {advice}"
@@ -1306,13 +1317,14 @@ class SqsQueue:
             {"Id": str(n), "ReceiptHandle": lease.receipt,
              **({} if deletes else {"VisibilityTimeout": seconds[n]})}
             for n, lease in enumerate(leases)])
-        if error and not deletes and is_denied(error_code(error)):
-            return self._deny()
+        if error and not deletes and is_denied(error):
+            return self._deny(error)
         failed = {each["Id"]: each for each in (answer or {}).get("Failed", [])}
+        said = {key: f"{each.get('Code')}: {each.get('Message')}" for key, each in failed.items()}
         # The sender's fault is a handle that no longer holds: no use in trying again.
-        passing = [each.get("Code") for each in failed.values() if not each.get("SenderFault")]
+        passing = [said[key] for key, each in failed.items() if not each.get("SenderFault")]
         if error or passing:
-            fault.failed(error or f"{call.__name__}: {passing[0]}")
+            fault.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
         else:
             fault.worked()
         with self.condition:
@@ -1320,9 +1332,9 @@ class SqsQueue:
                 refused = failed.get(str(n))
                 if refused and not refused.get("SenderFault"):
                     continue
-                if deletes and refused:
-                    self.log("WARNING", f"message {lease.message.id} was not deleted: "
-                                        f"{refused.get('Code')}; it will be, when it comes back")
+                if refused and wish != "return":
+                    what = "was not deleted" if deletes else "is no longer ours"
+                    self.log("WARNING", f"message {lease.message.id} {what}: {said[str(n)]}")
                 if wish:
                     self._forget([lease])
                 else:
@@ -1336,15 +1348,15 @@ class SqsQueue:
             if self.leases.get(lease.message.id) is lease:
                 del self.leases[lease.message.id]
 
-    def _deny(self) -> None:
+    def _deny(self, error: Exception) -> None:
         """sqs:ChangeMessageVisibility is not granted: said once, and not tried again."""
         with self.condition:
             self._forget([lease for lease in self.leases.values() if lease.wish == "return"])
             if self.may_change is not False:
                 self.may_change = False
                 self.log("WARNING", "sqs:ChangeMessageVisibility is not granted: leases are not "
-                                    f"extended, and tasks over the queue's {self.visibility} s "
-                                    "are rejected; add it to the role's policy")
+                                    f"extended, and tasks over the queue's {self.visibility} s are "
+                                    f"rejected; {remedy(error, 'sqs:ChangeMessageVisibility')}")
 
 
 class FolderQueue:
@@ -1636,7 +1648,7 @@ class S3Code:
         if code == "NoSuchBucket":
             return Ended(status="error", reason="bucket", text=f"{where}: {error}; check "
                          "agent.s3.codeBucket, or s3Bucket in the message")
-        return Ended(status="error", reason="permission" if is_denied(code) else "s3",
+        return Ended(status="error", reason="permission" if is_denied(error) else "s3",
                      text=f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}")
 
 
@@ -4374,7 +4386,7 @@ def check_aws(settings: Settings, is_usable: Check) -> None:
         # Nothing to write: who may not write is told so, who may is told that this is nothing.
         _, error = attempt(clients.cloudwatch.put_metric_data, Namespace=settings.namespace,
                            MetricData=[])
-        if error and (is_denied(error_code(error)) or not hasattr(error, "response")):
+        if error and not re.search("Parameter|Validation", error_code(error)):
             raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
         return f"PutMetricData into {settings.namespace} is not refused"
 
@@ -4402,7 +4414,7 @@ def check_bucket(s3: Any, bucket: str) -> str:
     _, error = attempt(s3.get_object, Bucket=bucket, Key=f"nanogrid-check-{os.urandom(8).hex()}")
     if error is None or error_code(error) == "NoSuchKey":
         return f"{bucket}: s3:GetObject and s3:ListBucket are granted"
-    if is_denied(error_code(error)) and "perform: s3:ListBucket" in str(error):
+    if is_denied(error) and "perform: s3:ListBucket" in str(error):
         return f"{bucket}: s3:ListBucket is not granted, so a missing key looks like a refusal"
     raise GiveUp(f"{bucket}: {remedy(error, BUCKET_NEEDS.format(bucket)) or error}")
 
