@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import fnmatch
 import functools
+import hashlib
 import http.client
 import io
 import json
@@ -4642,6 +4643,7 @@ class Rule:
     fault: str
     times: int | None = None
     seconds: float = 0.0
+    said: tuple = ()  # what as_aws() answers
 
 
 @dataclass
@@ -4652,6 +4654,7 @@ class Seen:
     fault: str
     path: str
     body: bytes = field(repr=False)
+    key: str = ""  # the access key id that signed it
 
 
 def operation_of(method: str, path: str, headers, body: bytes) -> str:
@@ -4673,8 +4676,9 @@ def matches(pattern: str, operation: str) -> bool:
 
 
 def cbor(texts: dict[str, str]) -> bytes:
-    """A CBOR map of up to 23 pairs of texts under 256 bytes: what an error of CloudWatch is."""
-    coded = [bytes((0x78, len(text))) + text.encode() for pair in texts.items() for text in pair]
+    """A CBOR map of up to 23 pairs of texts: what an error of CloudWatch is."""
+    coded = [struct.pack(">BH", 0x79, len(text.encode())) + text.encode()
+             for pair in texts.items() for text in pair]
     return bytes((0xA0 + len(texts),)) + b"".join(coded)
 
 
@@ -4693,6 +4697,43 @@ def proxy_refusal(fault: str, headers, body: bytes) -> tuple[int, dict[str, str]
     return status, {"Content-Type": "application/xml"}, xml.encode()
 
 
+def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str) -> bytes:
+    """An error as AWS's own services answer it, from the status line to the last byte.
+
+    SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
+    S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
+    CloudWatch: smithy.io/2.0/additional-specs/protocols/smithy-rpc-v2.html, awsQueryCompatible of
+    smithy.io/2.0/aws/protocols/aws-query-protocol.html, and that protocol itself before boto3 1.43
+    """
+    request_id, more = "66916324-67ca-54bb-a410-3f567a7a0571", ""
+    text = message.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    if target := headers.get("X-Amz-Target"):
+        kind = "application/x-amz-json-1.0"
+        space = "com.amazonaws.sqs" if twin else "com.amazon.coral.service"
+        assert target.startswith("AmazonSQS.")
+        content = json.dumps({"__type": f"{space}#{code}", "message": message}).encode()
+    elif "Smithy-Protocol" in headers:
+        kind, more = "application/cbor", "smithy-protocol: rpc-v2-cbor\r\n"
+        content = cbor({"__type": f"com.amazonaws.cloudwatch#{code}", "message": message})
+    elif b"Action=" in body:
+        kind = "text/xml"
+        content = ('<ErrorResponse xmlns="http://monitoring.amazonaws.com/doc/2010-08-01/">\n  <Error>\n'
+                   f"    <Type>Sender</Type>\n    <Code>{twin or code}</Code>\n    <Message>{text}</Message>"
+                   f"\n  </Error>\n  <RequestId>{request_id}</RequestId>\n</ErrorResponse>\n").encode()
+    else:
+        content = (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{text}'
+                   f"</Message><RequestId>4442587FB7D0A2F9</RequestId><HostId>{request_id}</HostId></Error>")
+        return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+                f"x-amz-request-id: 4442587FB7D0A2F9\r\nx-amz-id-2: {request_id}\r\n"
+                "Content-Type: application/xml\r\nTransfer-Encoding: chunked\r\n"
+                "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\nServer: AmazonS3\r\n\r\n"
+                f"{len(content.encode()):x}\r\n{content}\r\n0\r\n\r\n").encode()
+    more += f"x-amzn-query-error: {twin};Sender\r\n" if twin else ""
+    return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\nx-amzn-RequestId: {request_id}\r\n"
+            f"{more}Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n"
+            "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\n\r\n").encode() + content
+
+
 class ProxyHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 300
@@ -4700,7 +4741,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def handle_request(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         operation = operation_of(self.command, self.path, self.headers, body)
-        rule = self.server.proxy.take(operation, self.path, body)
+        signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
+        rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
+        if rule and rule.said:
+            return self.wfile.write(as_aws(self.headers, body, *rule.said))
         fault = rule.fault if rule else ""
         if fault in REFUSALS:
             return self.answer(*proxy_refusal(fault, self.headers, body))
@@ -4798,7 +4842,8 @@ class FaultProxy:
     Faults: those of REFUSALS; "reset"; "black hole" (read, never answered, not even after heal());
     "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
     reset); "truncated" (half a body); "partial" (half of a batch's entries fail).
-    `requests` is what came, `received` the messages that were given out.
+    `requests` is what came, `received` the messages that were given out; `expired` are access keys
+    that are answered as AWS answers expired ones.
     """
 
     def __init__(self, url: str):
@@ -4806,6 +4851,7 @@ class FaultProxy:
         self.requests: list[Seen] = []
         self.received: list[dict] = []
         self.rules: list[Rule] = []
+        self.expired: set[str] = set()
         self.closing = threading.Event()
         self.lock = threading.Lock()
         self.server = QuietServer(("127.0.0.1", 0), ProxyHandler)
@@ -4821,23 +4867,24 @@ class FaultProxy:
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, pattern: str, fault: str, times: int | None = None, seconds: float = 0.0):
+    def fail(self, pattern: str, fault: str, times: int | None = None, seconds: float = 0.0, said=()):
         with self.lock:
-            self.rules.append(Rule(pattern, fault, times, seconds))
+            self.rules.append(Rule(pattern, fault, times, seconds, said))
 
     def heal(self):
         with self.lock:
             self.rules.clear()
 
-    def take(self, operation: str, path: str, body: bytes) -> Rule | None:
+    def take(self, operation: str, path: str, body: bytes, key: str) -> Rule | None:
         """The rule that this request falls under, used up by one; the request is noted."""
         with self.lock:
             found = next((rule for rule in self.rules
                           if rule.times != 0 and matches(rule.pattern, operation)), None)
             if found and found.times:
                 found.times -= 1
+            found = Rule("*", "expired") if key in self.expired else found
             fault = found.fault if found else ""
-            self.requests.append(Seen(time.monotonic(), operation, fault, path, body))
+            self.requests.append(Seen(time.monotonic(), operation, fault, path, body, key))
             return found
 
     def count(self, pattern: str, fault: str = "*") -> int:
@@ -6122,6 +6169,221 @@ def test_check_of_a_usable_folder_changes_nothing():
         with local(folder, "--check") as agent:
             assert agent.end(60) == 0 and f"ok    folder: {folder.path}" in agent.out
         assert sorted(folder.path.rglob("*")) == before
+
+
+# ---------------------------------------------------------------------- credentials, endpoints
+
+
+class Lender(Imds):
+    """What lends credentials: instance metadata with a role, a container's agent, SSO's portal.
+
+    docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
+    docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html
+    docs.aws.amazon.com/singlesignon/latest/PortalAPIReference/API_GetRoleCredentials.html
+    """
+
+    def do_GET(self):
+        path, lent = self.path.partition("?")[0], self.server
+        until_then = time.time() + lent.seconds
+        role = {"AccessKeyId": lent.key, "SecretAccessKey": "secret", "Token": "token",
+                "Expiration": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(until_then))}
+        iam = "/latest/meta-data/iam/security-credentials/"
+        answers = {
+            iam: ("X-aws-ec2-metadata-token", "worker"),
+            iam + "worker": ("X-aws-ec2-metadata-token", json.dumps({"Code": "Success", **role})),
+            "/container": ("Authorization", json.dumps(role)),
+            "/federation/credentials": ("x-amz-sso_bearer_token", json.dumps({"roleCredentials": {
+                "accessKeyId": lent.key, "secretAccessKey": "secret", "sessionToken": "token",
+                "expiration": int(until_then * 1000)}}))}
+        header, content = answers.get(path, ("", ""))
+        self.reply(200 if self.headers[header] == "TOKEN" else 404, content.encode())
+
+
+@contextlib.contextmanager
+def lender(key: str = "ASIALENT", seconds: int = 6 * 3600):
+    """A server that lends credentials of this key, which hold for so long."""
+    with QuietServer(("127.0.0.1", 0), Lender) as server:
+        server.key, server.seconds = key, seconds
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+AWS_FILES = {  # below HOME; the SSO cache's name is the SHA-1 of the session's, as `aws sso login` has it
+    ".aws/credentials": "[base]\naws_access_key_id = AKIABASE\naws_secret_access_key = secret\n",
+    ".aws/config": """[profile worker]
+role_arn = arn:aws:iam::123456789012:role/worker
+source_profile = base
+[profile login]
+sso_session = office
+sso_account_id = 123456789012
+sso_role_name = worker
+[sso-session office]
+sso_region = ap-northeast-2
+sso_start_url = https://office.awsapps.com/start
+[profile process]
+credential_process = printf '{"Version": 1, "AccessKeyId": "AKIAPROCESS", "SecretAccessKey": "secret"}'
+""",
+    f".aws/sso/cache/{hashlib.sha1(b'office').hexdigest()}.json": json.dumps({
+        "accessToken": "TOKEN", "expiresAt": "2099-01-01T00:00:00Z",
+        "region": "ap-northeast-2", "startUrl": "https://office.awsapps.com/start"}),
+    "token": "a.web.token"}
+ROLE = "arn:aws:sts::123456789012:assumed-role/worker/"
+# kind: (what --check says of it, how the access key that signs begins, the environment)
+CREDENTIALS = {
+    "static keys": ("env: arn:aws:", "AKIASTATIC", {
+        "AWS_ACCESS_KEY_ID": "AKIASTATIC", "AWS_SECRET_ACCESS_KEY": "secret"}),
+    "profile": ("shared-credentials-file: arn:aws:", "AKIABASE", {"AWS_PROFILE": "base"}),
+    "role of a profile": (f"assume-role: {ROLE}", "ASIA", {"AWS_PROFILE": "worker"}),
+    "web identity": (f"assume-role-with-web-identity: {ROLE}", "ASIA", {
+        "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/worker",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "{home}/token"}),
+    "SSO": ("sso: arn:aws:", "ASIALENT", {
+        "AWS_PROFILE": "login", "AWS_ENDPOINT_URL_SSO": "{lender}"}),
+    "container": ("container-role: arn:aws:", "ASIALENT", {
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI": "{lender}/container",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN": "TOKEN"}),
+    "instance": ("iam-role: arn:aws:", "ASIALENT", {
+        "AWS_EC2_METADATA_DISABLED": "false", "AWS_EC2_METADATA_SERVICE_ENDPOINT": "{lender}"}),
+    "process": ("custom-process: arn:aws:", "AKIAPROCESS", {"AWS_PROFILE": "process"}),
+}
+
+
+def with_credentials(aws: Aws, kind: str, url: str) -> None:
+    """Give the agents of a site credentials of one kind, and none of another."""
+    for name, text in AWS_FILES.items():
+        (aws.path / "home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (aws.path / "home" / name).write_text(text)
+    home = f"{aws.path}/home"
+    aws.env.update(NOTHING, HOME=home, AWS_SHARED_CREDENTIALS_FILE=f"{home}/.aws/credentials",
+                   AWS_CONFIG_FILE=f"{home}/.aws/config")
+    aws.env.update({name: value.format(home=home, lender=url)
+                    for name, value in CREDENTIALS[kind][2].items()})
+
+
+def signers(aws: Aws, key: str) -> set[str]:
+    """The access keys that signed requests (each cut to the length of `key`), but for roles."""
+    return {seen.key[:len(key)] for seen in aws.proxy.requests if "AssumeRole" not in seen.operation}
+
+
+@pytest.mark.parametrize("kind", CREDENTIALS)
+def test_credentials_of_each_kind_are_named_and_do_a_job(moto, kind):
+    said, key, _ = CREDENTIALS[kind]
+    with site(moto) as aws, lender() as lent:
+        with_credentials(aws, kind, lent.url)
+        job(aws)
+        with start(aws, "--check") as check:
+            assert check.end(60) == 0, check.out + check.log
+        assert f"\nok    credentials: {said}" in check.out, check.out
+        with start(aws, "--drain") as agent:
+            assert agent.end(60) == 0, agent.log
+        assert proxy_runs(aws.path) == {"r1": 1} and not aws.count() and not complaints(agent.log)
+        assert signers(aws, key) == {key} and "Successfully published 1 " in agent.log
+
+
+# kind: how long its credentials hold, and what makes botocore ask for new ones before each request.
+# It asks a container's agent in the last 15 minutes of what it has; what EC2 lends for less than 25
+# it uses for longer, hence a longer look ahead here.
+RENEWED = {"container": (12 * 60, ""), "instance": (29 * 60, (
+    "from botocore.credentials import RefreshableCredentials\n"
+    "RefreshableCredentials._advisory_refresh_timeout = 3600"))}
+
+
+@pytest.mark.parametrize("kind", RENEWED)
+def test_credentials_that_expire_are_renewed_while_the_agent_runs(moto, kind):
+    seconds, patch = RENEWED[kind]
+    prefix = [sys.executable, "-c", PATCHED.format(patch)]
+    with site(moto) as aws, lender("ASIAFIRST", seconds) as lent:
+        with_credentials(aws, kind, lent.url)
+        with start(aws, prefix=prefix) as agent:
+            job(aws)
+            until_settled(aws, agent)
+            assert signers(aws, lent.key) == {"ASIAFIRST"}
+            lent.key, lent.seconds = "ASIANEXT", 6 * 3600
+            aws.proxy.expired.add("ASIAFIRST")
+            job(aws, "r2")
+            until_settled(aws, agent)
+            assert agent.stop() == 0
+        assert proxy_runs(aws.path) == {"r1": 1, "r2": 1} and not dead(aws)
+        assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
+        last = [seen.key for seen in aws.proxy.requests if seen.operation == "DeleteMessageBatch"]
+        assert last == ["ASIAFIRST", "ASIANEXT"]
+
+
+NOT_LENT = ("User: arn:aws:iam::123456789012:user/base is not authorized to perform: sts:AssumeRole on "
+            "resource: arn:aws:iam::123456789012:role/worker")
+
+
+@pytest.mark.parametrize("said,words", [
+    ((403, "AccessDenied", "", NOT_LENT), "trust policy"),
+    ((400, "ExpiredTokenException", "", "Token expired"), "until it does"),
+], ids=["denied", "expired"])
+def test_what_refuses_the_role_itself_is_told_from_a_missing_permission(moto, said, words):
+    with site(moto) as aws:
+        with_credentials(aws, "role of a profile", "")
+        aws.proxy.fail("AssumeRole", "said", said=said)
+        with start(aws) as agent:
+            agent.wait_for(words)
+            assert said[3] in agent.log and "grant sqs" not in agent.log
+        with start(aws, "--check") as check:
+            assert check.end(60) == 1
+        assert f"FAIL  credentials: An error occurred ({said[1]})" in check.out and said[3] in check.out
+
+
+# agent.aws.endpointUrl, the environment, and where SQS, S3 and CloudWatch are then asked; boto3's order:
+# boto3.amazonaws.com/v1/documentation/api/latest/guide/configuration.html, "Configuring a service endpoint"
+HERE, THERE = "http://127.0.0.1:1", "http://127.0.0.1:2"
+OWN = ("https://sqs.ap-northeast-2.amazonaws.com", "https://s3.ap-northeast-2.amazonaws.com",
+       "https://monitoring.ap-northeast-2.amazonaws.com")
+ENDPOINTS = [
+    (None, {}, OWN),
+    (HERE, {}, (HERE, HERE, HERE)),
+    (None, {"AWS_ENDPOINT_URL": HERE}, (HERE, HERE, HERE)),
+    (HERE, {"AWS_ENDPOINT_URL": THERE}, (HERE, HERE, HERE)),
+    (None, {"AWS_ENDPOINT_URL_SQS": HERE}, (HERE, *OWN[1:])),
+    (HERE, {"AWS_ENDPOINT_URL_SQS": THERE}, (THERE, HERE, HERE)),
+    (HERE, {"AWS_ENDPOINT_URL_S3": THERE}, (HERE, THERE, HERE)),
+    (HERE, {"AWS_ENDPOINT_URL_CLOUDWATCH": THERE}, (HERE, HERE, THERE)),
+    (None, {"AWS_ENDPOINT_URL": HERE, "AWS_ENDPOINT_URL_S3": THERE}, (HERE, THERE, HERE)),
+    (None, {"AGENT_AWS_ENDPOINTURL": HERE, "AWS_ENDPOINT_URL_SQS": THERE}, (THERE, HERE, HERE)),
+]
+
+
+@pytest.mark.parametrize("setting,environ,endpoints", ENDPOINTS)
+def test_the_endpoint_of_one_service_wins_as_boto3_has_it(tmp_path, monkeypatch, setting, environ, endpoints):
+    for name in ("AWS_ENDPOINT_URL", *(f"AWS_ENDPOINT_URL_{each}" for each in ("SQS", "S3", "CLOUDWATCH"))):
+        monkeypatch.setenv(name, "")  # so that what make_clients() sets is unset again
+        monkeypatch.delenv(name)
+    for name, value in {**AWS_ENV, **environ}.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "application.yml"
+    path.write_text(f"""agent:
+  aws:
+    region: ap-northeast-2
+    endpointUrl: {setting or ''}
+  sqs:
+    queueUrl: https://sqs.ap-northeast-2.amazonaws.com/123456789012/q
+  s3:
+    codeBucket: bucket
+""")
+    clients = ng.make_clients(ng.load_settings(path, os.environ, False)[0])
+    made = [clients.polls, clients.sqs, clients.results], [clients.s3], [clients.cloudwatch]
+    assert [{one.meta.endpoint_url for one in each} for each in made] == [{one} for one in endpoints]
+
+
+def test_each_service_is_asked_at_its_own_endpoint(moto):
+    """As with interface endpoints of a VPC; there is nothing at agent.aws.endpointUrl."""
+    with site(moto) as aws, FaultProxy(moto) as s3, FaultProxy(moto) as cloudwatch:
+        job(aws)
+        nothing = f"http://127.0.0.1:{free_port()}"
+        env = {"AWS_ENDPOINT_URL": nothing, "AGENT_AWS_ENDPOINTURL": nothing, "AWS_ENDPOINT_URL_S3": s3.url,
+               "AWS_ENDPOINT_URL_SQS": aws.proxy.url, "AWS_ENDPOINT_URL_CLOUDWATCH": cloudwatch.url}
+        with start(aws, "--drain", env=env) as agent:
+            assert agent.end(60) == 0, agent.log
+        assert not aws.count() and not complaints(agent.log)
+        assert [{seen.operation for seen in proxy.requests} for proxy in (s3, cloudwatch)] == \
+            [{"GetObject"}, {"PutMetricData"}]
 
 
 # ---------------------------------------------------------------------- the machine's own faults
