@@ -4702,22 +4702,25 @@ def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str
 
     SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
     S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
-    CloudWatch: smithy.io/2.0/additional-specs/protocols/smithy-rpc-v2.html, awsQueryCompatible of
-    smithy.io/2.0/aws/protocols/aws-query-protocol.html, and that protocol itself before boto3 1.43
+    CloudWatch: as SQS since botocore 1.42 (its model also offers smithy.io/2.0/additional-specs/
+    protocols/smithy-rpc-v2.html); before, smithy.io/2.0/aws/protocols/aws-query-protocol.html
     """
     request_id, more = "66916324-67ca-54bb-a410-3f567a7a0571", ""
     text = message.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     if target := headers.get("X-Amz-Target"):
         kind = "application/x-amz-json-1.0"
-        space = "com.amazonaws.sqs" if twin else "com.amazon.coral.service"
-        assert target.startswith("AmazonSQS.")
+        space = "com.amazonaws.sqs" if target.startswith("AmazonSQS.") else "com.amazonaws.cloudwatch"
+        if code.endswith("Exception"):  # of what stands before each service
+            space = "com.amazon.coral.service"
         content = json.dumps({"__type": f"{space}#{code}", "message": message}).encode()
     elif "Smithy-Protocol" in headers:
         kind, more = "application/cbor", "smithy-protocol: rpc-v2-cbor\r\n"
         content = cbor({"__type": f"com.amazonaws.cloudwatch#{code}", "message": message})
     elif b"Action=" in body:
         kind = "text/xml"
-        content = ('<ErrorResponse xmlns="http://monitoring.amazonaws.com/doc/2010-08-01/">\n  <Error>\n'
+        space = ("https://sts.amazonaws.com/doc/2011-06-15/" if b"AssumeRole" in body else
+                 "http://monitoring.amazonaws.com/doc/2010-08-01/")
+        content = (f'<ErrorResponse xmlns="{space}">\n  <Error>\n'
                    f"    <Type>Sender</Type>\n    <Code>{twin or code}</Code>\n    <Message>{text}</Message>"
                    f"\n  </Error>\n  <RequestId>{request_id}</RequestId>\n</ErrorResponse>\n").encode()
     else:
@@ -5064,6 +5067,13 @@ def until_gone(pids: list[int]):
 # --------------------------------------------------------------------------------------------
 #
 # Delivery that loses nothing: leases, retries, shutdown, faults; black-box, from the contract.
+
+
+# How AWS words a denial: docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot_access-denied.html and
+# docs.aws.amazon.com/AmazonS3/latest/userguide/troubleshoot-403-errors.html
+WORKER = "arn:aws:sts::123456789012:assumed-role/worker/i-0123456789abcdef0"
+DENIED_BY = f"User: {WORKER} is not authorized to perform: {{0}} on resource: {{1}} because no {{2}} allows the {{0}} action"
+FORBIDDEN_BY = f"User: {WORKER} is not authorized to perform: {{0}} on resource: {{1}} with an explicit deny in a {{2}}"
 
 
 # ---------------------------------------------------------------------- trials, all at once
@@ -5536,6 +5546,62 @@ def lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
         assert not complaints(agent.log)
 
 
+def visibility_timeouts(aws: Aws) -> list[int]:
+    """What each ReceiveMessage asked for; KeyError where one did not."""
+    return [json.loads(seen.body)["VisibilityTimeout"] for seen in list(aws.proxy.requests)
+            if seen.operation == "ReceiveMessage"]
+
+
+@trial
+def visibility_timeout_that_is_not_answered_at_the_start_is_asked_for_again(moto):
+    """Until then a lease is of what each receive asks for, whatever the queue's own is."""
+    with site(moto, visibility=300) as aws:
+        aws.proxy.fail("GetQueueAttributes", "status 500", times=1)
+        with start(aws) as agent:
+            agent.wait_for("taken to be 30 s until it does")
+            until(lambda: 300 in visibility_timeouts(aws), 30, "the queue's own")
+            agent.stop()
+    asked = visibility_timeouts(aws)
+    assert asked == sorted(asked) and set(asked) == {30, 300}
+
+
+@trial
+def visibility_timeout_that_is_changed_is_seen(moto):
+    """And a message that was received with it is kept by it: 2 s, renewed, for a run of 5."""
+    prefix = [sys.executable, "-c", PATCHED.format("ng.ATTRIBUTES_SECONDS = 1")]
+    with site(moto, visibility=300) as aws, start(aws, prefix=prefix) as agent:
+        until(lambda: visibility_timeouts(aws), 30, "a poll")
+        aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"VisibilityTimeout": "2"})
+        until(lambda: 2 in visibility_timeouts(aws), 30, "the new one")
+        job(aws, sleep=5)
+        until_settled(aws, agent)
+        agent.stop()
+        assert proxy_runs(aws.path) == {"r1": 1} and len(aws.proxy.received) == 1
+        assert set(visibility_timeouts(aws)) == {300, 2} and not complaints(agent.log)
+        beats = [json.loads(seen.body)["Entries"] for seen in aws.proxy.requests
+                 if seen.operation == "ChangeMessageVisibilityBatch"]
+        assert len(beats) >= 3 and {each["VisibilityTimeout"] for beat in beats for each in beat} == {2}
+
+
+@trial
+def delete_that_is_not_permitted_is_said_once_and_tried_with_growing_pauses(moto):
+    said = (403, "AccessDeniedException", "AccessDenied", DENIED_BY.format(
+        "sqs:deletemessage", "arn:aws:sqs:ap-northeast-2:123456789012:q", "session policy"))
+    with site(moto) as aws, start(aws) as agent:
+        aws.proxy.fail("DeleteMessageBatch", "said", said=said)
+        job(aws)
+        until(lambda: aws.proxy.count("DeleteMessageBatch"), 30, "a delete")
+        time.sleep(4)
+        tried = aws.proxy.count("DeleteMessageBatch")
+        aws.proxy.heal()
+        until_settled(aws, agent)
+        agent.stop()
+        assert tried <= 6, "without a pause"
+        line, = complaints(agent.log)
+        assert said[3] in line and "grant " in line and line.split(";")[-2].endswith("session policy")
+        assert proxy_runs(aws.path) == {"r1": 1} and "deleting messages works again" in agent.log
+
+
 @trial
 def lost_lease_is_said_and_its_result_is_not_deleted(moto):
     """The beats fail for longer than the lease, and another consumer has the message by then."""
@@ -5670,6 +5736,29 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
         order = [seen.operation for seen in aws.proxy.requests]
         before = order[:order.index("DeleteMessageBatch")]
         assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
+
+
+@pytest.mark.parametrize("runs", ["true", "false"])
+def test_runs_are_one_more_datum_in_the_same_request(moto, runs):
+    """By status, each turn once: what never ran has no peak, and is counted too."""
+    with site(moto, visibility=600, receives=1) as aws:
+        for number in range(3):
+            job(aws, f"ok{number}")
+        job(aws, "bad", exit=1)
+        aws.send("wrong", runtime="cobol")
+        with start(aws, metrics={"runs": runs, "flushSeconds": 3600}) as agent:
+            until(lambda: len(reports(agent.log)) >= 5, 30, "five reports")
+            agent.stop()
+        statuses = Counter(each["status"] for each in reports(agent.log))
+        got = {each["Dimensions"][0]["Value"]: each for each in aws.cloudwatch.list_metrics(
+            Namespace="NanoGrid/FunctionRunner", MetricName="Runs")["Metrics"]}
+        assert aws.proxy.count("PutMetricData") == 1
+        published = int(re.search(r"published (\d+) values", agent.log)[1])
+    assert statuses["ok"] == 3 and statuses["failed"] == 1 and statuses["rejected"] >= 1
+    assert published == 4 + (sum(statuses.values()) if runs == "true" else 0)
+    assert runs == "false" or set(statuses) <= set(got)
+    body = aws.proxy.requests[-1].body
+    assert (b"Runs" in body) == (b"Status" in body) == (b"rejected" in body) == (runs == "true")
 
 
 # ---------------------------------------------------------------------- admission
@@ -6113,6 +6202,42 @@ def test_check_names_what_is_not_usable(moto, trouble):
         assert len(text.splitlines()) >= 5, "the other lines are missing\n" + text
 
 
+BUCKET = "arn:aws:s3:::code"
+# what AWS answers: (operations, as_aws()'s arguments, the line of --check, and its other words)
+CHECKED = {
+    "no s3:ListBucket": ("GetObject", (403, "AccessDenied", "", DENIED_BY.format(
+        "s3:ListBucket", f'"{BUCKET}"', "identity-based policy")), "ok    bucket", "s3:ListBucket is not granted"),
+    "no s3:GetObject": ("GetObject", (403, "AccessDenied", "", DENIED_BY.format(
+        "s3:GetObject", f'"{BUCKET}/k"', "identity-based policy")),
+        "FAIL  bucket", "grant s3:GetObject on .* in the identity-based policy"),
+    "an S3 that does not say which": ("GetObject", (403, "AccessDenied", "", "Access Denied"),
+                                      "FAIL  bucket", "s3:GetObject .* s3:ListBucket .*looks like this, too"),
+    "no such key": ("GetObject", (404, "NoSuchKey", "", "The specified key does not exist."),
+                    "ok    bucket", "s3:GetObject and s3:ListBucket are granted"),
+    "no such bucket": ("GetObject", (404, "NoSuchBucket", "", "The specified bucket does not exist"),
+                       "FAIL  bucket", "The specified bucket does not exist"),
+    "CloudWatch that wants a value": ("PutMetricData", (
+        400, "MissingRequiredParameterException", "MissingParameter", "The parameter MetricData is required."),
+        "ok    CloudWatch", "is not refused"),
+    "CloudWatch denied": ("PutMetricData", (403, "AccessDeniedException", "AccessDenied", FORBIDDEN_BY.format(
+        "cloudwatch:PutMetricData", "*", "service control policy")),
+        "FAIL  CloudWatch", "grant cloudwatch:PutMetricData in the service control policy"),
+    "CloudWatch away": ("PutMetricData", (503, "ServiceUnavailable", "ServiceUnavailable", "Try later."),
+                        "FAIL  CloudWatch", "Try later."),
+}
+
+
+@pytest.mark.parametrize("answer", CHECKED)
+def test_check_tells_what_aws_answers(moto, answer):
+    operation, said, line, words = CHECKED[answer]
+    with site(moto) as aws:
+        aws.proxy.fail(operation, "said", said=said)
+        with start(aws, "--check") as agent:
+            assert agent.end(60) == line.startswith("FAIL"), agent.out
+        assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
+        assert line.startswith("ok") or said[3] in agent.out
+
+
 def test_check_without_a_dlq_or_an_interpreter(moto):
     with site(moto) as aws:
         aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"RedrivePolicy": ""})
@@ -6308,7 +6433,7 @@ def test_credentials_that_expire_are_renewed_while_the_agent_runs(moto, kind):
         assert proxy_runs(aws.path) == {"r1": 1, "r2": 1} and not dead(aws)
         assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
         last = [seen.key for seen in aws.proxy.requests if seen.operation == "DeleteMessageBatch"]
-        assert last == ["ASIAFIRST", "ASIANEXT"]
+        assert (last[0], last[-1]) == ("ASIAFIRST", "ASIANEXT")
 
 
 NOT_LENT = ("User: arn:aws:iam::123456789012:user/base is not authorized to perform: sts:AssumeRole on "
