@@ -958,8 +958,8 @@ PASSING = {
     "TokenRefreshRequired", "RequestTimeout", "RequestTimeoutException", "SlowDown", "OverLimit",
     "AWS.SimpleQueueService.OverLimit", "Throttling", "ThrottlingException", "ThrottledException",
     "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded",
-    "TooManyRequestsException", "LimitExceededException", "PriorRequestNotComplete",
-    "OperationAborted", "KmsThrottled", "KMS.ThrottlingException"}
+    "TooManyRequestsException", "LimitExceededException", "PriorRequestNotComplete", "BadDigest",
+    "OperationAborted", "IncompleteBody", "KmsThrottled", "KMS.ThrottlingException"}
 LASTING = ("ParamValidationError", "InvalidRegionError",  # botocore's own, before it asks
            "PermanentRedirect")
 # Where botocore gets credentials from: what is refused there is no permission of the call itself.

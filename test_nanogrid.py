@@ -6511,6 +6511,336 @@ def test_each_service_is_asked_at_its_own_endpoint(moto):
             [{"GetObject"}, {"PutMetricData"}]
 
 
+# ---------------------------------------------------------------------- AWS's errors, by call
+
+# Where a row's code, status and words are from.
+SOURCES = {
+    "json": "docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html",
+    # names and words; statuses and query-compatible twins: httpError, awsQueryError of
+    # github.com/aws/aws-sdk-js-v3 clients/client-sqs/src/schemas/schemas_0.ts
+    "sqs model": "botocore/data/sqs/2012-11-05/service-2.json.gz",
+    "sqs common": "docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/CommonErrors.html",
+    "common": "docs.aws.amazon.com/awsconsolehelpdocs/latest/gsg/common-errors.html",
+    "denied": "docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot_access-denied.html",
+    "s3 denied": "docs.aws.amazon.com/AmazonS3/latest/userguide/troubleshoot-403-errors.html",
+    "s3 model": "botocore/data/s3/2006-03-01/service-2.json.gz, shape Error; API/ErrorResponses.html",
+    "s3 billing": "docs.aws.amazon.com/AmazonS3/latest/userguide/ErrorCodeBilling.html",
+    "kms": "docs.aws.amazon.com/kms/latest/developerguide/throttling.html",
+    "kms sqs": "github.com/opensearch-project/data-prepper/issues/2422",
+    "kms s3": "github.com/ministryofjustice/modernisation-platform/issues/3468",
+    "kms s3 old": "github.com/boto/boto3/issues/2952",
+    "late": "github.com/aws/aws-sdk-php/issues/642; as InvalidSignatureException: aws-sdk-js/issues/254",
+    "early": "github.com/aws/aws-sdk-js/issues/1652",
+    "cw model": "botocore/data/cloudwatch/2010-08-01/service-2.json.gz",
+    "cw rate": "github.com/aws/aws-sdk-js/issues/1822",
+}
+LATE = "Signature expired: 20261125T010000Z is now earlier than 20261125T020000Z (20261125T021500Z - 15 min.)"
+EARLY = "Signature not yet current: 20261125T092200Z is still later than 20261125T012115Z (20261125T011615Z + 5 min.)"
+UNSIGNED = "The request signature we calculated does not match the signature you provided."
+CIPHERTEXT = ("The ciphertext refers to a customer master key that does not exist, does not exist in this "
+              "region, or you are not allowed to access.")
+KMS_RATE = "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls."
+GONE = ("Value AQEB for parameter ReceiptHandle is invalid. Reason: Message does not exist or is not "
+        "available for visibility timeout change.")
+SQS_CALLS = "GetQueueAttributes ReceiveMessage DeleteMessageBatch ChangeMessageVisibilityBatch SendMessage"
+BATCHES = "DeleteMessageBatch ChangeMessageVisibilityBatch"
+GRANTED = {  # what the advice of each call names
+    "GetQueueAttributes": "sqs:GetQueueAttributes", "ReceiveMessage": "sqs:ReceiveMessage",
+    "DeleteMessageBatch": "sqs:DeleteMessage", "ChangeMessageVisibilityBatch": "sqs:ChangeMessageVisibility",
+    "SendMessage": "sqs:SendMessage", "GetObject": "s3:GetObject", "PutObject": "s3:PutObject",
+    "PutMetricData": "cloudwatch:PutMetricData"}
+WAITS, SAYS = "", "see what AWS says of it"
+KEYS, KEY = "AWS does not accept the credentials", "kms:Decrypt on the key"
+
+
+def denials(call: str, kinds: str) -> list[tuple]:
+    """A call refused by each kind of policy, in IAM's words."""
+    action = GRANTED[call].lower() if call in SQS_CALLS else GRANTED[call]
+    code, twin = ("AccessDenied", "") if "Object" in call else ("AccessDeniedException", "AccessDenied")
+    return [(call, 403, code, twin, f"grant .*{GRANTED[call]}.* in the {kind}", "denied",
+             text.format(action, "arn:aws:any:kms-of-mine", kind))
+            for kind in kinds.split(", ") for text in (DENIED_BY, FORBIDDEN_BY)]
+
+
+# calls, HTTP status, code, its query-compatible twin, what the agent says beside AWS's words, source, AWS's words
+AWS_ERRORS = [
+    (SQS_CALLS, 400, "QueueDoesNotExist", "AWS.SimpleQueueService.NonExistentQueue",
+     "the queue https?:.* does not exist; check its URL", "json", "The specified queue does not exist."),
+    (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know https?:.* as a queue", "sqs model",
+     "The specified ID is invalid."),
+    (SQS_CALLS, 403, "InvalidSecurity", "InvalidSecurity", KEYS, "sqs model",
+     "The request was not made over HTTPS or did not use SigV4 for signing."),
+    (SQS_CALLS, 403, "RequestThrottled", "RequestThrottled", WAITS, "sqs model",
+     "The request was denied due to request throttling."),
+    (SQS_CALLS, 400, "UnsupportedOperation", "AWS.SimpleQueueService.UnsupportedOperation", SAYS, "sqs model",
+     "Error code 400. Unsupported operation."),
+    ("ReceiveMessage", 403, "OverLimit", "OverLimit", WAITS, "sqs model",
+     "The specified action violates a limit: the maximum number of in flight messages is reached."),
+    ("GetQueueAttributes", 400, "InvalidAttributeName", "", SAYS, "sqs model",
+     "The specified attribute doesn't exist."),
+    ("SendMessage", 400, "InvalidMessageContents", "", SAYS, "sqs model",
+     "The message contains characters outside the allowed set."),
+    *((BATCHES, 400, code, f"AWS.SimpleQueueService.{code}", SAYS, "sqs model", "The batch request is wrong.")
+      for code in ("TooManyEntriesInBatchRequest", "EmptyBatchRequest", "BatchEntryIdsNotDistinct",
+                   "InvalidBatchEntryId")),
+    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KEY, "kms sqs",
+     CIPHERTEXT + " (Service: AWSKMS; Status Code: 400; Error Code: AccessDeniedException; Request ID: "
+     "b284a4f4-e245-4843-96dc-52922101df67; Proxy: null)"),
+    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KEY, "denied",
+     DENIED_BY.format("kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "identity-based policy")),
+    *(("ReceiveMessage SendMessage", status, code, twin, KEY, "sqs model", "The request was rejected by KMS.")
+      for status, code, twin in (
+          (400, "KmsDisabled", "KMS.DisabledException"), (400, "KmsInvalidState", "KMS.InvalidStateException"),
+          (400, "KmsNotFound", "KMS.NotFoundException"), (403, "KmsOptInRequired", "KMS.OptInRequired"),
+          (400, "KmsInvalidKeyUsage", "KMS.InvalidKeyUsageException"))),
+    ("ReceiveMessage SendMessage", 400, "KmsThrottled", "KMS.ThrottlingException", WAITS, "kms",
+     f"{KMS_RATE} (Service: AWSKMS; Status Code: 400; Error Code: ThrottlingException; Request ID: 1)"),
+    *(row for call in GRANTED for row in denials(call, "identity-based policy, VPC endpoint policy")),
+    *(row for call in ("ReceiveMessage", "GetObject", "PutMetricData")
+      for row in denials(call, "service control policy, resource-based policy, session policy")),
+    (SQS_CALLS, 400, "AccessDeniedException", "AccessDenied", "grant ", "sqs common",
+     "Access to the resource https://sqs.ap-northeast-2.amazonaws.com/ is denied."),
+    *((f"{SQS_CALLS} PutMetricData", *row) for row in (
+        (401, "NotAuthorized", "", "grant ", "common", "You do not have permission to perform this action."),
+        (403, "ExpiredTokenException", "ExpiredToken", WAITS, "common",
+         "The security token included in the request is expired"),
+        (400, "RequestExpired", "RequestExpired", WAITS, "common", "Request has expired."),
+        (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, "late", LATE),
+        (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, "early", EARLY),
+        (403, "InvalidSignatureException", "SignatureDoesNotMatch", KEYS, "late", UNSIGNED),
+        (403, "UnrecognizedClientException", "InvalidClientTokenId", KEYS, "common",
+         "The security token included in the request is invalid."),
+        (403, "IncompleteSignature", "IncompleteSignature", SAYS, "common",
+         "The request signature does not conform to AWS standards."),
+        (403, "OptInRequired", "", SAYS, "common", "The AWS access key ID needs a subscription for the service"),
+        (400, "ValidationError", "", SAYS, "common", "The input fails to satisfy the constraints."),
+        (413, "RequestEntityTooLargeException", "", SAYS, "common", "The request entity is too large."),
+        (400, "RequestAbortedException", "", WAITS, "common", "The request was aborted before a reply was sent."),
+        (408, "RequestTimeoutException", "", WAITS, "common", "Timed out reading the Request."),
+        (400, "ThrottlingException", "Throttling", WAITS, "cw rate", "Rate exceeded"),
+        (500, "InternalFailure", "InternalFailure", WAITS, "common", "The request processing has failed."),
+        (503, "ServiceUnavailable", "ServiceUnavailable", WAITS, "common", "A temporary failure of the server."))),
+    ("GetObject", 404, "NoSuchKey", "", "does not exist; upload it, or correct s3Key", "s3 model", ""),
+    *(("GetObject PutObject", *row) for row in (
+        (403, "AccessDenied", "", "grant s3:(Get|Put)Object", "kms s3 old", "Access Denied"),
+        (403, "AccessDenied", "", KEY, "kms s3", CIPHERTEXT),
+        (403, "AccessDenied", "", KEY, "s3 denied", DENIED_BY.format(
+            "kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "resource-based policy")),
+        (400, "KMS.DisabledException", "", KEY, "s3 denied", "arn:aws:kms:r:1:key/k is disabled."),
+        (400, "KMS.NotFoundException", "", KEY, "s3 denied", "Key 'arn:aws:kms:r:1:key/k' does not exist"),
+        (400, "ThrottlingException", "", WAITS, "kms", KMS_RATE),
+        (404, "NoSuchBucket", "", "check agent.s3.codeBucket|" + SAYS, "s3 model",
+         "The specified bucket does not exist"),
+        (403, "AllAccessDisabled", "", SAYS, "s3 model", "All access to this Amazon S3 resource has been disabled."),
+        (403, "AccountProblem", "", SAYS, "s3 model", "There is a problem with your account."),
+        (403, "NotSignedUp", "", SAYS, "s3 model", "Your account is not signed up for the Amazon S3 service."),
+        (400, "InvalidBucketName", "", SAYS, "s3 model", "The specified bucket is not valid."),
+        (405, "MethodNotAllowed", "", SAYS, "s3 model", "The specified method is not allowed."),
+        (301, "PermanentRedirect", "", SAYS, "s3 billing",
+         "The bucket you are attempting to access must be addressed using the specified endpoint."),
+        (400, "IllegalLocationConstraintException", "", SAYS, "s3 billing",
+         "You are attempting to access a bucket from a different Region than where the bucket exists."),
+        (403, "InvalidAccessKeyId", "", KEYS, "s3 model",
+         "The AWS Access Key Id you provided does not exist in our records."),
+        (403, "SignatureDoesNotMatch", "", KEYS, "s3 model", UNSIGNED),
+        (403, "InvalidSecurity", "", KEYS, "s3 model", "The provided security credentials are not valid."),
+        (400, "InvalidToken", "", KEYS, "s3 model", "The provided token is malformed or otherwise invalid."),
+        (400, "ExpiredToken", "", WAITS, "s3 model", "The provided token has expired."),
+        (403, "RequestTimeTooSkewed", "", WAITS, "s3 model",
+         "The difference between the request time and the current time is too large."),
+        (400, "RequestTimeout", "", WAITS, "s3 model",
+         "Your socket connection to the server was not read from or written to within the timeout period."),
+        (409, "OperationAborted", "", WAITS, "s3 model", "A conflicting conditional action is in progress."),
+        (503, "SlowDown", "", WAITS, "s3 model", "Please reduce your request rate."),
+        (503, "ServiceUnavailable", "", WAITS, "s3 model", "Service is unable to handle request."),
+        (500, "InternalError", "", WAITS, "s3 model", "We encountered an internal error. Please try again."))),
+    ("GetObject", 403, "InvalidObjectState", "", SAYS, "s3 model",
+     "The operation is not valid for the object's storage class"),
+    ("PutObject", 400, "EntityTooLarge", "", SAYS, "s3 model",
+     "Your proposed upload exceeds the maximum allowed object size."),
+    ("PutObject", 400, "EncryptionTypeMismatch", "", SAYS, "s3 model", "The encryption type does not match."),
+    ("PutObject", 400, "IncompleteBody", "", WAITS, "s3 model",
+     "You did not provide the number of bytes specified by the Content-Length HTTP header"),
+    ("PutObject", 400, "BadDigest", "", WAITS, "s3 model",
+     "The Content-MD5 you specified did not match what we received."),
+    *(("PutMetricData", status, code, twin, says, "cw model", text) for status, code, twin, says, text in (
+        (400, "InvalidParameterValueException", "InvalidParameterValue", SAYS, "The value is not valid."),
+        (400, "MissingRequiredParameterException", "MissingParameter", SAYS, "A parameter is required."),
+        (400, "InvalidParameterCombinationException", "InvalidParameterCombination", SAYS, "Not together."),
+        (500, "InternalServiceFault", "InternalServiceError", WAITS, "Request processing has failed."))),
+]
+BY_CALL = [(call, *row[1:]) for row in AWS_ERRORS for call in row[0].split()]
+# The code is the twin where an answer has one; SQS's newer parts, and emulators, leave it out.
+BY_CALL += [(call, status, code, "", *rest) for call, status, code, twin, *rest in BY_CALL if twin]
+
+
+class AsAws(BaseHTTPRequestHandler):
+    """Answers as `server.said` has it for each operation, else with what a queue of 30 s says."""
+    protocol_version = "HTTP/1.1"
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        said = self.server.said.get(operation_of(self.command, self.path, self.headers, body), b"")
+        if isinstance(said, tuple):
+            said = as_aws(self.headers, body, *said)
+        if not said:
+            content = b'{"Attributes": {"VisibilityTimeout": "30"}}'
+            said = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
+        self.wfile.write(said.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.command == "HEAD" else said)
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def log_message(self, *_):
+        pass
+
+
+class Heard(ng.Log):
+    """A log that keeps its lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def write(self, lines):
+        self.lines += lines
+
+
+class Party:
+    """The agent's parts with real clients before an AsAws; their errors, in the agent's own words."""
+
+    def __init__(self, server, path: Path):
+        self.server, self.path = server, path
+        url = f"http://127.0.0.1:{server.server_port}"
+        self.settings = ng.Settings(
+            region="ap-northeast-2", endpoint_url=url, queue_url=f"{url}/123456789012/q", code_bucket="code",
+            wait_time_seconds=0, output_bucket="results", flush_seconds=3600)
+        self.clients = ng.make_clients(self.settings)
+        self.task = ng.parse_task(json.dumps({
+            "requestId": "r", "functionId": "f", "runtime": "python", "s3Key": "k.zip"}), self.settings)
+        self.message = ng.Message("m", "{}", 1, 0.0)
+
+    @contextlib.contextmanager
+    def queue(self, log):
+        queue = ng.SqsQueue(self.clients, self.settings, log)
+        try:
+            yield queue
+        finally:
+            queue.close()
+
+    def meet(self, call: str) -> tuple[str, bool]:
+        """What is said of a call that fails, and whether the turn waits (True where it always does)."""
+        log = Heard()
+        try:
+            getattr(self, call)(log)
+        except (ng.Outage, ng.GiveUp) as error:
+            return str(error), isinstance(error, ng.Outage)
+        except ng.Ended as error:
+            return error.fields["text"], False
+        text, = log.lines
+        return text, True
+
+    def GetQueueAttributes(self, log):
+        with self.queue(log):
+            pass
+
+    def ReceiveMessage(self, log):
+        with self.queue(log) as queue:
+            agent = ng.Agent(self.settings, log, queue, None, None, None, types.SimpleNamespace(all=[0]))
+            agent._pause = lambda _: setattr(agent, "stopping", True)
+            agent._poll()
+            os.close(agent.wake)
+            os.close(agent.waker)
+
+    def batch(self, log, name: str):
+        with self.queue(log) as queue:
+            lease = ng.Lease(self.message, "AQEB", time.monotonic(), time.monotonic() + 30, 0.0)
+            getattr(queue, name)([lease])
+            return lease
+
+    def DeleteMessageBatch(self, log):
+        return self.batch(log, "_delete")
+
+    def ChangeMessageVisibilityBatch(self, log):
+        return self.batch(log, "_change")
+
+    def GetObject(self, log):
+        ng.S3Code(self.clients.s3, log).get(self.task, "", self.path / "k.zip")
+
+    def results(self, log, **change):
+        settings = dataclasses.replace(self.settings, **change)
+        ng.AwsResults(self.clients, settings, log).put({"requestId": "r"}, "", [])
+
+    def PutObject(self, log):
+        self.results(log)
+
+    def SendMessage(self, log):
+        self.results(log, output_bucket=None, output_queue_url=self.settings.queue_url)
+
+    def PutMetricData(self, log):
+        metrics = ng.CloudWatchMetrics(self.clients.cloudwatch, self.settings, log)
+        metrics.put(ng.Report(function_id="f", runtime="python", peak_memory_bytes=1))
+        metrics.close()
+
+
+@pytest.fixture(scope="module")
+def party(tmp_path_factory):
+    with QuietServer(("127.0.0.1", 0), AsAws) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**AWS_ENV, "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}.items():
+            patch.setenv(name, value)
+        impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
+        patch.setattr("botocore.endpoint.time", impatient)  # botocore's own pauses before it repeats
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield Party(server, tmp_path_factory.mktemp("party"))
+        server.shutdown()
+
+
+@pytest.mark.parametrize("call,status,code,twin,says,source,words", BY_CALL,
+                         ids=[f"{row[0]}-{row[3] or row[2]}" for row in BY_CALL])
+def test_aws_error_is_waited_out_or_explained_with_its_own_words(
+        party, call, status, code, twin, says, source, words):
+    assert source in SOURCES
+    party.server.said = {call: (status, code, twin, words)}
+    text, waits = party.meet(call)
+    assert words in text, text
+    beside = text.partition(words)[2] if words else text
+    advised = re.search("grant|check|see what|kms:|upload", beside)
+    if says == WAITS:
+        assert waits and not advised, text
+    else:
+        assert re.search(says, text) and advised, text
+        assert not waits or call in (*BATCHES.split(), "ReceiveMessage", "PutMetricData"), text
+
+
+# A batch that is answered with 200 can still hold refusals: docs.aws.amazon.com/AWSSimpleQueueService/
+# latest/APIReference/API_BatchResultErrorEntry.html; their words: github.com/aws/aws-sdk-java-v2/issues/3101,
+# github.com/mapbox/ecs-watchbot/issues/135, and botocore's SQS model
+ENTRIES = [
+    ("DeleteMessageBatch", True, "ReceiptHandleIsInvalid", "was not deleted",
+     "The receipt handle is not valid for this queue."),
+    ("DeleteMessageBatch", False, "InternalError", "trying on", "We encountered an internal error."),
+    ("ChangeMessageVisibilityBatch", True, "InvalidParameterValue", "the lease of message m ended",
+     GONE),
+    ("ChangeMessageVisibilityBatch", True, "AWS.SimpleQueueService.MessageNotInflight",
+     "the lease of message m ended", "The specified message isn't in flight."),
+    ("ChangeMessageVisibilityBatch", False, "RequestThrottled", "trying on",
+     "The request was denied due to request throttling."),
+]
+
+
+@pytest.mark.parametrize("call,sender,code,says,words", ENTRIES)
+def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender, code, says, words):
+    content = json.dumps({"Successful": [], "Failed": [
+        {"Id": "0", "SenderFault": sender, "Code": code, "Message": words}]})
+    party.server.said = {call: (
+        "HTTP/1.1 200 OK\r\nx-amzn-RequestId: 1\r\nContent-Type: application/x-amz-json-1.0\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n{content}").encode()}
+    log = Heard()
+    lease = getattr(party, call)(log)
+    text, = log.lines
+    assert says in text and f"{code}: {words}" in text
+    assert (lease.ends <= time.monotonic()) == (sender and call == "ChangeMessageVisibilityBatch")
+
+
 # ---------------------------------------------------------------------- the machine's own faults
 
 
