@@ -960,8 +960,7 @@ PASSING = {
     "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded",
     "TooManyRequestsException", "LimitExceededException", "PriorRequestNotComplete", "BadDigest",
     "OperationAborted", "IncompleteBody", "KmsThrottled", "KMS.ThrottlingException"}
-LASTING = ("ParamValidationError", "InvalidRegionError",  # botocore's own, before it asks
-           "PermanentRedirect")
+LASTING = ("ParamValidationError", "InvalidRegionError", "PermanentRedirect")  # not 4xx, these
 # Where botocore gets credentials from: what is refused there is no permission of the call itself.
 LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
 NO_CREDENTIALS = ("no AWS credentials ({}); attach the role to the instance, or set "
@@ -1013,7 +1012,7 @@ def make_clients(settings: Settings) -> Clients:
         return Clients(session, client("sqs", settings.wait_time_seconds + 5, 1),
                        client("sqs", 8, 1), client("sqs", 8, 3), client("s3", 8, 3),
                        client("cloudwatch", 8, 3))
-    except (BotoCoreError, ValueError) as error:  # no such profile; a URL that is none
+    except (BotoCoreError, OSError, ValueError) as error:  # no such profile, process, URL
         raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
 
 
