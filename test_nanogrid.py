@@ -6436,6 +6436,33 @@ def test_credentials_that_expire_are_renewed_while_the_agent_runs(moto, kind):
         assert (last[0], last[-1]) == ("ASIAFIRST", "ASIANEXT")
 
 
+# kind: (what is wrong with it, what is then said). A token's file is waited for.
+NO_LOAN = {
+    "profile": ({"AWS_PROFILE": "nobody"}, r"profile \(nobody\) could not be found"),
+    "web identity": ({"AWS_WEB_IDENTITY_TOKEN_FILE": "/nonexistent/token"}, "/nonexistent/token"),
+    "SSO": ({"AWS_ENDPOINT_URL_SSO": "{lender}/nothing"}, "GetRoleCredentials|SSO session .* expired"),
+    "container": ({"AWS_CONTAINER_AUTHORIZATION_TOKEN": "WRONG"}, "container metadata"),
+    "instance": ({"AWS_EC2_METADATA_DISABLED": "true"}, r"no AWS credentials \(none found\); attach the role"),
+    "process": ({"PATH": ""}, "boto3 cannot work as it is set up here: .*'printf'"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LOAN)
+def test_credentials_that_cannot_be_had_are_said_in_one_line(moto, kind):
+    wrong, words = NO_LOAN[kind]
+    with site(moto) as aws, lender() as lent:
+        with_credentials(aws, kind, lent.url)
+        aws.env.update({name: value.format(lender=lent.url) for name, value in wrong.items()})
+        with start(aws, "--check") as check:
+            assert check.end(60) == 1
+        assert re.search(f"^FAIL  credentials: .*({words})", check.out, re.MULTILINE), check.out
+        with start(aws) as agent:
+            agent.wait_for(words)
+            assert agent.stop() == 0 if kind == "web identity" else agent.end() == 1
+        assert "Traceback" not in check.log + agent.log and not aws.proxy.requests
+        assert len(complaints(agent.log)) <= 2, agent.log
+
+
 NOT_LENT = ("User: arn:aws:iam::123456789012:user/base is not authorized to perform: sts:AssumeRole on "
             "resource: arn:aws:iam::123456789012:role/worker")
 
@@ -6658,7 +6685,8 @@ AWS_ERRORS = [
      "The operation is not valid for the object's storage class"),
     ("PutObject", 400, "EntityTooLarge", "", SAYS, "s3 model",
      "Your proposed upload exceeds the maximum allowed object size."),
-    ("PutObject", 400, "EncryptionTypeMismatch", "", SAYS, "s3 model", "The encryption type does not match."),
+    *(("PutObject", 400, code, "", SAYS, "s3 model", "The upload cannot be made as it was asked for.")
+      for code in ("EncryptionTypeMismatch", "InvalidRequest", "InvalidWriteOffset", "TooManyParts")),
     ("PutObject", 400, "IncompleteBody", "", WAITS, "s3 model",
      "You did not provide the number of bytes specified by the Content-Length HTTP header"),
     ("PutObject", 400, "BadDigest", "", WAITS, "s3 model",
