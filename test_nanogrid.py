@@ -6855,6 +6855,49 @@ ENTRIES = [
 ]
 
 
+@trial
+def clock_that_jumped_costs_no_receive(moto):
+    """Every service refuses what is signed with it, in its own words, while a run goes on and another waits."""
+    skewed = 403, "RequestTimeTooSkewed", "", "The difference between the request time and the current time is too large."
+    with site(moto, visibility=20) as aws, start(aws, execution={"concurrency": 2}) as agent:
+        job(aws, sleep=3)
+        until_ran(aws.path)
+        aws.proxy.fail("GetObject", "said", said=skewed)
+        job(aws, "r2")
+        until(lambda: aws.proxy.count("GetObject", "said"), 30, "a GET that is refused")
+        aws.proxy.fail("*", "said", said=(403, "InvalidSignatureException", "SignatureDoesNotMatch", LATE))
+        agent.wait_for("REPORT requestId=r1 .*status=ok")
+        until(lambda: aws.proxy.count("DeleteMessageBatch", "said") >= 2, 30, "deletes that are refused")
+        aws.proxy.heal()
+        until_settled(aws, agent)
+        assert agent.stop() == 0
+    assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == [("ok", "1")] * 2
+    assert LATE in agent.log and skewed[3] in agent.log and "grant" not in agent.log
+    assert len(complaints(agent.log)) == agent.log.count(" works again after "), agent.log
+
+
+@trial
+def refusal_names_the_policy_or_the_key_and_passes_once_that_is_mended(moto):
+    """In the log of an agent: SQS's key, then an endpoint's policy for S3, then the key of the results."""
+    no_key = DENIED_BY.format("kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "resource-based policy")
+    no_way = DENIED_BY.format("s3:GetObject", '"arn:aws:s3:::code/fn.zip"', "VPC endpoint policy")
+    steps = [("ReceiveMessage", (400, "KmsAccessDenied", "KMS.AccessDeniedException", no_key), KEY),
+             ("GetObject", (403, "AccessDenied", "", no_way), "grant s3:GetObject .* in the VPC endpoint policy"),
+             ("PutObject", (403, "AccessDenied", "", no_key), KEY)]
+    with site(moto, visibility=3, receives=9) as aws:
+        with start(aws, output={"bucket": aws.bucket}) as agent:
+            job(aws)
+            for operation, said, words in steps:
+                aws.proxy.heal()
+                aws.proxy.fail(operation, "said", said=said)
+                agent.wait_for(f"{operation} operation.*{re.escape(said[-1])}.*{words}", 60)
+            aws.proxy.heal()
+            until_settled(aws, agent, seconds=60)
+            agent.stop()
+        assert proxy_runs(aws.path) == {"r1": 1} and reports(agent.log)[-1]["status"] == "ok"
+        assert {each.get("reason") for each in reports(agent.log)} <= {"permission", "output", None}
+
+
 @pytest.mark.parametrize("call,sender,code,says,words", ENTRIES)
 def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender, code, says, words):
     content = json.dumps({"Successful": [], "Failed": [
