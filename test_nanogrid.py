@@ -6779,17 +6779,17 @@ class Party:
             os.close(agent.wake)
             os.close(agent.waker)
 
-    def batch(self, log, name: str):
+    def batch(self, log, wish: str):
         with self.queue(log) as queue:
             lease = ng.Lease(self.message, "AQEB", time.monotonic(), time.monotonic() + 30, 0.0)
-            getattr(queue, name)([lease])
+            queue._send([lease], wish)
             return lease
 
     def DeleteMessageBatch(self, log):
-        return self.batch(log, "_delete")
+        return self.batch(log, "delete")
 
     def ChangeMessageVisibilityBatch(self, log):
-        return self.batch(log, "_change")
+        return self.batch(log, "")
 
     def GetObject(self, log):
         ng.S3Code(self.clients.s3, log).get(self.task, "", self.path / "k.zip")
@@ -6846,10 +6846,10 @@ ENTRIES = [
     ("DeleteMessageBatch", True, "ReceiptHandleIsInvalid", "was not deleted",
      "The receipt handle is not valid for this queue."),
     ("DeleteMessageBatch", False, "InternalError", "trying on", "We encountered an internal error."),
-    ("ChangeMessageVisibilityBatch", True, "InvalidParameterValue", "the lease of message m ended",
+    ("ChangeMessageVisibilityBatch", True, "InvalidParameterValue", "message m is no longer ours",
      GONE),
     ("ChangeMessageVisibilityBatch", True, "AWS.SimpleQueueService.MessageNotInflight",
-     "the lease of message m ended", "The specified message isn't in flight."),
+     "message m is no longer ours", "The specified message isn't in flight."),
     ("ChangeMessageVisibilityBatch", False, "RequestThrottled", "trying on",
      "The request was denied due to request throttling."),
 ]
