@@ -6811,15 +6811,23 @@ class Party:
 
 
 @pytest.fixture(scope="module")
-def party(tmp_path_factory):
-    with QuietServer(("127.0.0.1", 0), AsAws) as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in {**AWS_ENV, "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}.items():
-            patch.setenv(name, value)
-        impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
-        patch.setattr("botocore.endpoint.time", impatient)  # botocore's own pauses before it repeats
+def one_party(tmp_path_factory):
+    with QuietServer(("127.0.0.1", 0), AsAws) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield Party(server, tmp_path_factory.mktemp("party"))
+        with pytest.MonkeyPatch.context() as patch:  # make_clients() sets one of these, too
+            for name, value in {**AWS_ENV, "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}.items():
+                patch.setenv(name, value)
+            made = Party(server, tmp_path_factory.mktemp("party"))
+        yield made
         server.shutdown()
+
+
+@pytest.fixture
+def party(one_party, monkeypatch):
+    """Without botocore's own pauses before it repeats."""
+    impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
+    monkeypatch.setattr("botocore.endpoint.time", impatient)
+    return one_party
 
 
 @pytest.mark.parametrize("call,status,code,twin,says,source,words", BY_CALL,
