@@ -6232,7 +6232,7 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check") as agent:
+        with start(aws, "--check", execution={"metadata": "allow"}) as agent:
             assert agent.end(60) == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
         assert line.startswith("ok") or said[3] in agent.out
@@ -6382,7 +6382,7 @@ def with_credentials(aws: Aws, kind: str, url: str) -> None:
         (aws.path / "home" / name).write_text(text)
     home = f"{aws.path}/home"
     aws.env.update(NOTHING, HOME=home, AWS_SHARED_CREDENTIALS_FILE=f"{home}/.aws/credentials",
-                   AWS_CONFIG_FILE=f"{home}/.aws/config")
+                   AWS_CONFIG_FILE=f"{home}/.aws/config", AGENT_EXECUTION_METADATA="allow")
     aws.env.update({name: value.format(home=home, lender=url)
                     for name, value in CREDENTIALS[kind][2].items()})
 
