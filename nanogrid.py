@@ -2339,26 +2339,39 @@ class Workspace:
                 self.marks[path] = mark_of(path)
 
     def _fill(self, path: str, entries: list[os.DirEntry]) -> None:
-        """Give a directory of the workspace just these entries, unless it has them still."""
-        files = [entry for entry in entries if not is_folder(entry)]
+        """Give a directory of the workspace just these entries, unless it has them still.
+
+        What is right is not touched: its mark would be young again, and all be looked at again.
+        """
         if not self._has_changed(path) and (self.linked or not any(
-                self._has_changed(f"{path}/{file.name}") for file in files)):
+                self._has_changed(f"{path}/{entry.name}") for entry in entries
+                if not is_folder(entry))):
             return
-        folders = {entry.name for entry in entries} - {file.name for file in files}
         self._have(path, 0o755)
+        missing = {entry.name: entry for entry in entries}
         for entry in list(os.scandir(path)):
-            if entry.name not in folders or not is_folder(entry):
-                remove(entry.path)
-        for name in folders:
-            self._have(f"{path}/{name}", 0o755)
-        for file in files:
-            copy = f"{path}/{file.name}"
-            if self.linked and not file.is_symlink():
-                os.link(file.path, copy)
+            if entry.name in missing and self._is_same(entry, missing[entry.name]):
+                del missing[entry.name]
             else:
-                shutil.copy(file.path, copy, follow_symlinks=False)
+                remove(entry.path)
+        for name, entry in missing.items():
+            copy = f"{path}/{name}"
+            if is_folder(entry):
+                os.mkdir(copy)
+            elif self.linked and not entry.is_symlink():
+                os.link(entry.path, copy)
+            else:
+                shutil.copy(entry.path, copy, follow_symlinks=False)
                 self.marks[copy] = mark_of(copy)
         self.marks[path] = mark_of(path)
+
+    def _is_same(self, entry: os.DirEntry, wanted: os.DirEntry) -> bool:
+        """Whether an entry is still what the package has there."""
+        if is_folder(wanted) or is_folder(entry):
+            return is_folder(wanted) and is_folder(entry)
+        if self.linked and not wanted.is_symlink():
+            return entry.inode() == wanted.inode()
+        return not self._has_changed(entry.path)
 
     def _feed(self, text: str) -> None:
         """Make the input that holds `text`, and the outputs, anew.
@@ -2383,10 +2396,12 @@ class Workspace:
         self._own(path, mode)
 
     def _own(self, path: str, mode: int) -> None:
-        """Give the function a path in this mode."""
-        if self.linked:
+        """Give the function a path in this mode; one that it has so keeps its ctime."""
+        status = os.lstat(path)
+        if self.linked and (status.st_uid, status.st_gid) != (self.place.uid, self.place.gid):
             os.chown(path, self.place.uid, self.place.gid)
-        os.chmod(path, mode)
+        if stat.S_IMODE(status.st_mode) != mode:
+            os.chmod(path, mode)
 
     def _has_changed(self, path: str) -> bool:
         try:
