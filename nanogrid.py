@@ -3873,7 +3873,8 @@ class Agent:
 
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
-        from urllib.request import Request, urlopen  # it brings ssl: 20 ms, and 2 MiB of each process
+        # Imported here, for it brings ssl: 20 ms of the start, and 2 MiB of each process.
+        from urllib.request import Request, urlopen
         base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
         latest = f"{base.rstrip('/')}/latest"
         while not self.stopping:
