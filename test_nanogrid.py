@@ -69,6 +69,13 @@ def until(condition, seconds=30.0, what="condition"):
     raise AssertionError(f"{what} did not come within {seconds} s")
 
 
+def need(*programs: str, found=shutil.which) -> None:
+    """Skip the test where a program is missing, but fail in CI, which installs them all."""
+    for program in programs:
+        if not found(program):
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed here")
+
+
 def make_zip(files: dict[str, str | bytes], mode: int = 0o644) -> bytes:
     """A zip of `files`; a name that ends in '*' is stored executable, without the star."""
     buffer = io.BytesIO()
@@ -1570,6 +1577,7 @@ def as_user(user: str, uid: int = ORDINARY) -> list[str]:
     """The words before a command that make it run as `user`."""
     if user == "root" or not ROOT:
         return []
+    need("setpriv")
     return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
 
 
@@ -1715,8 +1723,7 @@ int main() {
 @functools.lru_cache(None)
 def cpp_binary() -> bytes:
     """The C++ sample, compiled once; its standard input says what it does."""
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler (g++) on this machine")
+    need("g++")
     with tempfile.TemporaryDirectory() as place:
         Path(place, "main.cpp").write_text(CPP)
         subprocess.run(["g++", "-O1", "-o", "main", "main.cpp"], cwd=place, check=True, stderr=subprocess.DEVNULL)
@@ -1929,9 +1936,8 @@ CPP_RUNS = {  # mode: expected, task
 
 def needs(case: Case):
     """Skip, with the reason, what this machine has no program for."""
-    program = {"nodejs": "node", "go": "go"}.get(case.runtime)
-    if program and not shutil.which(program):
-        pytest.skip(f"{program} is not installed")
+    if program := {"nodejs": "node", "go": "go"}.get(case.runtime):
+        need(program)
 
 
 @pytest.fixture(scope="module")
@@ -2438,6 +2444,7 @@ def test_the_log_says_once_what_an_ordinary_user_cannot_have(confined):
 
 def test_root_of_a_user_namespace_without_other_uids_is_an_ordinary_user(grids, user):
     """It says so once, and its functions have none of the capabilities that it has there."""
+    need("unshare")
     unshare = [*as_user(user), "unshare", "-Ur"]
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine lets this user make no user namespace")
@@ -4485,8 +4492,7 @@ exec g++ "$@"
 @pytest.fixture(scope="module")
 def built(grids, user):
     """Each source three times, two at once; the compiler is a wrapper that notes how it was called."""
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler (g++) on this machine")
+    need("g++")
     grid = grids(user, EXECUTION_CONCURRENCY=2)
     wrapper, grid.calls = grid.spool / "counting-g++", grid.spool / "calls"
     wrapper.write_text(COUNTING % (tell_in_bash(), grid.calls))
@@ -4519,8 +4525,7 @@ def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
 
 def test_a_good_source_is_compiled_exactly_once(grids, user):
     grid = grids(user, EXECUTION_CONCURRENCY=3)
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler (g++) on this machine")
+    need("g++")
     wrapper, calls = grid.spool / "counting-g++", grid.spool / "calls"
     wrapper.write_text(f'#!/bin/bash\n{tell_in_bash()}\ntell mark {calls} call\nexec g++ "$@"\n')
     wrapper.chmod(0o755)
@@ -7159,8 +7164,7 @@ def test_local_clock_set_forward_hangs_nothing(tmp_path):
     """By libfaketime (Debian's faketime): two hours forward and back while functions run."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     need("cc")
-    if not library:
-        pytest.skip("faketime is not installed here")
+    need("faketime", found=lambda _: library)
     clock, sleep = tmp_path / "clock", tmp_path / "sleep.so"
     clock.write_text("+0")
     subprocess.run(["cc", "-shared", "-fPIC", "-xc", "-o", sleep, "-"], input=SLEEP_C.encode(),
@@ -7301,6 +7305,7 @@ class Account:
 
 @pytest.fixture
 def account(tmp_path):
+    need("aws")
     with moto_server() as url:
         yield Account(url, tmp_path)
 
@@ -7726,13 +7731,6 @@ TEXT = README.read_text()
 
 # The fenced blocks that stand behind a comment `<!-- test: NAME -->`, by name.
 BLOCKS = dict(re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
-
-
-def need(*programs: str) -> None:
-    """Skip the test where a program is missing, but fail in CI, which installs them all."""
-    for program in programs:
-        if not shutil.which(program):
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed here")
 
 
 def sh(script: str, cwd: Path, env=None, seconds=180, **options) -> subprocess.CompletedProcess:
