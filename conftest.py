@@ -1,13 +1,25 @@
-"""What the test run is told and tells: --slow, and the tools that were missing."""
+"""What a run of the tests is told and tells: --slow, what one worker runs, which tools were missing."""
 from __future__ import annotations
 
 import collections
 import re
+from pathlib import Path
 
 import pytest
 
+# Fixtures that many tests look at, the slowest first; each is the first argument of its tests.
+SHARED = ("trials", "started", "runs", "escaped", "leftovers", "confined", "timed", "built",
+          "invoked")
+# Test to the shared fixture that it looks at.
+TESTS = Path(__file__).with_name("test_nanogrid.py").read_text()
+SHARES = {test: first for test, first in re.findall(r"^def (test_\w+)\((\w+)", TESTS, re.MULTILINE)
+          if first in SHARED}
 # Tool to the tests that were skipped for want of it, in the order in which they were.
 MISSING: dict[str, list[str]] = collections.defaultdict(list)
+
+
+def name_of(nodeid: str) -> str:
+    return nodeid.partition("[")[0].rpartition("::")[2]
 
 
 def pytest_addoption(parser):
@@ -24,6 +36,27 @@ def pytest_collection_modifyitems(config, items):
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [one for one in items if one not in slow]
+    if hasattr(config, "workerinput"):
+        # One of several workers: what takes long goes first, lest one be alone with it at the end.
+        # Shared fixtures do, then the file from its end, for its first parts are the quick ones.
+        items.reverse()
+        items.sort(key=lambda item: [*SHARED, None].index(SHARES.get(name_of(item.nodeid))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One worker runs all tests of a shared fixture, so that it is made once.
+
+    xdist's own groups do the same, but not under pytest 9.2, where they are passed over in silence.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharedFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return SHARES.get(name_of(nodeid), nodeid)
+
+    config.option.loadscopereorder = False
+    return BySharedFixture(config, log)
 
 
 @pytest.hookimpl(trylast=True)
@@ -31,8 +64,7 @@ def pytest_runtest_logreport(report):
     """Under xdist, too, the process that writes the summary sees every report."""
     reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
     if tool := re.search(r"(\S+) is not installed", reason):
-        name = re.sub(r"\[.*", "", report.nodeid.rpartition("::test_")[2]).replace("_", " ")
-        MISSING[tool[1]].append(name)
+        MISSING[tool[1]].append(name_of(report.nodeid).replace("test_", "", 1).replace("_", " "))
 
 
 def pytest_terminal_summary(terminalreporter):
