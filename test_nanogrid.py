@@ -1980,6 +1980,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_fork_bomb_leaves_the_neighbours_alone(grids, user):
     """One slot holds the bomb; as root, what runs in the other may even start processes of its own."""
     grid = grids(user, EXECUTION_CONCURRENCY=2)
@@ -2015,6 +2016,7 @@ def test_who_kills_its_parent_gains_nothing(runs):
     assert (result["status"] == "ok") == (result["stdout"] == "refused\n"), result
 
 
+@pytest.mark.slow
 def test_python_numpy_runs_under_128_mb(grids, user):
     """numpy reserves far more than it touches; it comes in the zip, as in Lambda."""
     numpy = pytest.importorskip("numpy", reason="numpy is not installed")
@@ -2074,8 +2076,10 @@ HOLD_300_MB = ("import runpy, sys; hold = bytearray(300 << 20); sys.argv = sys.a
                "runpy.run_path(sys.argv[0], run_name='__main__')")
 
 
-@pytest.mark.parametrize("concurrency, prefix", [(1, ()), (3, ()), (1, [PYTHON, "-c", HOLD_300_MB])],
-                         ids=["1 slot", "3 slots", "agent of 300 MB"])
+@pytest.mark.parametrize("concurrency, prefix", [
+    pytest.param(1, (), id="1 slot"),
+    pytest.param(3, (), id="3 slots", marks=pytest.mark.slow),
+    pytest.param(1, [PYTHON, "-c", HOLD_300_MB], id="agent of 300 MB", marks=pytest.mark.slow)])
 def test_peak_is_what_the_function_itself_sees(grids, user, concurrency, prefix):
     """Within 1 MiB or 3 % of its own VmHWM; a small run right after a large one is in the list."""
     grid = grids(user, EXECUTION_CONCURRENCY=concurrency, EXECUTION_MEMORYMB=4096)
@@ -4313,24 +4317,18 @@ def without_places(text: str, base: Path) -> str:
 
 
 @functools.lru_cache(None)
-def bare_results() -> dict[str, tuple]:
-    """What each program does under a bare `cd dir && python3 main.py`; see bare_run()."""
+def bare_result(name: str, elsewhere: bool = False) -> tuple:
+    """What a program does under a bare `cd dir && python3 main.py`; see bare_run()."""
     with tempfile.TemporaryDirectory(prefix="nanogrid-bare-") as top:
         os.chmod(top, 0o755)
-        with ThreadPoolExecutor(2) as pool:
-            return dict(zip(PROGRAMS, pool.map(lambda name: bare_run(Path(top, slug(name)), PROGRAMS[name]), PROGRAMS)))
-
-
-@functools.lru_cache(None)
-def other_bare_run(name: str) -> tuple:
-    """The same in another environment: another uid and home, files as streams, code compiled."""
-    with tempfile.TemporaryDirectory(prefix="nanogrid-elsewhere-") as top:
-        os.chmod(top, 0o755)
-        return bare_run(Path(top), PROGRAMS[name], elsewhere=True)
+        return bare_run(Path(top), PROGRAMS[name], elsewhere)
 
 
 def bare_run(place: Path, case: Case, elsewhere: bool = False) -> tuple:
-    """(stdout, stderr, exit status, names in $OUTPUT_DIR)."""
+    """(stdout, stderr, exit status, names in $OUTPUT_DIR).
+
+    `elsewhere` is another environment: another uid, files as streams, and code that was compiled.
+    """
     for name in ("work", "home", "tmp", "out"):
         (place / name).mkdir(parents=True)
     for name, content in case.files.items():
@@ -4374,14 +4372,17 @@ def test_a_start_is_a_bare_python(started, name):
     """What two bare runs in two environments agree on holds here, too; the order of the words where
     nobody promises one."""
     result = started[name]
-    got = (*(masked(without_places(result[key], started.base)) for key in ("stdout", "stderr")),
-           result["exitCode"], result["outputFiles"])
-    expected = bare_results()[name]
-    if PROGRAMS[name].unordered:
-        assert (words(got[0]), *got[1:]) == (words(expected[0]), *expected[1:])
-    elif got != expected:
-        agreed = [mine if mine == other else None for mine, other in zip(expected, other_bare_run(name))]
-        assert [one if known is not None else None for one, known in zip(got, agreed)] == agreed
+
+    def seen(out, err, *rest):
+        return [words(out) if PROGRAMS[name].unordered else out, err, *rest]
+
+    got = seen(*(masked(without_places(result[key], started.base)) for key in ("stdout", "stderr")),
+               result["exitCode"], result["outputFiles"])
+    expected = seen(*bare_result(name))
+    if got != expected:
+        other = seen(*bare_result(name, elsewhere=True))
+        agreed = [index for index, value in enumerate(other) if value == expected[index]]
+        assert [got[index] for index in agreed] == [expected[index] for index in agreed]
 
 
 def test_signals_that_the_agent_ignores_from_its_start_are_default_for_functions(grids, user):
@@ -4389,7 +4390,7 @@ def test_signals_that_the_agent_ignores_from_its_start_are_default_for_functions
     grid = grids(user)
     grid.put_all({"signals": PROGRAMS["signals"]})
     grid.run(prefix=["sh", "-c", 'trap "" HUP INT QUIT; exec "$@"', "sh"])
-    assert masked(without_places(grid["signals"]["stdout"], grid.base)) == bare_results()["signals"][0]
+    assert masked(without_places(grid["signals"]["stdout"], grid.base)) == bare_result("signals")[0]
 
 
 def test_only_the_first_run_of_a_slot_waits_for_the_interpreter(started):
@@ -5086,6 +5087,9 @@ FORBIDDEN_BY = f"User: {WORKER} is not authorized to perform: {{0}} on resource:
 # Trials wait for far longer than they work, so they run in threads of their own, each with its
 # own queue, bucket, proxy and agents: name -> a function of the emulator's URL.
 TRIALS: dict = {}
+# Those of them that need --slow.
+SLOW_TRIALS = {"sigkill of agents at random loses nothing",
+               "sigkill of agents of one folder at random loses nothing"}
 
 
 def trial(function):
@@ -5164,6 +5168,9 @@ SCENES = {
 }
 FAULTS = ["black hole", "timeout", "status 500", "status 503", "throttling", "reset", "truncated",
           "expired"]
+# The fault that each scene has without --slow.
+FIRST_FAULT = {"visibility": "status 503", "receive": "reset", "delete": "status 500",
+               "metrics": "throttling", "code": "expired", "start": "truncated"}
 UNHEARD = ("timeout", "truncated")  # what was asked for was done
 
 
@@ -5217,6 +5224,8 @@ def fault_trial(moto: str, what: str, fault: str):
 for _what in SCENES:
     for _fault in FAULTS:
         TRIALS[f"{_what} {_fault}"] = functools.partial(fault_trial, what=_what, fault=_fault)
+        if _fault != FIRST_FAULT[_what]:
+            SLOW_TRIALS.add(f"{_what} {_fault}")
 
 # what is wrong: (fault, the task's fields, status, reason, what the log names)
 S3_TROUBLE = {
@@ -7131,6 +7140,7 @@ def held(pid: int, task_dir: Path) -> dict[str, int]:
     return held
 
 
+@pytest.mark.slow
 def test_local_20_000_jobs_leave_memory_descriptors_zombies_and_disk_flat():
     with local_site() as folder, local(folder) as agent:
         (folder.path / "code" / "noop.zip").write_bytes(make_zip({"main.py": ""}))
@@ -7187,7 +7197,8 @@ def test_local_clock_set_forward_hangs_nothing(tmp_path):
         assert len(set(stamps)) > 1, "the clock was not moved: the test shows nothing"
 
 
-@pytest.mark.parametrize("name", TRIALS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW_TRIALS else name for name in TRIALS])
 def test_trial(trials, name):
     trials[name].result()
 
@@ -7310,6 +7321,7 @@ def account(tmp_path):
         yield Account(url, tmp_path)
 
 
+@pytest.mark.slow
 def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
     before = account.names()
     planned = account.run("--dry-run")
@@ -7340,6 +7352,7 @@ def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
     assert account.everything() == made
 
 
+@pytest.mark.slow
 def test_setup_completes_a_half_made_set_and_names_what_differs(account):
     account.sqs.create_queue(QueueName="nanogrid-task-queue",
                              Attributes={"VisibilityTimeout": "30"})
@@ -7377,6 +7390,7 @@ def test_setup_completes_a_half_made_set_and_names_what_differs(account):
     assert f"codeBucket: {CODE_BUCKET}\n" in account.config.read_text()
 
 
+@pytest.mark.slow
 def test_setup_believes_a_real_403(account):
     account.iam.create_user(UserName="half")
     account.iam.put_user_policy(UserName="half", PolicyName="no-s3", PolicyDocument=json.dumps({
@@ -7391,6 +7405,7 @@ def test_setup_believes_a_real_403(account):
     assert "create-bucket" not in said
 
 
+@pytest.mark.slow
 def test_setup_takes_down_all_but_a_bucket_with_objects(account):
     account = Account(account.url, account.path, "us-east-1")
     mine = ("--queue", "mine", "--dlq", "mine-dead", "--bucket", "mine-code", "--role", "mine-role",
@@ -7671,6 +7686,7 @@ def test_setup_uses_nothing_that_bash_3_lacks():
 
 # --- the walkthrough -------------------------------------------------------
 
+@pytest.mark.slow
 def test_walkthrough_from_nothing_to_a_metric(account, tmp_path):
     account.run()
     # The queue, the bucket, the region and the emulator's address are all in application.yml.
@@ -7856,6 +7872,7 @@ def tool(path: Path, script: str):
     path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_three_commands_install_it(tmp_path):
     """scp and ssh reach a folder that stands in for the host; pip there only lists."""
     here, host, tools = tmp_path / "here", tmp_path / "host", tmp_path / "bin"
@@ -7938,6 +7955,7 @@ def shell(tmp_path):
         yield Shell(url, tmp_path)
 
 
+@pytest.mark.slow
 def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
     need("flock")
     shell.run(BLOCKS["cli"] + BLOCKS["send"])
@@ -7958,12 +7976,14 @@ def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
         "FunctionId": "hello-python", "Runtime": "python"}
 
 
+@pytest.mark.slow
 def test_what_the_cli_makes_is_what_the_script_makes(shell, tmp_path):
     shell.run(BLOCKS["cli"])
     said = run_setup(tmp_path, env=shell.env)
     assert "Nothing changed" in said and said.count("\nunchanged: ") == 9, said
 
 
+@pytest.mark.slow
 def test_profile_group_and_alarm(shell):
     ec2 = shell.client("ec2")
     [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
