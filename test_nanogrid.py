@@ -4768,6 +4768,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if fault in REFUSALS:
             return self.answer(*proxy_refusal(fault, self.headers, body))
         if fault == "reset":
+            self.server.proxy.closing.wait(rule.seconds)
             return self.reset()
         if fault == "black hole":
             self.server.proxy.closing.wait()
@@ -4858,7 +4859,7 @@ class QuietServer(ThreadingHTTPServer):
 class FaultProxy:
     """Stands before `url`; `fail("DeleteMessage*", "reset", times=2)` until `heal()`.
 
-    Faults: those of REFUSALS; "reset"; "black hole" (read, never answered, not even after heal());
+    Faults: those of REFUSALS; "reset" (after seconds=); "black hole" (read, never answered, not even after heal());
     "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
     reset); "truncated" (half a body); "partial" (half of a batch's entries fail).
     `requests` is what came, `received` the messages that were given out; `expired` are access keys
@@ -4897,8 +4898,9 @@ class FaultProxy:
     def take(self, operation: str, path: str, body: bytes, key: str) -> Rule | None:
         """The rule that this request falls under, used up by one; the request is noted."""
         with self.lock:
-            found = next((rule for rule in self.rules
-                          if rule.times != 0 and matches(rule.pattern, operation)), None)
+            found = next((rule for rule in self.rules if rule.times != 0 and (
+                matches(rule.pattern, operation) or matches(rule.pattern, f"{operation} {path}"))),
+                         None)
             if found and found.times:
                 found.times -= 1
             found = Rule("*", "expired") if key in self.expired else found
@@ -4967,19 +4969,19 @@ def site(moto: str, **options):
     """An Aws of its own whose agents go through a FaultProxy, `aws.proxy`; MARKER is at fn.zip."""
     with scratch() as path, FaultProxy(moto) as proxy:
         aws = Aws(moto, path, **options)
-        aws.proxy = proxy
+        aws.proxy, aws.prefix = proxy, ()
         aws.env["AWS_ENDPOINT_URL"] = proxy.url
         aws.put(marker())
         yield aws
 
 
-def start(aws: Aws, *args, wait: int = 1, env=None, prefix=(), **sections) -> Agent:
+def start(aws: Aws, *args, wait: int = 1, env=None, prefix=None, **sections) -> Agent:
     """An agent of this site; sections of its settings as dicts: execution={"concurrency": 1}."""
     extra = ""
     for name, values in sections.items():
         extra += f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
-    return Agent("--config", aws.config(extra, wait), *args, prefix=prefix,
-                 env={**aws.env, **(env or {})})
+    return Agent("--config", aws.config(extra, wait), *args, env={**aws.env, **(env or {})},
+                 prefix=aws.prefix if prefix is None else prefix)
 
 
 def job(aws: Aws, request_id: str = "r1", sleep: float = 0, exit: int = 0, **task) -> str:
@@ -5097,9 +5099,7 @@ FORBIDDEN_BY = f"User: {WORKER} is not authorized to perform: {{0}} on resource:
 # Trials wait for far longer than they work, so they run in threads of their own, each with its
 # own queue, bucket, proxy and agents: name -> a function of the emulator's URL.
 TRIALS: dict = {}
-# Those of them that need --slow.
-SLOW_TRIALS = {"sigkill of agents at random loses nothing",
-               "sigkill of agents of one folder at random loses nothing"}
+SLOW_TRIALS: set[str] = set()  # those of them that need --slow
 
 
 def trial(function):
@@ -5108,13 +5108,27 @@ def trial(function):
     return function
 
 
+def slow_trial(function):
+    """Have a function be one of those that only `--slow` runs."""
+    SLOW_TRIALS.add(function.__name__.replace("_", " "))
+    return trial(function)
+
+
+def add_trial(name: str, function, slow: bool, **arguments):
+    """Have a row of a table be a trial."""
+    TRIALS[name] = functools.partial(function, **arguments)
+    if slow:
+        SLOW_TRIALS.add(name)
+
+
 @pytest.fixture(scope="module")
 def trials(moto, request):
-    """The trials that were asked for, begun in the order of the table: the long ones first."""
+    """The trials that were asked for, begun in the order of the table: the slow ones first."""
     wanted = {item.callspec.params["name"] for item in request.session.items
               if item.name.startswith("test_trial[")}
-    with ThreadPoolExecutor(16) as pool:
-        futures = {name: pool.submit(TRIALS[name], moto) for name in TRIALS if name in wanted}
+    order = sorted(wanted, key=lambda name: (name not in SLOW_TRIALS, list(TRIALS).index(name)))
+    with ThreadPoolExecutor(20) as pool:
+        futures = {name: pool.submit(TRIALS[name], moto) for name in order}
         try:
             yield futures
         finally:
@@ -5124,7 +5138,7 @@ def trials(moto, request):
 # ---------------------------------------------------------------------- kills
 
 
-@trial
+@slow_trial
 def sigkill_of_agents_at_random_loses_nothing(moto):
     """Two serve one queue; one of them is killed and replaced, again and again."""
     seed = random.randrange(1 << 30)
@@ -5146,7 +5160,7 @@ def sigkill_of_agents_at_random_loses_nothing(moto):
         assert set(proxy_runs(aws.path)) == wanted, f"seed {seed}"
 
 
-@trial
+@slow_trial
 def sigkill_of_agents_of_one_folder_at_random_loses_nothing(_):
     seed = random.randrange(1 << 30)
     chance, wanted = random.Random(seed), {f"r{number:03d}" for number in range(200)}
@@ -5165,7 +5179,95 @@ def sigkill_of_agents_of_one_folder_at_random_loses_nothing(_):
         assert not names(folder, "dead"), f"seed {seed}"
 
 
+WHERE = """import os, json
+tell("mark", json.loads(input())["marks"] + "/" + os.environ["REQUEST_ID"] + "." + os.urandom(6).hex(),
+     os.getcwd())
+"""
+CHAOS = ([(operations, fault) for operations in ("GetObject", "PutObject", "PutMetricData", "*")
+          for fault in ("status 500", "reset", "black hole", "truncated", "throttling", "expired")]
+         + [(operations, fault) for operations in ("ReceiveMessage", "DeleteMessage*", "*Message*")
+            for fault in ("status 503", "reset", "lost answer", "black hole")]
+         + [("DeleteMessage*", "partial"), ("PutObject", "lost answer")])
+
+
+def feed(aws: Aws, names: list[str]) -> bool:
+    """Send tasks for WHERE until some wait, `bad…` of them wrong; whether all are sent.
+
+    Not all at once: moto's receive copies the whole queue for each message.
+    """
+    while names and visible(aws) < 60:
+        aws.sqs.send_message_batch(QueueUrl=aws.queue_url, Entries=[{
+            "Id": name, "MessageBody": json.dumps({
+                "requestId": name, "functionId": "fn", "s3Key": "fn.zip", "memoryMb": 64,
+                "runtime": "cobol" if name.startswith("bad") else "python",
+                "input": {"marks": str(aws.path / "marks")}})} for name in names[-10:]])
+        del names[-10:]
+    return not names
+
+
+def run_again(path: Path, killed: dict[int, float]) -> set[str]:
+    """Who ran more than once; a run after another must follow the kill of that one's agent."""
+    runs = collections.defaultdict(list)
+    for mark in (path / "marks").iterdir():
+        number = int(re.search(r"/task([0-9]+)/", mark.read_text())[1])
+        runs[mark.name.partition(".")[0]].append((mark.stat().st_mtime, number))
+    for name, known in runs.items():
+        known.sort()
+        for (_, agent), (later, _) in zip(known, known[1:]):
+            assert killed.get(agent, math.inf) <= later, f"{name} ran again, and no kill is why"
+    return {name for name, known in runs.items() if len(known) > 1}
+
+
+@slow_trial
+def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
+    """Two serve 2,000 messages; every 2 s one is killed, every 5 s something fails for 3 s."""
+    seed = random.randrange(1 << 30)
+    chance, killed = random.Random(seed), {}
+    good, bad = [f"r{number}" for number in range(1980)], [f"bad{number}" for number in range(20)]
+    unsent = chance.sample(good + bad, 2000)
+    with moto_server() as moto, site(moto, visibility=30, receives=12) as aws, \
+            contextlib.ExitStack() as stack:
+        def another() -> Agent:
+            agents.append(stack.enter_context(start(
+                aws, env={"AGENT_TASKBASEDIR": f"{aws.path}/task{len(agents)}"},
+                execution={"concurrency": 2}, output={"bucket": aws.bucket})))
+            return len(agents) - 1
+
+        agents: list[Agent] = []
+        aws.put({"main.py": with_tell(WHERE)})
+        two, begun = [another(), another()], time.monotonic()
+        for second in range(120):
+            if second % 5 == 0:
+                aws.proxy.fail(*chance.choice(CHAOS))
+            elif second % 5 == 3:
+                aws.proxy.heal()
+            if second % 2:
+                victim = chance.randrange(2)
+                killed[two[victim]] = time.time()
+                agents[two[victim]].process.kill()
+                two[victim] = another()
+            feed(aws, unsent)
+            time.sleep(max(0.0, begun + second + 1 - time.monotonic()))
+        aws.proxy.heal()
+        until(lambda: feed(aws, unsent), 60, "room for all messages")
+        until_settled(aws, agents[two[0]], in_dlq=len(bad), seconds=80)
+        for number in two:
+            assert agents[number].stop() == 0
+        again, log = run_again(aws.path, killed), "".join(agent.log for agent in agents)
+        assert set(proxy_runs(aws.path)) == set(good), f"seed {seed}"
+        assert {each["status"] for each in reports(log)} <= {"ok", "rejected", "released"}, seed
+        assert "Traceback" not in log, f"seed {seed}"
+        return f"{len(again)} of {len(good)} ran again, after {len(killed)} kills (seed {seed})"
+
+
 # ---------------------------------------------------------------------- faults, by name
+
+# Runs nanogrid.py with another value for a constant: `python -c … python nanogrid.py ARGUMENTS`.
+PATCHED = """import sys
+sys.path.insert(0, sys.argv[2].rpartition("/")[0])
+import nanogrid as ng
+{}
+sys.exit(ng.main(sys.argv[3:]))"""
 
 # what fails: (operations, visibility timeout, seconds that the fault lasts, and the function)
 SCENES = {
@@ -5178,23 +5280,26 @@ SCENES = {
 }
 FAULTS = ["black hole", "timeout", "status 500", "status 503", "throttling", "reset", "truncated",
           "expired"]
-# The fault that each scene has without --slow.
-FIRST_FAULT = {"visibility": "status 503", "receive": "reset", "delete": "status 500",
-               "metrics": "throttling", "code": "expired", "start": "truncated"}
 UNHEARD = ("timeout", "truncated")  # what was asked for was done
+SILENT = ("black hole", "timeout")  # it takes botocore 24 s to find out
+IN_PLACE = ("metrics", "code")  # repeated by botocore, twice, before it is said
+WITHOUT_SLOW = {"visibility reset", "receive black hole", "delete status 500", "metrics throttling",
+                "code truncated", "start expired"}
 
 
 def fault_trial(moto: str, what: str, fault: str):
     """One job, and a fault that begins before it; within a minute of the fault's end all is well."""
     operations, visibility, lasts, takes = SCENES[what]
     with site(moto, visibility=visibility, receives=9) as aws:
-        proxy_fault = "late answer" if fault == "timeout" else fault  # later than any limit
+        proxy_fault = "late answer" if fault == "timeout" else fault
+        late = 12 if fault == "timeout" else 0  # later than any limit
         if what == "start":
-            aws.proxy.fail(operations, proxy_fault, seconds=12)
+            aws.proxy.fail(operations, proxy_fault, seconds=late)
         with start(aws, wait=5, metrics={"flushSeconds": 1}) as agent:
             if what != "start":
                 until(lambda: aws.proxy.count("ReceiveMessage"), 60, "a poll")
-                aws.proxy.fail(operations, proxy_fault, seconds=12)
+                aws.proxy.fail(operations, proxy_fault, seconds=late)
+
             def failing():
                 return aws.proxy.count(operations, proxy_fault)
 
@@ -5217,7 +5322,7 @@ def fault_trial(moto: str, what: str, fault: str):
         assert [each["status"] for each in reports(log)].count("ok") == 2
         assert "Traceback" not in log
         assert metric_values(aws, aws.name) == 2 or what == "metrics" and fault in UNHEARD
-        assert tried <= 12, "tries that do not grow apart"
+        assert tried <= (20 if what in IN_PLACE else 12), "tries that do not grow apart"
         assert left == (what != "metrics") or what == "delete" and fault in UNHEARD
         if what in ("code", "visibility"):
             assert {each["receiveCount"] for each in reports(log)} == {"1"}, log
@@ -5228,14 +5333,305 @@ def fault_trial(moto: str, what: str, fault: str):
         if what == "start":
             assert len(complaints(log)) <= 2, log
         else:
-            assert len(complaints(log)) == 1 == log.count(" works again after "), log
+            said = not (what in IN_PLACE and fault in SILENT)
+            assert len(complaints(log)) == said == log.count(" works again after "), log
 
 
 for _what in SCENES:
     for _fault in FAULTS:
-        TRIALS[f"{_what} {_fault}"] = functools.partial(fault_trial, what=_what, fault=_fault)
-        if _fault != FIRST_FAULT[_what]:
-            SLOW_TRIALS.add(f"{_what} {_fault}")
+        _name = f"{_what} {_fault}"
+        add_trial(_name, fault_trial, _name not in WITHOUT_SLOW, what=_what, fault=_fault)
+
+# ---------------------------------------------------------------------- outages, by what is away
+
+
+@contextlib.contextmanager
+def failing_site(moto: str, operations: str, fault: str, **options):
+    """A site for which requests fail from aws.away() until aws.back()."""
+    with site(moto, **options) as aws:
+        aws.away, aws.back = functools.partial(aws.proxy.fail, operations, fault), aws.proxy.heal
+        yield aws
+
+
+NAMES = """mount --bind "$1" /etc/hosts && mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@" """
+
+
+@contextlib.contextmanager
+def named_site(moto: str, **options):
+    """The same for the name of its endpoint; connections that are open then are cut."""
+    with site(moto, **options) as aws:
+        hosts, resolver = aws.path / "hosts", aws.path / "resolv.conf"
+        resolver.write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+        aws.env["AWS_ENDPOINT_URL"] = aws.proxy.url.replace("127.0.0.1", "emulator")
+        aws.prefix = ["unshare", "-m", "sh", "-c", NAMES, "sh", str(hosts), str(resolver)]
+
+        def away():
+            hosts.write_text("127.0.0.1 localhost\n")
+            aws.proxy.fail("*", "reset")
+
+        def back():
+            hosts.write_text("127.0.0.1 localhost emulator\n")
+            aws.proxy.heal()
+
+        back()
+        aws.away, aws.back = away, back
+        if subprocess.run([*aws.prefix, "true"], check=False, stderr=subprocess.DEVNULL).returncode:
+            pytest.skip("this machine lets this user mount nothing")
+        yield aws
+
+
+@contextlib.contextmanager
+def small_disk(path: Path):
+    """A disk of 8 MiB at `path` in a mount namespace of its own: what enters that, its path from
+    here, and what fills and empties it."""
+    path.mkdir()
+    script = f"mount -t tmpfs -o size=8m,mode=755 none {path} && echo && exec cat"
+    with subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as holder:
+        if holder.stdout.readline() != b"\n":
+            pytest.skip("this machine lets this user mount no tmpfs")
+        seen = Path(f"/proc/{holder.pid}/root{path}")
+
+        def fill():
+            with contextlib.suppress(OSError), open(seen / "filler", "wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+        try:
+            yield ["nsenter", f"--mount=/proc/{holder.pid}/ns/mnt"], seen, fill, (seen / "filler").unlink
+        finally:
+            holder.stdin.close()
+
+
+@contextlib.contextmanager
+def crowded_site(moto: str, **options):
+    """The same for the disk under taskBaseDir."""
+    with site(moto, **options) as aws, small_disk(aws.path / "task") as disk:
+        aws.prefix, _, aws.away, aws.back = disk
+        yield aws
+
+
+def failing(operations: str, fault: str):
+    return functools.partial(failing_site, operations=operations, fault=fault)
+
+
+# what is away: the site, the seconds that it lasts, whether SQS is away with it
+OUTAGES = {
+    "S3, status 500": (failing("GetObject", "status 500"), 90, False),
+    "S3, reset": (failing("GetObject", "reset"), 90, False),
+    "S3, black hole": (failing("GetObject", "black hole"), 90, False),
+    "results": (failing("PutObject|SendMessage", "status 503"), 60, False),
+    "credentials": (failing("*", "expired"), 60, True),
+    "network": (failing("*", "black hole"), 60, True),
+    "names": (named_site, 60, True),
+    "disk": (crowded_site, 30, False),
+}
+JOBS = [f"r{number}" for number in range(1, 9)]
+
+
+def said_once(log: str):
+    """Each part of the world that failed is said to have failed once, and to work again once, but
+    for what nobody asked any more."""
+    failed = re.findall(r"WARNING (.*?) failed: .*; trying on", log)
+    again = re.findall(r"INFO (.*) works again after", log)
+    unasked = {"extending or giving back messages"} - set(again)
+    assert failed and sorted(set(failed) - unasked) == sorted(again), log
+    assert len(failed) == len(set(failed)), log
+
+
+def begin_outage(aws: Aws, agent: Agent):
+    """Something is away while two jobs run, and six come whose code is not there yet."""
+    for request_id in JOBS[:2]:
+        job(aws, request_id, sleep=3)
+    for request_id in JOBS[:2]:
+        until_ran(aws.path, request_id)
+    aws.away()
+    for request_id in JOBS[2:]:
+        job(aws, request_id, key="new.zip")
+    agent.wait_for("trying on until it works", 40)
+
+
+@contextlib.contextmanager
+def outage_site(moto: str, what: str, seconds: float):
+    """A site for an outage, and the settings that its agents have."""
+    make, _, sqs_too = OUTAGES[what]
+    with make(moto, visibility=int(seconds) + 40 if sqs_too else 8) as aws:
+        aws.put({**marker(), "ballast": os.urandom(1 << 20)}, "new.zip")
+        aws.results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
+        output = {"bucket": aws.bucket, "queueUrl": aws.results}
+        yield aws, functools.partial(start, aws, execution={"concurrency": 2}, output=output)
+
+
+def check_all_done(aws: Aws, log: str):
+    """Every job's result is in the bucket, and none is in the DLQ."""
+    stored = aws.s3.list_objects_v2(Bucket=aws.bucket, Prefix="outputs/")["Contents"]
+    assert {each["Key"] for each in stored} == {f"outputs/{one}/result.json" for one in JOBS}, log
+    assert not dead(aws) and "Traceback" not in log, log
+
+
+def outage_trial(moto: str, what: str, seconds: float):
+    """It ends: within 15 s all is done, each job once and at its first receive."""
+    with outage_site(moto, what, seconds) as (aws, agent_of), agent_of() as agent:
+        begin_outage(aws, agent)
+        begun, used = time.monotonic(), cpu_seconds(agent.process.pid)
+        time.sleep(seconds)
+        used = (cpu_seconds(agent.process.pid) - used) / (time.monotonic() - begun)
+        held = len(aws.proxy.received)
+        aws.back()
+        until_settled(aws, agent, seconds=15)
+        assert agent.stop() == 0
+        assert held <= 4, f"{held} were received for two slots\n{agent.log}"
+        assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
+        assert proxy_runs(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
+        assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
+            [("ok", "1")] * len(JOBS), agent.log
+        said_once(agent.log)
+        check_all_done(aws, agent.log)
+
+
+def stopped_outage_trial(moto: str, what: str, number: int):
+    """The agent ends in the middle of it, and what it had another finishes.
+
+    SIGTERM: all is visible at once, as soon as SQS hears of it. SIGKILL: after its lease.
+    """
+    with outage_site(moto, what, 0) as (aws, agent_of), agent_of() as first:
+        begin_outage(aws, first)
+        time.sleep(4)  # the two that ran are being stored
+        if number == signal.SIGTERM:
+            first.process.send_signal(number)
+            time.sleep(1)
+            if OUTAGES[what][2]:
+                aws.back()
+            assert first.end(40) == 0, first.log
+            until(lambda: visible(aws) == aws.count(), 2, f"what was held\n{first.log}")
+            assert {each["status"] for each in reports(first.log)} <= {"ok", "released"}, first.log
+        else:
+            first.stop(number)
+        with agent_of() as second:
+            time.sleep(2)
+            aws.back()
+            until_settled(aws, second, seconds=40 if number == signal.SIGTERM else 80)
+            assert second.stop() == 0
+        again = {name for name, times in proxy_runs(aws.path).items() if times > 1}
+        assert set(proxy_runs(aws.path)) == set(JOBS) and again <= set(JOBS[:2]), second.log
+        check_all_done(aws, first.log + second.log)
+
+
+QUICK_OUTAGES = ("S3, reset", "results", "credentials", "names", "disk")
+QUICK_STOPS = (("S3, reset", signal.SIGTERM), ("results", signal.SIGKILL))
+for _what, (_, _seconds, _) in OUTAGES.items():
+    add_trial(f"{_what} away for {_seconds} s", outage_trial, True, what=_what, seconds=_seconds)
+    if _what in QUICK_OUTAGES:
+        add_trial(f"{_what} away for 5 s", outage_trial, False, what=_what, seconds=5)
+    for _number in (signal.SIGTERM, signal.SIGKILL):
+        add_trial(f"{_what} away, and {_number.name}", stopped_outage_trial,
+                  (_what, _number) not in QUICK_STOPS, what=_what, number=_number)
+
+
+def in_hand(folder) -> list[str]:
+    """What is in the folder's hands."""
+    return names(folder, "queue") + names(folder, "running")
+
+
+def local_outage_trial(_, seconds: float, number: int = 0):
+    """The disk of folder and workspaces is full, then not: no take is spent but by a SIGKILL."""
+    with scratch() as path, small_disk(path / "disk") as (prefix, seen, fill, back):
+        folder = Folder(seen / "grid")
+        folder.scratch = path
+        agent_of = functools.partial(
+            Agent, "--local", path / "disk" / "grid", prefix=prefix,
+            env={"AGENT_TASKBASEDIR": f"{path}/disk/task", "AGENT_EXECUTION_CONCURRENCY": "2"})
+        for name, more in (("fn", {}), ("new", {"ballast": os.urandom(1 << 20)})):
+            (folder.path / "code" / f"{name}.zip").write_bytes(make_zip({**marker(), **more}))
+        with agent_of() as first, contextlib.ExitStack() as stack:
+            for request_id in JOBS:
+                local_job(folder, request_id, sleep=3 if request_id in JOBS[:2] else 0,
+                          s3Key="fn.zip" if request_id in JOBS[:2] else "new.zip")
+            for request_id in JOBS[:2]:
+                until_ran(path, request_id)
+            fill()
+            first.wait_for("trying on until it works")
+            begun, used = time.monotonic(), cpu_seconds(first.process.pid)
+            time.sleep(seconds)
+            used = (cpu_seconds(first.process.pid) - used) / (time.monotonic() - begun)
+            assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
+            last = first
+            if number:
+                first.stop(number, 20)
+                last = stack.enter_context(agent_of())
+                time.sleep(2)
+            back()
+            until(lambda: not in_hand(folder), 15, f"the end of all\n{first.log}{last.log}")
+            assert last.stop() == 0
+        log, runs = first.log + (last.log if number else ""), proxy_runs(path)
+        assert {folder.result(one)["status"] for one in JOBS} == {"ok"}, log
+        assert not names(folder, "dead") and "Traceback" not in log, log
+        again = {name for name, times in runs.items() if times > 1}
+        assert set(runs) == set(JOBS) and again <= (set(JOBS[:2]) if number else set()), log
+        if number != signal.SIGKILL:
+            assert {each["receiveCount"] for each in reports(log)} == {"1"}, log
+        if not number:
+            said_once(log)
+
+
+for _seconds, _slow in ((30, True), (5, False)):
+    add_trial(f"a folder's disk full for {_seconds} s", local_outage_trial, _slow, seconds=_seconds)
+for _number in (signal.SIGTERM, signal.SIGKILL):
+    add_trial(f"a folder's disk full, and {_number.name}", local_outage_trial, True, seconds=4,
+              number=_number)
+
+
+@trial
+def network_away_for_longer_than_the_lease_runs_nothing_twice(moto):
+    """The message comes back to the agent that has its result: that is stored, and no more."""
+    with site(moto, visibility=6) as aws, start(aws, output={"bucket": aws.bucket}) as agent:
+        job(aws, sleep=2)
+        until_ran(aws.path)
+        aws.proxy.fail("*", "reset")
+        agent.wait_for("the lease of message .* is lost", 30)
+        aws.proxy.heal()
+        until_settled(aws, agent, seconds=40)
+        assert agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1} and not dead(aws)
+        assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
+
+
+@trial
+def outage_without_change_message_visibility_is_given_up_near_the_visibility_timeout(moto):
+    with site(moto, visibility=8, receives=9) as aws:
+        aws.proxy.fail("ChangeMessageVisibility*", "denied")
+        aws.proxy.fail("GetObject", "status 500")
+        with start(aws, execution={"concurrency": 1}) as agent:
+            job(aws, timeoutMs=1000)
+            until(lambda: aws.proxy.received, 30, "the receive")
+            taken = time.monotonic()
+            agent.wait_for("REPORT requestId=r1 .*status=error .*reason=s3", 30)
+            assert time.monotonic() - taken > 5, f"given up too early\n{agent.log}"
+            assert len(aws.proxy.received) == 1, f"given up too late\n{agent.log}"
+            aws.proxy.heal()
+            until_settled(aws, agent)
+            assert proxy_runs(aws.path) == {"r1": 1} and not dead(aws)
+
+
+@trial
+def what_is_cached_runs_on_while_s3_is_away(moto):
+    """It was sent well before S3 confirmed what is cached; what is new keeps the other slot."""
+    with site(moto, visibility=8) as aws:
+        aws.put(marker(), "new.zip")
+        aws.proxy.fail("GetObject *new.zip*", "status 500")
+        for number in range(9):
+            job(aws, f"r{number}", sleep=0.5)
+            if number == 1:
+                job(aws, "new", key="new.zip")
+        time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
+        with start(aws, execution={"concurrency": 2}) as agent:
+            until(lambda: len(reports(agent.log)) == 9, 40, "those that are cached")
+            assert aws.proxy.count("GetObject", "") <= 2 and proxy_runs(aws.path)["new"] == 0
+            aws.proxy.heal()
+            until_settled(aws, agent, seconds=15)
+            assert agent.stop() == 0
+        assert set(proxy_runs(aws.path).values()) == {1} and len(aws.proxy.received) == 10
+        assert {each["receiveCount"] for each in reports(agent.log)} == {"1"}, agent.log
+
 
 # what is wrong: (fault, the task's fields, status, reason, what the log names)
 S3_TROUBLE = {
@@ -5246,9 +5642,10 @@ S3_TROUBLE = {
 
 
 def s3_trial(moto: str, trouble: str):
-    """With the guide's visibility timeout: what S3 failed for 2 s does not wait for 300."""
+    """It is no outage: said after one try, and the message comes back after a growing delay."""
     fault, task, status, reason, word = S3_TROUBLE[trouble]
-    with site(moto, visibility=300) as aws, start(aws) as agent:
+    prefix = [sys.executable, "-c", PATCHED.format("ng.ERROR_DELAY_SECONDS = 1")]
+    with site(moto, visibility=300) as aws, start(aws, prefix=prefix) as agent:
         if fault:
             aws.proxy.fail("GetObject", fault)
         job(aws, **task)
@@ -5256,26 +5653,30 @@ def s3_trial(moto: str, trouble: str):
         first = reports(agent.log)[0]
         assert (first["status"], first["reason"]) == (status, reason) and word in agent.log
         if status == "error":
-            time.sleep(1)
-            assert aws.count() == 1 and not dead(aws)
+            until(lambda: aws.proxy.count("ChangeMessageVisibilityBatch") == 2, 30, "two returns")
+            assert aws.proxy.count("GetObject") == 2 and aws.count() == 1 and not dead(aws)
             aws.proxy.heal()
         until_settled(aws, agent, in_dlq=status == "rejected", seconds=35)
         assert proxy_runs(aws.path) == ({"r1": 1} if status == "error" else {})
+        delays = [json.loads(seen.body)["Entries"][0]["VisibilityTimeout"] for seen in
+                  aws.proxy.requests if seen.operation == "ChangeMessageVisibilityBatch"]
+        assert delays == ([1, 4] if status == "error" else [0, 0, 0])
 
 
 for _trouble in S3_TROUBLE:
-    TRIALS[f"s3 {_trouble}"] = functools.partial(s3_trial, trouble=_trouble)
+    add_trial(f"s3 {_trouble}", s3_trial, False, trouble=_trouble)
 
 
-def result_trial(moto: str, operation: str):
-    """A result that may not be stored leaves the message; when that is back, only the storing is
-    repeated."""
+def result_trial(moto: str, operation: str, fault: str):
+    """A result that may not be stored, or not before patience ends, leaves the message; when that
+    is back, only the storing is repeated."""
     with site(moto, visibility=3, receives=9) as aws:
         results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
-        aws.proxy.fail(operation, "denied")
-        with start(aws, output={"bucket": aws.bucket, "queueUrl": results}) as agent:
+        aws.proxy.fail(operation, fault)
+        with start(aws, output={"bucket": aws.bucket, "queueUrl": results},
+                   execution={"patienceSeconds": 3}) as agent:
             job(aws)
-            agent.wait_for("REPORT requestId=r1", 60)
+            agent.wait_for("REPORT requestId=r1 .*reason=output", 60)
             time.sleep(1)
             assert reports(agent.log)[0]["status"] == "error" and aws.count() == 1
             aws.proxy.heal()
@@ -5286,14 +5687,9 @@ def result_trial(moto: str, operation: str):
 
 
 for _operation in ("PutObject", "SendMessage"):
-    TRIALS[f"result {_operation}"] = functools.partial(result_trial, operation=_operation)
-
-# Runs nanogrid.py with another value for a constant: `python -c … python nanogrid.py ARGUMENTS`.
-PATCHED = """import sys
-sys.path.insert(0, sys.argv[2].rpartition("/")[0])
-import nanogrid as ng
-{}
-sys.exit(ng.main(sys.argv[3:]))"""
+    for _fault in ("denied", "status 503"):
+        add_trial(f"result {_operation} {_fault}", result_trial, False, operation=_operation,
+                  fault=_fault)
 
 
 @trial
@@ -5301,7 +5697,7 @@ def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
     """Five are kept at most; four come while a request with five is under way."""
     prefix = [sys.executable, "-c", PATCHED.format("ng.CloudWatchMetrics.MOST_KEPT = 5")]
     with site(moto) as aws:
-        aws.proxy.fail("PutMetricData", "black hole")
+        aws.proxy.fail("PutMetricData", "reset", seconds=3)
         with start(aws, prefix=prefix, metrics={"flushSeconds": 3}) as agent:
             for number in range(5):
                 job(aws, f"r{number}", function_id=aws.name)
@@ -5309,6 +5705,7 @@ def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
             for number in range(5, 9):
                 job(aws, f"r{number}", function_id=aws.name)
             until_settled(aws, agent)
+            agent.wait_for("publishing metrics to CloudWatch failed")
             aws.proxy.heal()
             agent.wait_for("publishing metrics to CloudWatch works again", 40)
             until(lambda: metric_values(aws, aws.name), 10, "values")
@@ -5404,7 +5801,7 @@ def sigterm_while_deleting_deletes_first(moto):
 
 
 @trial
-def full_disk_is_an_error_and_the_agent_lives(moto):
+def full_disk_is_an_error_when_patience_ends_and_the_agent_lives(moto):
     """8 MiB under taskBaseDir (an ordinary user: no file over 8 MiB): a zip of 20 does not fit."""
     with site(moto, visibility=60) as aws:
         aws.put({"main.py": "print(1)", "ballast": os.urandom(20 << 20)}, "large.zip")
@@ -5416,7 +5813,7 @@ def full_disk_is_an_error_and_the_agent_lives(moto):
             prefix = ["prlimit", f"--fsize={8 << 20}"]
         elif subprocess.run([*prefix, "true"], check=False).returncode:
             pytest.skip("this machine lets root mount no tmpfs")
-        with start(aws, prefix=prefix) as agent:
+        with start(aws, prefix=prefix, execution={"patienceSeconds": 3}) as agent:
             aws.send("large", key="large.zip")
             agent.wait_for("REPORT requestId=large", 60)
             job(aws, "fine")
@@ -6601,7 +6998,7 @@ GRANTED = {  # what the advice of each call names
     "SendMessage": "sqs:SendMessage", "GetObject": "s3:GetObject", "PutObject": "s3:PutObject",
     "PutMetricData": "cloudwatch:PutMetricData"}
 WAITS, SAYS = "", "see what AWS says of it"
-KEYS, KEY = "AWS does not accept the credentials", "kms:Decrypt on the key"
+CREDENTIALS, KEY = "AWS does not accept the credentials", "kms:Decrypt on the key"
 
 
 def denials(call: str, kinds: str) -> list[tuple]:
@@ -7208,9 +7605,11 @@ def test_local_clock_set_forward_hangs_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow) if name in SLOW_TRIALS else name for name in TRIALS])
-def test_trial(trials, name):
-    trials[name].result()
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_TRIALS else []) for name in TRIALS])
+def test_trial(trials, name, capsys):
+    if told := trials[name].result():
+        with capsys.disabled():
+            print(f"\n{name}: {told}")
 
 
 # --------------------------------------------------------------------------------------------
