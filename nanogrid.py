@@ -4063,8 +4063,9 @@ class Agent:
                 return step()
             except Outage as outage:
                 fault, failed = outage.fault, outage
-            again = time.monotonic() + fault.failed(failed)
-            if again > min(end, self.queue.held_until(turn.message)):
+            last = min(end, self.queue.held_until(turn.message))
+            again = min(time.monotonic() + fault.failed(failed), last)
+            if time.monotonic() >= last:
                 raise Ended(status="error", reason=failed.reason, text=str(failed))
             with self.lock:
                 self.held_up += 1
