@@ -5249,7 +5249,7 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
             feed(aws, unsent)
             time.sleep(max(0.0, begun + second + 1 - time.monotonic()))
         aws.proxy.heal()
-        until(lambda: feed(aws, unsent), 60, "room for all messages")
+        until(lambda: feed(aws, unsent), 150, "room for all messages")
         until_settled(aws, agents[two[0]], in_dlq=len(bad), seconds=80)
         for number in two:
             assert agents[number].stop() == 0
