@@ -912,7 +912,8 @@ class Fault:
                 self.over.clear()
                 self.since, self.pause = time.monotonic(), 0.2
                 self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
-            self.pause = min(self.MOST_SECONDS, self.pause * 2)
+            if time.monotonic() >= self.retry_at:  # slots that fail together are one failure
+                self.pause = min(self.MOST_SECONDS, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
             self.retry_at = time.monotonic() + pause
         return pause
