@@ -1477,14 +1477,15 @@ class FolderQueue:
                 continue
             try:
                 status = os.fstat(lock)
-                body = os.pread(lock, max(1, status.st_size), 0).decode("utf-8", "surrogateescape")
+                text = os.pread(lock, status.st_size, 0) if status.st_size else b""  # a pipe has 0
                 self._move(f"queue/{name}", f"running/{name}")
             except OSError as error:
                 os.close(lock)
                 self._refuse(f"{self.root}/queue/{name}", error)
                 continue
             self.locks[name] = lock
-            taken.append(Message(name, body, self._takes(name) + 1, status.st_mtime))
+            taken.append(Message(name, text.decode("utf-8", "surrogateescape"),
+                                 self._takes(name) + 1, status.st_mtime))
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
