@@ -1774,7 +1774,7 @@ OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
 NICER = 5  # functions give way to the agent, whose leases must not be late
 RUN_ENV = ("REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS")  # what differs from run to run
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
-PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
+PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
 CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
 
 # Forks what is exec'd. The kernel starts a child's ru_maxrss at its parent's size, and exec keeps
@@ -1813,6 +1813,8 @@ extra = [name for name in sys.modules if name not in here]
 def serve(channel=3):
     """Fork for each request; return it in the child."""
     prctl(4, 0, 0, 0, 0)  # not dumpable: no process of the same user may trace it
+    for capability in range(64):
+        prctl(24, capability, 0, 0, 0)  # no exec brings one back
     gc.collect()
     gc.freeze()
     os.write(channel, b"ready")
@@ -2500,6 +2502,9 @@ class Helper:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         if self.place.uid is not None and not self.privileged:
+            with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
+                for capability in range(64):
+                    kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
             os.setgroups(self.place.groups)
             os.setresgid(*[self.place.gid] * 3)
             os.setresuid(*[self.place.uid] * 3)  # takes all capabilities, too
