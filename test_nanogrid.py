@@ -2346,13 +2346,15 @@ CONFINED = table(r"""
 import os
 status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
 assert status["NoNewPrivs"] == "1", status
-for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+bound = ["CapBnd"] * (60600 <= os.getuid() <= 61183)  # as root
+for name in ("CapInh", "CapPrm", "CapEff", "CapAmb", *bound):
     assert int(status[name], 16) == 0, (name, status[name])
 assert 0 not in os.getresuid() + os.getresgid(), (os.getresuid(), os.getresgid())
 assert len(set(os.getresuid())) == len(set(os.getresgid())) == 1
 assert set(os.getgroups()) <= {os.getgid()}, os.getgroups()
 === no privileges in C++ | cpp
 awk '/^(NoNewPrivs|Cap(Inh|Prm|Eff|Amb)|Uid|Gid)/ { if ($1 == "NoNewPrivs:" ? $2 != 1 : /^Cap/ ? $2 !~ /^0+$/ : $2 == 0) { print; bad = 1 } } END { exit bad }' /proc/self/status
+u=$(id -u); [ "$u" -lt 60600 ] || [ "$u" -gt 61183 ] || grep -q '^CapBnd:.0*$' /proc/self/status
 === limits
 import resource
 assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
@@ -8309,13 +8311,26 @@ def test_three_commands_install_it(tmp_path):
     assert said.stdout
 
 
-def test_unit_is_one_that_systemd_takes(tmp_path):
+@pytest.mark.parametrize("agents", [1, 4])
+def test_unit_is_one_that_systemd_takes(tmp_path, agents):
+    """As it stands, and as the template that the README's command makes of it."""
     need("systemd-analyze")
     unit = tmp_path / "nanogrid.service"
     unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable))
-    ended = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True,
-                           timeout=60, check=False)
-    assert "nanogrid.service" not in ended.stdout + ended.stderr
+    if agents > 1:
+        tool(tmp_path / "bin" / "ssh", f'[ "$1" = ec2-user@HOST ] && cd {tmp_path} && exec bash -euc "$2"')
+        tool(tmp_path / "bin" / "sudo", 'exec "$@"')
+        tool(tmp_path / "bin" / "systemctl", f'echo "$*" >>{tmp_path}/systemctl')
+        sh(BLOCKS["template"].replace("/etc/systemd/system", str(tmp_path)), tmp_path,
+           {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+        names = [f"nanogrid@{number}" for number in range(1, agents + 1)]
+        assert (tmp_path / "systemctl").read_text().splitlines() == [
+            "disable --now nanogrid", "daemon-reload", f"enable {' '.join(names)}", f"restart {' '.join(names)}"]
+        unit = tmp_path / "nanogrid@.service"
+        assert f"\nEnvironment=NANOGRID_AGENTS={agents}\n" in unit.read_text()
+    ended = subprocess.run(["systemd-analyze", "verify", str(unit).replace("@", "@1")], capture_output=True,
+                           text=True, timeout=60, check=False)
+    assert unit.name.partition(".")[0] not in ended.stdout + ended.stderr
     assert ended.returncode == 0
 
 
