@@ -2656,7 +2656,9 @@ class Supervisor:
                 answer["is_last"] = self.room.has_ipc()  # which ends with its namespace
             except OSError as error:  # ConnectionError is one
                 self.end_run(self.helpers)
-                answer = {"errno": error.errno, "text": str(error), "begun": self.begun}
+                # A helper that does not answer has no errno: it is as if it could not be forked.
+                answer = {"errno": error.errno or errno.EAGAIN, "text": str(error),
+                          "begun": self.begun}
             answer_to(self.agent, answer)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
