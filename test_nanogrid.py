@@ -5283,7 +5283,7 @@ SCENES = {
 FAULTS = ["black hole", "timeout", "status 500", "status 503", "throttling", "reset", "truncated",
           "expired"]
 UNHEARD = ("timeout", "truncated")  # what was asked for was done
-SILENT = ("black hole", "timeout")  # it takes botocore 24 s to find out
+UNANSWERED = ("black hole", "timeout")  # it takes botocore 24 s to find out
 IN_PLACE = ("metrics", "code")  # repeated by botocore, twice, before it is said
 WITHOUT_SLOW = {"visibility reset", "receive black hole", "delete status 500", "metrics throttling",
                 "code truncated", "start expired"}
@@ -5335,7 +5335,7 @@ def fault_trial(moto: str, what: str, fault: str):
         if what == "start":
             assert len(complaints(log)) <= 2, log
         else:
-            said = not (what in IN_PLACE and fault in SILENT)
+            said = not (what in IN_PLACE and fault in UNANSWERED)
             assert len(complaints(log)) == said == log.count(" works again after "), log
 
 
@@ -7000,7 +7000,7 @@ GRANTED = {  # what the advice of each call names
     "SendMessage": "sqs:SendMessage", "GetObject": "s3:GetObject", "PutObject": "s3:PutObject",
     "PutMetricData": "cloudwatch:PutMetricData"}
 WAITS, SAYS = "", "see what AWS says of it"
-CREDENTIALS, KEY = "AWS does not accept the credentials", "kms:Decrypt on the key"
+NOT_ACCEPTED, KMS_KEY = "AWS does not accept the credentials", "kms:Decrypt on the key"
 
 
 def denials(call: str, kinds: str) -> list[tuple]:
@@ -7018,7 +7018,7 @@ AWS_ERRORS = [
      "the queue https?:.* does not exist; check its URL", "json", "The specified queue does not exist."),
     (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know https?:.* as a queue", "sqs model",
      "The specified ID is invalid."),
-    (SQS_CALLS, 403, "InvalidSecurity", "InvalidSecurity", CREDENTIALS, "sqs model",
+    (SQS_CALLS, 403, "InvalidSecurity", "InvalidSecurity", NOT_ACCEPTED, "sqs model",
      "The request was not made over HTTPS or did not use SigV4 for signing."),
     (SQS_CALLS, 403, "RequestThrottled", "RequestThrottled", WAITS, "sqs model",
      "The request was denied due to request throttling."),
@@ -7033,12 +7033,12 @@ AWS_ERRORS = [
     *((BATCHES, 400, code, f"AWS.SimpleQueueService.{code}", SAYS, "sqs model", "The batch request is wrong.")
       for code in ("TooManyEntriesInBatchRequest", "EmptyBatchRequest", "BatchEntryIdsNotDistinct",
                    "InvalidBatchEntryId")),
-    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KEY, "kms sqs",
+    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY, "kms sqs",
      CIPHERTEXT + " (Service: AWSKMS; Status Code: 400; Error Code: AccessDeniedException; Request ID: "
      "b284a4f4-e245-4843-96dc-52922101df67; Proxy: null)"),
-    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KEY, "denied",
+    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY, "denied",
      DENIED_BY.format("kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "identity-based policy")),
-    *(("ReceiveMessage SendMessage", status, code, twin, KEY, "sqs model", "The request was rejected by KMS.")
+    *(("ReceiveMessage SendMessage", status, code, twin, KMS_KEY, "sqs model", "The request was rejected by KMS.")
       for status, code, twin in (
           (400, "KmsDisabled", "KMS.DisabledException"), (400, "KmsInvalidState", "KMS.InvalidStateException"),
           (400, "KmsNotFound", "KMS.NotFoundException"), (403, "KmsOptInRequired", "KMS.OptInRequired"),
@@ -7057,8 +7057,8 @@ AWS_ERRORS = [
         (400, "RequestExpired", "RequestExpired", WAITS, "common", "Request has expired."),
         (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, "late", LATE),
         (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, "early", EARLY),
-        (403, "InvalidSignatureException", "SignatureDoesNotMatch", CREDENTIALS, "late", UNSIGNED),
-        (403, "UnrecognizedClientException", "InvalidClientTokenId", CREDENTIALS, "common",
+        (403, "InvalidSignatureException", "SignatureDoesNotMatch", NOT_ACCEPTED, "late", UNSIGNED),
+        (403, "UnrecognizedClientException", "InvalidClientTokenId", NOT_ACCEPTED, "common",
          "The security token included in the request is invalid."),
         (403, "IncompleteSignature", "IncompleteSignature", SAYS, "common",
          "The request signature does not conform to AWS standards."),
@@ -7073,11 +7073,11 @@ AWS_ERRORS = [
     ("GetObject", 404, "NoSuchKey", "", "does not exist; upload it, or correct s3Key", "s3 model", ""),
     *(("GetObject PutObject", *row) for row in (
         (403, "AccessDenied", "", "grant s3:(Get|Put)Object", "kms s3 old", "Access Denied"),
-        (403, "AccessDenied", "", KEY, "kms s3", CIPHERTEXT),
-        (403, "AccessDenied", "", KEY, "s3 denied", DENIED_BY.format(
+        (403, "AccessDenied", "", KMS_KEY, "kms s3", CIPHERTEXT),
+        (403, "AccessDenied", "", KMS_KEY, "s3 denied", DENIED_BY.format(
             "kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "resource-based policy")),
-        (400, "KMS.DisabledException", "", KEY, "s3 denied", "arn:aws:kms:r:1:key/k is disabled."),
-        (400, "KMS.NotFoundException", "", KEY, "s3 denied", "Key 'arn:aws:kms:r:1:key/k' does not exist"),
+        (400, "KMS.DisabledException", "", KMS_KEY, "s3 denied", "arn:aws:kms:r:1:key/k is disabled."),
+        (400, "KMS.NotFoundException", "", KMS_KEY, "s3 denied", "Key 'arn:aws:kms:r:1:key/k' does not exist"),
         (400, "ThrottlingException", "", WAITS, "kms", KMS_RATE),
         (404, "NoSuchBucket", "", "check agent.s3.codeBucket|" + SAYS, "s3 model",
          "The specified bucket does not exist"),
@@ -7090,11 +7090,11 @@ AWS_ERRORS = [
          "The bucket you are attempting to access must be addressed using the specified endpoint."),
         (400, "IllegalLocationConstraintException", "", SAYS, "s3 billing",
          "You are attempting to access a bucket from a different Region than where the bucket exists."),
-        (403, "InvalidAccessKeyId", "", CREDENTIALS, "s3 model",
+        (403, "InvalidAccessKeyId", "", NOT_ACCEPTED, "s3 model",
          "The AWS Access Key Id you provided does not exist in our records."),
-        (403, "SignatureDoesNotMatch", "", CREDENTIALS, "s3 model", UNSIGNED),
-        (403, "InvalidSecurity", "", CREDENTIALS, "s3 model", "The provided security credentials are not valid."),
-        (400, "InvalidToken", "", CREDENTIALS, "s3 model", "The provided token is malformed or otherwise invalid."),
+        (403, "SignatureDoesNotMatch", "", NOT_ACCEPTED, "s3 model", UNSIGNED),
+        (403, "InvalidSecurity", "", NOT_ACCEPTED, "s3 model", "The provided security credentials are not valid."),
+        (400, "InvalidToken", "", NOT_ACCEPTED, "s3 model", "The provided token is malformed or otherwise invalid."),
         (400, "ExpiredToken", "", WAITS, "s3 model", "The provided token has expired."),
         (403, "RequestTimeTooSkewed", "", WAITS, "s3 model",
          "The difference between the request time and the current time is too large."),
@@ -7312,9 +7312,9 @@ def refusal_names_the_policy_or_the_key_and_passes_once_that_is_mended(moto):
     """In the log of an agent: SQS's key, then an endpoint's policy for S3, then the key of the results."""
     no_key = DENIED_BY.format("kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "resource-based policy")
     no_way = DENIED_BY.format("s3:GetObject", '"arn:aws:s3:::code/fn.zip"', "VPC endpoint policy")
-    steps = [("ReceiveMessage", (400, "KmsAccessDenied", "KMS.AccessDeniedException", no_key), KEY),
+    steps = [("ReceiveMessage", (400, "KmsAccessDenied", "KMS.AccessDeniedException", no_key), KMS_KEY),
              ("GetObject", (403, "AccessDenied", "", no_way), "grant s3:GetObject .* in the VPC endpoint policy"),
-             ("PutObject", (403, "AccessDenied", "", no_key), KEY)]
+             ("PutObject", (403, "AccessDenied", "", no_key), KMS_KEY)]
     with site(moto, visibility=3, receives=9) as aws:
         with start(aws, output={"bucket": aws.bucket}) as agent:
             job(aws)
