@@ -88,6 +88,11 @@ def make_zip(files: dict[str, str | bytes], mode: int = 0o644) -> bytes:
     return buffer.getvalue()
 
 
+def slow_but(rows, *quick: str) -> list:
+    """The rows' names as parameters: all but these run with --slow alone."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in rows]
+
+
 def reports(log: str) -> list[dict[str, str]]:
     """The REPORT lines of a text log, in order, each as a dict of its pairs."""
     lines = re.findall(r"^\S+ INFO REPORT (.*)$", log, re.MULTILINE)
@@ -4367,7 +4372,8 @@ def bare_run(place: Path, case: Case, elsewhere: bool = False) -> tuple:
             done.returncode, sorted(os.listdir(place / "out")))
 
 
-@pytest.fixture(scope="module", params=["warm-root", "warm-ordinary", "cold-ordinary"])
+@pytest.fixture(scope="module", params=["warm-root", "cold-ordinary", pytest.param(
+    "warm-ordinary", marks=[pytest.mark.slow] if ROOT else [])])
 def started(request, grids):
     """Every program, run once each way of starting."""
     start, user = request.param.split("-")
@@ -6216,6 +6222,7 @@ def test_task_over_the_memory_of_the_machine_is_rejected(moto):
         assert "memoryMb" in agent.log
 
 
+@pytest.mark.slow
 def test_long_jobs_are_not_received_ahead_so_that_another_agent_can_take_them(moto):
     with site(moto, visibility=60) as aws:
         for number in range(8):
@@ -6815,7 +6822,7 @@ def signers(aws: Aws, key: str) -> set[str]:
     return {seen.key[:len(key)] for seen in aws.proxy.requests if "AssumeRole" not in seen.operation}
 
 
-@pytest.mark.parametrize("kind", CREDENTIALS)
+@pytest.mark.parametrize("kind", slow_but(CREDENTIALS, "static keys", "role of a profile", "instance"))
 def test_credentials_of_each_kind_are_named_and_do_a_job(moto, kind):
     said, key, _ = CREDENTIALS[kind]
     with site(moto) as aws, lender() as lent:
@@ -6870,7 +6877,7 @@ NO_LOAN = {
 }
 
 
-@pytest.mark.parametrize("kind", NO_LOAN)
+@pytest.mark.parametrize("kind", slow_but(NO_LOAN, "SSO", "instance"))
 def test_credentials_that_cannot_be_had_are_said_in_one_line(moto, kind):
     wrong, words = NO_LOAN[kind]
     with site(moto) as aws, lender() as lent:
