@@ -7637,6 +7637,7 @@ ALL_BLOCKED = dict.fromkeys(
     ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets"), True)
 TRUST = {"Version": "2012-10-17", "Statement": [
     {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]}
+TAGS = {"Project": "nanogrid", "Queue": "nanogrid-task-queue", "Region": "ap-northeast-2"}
 LEAST_ACTIONS = ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"]
 
 
@@ -7660,7 +7661,8 @@ class Account:
         del self.env["AWS_DEFAULT_REGION"]
         options = {"region_name": region, "endpoint_url": url,
                    "aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-        self.sqs, self.s3, self.iam = (boto3.client(n, **options) for n in ("sqs", "s3", "iam"))
+        self.sqs, self.s3, self.iam, self.cloudwatch, self.ec2 = (
+            boto3.client(n, **options) for n in ("sqs", "s3", "iam", "cloudwatch", "ec2"))
 
     def enforce_permissions(self):
         """From here on the emulator answers only what the caller's IAM policies allow."""
@@ -7707,12 +7709,28 @@ class Account:
                 "roles": [role["RoleName"] for role in self.iam.list_roles()["Roles"]],
                 "profiles": [profile["InstanceProfileName"]
                              for profile in self.iam.list_instance_profiles()["InstanceProfiles"]],
+                "alarms": [alarm["AlarmName"] for alarm in
+                           self.cloudwatch.describe_alarms()["MetricAlarms"]],
+                "dashboards": [board["DashboardName"] for board in
+                               self.cloudwatch.list_dashboards()["DashboardEntries"]],
                 "files": sorted(path.name for path in self.path.iterdir())}
+
+    def tags(self, queue: str = "nanogrid-task-queue", bucket: str = CODE_BUCKET,
+             role: str = "NanoGridAgentRole", profile: str = "NanoGridAgentProfile") -> list[dict]:
+        """Of a queue, its DLQ, a bucket, a role, a profile and all alarms."""
+        urls = [self.sqs.get_queue_url(QueueName=name)["QueueUrl"] for name in (queue, queue + "-dlq")]
+        found = [self.s3.get_bucket_tagging(Bucket=bucket)["TagSet"],
+                 self.iam.list_role_tags(RoleName=role)["Tags"],
+                 self.iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Tags"],
+                 *(self.cloudwatch.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]
+                   for alarm in self.cloudwatch.describe_alarms()["MetricAlarms"])]
+        return ([self.sqs.list_queue_tags(QueueUrl=url).get("Tags") for url in urls]
+                + [{tag["Key"]: tag["Value"] for tag in tags} for tags in found])
 
     def everything(self) -> list:
         """The whole set with its attributes; a queue's hold the time of its last change."""
         return [self.names(), self.queue(), self.queue("nanogrid-task-queue-dlq"),
-                self.bucket(CODE_BUCKET), self.role(), self.profile_roles(),
+                self.bucket(CODE_BUCKET), self.role(), self.profile_roles(), self.tags(),
                 self.config.read_bytes()]
 
     def check_set(self):
@@ -7748,7 +7766,7 @@ def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
     assert "nothing was changed" in planned
     assert f"aws s3api create-bucket --bucket {CODE_BUCKET} " in planned
 
-    assert "Done; changes: 11." in account.run()
+    assert "Done; changes: 14." in account.run()
     account.check_set()
     assert [(one["Sid"], one["Action"], one["Resource"]) for one in account.statements()] == [
         ("SQSAccess", [*LEAST_ACTIONS, "sqs:ChangeMessageVisibility"],
@@ -7757,6 +7775,9 @@ def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
          [f"arn:aws:s3:::{CODE_BUCKET}", f"arn:aws:s3:::{CODE_BUCKET}/*"]),
         ("CloudWatchAccess", ["cloudwatch:PutMetricData"], "*")]
     assert {one["Effect"] for one in account.statements()} == {"Allow"}
+    assert [one.get("Condition", {}).get("StringEquals") for one in account.statements()] == [
+        None, {"aws:ResourceAccount": ACCOUNT}, {"cloudwatch:namespace": ng.Settings().namespace}]
+    assert account.tags() == [TAGS] * 5
     queue_url = account.sqs.get_queue_url(QueueName="nanogrid-task-queue")["QueueUrl"]
     written = account.config.read_text()
     for line in ("region: ap-northeast-2", f"queueUrl: {queue_url}", f"codeBucket: {CODE_BUCKET}"):
@@ -7771,15 +7792,13 @@ def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
 
 
 @pytest.mark.slow
-def test_setup_completes_a_half_made_set_and_names_what_differs(account):
+def test_setup_changes_what_it_did_not_make_only_when_forced(account):
     account.sqs.create_queue(QueueName="nanogrid-task-queue",
-                             Attributes={"VisibilityTimeout": "30"})
+                             Attributes={"VisibilityTimeout": "30", "MaximumMessageSize": "1024"})
     account.s3.create_bucket(Bucket=CODE_BUCKET,
                              CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
     account.s3.put_public_access_block(Bucket=CODE_BUCKET, PublicAccessBlockConfiguration={
         **ALL_BLOCKED, "BlockPublicPolicy": False})
-    account.s3.put_bucket_encryption(Bucket=CODE_BUCKET, ServerSideEncryptionConfiguration={
-        "Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms"}}]})
     other = json.dumps(TRUST).replace("ec2", "lambda")
     for role in ("NanoGridAgentRole", "other-role"):
         account.iam.create_role(RoleName=role, AssumeRolePolicyDocument=other)
@@ -7789,23 +7808,145 @@ def test_setup_completes_a_half_made_set_and_names_what_differs(account):
     account.config.write_text("agent:  # somebody's own\n")
 
     said = account.run()
-    account.check_set()
     for line in ("made: queue nanogrid-task-queue-dlq",
                  "differs: queue nanogrid-task-queue: VisibilityTimeout is 30, should be 300",
-                 "differs: queue nanogrid-task-queue: RedrivePolicy is None, should be ",
+                 "left: queue nanogrid-task-queue: RedrivePolicy",
                  "public access block is True True False True, should be True True True True",
-                 "encryption is aws:kms, should be AES256",
-                 "differs: role NanoGridAgentRole: the trust policy is",
+                 "left: role policy NanoGridAgentPolicy: document",
+                 "differs: role NanoGridAgentRole: trust policy is",
                  "NanoGridAgentProfile: role is other-role, should be NanoGridAgentRole",
-                 "left: application.yml is there and does not name this queue and bucket"):
+                 "left: application.yml is there and does not name this queue and bucket",
+                 "Done; changes: 1; left as they are, for the reasons above: 11."):
         assert line in said
+    assert account.queue()["VisibilityTimeout"] == "30" and account.profile_roles() == ["other-role"]
+    assert account.role() == {"trust": json.loads(other), "policies": {}}
     assert account.config.read_text() == "agent:  # somebody's own\n"
+    said = account.run("--down", answer="yes\n")  # the DLQ alone is its own
+    assert account.names()["queues"] == ["nanogrid-task-queue"] and CODE_BUCKET in account.names()["buckets"]
 
-    said = account.run("--least", "--force")
-    assert "set: role policy NanoGridAgentPolicy" in said and "written: application.yml" in said
-    assert "Done; changes: 2." in said
+    assert "written: application.yml" in account.run("--least", "--force")
+    account.check_set()
     assert account.statements()[0]["Action"] == LEAST_ACTIONS
     assert f"codeBucket: {CODE_BUCKET}\n" in account.config.read_text()
+
+
+@pytest.mark.slow
+def test_setup_keeps_choices_that_are_larger_or_stricter(account):
+    account.run()
+    url = account.sqs.get_queue_url(QueueName="nanogrid-task-queue")["QueueUrl"]
+    redrive = json.loads(account.queue()["RedrivePolicy"])
+    account.sqs.set_queue_attributes(QueueUrl=url, Attributes={
+        "VisibilityTimeout": "3600", "ReceiveMessageWaitTimeSeconds": "5",
+        "RedrivePolicy": json.dumps({**redrive, "maxReceiveCount": 10})})
+    account.s3.put_bucket_encryption(Bucket=CODE_BUCKET, ServerSideEncryptionConfiguration={
+        "Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms"}}]})
+    account.s3.put_public_access_block(Bucket=CODE_BUCKET, PublicAccessBlockConfiguration={
+        **ALL_BLOCKED, "BlockPublicPolicy": False})
+    trust = json.dumps(TRUST).replace('"ec2.amazonaws.com"', '["ec2.amazonaws.com", "ssm.amazonaws.com"]')
+    account.iam.update_assume_role_policy(RoleName="NanoGridAgentRole", PolicyDocument=trust)
+    decrypt = {"Sid": "Key", "Effect": "Allow", "Action": ["kms:Decrypt"], "Resource": "*"}
+    more = {"Version": "2012-10-17", "Statement": [*account.statements(), decrypt]}
+    account.iam.put_role_policy(RoleName="NanoGridAgentRole", PolicyName="NanoGridAgentPolicy",
+                                PolicyDocument=json.dumps(more))
+
+    said = account.run()
+    assert "Done; changes: 2." in said and said.count("\nkept: ") == 5  # its own, weaker ones are mended
+    assert "kept: queue nanogrid-task-queue: VisibilityTimeout is 3600, no less than 300" in said
+    queue = account.queue()
+    assert (queue["VisibilityTimeout"], queue["ReceiveMessageWaitTimeSeconds"]) == ("3600", "20")
+    assert int(json.loads(queue["RedrivePolicy"])["maxReceiveCount"]) == 10
+    bucket = account.bucket(CODE_BUCKET)
+    assert bucket["encryption"]["SSEAlgorithm"] == "aws:kms" and bucket["block"] == ALL_BLOCKED
+    assert account.role() == {"trust": json.loads(trust), "policies": {"NanoGridAgentPolicy": more}}
+
+
+@pytest.mark.slow
+def test_setup_of_a_second_queue_takes_nothing_from_the_first(account):
+    account.run()
+    first = account.everything()[1:-1]
+    account.run("--queue", "second")
+    assert account.everything()[1:-1] == first
+    assert account.profile_roles("NanoGridAgentProfile-second") == ["NanoGridAgentRole-second"]
+    account.run("--queue", "third", "--role", "NanoGridAgentRole")  # one role for two queues
+    assert sorted(account.role()["policies"]) == ["NanoGridAgentPolicy", "NanoGridAgentPolicy-third"]
+    account.s3.create_bucket(Bucket="code-2", CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
+    assert "left: role policy NanoGridAgentPolicy: document" in account.run("--bucket", "code-2")
+    account.run("--down", "--queue", "third", "--role", "NanoGridAgentRole", answer="yes\n")
+    account.run("--down", "--queue", "second", answer="yes\n")
+    assert account.everything()[1:-1] == first and set(account.names()["buckets"]) == {"code-2", CODE_BUCKET}
+
+
+TOPIC = f"arn:aws:sns:ap-northeast-2:{ACCOUNT}:alarms"
+
+
+@pytest.mark.slow
+def test_setup_makes_outputs_alarms_and_a_dashboard_and_takes_them_down(account):
+    before = account.names()
+    flags = ("--alarm-topic", TOPIC, "--dashboard", "--output-bucket", "results", "--output-queue", "done")
+    account.run(*flags)
+    made = account.everything()
+    again = account.run(*flags)
+    assert "Nothing changed: everything" in again and account.everything() == made
+    assert account.names()["dashboards"] == ["NanoGrid-nanogrid-task-queue-ap-northeast-2"]
+    alarms = account.cloudwatch.describe_alarms()["MetricAlarms"]
+    assert [(one["MetricName"], one["Dimensions"][0]["Value"], one["Threshold"], one["AlarmActions"])
+            for one in alarms] == [
+        ("ApproximateNumberOfMessagesVisible", "nanogrid-task-queue-dlq", 0, [TOPIC]),
+        ("ApproximateAgeOfOldestMessage", "nanogrid-task-queue", 900, [TOPIC])]
+    assert account.tags(bucket="results") == [TAGS] * 7
+    board = account.cloudwatch.get_dashboard(DashboardName=account.names()["dashboards"][0])
+    shown = json.dumps([one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]])
+    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime", "Runs"):
+        assert part in shown
+    assert [(one["Action"], one["Resource"]) for one in account.statements()[3:]] == [
+        (["s3:PutObject"], "arn:aws:s3:::results/*"),
+        (["sqs:SendMessage"], f"arn:aws:sqs:ap-northeast-2:{ACCOUNT}:done")]
+    settings, _ = ng.load_settings(account.config, {}, False)
+    assert settings.output_bucket == "results" and settings.output_queue_url.endswith("/done")
+    assert "Nothing changed" in account.run()  # without the flags: nothing that was granted is lost
+    assert account.everything() == made
+
+    account.run("--alarm-topic", TOPIC + "-2")
+    assert {one["AlarmActions"][0] for one in account.cloudwatch.describe_alarms()["MetricAlarms"]} == {TOPIC + "-2"}
+    account.run("--down", "--output-bucket", "results", "--output-queue", "done", answer="yes\n")
+    assert account.names() == before
+
+
+@pytest.mark.slow
+def test_setup_says_what_would_be_lost_before_it_asks(account):
+    account.run()
+    for name, count in (("nanogrid-task-queue", 2), ("nanogrid-task-queue-dlq", 1)):
+        url = account.sqs.get_queue_url(QueueName=name)["QueueUrl"]
+        for _ in range(count):
+            account.sqs.send_message(QueueUrl=url, MessageBody="x")
+    [instance] = account.ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
+    account.ec2.associate_iam_instance_profile(
+        InstanceId=instance["InstanceId"], IamInstanceProfile={"Name": "NanoGridAgentProfile"})
+    made = account.everything()
+    said = account.run("--down", answer="no\n", status=1).split("Type yes")[0]
+    assert "queue nanogrid-task-queue; messages that wait, are in work, are delayed: 2, 0, 0\n" in said
+    assert "queue nanogrid-task-queue-dlq; messages that wait, are in work, are delayed: 1, 0, 0\n" in said
+    assert f"NanoGridAgentProfile; instances that use it: {instance['InstanceId']}\n" in said
+    assert account.everything() == made
+
+
+@pytest.mark.slow
+def test_setup_that_was_stopped_after_any_change_is_completed(account, tmp_path):
+    """A CLI that kills the script as soon as one more change is done; the next run goes on."""
+    tool(tmp_path / "bin" / "aws", f"""{shutil.which("aws")} "$@" || exit
+case "$*" in *" create-"* | *" put-"* | *"tag-queue "* | *" add-role-"*) ;; *) exit 0 ;; esac
+pid=$PPID
+while grep -q setup_resources.sh /proc/$pid/cmdline; do
+  pids="$pids $pid"
+  pid=$(cut -d" " -f4 /proc/$pid/stat)
+done
+kill -9 $pids""")
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    for _ in range(13):
+        account.run(env=env, status=-signal.SIGKILL)
+    assert "changes: 1." in account.run(env=env)  # application.yml
+    account.check_set()
+    assert account.tags() == [TAGS] * 5
 
 
 @pytest.mark.slow
@@ -7835,7 +7976,8 @@ def test_setup_takes_down_all_but_a_bucket_with_objects(account):
     account.run(*mine, env=env)
     assert account.names() == {
         "queues": ["mine", "mine-dead", "not-mine"], "buckets": ["mine-code"],
-        "roles": ["mine-role"], "profiles": ["mine-profile"], "files": ["application.yml"]}
+        "roles": ["mine-role"], "profiles": ["mine-profile"], "alarms": [], "dashboards": [],
+        "files": ["application.yml"]}
     assert account.bucket("mine-code")["region"] is None  # how S3 spells us-east-1
     assert "\n    region: us-east-1\n" in account.config.read_text()
     account.s3.put_object(Bucket="mine-code", Key="functions/kept.zip", Body=b"x")
@@ -7861,13 +8003,20 @@ def test_setup_takes_down_all_but_a_bucket_with_objects(account):
 FAKE_AWS = r'''#!/bin/bash
 # An account that has nothing and takes everything but what FAKE_REFUSES names.
 printf '%s\n' "$*" >>"$FAKE_LOG"
+printf '%s' "$AWS_CLI_ERROR_FORMAT" >"$FAKE_LOG.format"
 case "$*" in
-  *" ${FAKE_REFUSES:-nothing at all} "*) printf '%s\n' "$FAKE_ANSWER" >&2; exit 254 ;;
+  *" ${FAKE_REFUSES:-nothing at all} "*)
+    printf x >>"$FAKE_LOG.refused"
+    refused="$(<"$FAKE_LOG.refused")"
+    if [ ${#refused} -le "${FAKE_TIMES:-99}" ]; then printf '%s\n' "$FAKE_ANSWER" >&2; exit 254; fi ;;
+esac
+case "$*" in
   *" get-caller-identity "*) printf '123456789012\t%s\n' "$FAKE_CALLER" ;;
   *" get-queue-url --queue-name ${FAKE_QUEUE:-nothing at all} "*) echo http://old/address ;;
   *" sqs get-"*) echo "An error occurred (QueueDoesNotExist) when calling …" >&2; exit 254 ;;
   *" s3api get-"*) echo "An error occurred (NoSuchBucket) when calling …" >&2; exit 254 ;;
   *" iam get-"*) echo "An error occurred (NoSuchEntity) when calling …" >&2; exit 254 ;;
+  *" get-dashboard "*) echo "An error occurred (ResourceNotFound) when calling …" >&2; exit 254 ;;
   *" s3 cp "*) cp "${@:(-2):1}" "$FAKE_LOG.zip" ;;
   *" send-message "*)
     for word; do case "$word" in file://*) cp "${word#file://}" "$FAKE_LOG.json" ;; esac; done ;;
@@ -7886,8 +8035,10 @@ class FakeAccount:
         for tool in TOOLS:
             (tools / tool).symlink_to(shutil.which(tool))
         (tools / "python3").symlink_to(sys.executable)
+        (tools / "sleep").write_text('#!/bin/bash\nprintf "sleep $1\\n" >>"$FAKE_LOG"\n')
         (tools / "aws").write_text(FAKE_AWS)
-        (tools / "aws").chmod(0o755)
+        for tool in ("aws", "sleep"):
+            (tools / tool).chmod(0o755)
         self.env = {"PATH": str(tools), "FAKE_LOG": str(self.log), "FAKE_QUEUE": "",
                     "FAKE_CALLER": f"arn:aws:iam::{ACCOUNT}:user/somebody"}
 
@@ -7943,6 +8094,40 @@ def test_setup_failure_names_step_answer_and_remedy(fake, refuses, answer, remed
     assert not (fake.path / "application.yml").exists()
 
 
+FRESH = "An error occurred ({}) when calling the operation: {}"
+
+
+# The first answer is SQS's own (serverless/serverless, issue 5215, shows it), the others IAM's and S3's.
+@pytest.mark.parametrize("refuses, answer", [
+    ("sqs create-queue --queue-name nanogrid-task-queue", FRESH.format(
+        "InvalidParameterValue", "… RedrivePolicy is invalid. Reason: Dead letter target does not exist.")),
+    ("iam put-role-policy", FRESH.format("NoSuchEntity", "The role with name … cannot be found.")),
+    ("s3api put-bucket-tagging", FRESH.format("NoSuchBucket", "The specified bucket does not exist")),
+    ("s3api put-public-access-block", FRESH.format("OperationAborted", "A conflicting conditional operation …")),
+])
+def test_setup_gives_aws_time_to_know_what_is_new(fake, refuses, answer):
+    fake.env["FAKE_TIMES"] = "3"
+    assert "Done; changes: 14." in fake.run(refuses=refuses, refusal=answer)
+    assert re.search(f"( {refuses} .*\nsleep 1\n.*)" + "{3}", fake.calls())
+    del fake.env["FAKE_TIMES"]
+    (fake.path / "application.yml").unlink()
+    said = fake.run(refuses=refuses, refusal=answer, status=1)  # for ten seconds, not for ever
+    assert "not all of it knows yet" in said and "wait a minute and run again" in said
+
+
+def test_setup_waits_for_what_it_made(fake):
+    fake.run()
+    calls = re.sub("--region .* --output text ", "", fake.calls())
+    for made, waited in (
+            ("sqs create-queue --queue-name nanogrid-task-queue-dlq .*", "sleep 1"),
+            ("s3api create-bucket .*", f"s3api wait bucket-exists --bucket {CODE_BUCKET}"),
+            ("iam create-role .*", "iam wait role-exists --role-name NanoGridAgentRole"),
+            ("iam create-instance-profile .*",
+             "iam wait instance-profile-exists --instance-profile-name NanoGridAgentProfile")):
+        assert re.search(f"^{made}\n{waited}$", calls, re.MULTILINE), made
+    assert Path(f"{fake.log}.format").read_text() == "legacy"  # json has the codes elsewhere
+
+
 def test_setup_failure_of_the_machine_names_its_step(fake, tmp_path):
     (fake.path / "application.yml").symlink_to(tmp_path / "nowhere" / "application.yml")
     said = fake.run(status=1)
@@ -7975,7 +8160,7 @@ def test_setup_fills_in_the_partition_of_the_caller(fake, partition, region, suf
     assert set(re.findall(r"arn:([a-z-]+):(?:sqs|s3):", calls)) == {partition}
     assert f"arn:{partition}:sqs:{region}:{ACCOUNT}:nanogrid-task-queue-dlq" in calls
     assert f"LocationConstraint={region}\n" in calls
-    assert calls.count(f"--region {region} --output text ") == len(calls.splitlines())
+    assert calls.count(f"--region {region} --output text ") == len(calls.replace("sleep 1\n", "").splitlines())
     written = (fake.path / "application.yml").read_text()
     assert f"queueUrl: https://sqs.{region}.{suffix}/{ACCOUNT}/nanogrid-task-queue\n" in written
 
@@ -8009,6 +8194,9 @@ def test_setup_test_message_is_the_guides(fake):
 
     said = fake.run("--test-message", refuses="sqs get-queue-url", status=1,
                     refusal="An error occurred (AWS.SimpleQueueService.NonExistentQueue) …")
+    assert "run setup_resources.sh without --test-message first" in said
+    said = fake.run("--test-message", queue="nanogrid-task-queue", refuses="s3 cp", status=1,
+                    refusal="upload failed: … An error occurred (NoSuchBucket) when calling PutObject")
     assert "run setup_resources.sh without --test-message first" in said
     calls = len(fake.calls().splitlines())
     assert "would be sent" in fake.run("--test-message", "--dry-run", queue="nanogrid-task-queue")
@@ -8044,6 +8232,8 @@ def test_setup_goes_on_only_in_the_account_that_was_named(fake):
     (["--queue", "same", "--dlq", "same"], "are both same"),
     (["--bucket", "Capital"], "--bucket is 'Capital'"),
     (["--role", 'a"b'], "--role is 'a\"b'"),
+    (["--output-queue", "nanogrid-task-queue-dlq"], "--output-queue is nanogrid-task-queue-dlq as well"),
+    (["--alarm-topic", "alarms"], "the ARN of an SNS topic"),
     (["--down", "--test-message"], "do not go together"),
 ])
 def test_setup_wrong_usage(fake, flags, problem):
@@ -8341,6 +8531,23 @@ def test_unit_is_one_that_systemd_takes(tmp_path, agents):
     assert ended.returncode == 0
 
 
+def test_timer_is_one_that_systemd_takes_and_starts_the_cron_lines_command(tmp_path):
+    need("systemd-analyze")
+    sh(BLOCKS["timer"].replace("/etc/systemd/system", str(tmp_path)), tmp_path)
+    service, timer = (tmp_path / f"nanogrid-drain.{kind}" for kind in ("service", "timer"))
+    command = re.search("^ExecStart=(.*)$", service.read_text(), re.MULTILINE)[1]
+    assert f" {command} >>" in BLOCKS["cron"] and re.search("AGENT_TASKBASEDIR=/var/lib", service.read_text())
+    service.write_text(service.read_text().replace("/opt/nanogrid/venv/bin/python", sys.executable))
+    ended = subprocess.run(["systemd-analyze", "verify", str(service), str(timer)], timeout=60,
+                           capture_output=True, text=True, check=False)
+    assert "nanogrid-drain" not in ended.stdout + ended.stderr and ended.returncode == 0, ended.stderr
+
+
+def test_the_cloudwatch_agent_reads_the_log_that_is_written():
+    [file] = json.loads(BLOCKS["logs.json"])["logs"]["logs_collected"]["files"]["collect_list"]
+    assert f">>{file['file_path']} " in BLOCKS["cron"] and f"append:{file['file_path']}`" in TEXT
+
+
 def test_unit_waits_for_longer_than_a_shutdown_takes():
     seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", BLOCKS["unit"], re.MULTILINE)[1])
     settings = ng.Settings()
@@ -8397,7 +8604,8 @@ def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
                         ("/opt/nanogrid/", f"{tmp_path}/")):
         command = command.replace(there, here)
     with scratch() as place:
-        shell.run(command, AGENT_SQS_WAITTIMESECONDS="1", AGENT_TASKBASEDIR=str(place / "task"))
+        command = command.replace("/var/lib/nanogrid/task", str(place / "task"))
+        shell.run(command, AGENT_SQS_WAITTIMESECONDS="1")
     log = (tmp_path / "nanogrid.log").read_text()
     assert "[test-001] stdout: Result: 42" in log
     assert reports(log)[0]["status"] == "ok"
@@ -8410,23 +8618,28 @@ def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
 @pytest.mark.slow
 def test_what_the_cli_makes_is_what_the_script_makes(shell, tmp_path):
     shell.run(BLOCKS["cli"])
+    bucket, s3 = {"Bucket": CODE_BUCKET}, shell.client("s3")  # what S3 does by itself, and moto does not
+    s3.put_public_access_block(**bucket, PublicAccessBlockConfiguration=ALL_BLOCKED)
+    s3.put_bucket_ownership_controls(
+        **bucket, OwnershipControls={"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]})
     said = run_setup(tmp_path, env=shell.env)
-    assert "Nothing changed" in said and said.count("\nunchanged: ") == 9, said
+    assert "Nothing changed; left" in said and said.count("\nunchanged: ") == 12, said
+    assert re.findall("^left: (.*?) is there", said, re.MULTILINE) == ["application.yml"]  # not the emulator's URL
 
 
 @pytest.mark.slow
-def test_profile_group_and_alarm(shell):
+def test_profile_and_group(shell):
     ec2 = shell.client("ec2")
     [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
     shell.client("iam").create_instance_profile(InstanceProfileName="NanoGridAgentProfile")
-    shell.run(BLOCKS["profile"] + BLOCKS["scaling"] + BLOCKS["alarm"], INSTANCE=instance["InstanceId"],
-              SUBNETS=ec2.describe_subnets()["Subnets"][0]["SubnetId"],
-              TOPIC=shell.client("sns").create_topic(Name="nanogrid")["TopicArn"])
+    group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
+    shell.run(BLOCKS["profile"] + BLOCKS["scaling"], INSTANCE=instance["InstanceId"], GROUP=group,
+              SUBNETS=ec2.describe_subnets()["Subnets"][0]["SubnetId"])
+    [version] = ec2.describe_launch_template_versions(LaunchTemplateName="nanogrid")["LaunchTemplateVersions"]
+    made = version["LaunchTemplateData"]
+    assert (made["InstanceType"], made["SecurityGroupIds"]) == (instance["InstanceType"], [group])
     [association] = ec2.describe_iam_instance_profile_associations()["IamInstanceProfileAssociations"]
     assert association["InstanceId"] == instance["InstanceId"]
     [policy] = shell.client("autoscaling").describe_policies(
         AutoScalingGroupName="nanogrid")["ScalingPolicies"]
     assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
-    [alarm] = shell.client("cloudwatch").describe_alarms(
-        AlarmNames=["nanogrid-dlq"])["MetricAlarms"]
-    assert alarm["Dimensions"] == [{"Name": "QueueName", "Value": "nanogrid-task-queue-dlq"}]
