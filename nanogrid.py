@@ -1270,8 +1270,11 @@ class SqsQueue:
                     self.condition.wait(DELETE_WAIT_SECONDS if self.leases or self.closing else 60)
                 now = time.monotonic()
                 # SQS has made these visible again: their leases ended before we asked.
-                self._forget([lease for lease in self.leases.values()
-                              if lease.wish and lease.ends < now])
+                late = [lease for lease in self.leases.values() if lease.wish and lease.ends < now]
+                for message in [lease.message for lease in late if lease.wish == "delete"]:
+                    self.log("INFO", f"message {message.id} could not be deleted while it was "
+                                     "ours: it may run again elsewhere")
+                self._forget(late)
                 wishes = [lease for lease in self.leases.values() if lease.wish]
                 returns = [lease for lease in wishes if lease.wish == "return"]
                 deletes = [lease for lease in wishes if lease.wish == "delete"]
@@ -1333,8 +1336,10 @@ class SqsQueue:
                     continue
                 if refused and wish != "return":
                     what = "was not deleted" if deletes else "is no longer ours"
-                    self.log("WARNING", f"message {lease.message.id} {what}: {said[str(n)]}")
-                if wish:
+                    # A delete whose answer was lost ends a handle, too.
+                    self.log("INFO" if lease.wish else "WARNING",
+                             f"message {lease.message.id} {what}: {said[str(n)]}")
+                if wish or refused and lease.wish:
                     self._forget([lease])
                 else:
                     lease.ends = asked + (0 if refused else seconds[n])
@@ -2229,16 +2234,13 @@ class Room:
                 mount(nothing, path, "", MS_BIND)
 
     def shm_bytes(self) -> int:
-        """What lies in /dev/shm, mapped or not."""
+        """What lies in /dev/shm, mapped or not, and what System V's IPC holds."""
         if SHM not in self.own:
             return 0
         status = os.statvfs(SHM)
-        return (status.f_blocks - status.f_bfree) * status.f_frsize
-
-    def ipc_bytes(self) -> int:
-        """What System V's segments, semaphores and queues hold."""
-        return sum(int(row.split()[column]) * size for kind, column, size in SYSVIPC if self.own
-                   for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:])
+        return (status.f_blocks - status.f_bfree) * status.f_frsize + sum(
+            int(row.split()[column]) * size for kind, column, size in SYSVIPC
+            for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:])
 
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
@@ -2844,7 +2846,7 @@ class Watch:
         self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
         # When last looked exactly: bytes of all together, of each process, and of what any may map.
         self.together, self.sizes, self.shm = 0, {}, 0
-        self.loose = 0  # of the last: what lies in memory files without a name, and in System V's IPC
+        self.loose = 0  # of the last: what lies in memory files without a name
 
     def wait(self) -> str:
         """How the run ends: exit, timeout, oom, disk, or released (the agent let go of it)."""
@@ -2923,8 +2925,7 @@ class Watch:
         room, found = self.supervisor.room, open_unnamed(pids)
         disk = os.stat(room.place.directory).st_dev
         counted = {disk, *(os.stat(path).st_dev for path in room.own)}
-        self.loose = room.ipc_bytes() + sum(
-            size for (device, _), size in found.items() if device not in counted)
+        self.loose = sum(size for (device, _), size in found.items() if device not in counted)
         return sum(size for (device, _), size in found.items() if device == disk)
 
 
