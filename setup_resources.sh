@@ -406,7 +406,7 @@ ensure_bucket() {
     FOUND="${FOUND/#None/us-east-1}"  # so S3 spells two regions
     [ "${FOUND/#EU/eu-west-1}" = "$REGION" ] || stop "it is in $FOUND, not in $REGION, and no bucket can be moved: take another name for it, or --region $FOUND"
   else
-    change marked "queue $QUEUE" aws sqs tag-queue --queue-url "$QUEUE_URL" --tags "MakesBucket=$1"
+    [ "$MARK" = "$1" ] || change marked "queue $QUEUE" aws sqs tag-queue --queue-url "$QUEUE_URL" --tags "MakesBucket=$1"
     change made "$STEP" aws s3api create-bucket --bucket "$1" ${where:+"$where"}
     await aws s3api wait bucket-exists --bucket "$1"
     MARK="$1"

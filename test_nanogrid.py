@@ -7942,7 +7942,7 @@ while grep -q setup_resources.sh /proc/$pid/cmdline; do
 done
 kill -9 $pids""")
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    for _ in range(14):
+    for _ in range(13):
         account.run(env=env, status=-signal.SIGKILL)
     assert "changes: 1." in account.run(env=env)  # application.yml
     account.check_set()
