@@ -867,8 +867,7 @@ class Log:
         """Write lines together; a standard error that is gone or full stops no job."""
         content = "".join(lines).encode("utf-8", "backslashreplace")
         with self.lock, contextlib.suppress(OSError):
-            while content:
-                content = content[os.write(2, content):]
+            write_all(2, content)
 
 
 # Errors of the machine that pass when somebody makes room: errno -> REPORT's word.
