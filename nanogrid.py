@@ -1286,9 +1286,12 @@ class SqsQueue:
             are_young = all(lease.wished + DELETE_WAIT_SECONDS > now for lease in deletes)
             if self.deleting.retry_at > now or are_young and len(deletes) < BATCH:
                 deletes = []
-            for leases, wish in ((beats, ""), (returns, "return"), (deletes, "delete")):
-                for start in range(0, len(leases), BATCH):
-                    self._send(leases[start:start + BATCH], wish)
+            batches = [(leases[start:start + BATCH], wish) for leases, wish in (
+                (beats, ""), (returns, "return"), (deletes, "delete"))
+                for start in range(0, len(leases), BATCH)]
+            # A request that is not answered takes eight seconds. After one the round ends, or the
+            # next beats would come too late.
+            all(self._send(*batch) for batch in batches)
             is_busy = bool(beats or returns or deletes)
 
     def _beats(self, now: float) -> list[Lease]:
@@ -1308,8 +1311,11 @@ class SqsQueue:
                 lease.beat = now + max(0.5, (lease.ends - now) / 3)  # again, if this one fails
         return beats
 
-    def _send(self, leases: list[Lease], wish: str) -> None:
-        """Delete, return or ("") keep these, in one request; what fails is tried again later."""
+    def _send(self, leases: list[Lease], wish: str) -> bool:
+        """Delete, return or ("") keep these, in one request; whether SQS answered.
+
+        What fails is tried again later.
+        """
         asked, deletes = time.monotonic(), wish == "delete"
         call, fault = ((self.sqs.delete_message_batch, self.deleting) if deletes else
                        (self.sqs.change_message_visibility_batch, self.changing))
@@ -1320,7 +1326,8 @@ class SqsQueue:
              **({} if deletes else {"VisibilityTimeout": seconds[n]})}
             for n, lease in enumerate(leases)])
         if error and not deletes and is_denied(error):
-            return self._deny(error)
+            self._deny(error)
+            return True
         failed = {each["Id"]: each for each in (answer or {}).get("Failed", [])}
         said = {key: f"{each.get('Code')}: {each.get('Message')}" for key, each in failed.items()}
         # The sender's fault is a handle that no longer holds: no use in trying again.
@@ -1345,6 +1352,7 @@ class SqsQueue:
                     lease.ends = asked + (0 if refused else seconds[n])
                     lease.beat = asked + (0 if refused else seconds[n] / 3)
             self.may_change = self.may_change if error or deletes else True
+        return not error
 
     def _forget(self, leases: Iterable[Lease]) -> None:
         """Let go of messages, but of those that have been received again meanwhile."""
