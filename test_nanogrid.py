@@ -7400,6 +7400,8 @@ def names(folder, *parts) -> list[str]:
 
 def test_local_several_agents_share_a_folder_and_run_each_task_once():
     with local_site() as folder, local(folder) as first, local(folder) as second:
+        for agent in (first, second):
+            agent.wait_for("INFO runtimes: ")
         for number in range(60):
             local_job(folder, f"r{number:02d}", sleep=0.1)
         until(lambda: len(names(folder, "results")) == 60 and not names(folder, "running"), 60,
@@ -7430,9 +7432,9 @@ def test_local_running_tasks_of_a_living_agent_are_left_to_it():
         local_job(folder, "r1", sleep=4)
         until_ran(folder.scratch)
         with local(folder) as second:
-            until(lambda: names(folder, "results"), 30, "the result")
+            until(lambda: reports(first.log), 30, "the report")
             assert proxy_runs(folder.scratch) == {"r1": 1} and not reports(second.log)
-            assert len(reports(first.log)) == 1
+            assert len(names(folder, "results")) == len(reports(first.log)) == 1
 
 
 def test_local_third_failure_is_dead_with_its_result_beside_it():
