@@ -35,6 +35,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import glob
 import io
 import itertools
@@ -1094,10 +1095,10 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
 # Queue: where messages come from; SQS, or a folder
 # --------------------------------------------------------------------------------------------
 #
-# Both have receive(limit, drain) -> messages, held_until(message, needed), is_empty(),
-# end(message, status, result) and close(). From its receive to its end a message is held: its
-# lease is kept alive.
+# Both have receive(), held_until(), end(), is_empty() and close(). From its receive to its end a
+# message is held: its lease is kept alive.
 
+CHANGE_NEEDS = "sqs:ChangeMessageVisibility"
 QUEUE_NEEDS = "sqs:ReceiveMessage, sqs:DeleteMessage and sqs:GetQueueAttributes"
 LONGEST_LEASE_SECONDS = MAX_TIMEOUT_MS // 1000  # from the receive, whatever was extended since
 BATCH = 10  # entries of one SQS batch request
@@ -1185,8 +1186,7 @@ class SqsQueue:
             message.aim = "delete"
             return None
         if old and old.aim in ("keep", "lost"):
-            self.log("WARNING", f"message {key} came again while it is running here; it is not "
-                                "started twice")
+            self.log("WARNING", f"message {key} came again while it runs here: not started again")
             return None
         return message
 
@@ -1210,10 +1210,7 @@ class SqsQueue:
                 del self.held[message.id]
 
     def held_until(self, message: Message, needed: float = 0) -> float:
-        """When the message will no longer be ours, by time.monotonic().
-
-        Whether that can be put off is tried when it is not known, and `needed` is later.
-        """
+        """When the message will no longer be ours; tries once to put that off if it is `needed`."""
         held = self.held[message.id]
         if self.may_change is None and held.ends - 1 < needed:
             self._send("keep", [held])
@@ -1254,9 +1251,8 @@ class SqsQueue:
             aim = message.aim
             if message.ends <= now or aim == "return" and self.may_change is False:
                 if aim in ("keep", "delete"):
-                    self.log("WARNING" if aim == "keep" else "INFO",
-                             f"the lease of message {key} is lost: it may run again elsewhere, and "
-                             "is not deleted from here")
+                    self.log("WARNING" if aim == "keep" else "INFO", f"the lease of message {key} "
+                             "is lost: it may run again elsewhere, and is not deleted from here")
                 if aim == "keep":
                     message.aim = "lost"
                 elif aim != "lost":
@@ -1273,13 +1269,10 @@ class SqsQueue:
         return due
 
     def _send(self, aim: str, messages: list[Message]) -> bool:
-        """Keep, return or delete messages, in one request; whether SQS answered.
-
-        What fails is tried again later.
-        """
+        """Keep, return or delete messages in one request; whether SQS answered."""
         asked, fault, call = time.monotonic(), self.faults[aim], self.sqs.delete_message_batch
-        entries: list[dict[str, Any]] = [{"Id": str(n), "ReceiptHandle": message.handle}
-                                         for n, message in enumerate(messages)]
+        entries: list[dict[str, Any]] = [
+            {"Id": str(n), "ReceiptHandle": message.handle} for n, message in enumerate(messages)]
         if aim != "delete":
             call = self.sqs.change_message_visibility_batch
             for entry, message in zip(entries, messages):
@@ -1290,9 +1283,8 @@ class SqsQueue:
             with self.lock:
                 if self.may_change is not False:
                     self.may_change = False
-                    self.log("WARNING", "leases are not extended, and tasks over the queue's "
-                             f"{self.visibility} s are rejected: "
-                             f"{remedy(error, 'sqs:ChangeMessageVisibility')}")
+                    self.log("WARNING", "no lease is extended, and tasks over its "
+                             f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
             return True
         failed = {each["Id"]: (each.get("SenderFault"), f"{each.get('Code')}: {each.get('Message')}")
                   for each in (answer or {}).get("Failed", [])}
@@ -1325,6 +1317,7 @@ class FolderQueue:
     How often a task was taken before stands in the hidden file queue/.NAME.json.takes.
     """
 
+    TASKS = "[!.]*.json"
     RECEIVES = 3
     PARTS = ("queue", "running", "dead", "results", "code")
 
@@ -1337,15 +1330,14 @@ class FolderQueue:
         self.log, self.fault = log, Fault(log, f"writing to {root}")
         self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
         with contextlib.suppress(OSError):
-            moved_to, close_write = 0x80, 0x8
-            notices = kernel("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
-            kernel("inotify_add_watch", notices, os.fsencode(self.queue), moved_to | close_write)
-            self.notices = [notices]
+            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
+            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
+            self.notices = [fd]
         self.recover()
 
     def recover(self) -> None:
         """Put the tasks of agents that died back; their take counts."""
-        for name in filter(is_task, os.listdir(self.running)):
+        for name in fnmatch.filter(os.listdir(self.running), self.TASKS):
             with self._passing_over(path := f"{self.running}/{name}"), locked(path):
                 self._put_back(name, self._takes(name) + 1)
 
@@ -1386,45 +1378,38 @@ class FolderQueue:
         """At most `limit` tasks; waits a tenth of a second for one, but for a drain."""
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
-            self.names.extend(sorted(filter(is_task, os.listdir(self.queue))))
+            self.names.extend(sorted(fnmatch.filter(os.listdir(self.queue), self.TASKS)))
         taken: list[Message] = []
         while self.names and len(taken) < limit:
-            if message := self._take(self.names.popleft()):
-                taken.append(message)
+            name = self.names.popleft()
+            path, target = f"{self.queue}/{name}", f"{self.running}/{name}"
+            if os.path.lexists(target):
+                continue  # one of that name is under way, and would be overwritten
+            with self._passing_over(path), contextlib.ExitStack() as stack:
+                fd = stack.enter_context(locked(path)).fileno()
+                status = os.fstat(fd)
+                text = os.read(fd, status.st_size).decode("utf-8", "surrogateescape")
+                os.rename(path, target)
+                taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
+                                     stack.pop_all()))
         if not taken and not drain:
-            select.select(self.notices, [], [], 0.1)
-            for fd in self.notices:
-                read_nonblocking(fd)
+            for fd in select.select(self.notices, [], [], 0.1)[0]:
+                os.read(fd, 65536)
         return taken
-
-    def _take(self, name: str) -> Message | None:
-        path, target = f"{self.queue}/{name}", f"{self.running}/{name}"
-        if os.path.lexists(target):
-            return None  # one of that name is under way, and would be overwritten
-        with self._passing_over(path), contextlib.ExitStack() as stack:
-            fd = stack.enter_context(locked(path)).fileno()
-            status = os.fstat(fd)
-            text = os.read(fd, status.st_size).decode("utf-8", "surrogateescape")
-            os.rename(path, target)
-            return Message(name, text, self._takes(name) + 1, status.st_mtime, stack.pop_all())
-        return None
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Remove a task that succeeded; take another again at once, or bury it the third time."""
         name, takes = message.id, message.receive_count
         with message.handle:
-            if status == "released":  # a take that was given back does not count
-                self._put_back(name, takes - 1)
-            elif status == "ok":
-                self._count(name).unlink(missing_ok=True)
-                os.unlink(f"{self.running}/{name}")
-            elif takes >= self.RECEIVES:
-                self._count(name).unlink(missing_ok=True)
-                with self.fault.watched(goes_on=True):  # the log says why the task failed, too
-                    write_json(self.dead, f"{name[:-5]}.result.json", result)
-                os.rename(f"{self.running}/{name}", f"{self.dead}/{name}")
-            else:
-                self._put_back(name, takes)
+            if status == "released" or status != "ok" and takes < self.RECEIVES:
+                # A take that was given back does not count.
+                return self._put_back(name, takes - (status == "released"))
+            self._count(name).unlink(missing_ok=True)
+            if status == "ok":
+                return os.unlink(f"{self.running}/{name}")
+            with self.fault.watched(goes_on=True):  # the log says why the task failed, too
+                write_json(self.dead, f"{name[:-5]}.result.json", result)
+            os.rename(f"{self.running}/{name}", f"{self.dead}/{name}")
 
     def held_until(self, message: Message, needed: float = 0) -> float:
         """Never: a lock lasts as long as its holder."""
@@ -1433,16 +1418,11 @@ class FolderQueue:
     def is_empty(self) -> bool:
         """Whether no task waits."""
         self.recover()
-        return not any(is_task(name) and f"{self.queue}/{name}" not in self.refused
-                       for name in os.listdir(self.queue))
+        return all(f"{self.queue}/{name}" in self.refused
+                   for name in fnmatch.filter(os.listdir(self.queue), self.TASKS))
 
     def close(self) -> None:
         """Nothing is left to send."""
-
-
-def is_task(name: str) -> bool:
-    """Whether a name in queue/ is a task's."""
-    return name.endswith(".json") and name[0] != "."
 
 
 @contextlib.contextmanager
@@ -1490,11 +1470,11 @@ class Package:
     etag: str
     entry: str
     size: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
-    users: int = 0
-    used: float = 0.0
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
+    users: int = 1  # the runs that need it, and the cache until it is replaced
+    used: float = 0.0
 
     @property
     def built(self) -> Path:
@@ -1502,11 +1482,8 @@ class Package:
         return self.path.with_suffix(".built")
 
     def serves(self, message: Message) -> bool:
-        """Whether this is right for a message without asking the source again.
-
-        It is when the source was asked after the message was here: our own clock knows that. Else
-        the source must have confirmed it, by its own clock, seconds after the message was sent.
-        """
+        """Whether this is right for a message: asked for after its receive, or (by the clocks of
+        S3 and SQS) confirmed seconds after it was sent."""
         return (message.received < self.asked
                 or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
 
@@ -1520,17 +1497,27 @@ class S3Code:
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
         """Write the zip to `target`, unless `known` is still its ETag; (ETag, when S3 said so).
 
-        The time is by S3's own clock, 0 where it is not known. Raises Ended when there is no such
-        object or no permission, Outage when S3 is away, and OSError when the disk is.
+        The time is by S3's own clock, 0 where it is not known. Raises Ended when the task or the
+        settings are wrong, Outage when S3 is away, and OSError when the disk is.
         """
-        condition = {"IfNoneMatch": known} if known else {}
-        answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key, **condition)
-        if error and error_code(error) in ("304", "NotModified"):
+        where = f"s3://{task.bucket}/{task.key}"
+        answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key,
+                                **({"IfNoneMatch": known} if known else {}))
+        code = error and error_code(error)
+        if error and code in ("304", "NotModified"):
             answer = error.response
+        elif error and passes(error):
+            raise Outage(self.fault, "s3", f"{where}: {error}")
+        elif code == "NoSuchKey":
+            raise rejected("key", f"{where} does not exist; upload it, or correct s3Key")
+        elif code == "NoSuchBucket":
+            raise Ended(status="error", reason="bucket", text=f"{where}: {error}; check "
+                        "agent.s3.codeBucket, or s3Bucket in the message")
         elif error:
-            raise self._explain(error, task)
+            raise Ended(status="error", reason="permission" if is_denied(error) else "s3",
+                        text=f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}")
         else:
-            self._download(answer, target, f"s3://{task.bucket}/{task.key}")
+            self._download(answer, target, where)
             known = answer["ETag"]
         self.fault.worked()
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
@@ -1539,34 +1526,15 @@ class S3Code:
         return known, 0.0
 
     def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
-        """Write a body to a file, whole or not at all: its length is checked before it counts."""
-        written = 0
-        with contextlib.closing(answer["Body"]), open(target, "wb") as file:
-            while True:
-                chunk, error = attempt(answer["Body"].read, amt=256 * 1024)
-                if error or not chunk:
-                    break
-                written += len(chunk)
-                if written > MAX_UNPACKED:
-                    raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
-                file.write(chunk)
-        if error or written != answer["ContentLength"]:
-            raise Outage(self.fault, "s3", f"{where} was cut short: {written} of "
-                                           f"{answer['ContentLength']} bytes came ({error})")
-
-    def _explain(self, error: Exception, task: Task) -> Exception:
-        """What an error of GetObject means: for the task, for the settings, or for now."""
-        code = error_code(error)
-        where = f"s3://{task.bucket}/{task.key}"
-        if passes(error):
-            return Outage(self.fault, "s3", f"{where}: {error}")
-        if code == "NoSuchKey":
-            return rejected("key", f"{where} does not exist; upload it, or correct s3Key")
-        if code == "NoSuchBucket":
-            return Ended(status="error", reason="bucket", text=f"{where}: {error}; check "
-                         "agent.s3.codeBucket, or s3Bucket in the message")
-        return Ended(status="error", reason="permission" if is_denied(error) else "s3",
-                     text=f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}")
+        if answer["ContentLength"] > MAX_UNPACKED:
+            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
+        try:
+            with contextlib.closing(answer["Body"]) as body, open(target, "wb") as file:
+                file.writelines(body.iter_chunks(256 * 1024))
+        except OSError:  # the disk's: botocore's errors, also of a body that is short, are none
+            raise
+        except Exception as error:  # noqa: BLE001
+            raise Outage(self.fault, "s3", f"{where} was cut short: {error}") from None
 
 
 class FolderCode:
@@ -1578,19 +1546,15 @@ class FolderCode:
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
         """As S3Code.get, for a file."""
         path = f"{self.root}/{task.key}"
-        try:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise rejected("key", f"{path} is no file")
-                # It is another as soon as the file is overwritten or replaced.
-                etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
-                if etag != known:
-                    with open(target, "wb") as copy:
-                        shutil.copyfileobj(file, copy)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise rejected("key", f"{path} does not exist; put the zip there, or correct s3Key"
-                           ) from None
+        if not os.path.isfile(path):
+            raise rejected("key", f"{path} is no file; put the zip there, or correct s3Key")
+        with open(path, "rb") as source:
+            status = os.fstat(source.fileno())
+            # It is another as soon as the file is overwritten or replaced.
+            etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+            if etag != known:
+                with open(target, "wb") as copy:
+                    shutil.copyfileobj(source, copy)
         return etag, 0.0
 
 
@@ -1601,75 +1565,55 @@ class CodeCache:
         self.source, self.directory = source, directory
         self.fault = Fault(log, f"keeping code in {directory}")
         self.lock = threading.Lock()
-        self.key_locks: defaultdict[tuple[str, str, str], threading.Lock] = defaultdict(
-            threading.Lock)
+        self.key_locks: dict[tuple[str, str, str], threading.Lock] = {}
         self.packages: dict[tuple[str, str, str], Package] = {}
-        self.serial = 0
 
     def get(self, task: Task, message: Message) -> Package:
-        """The package of a message's task, as its source has it; to be given to release().
-
-        Raises Ended and Outage.
-        """
+        """The package of a task, to be given to release(); raises Ended and Outage."""
         key = (task.bucket, task.key, task.runtime)
-        with self.lock:
-            key_lock = self.key_locks[key]
-        with key_lock:
+        with self.key_locks.setdefault(key, threading.Lock()):
             package = self.packages.get(key)
             if package is None or not package.serves(message):
-                package = self._refresh(key, task, package)
+                with self.fault.watched():
+                    package = self._refresh(key, task, package)
             with self.lock:
                 package.users += 1
                 package.used = time.monotonic()
             return package
 
     def release(self, package: Package) -> None:
-        """Say that a run no longer needs its package, which goes if it was replaced meanwhile."""
+        """Let go of a package, which is removed once it has no users."""
         with self.lock:
             package.users -= 1
-            is_known = package in self.packages.values()
-        if not is_known and not package.users:
-            self._remove(package)
+        if not package.users:
+            for path in (package.path, package.built):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _refresh(self, key: tuple[str, str, str], task: Task, old: Package | None) -> Package:
         """Ask the source: the old package if that is still right, else the new one, taken in."""
-        with self.lock:
-            self.serial += 1
-            place = self.directory / str(self.serial)
-        archive = place.with_suffix(".zip")
         asked = time.monotonic()
-        try:
-            with self.fault.watched():
-                etag, confirmed = self.source.get(task, old.etag if old else "", archive)
-                if old and etag == old.etag:
-                    old.asked, old.confirmed = asked, confirmed
-                    return old
-                place.mkdir(mode=0o755)
-                unpack(archive, place)
-                size = sum(entry.lstat().st_size for entry in place.rglob("*"))
-                package = Package(place, etag, find_entry(place, task.runtime), size, asked=asked,
-                                  confirmed=confirmed)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-        finally:
-            archive.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.directory) as making:
+            archive, place = Path(making, "zip"), Path(making, "code")
+            etag, confirmed = self.source.get(task, old.etag if old else "", archive)
+            if old and etag == old.etag:
+                old.asked, old.confirmed = asked, confirmed
+                return old
+            place.mkdir(mode=0o755)
+            unpack(archive, place)
+            entry = find_entry(place, task.runtime)
+            size = sum(one.lstat().st_size for one in place.rglob("*"))
+            package = Package(place.rename(f"{making}.code"), etag, entry, size, asked, confirmed)
         with self.lock:
-            gone = [old] if old and not old.users else []
             self.packages[key] = package
+            gone = [old] if old else []
             size = sum(one.size for one in self.packages.values())
             for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if size > CACHE_BYTES and not one.users and one is not package:
+                if size > CACHE_BYTES and one.users == 1 and one is not package:
                     gone.append(self.packages.pop(name))
                     size -= one.size
         for one in gone:
-            self._remove(one)
+            self.release(one)
         return package
-
-    @staticmethod
-    def _remove(package: Package) -> None:
-        for path in (package.path, package.built):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------
