@@ -1198,16 +1198,13 @@ class SqsQueue:
                 self.finished[message.id] = None
                 if len(self.finished) > REMEMBERED:
                     self.finished.popitem(last=False)
-            is_ours = held.aim != "lost"
-            if is_ours and status == "ok":
-                held.aim = "delete"
-            elif is_ours and status in ("rejected", "released", "error"):
-                held.aim = "return"
-                if status == "error":  # a machine that is ill must not empty the queue into the DLQ
-                    delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
-                    held.delay = int(min(delay, held.last - time.monotonic()))
-            else:
+            if held.aim == "lost" or status not in ("ok", "rejected", "released", "error"):
                 del self.held[message.id]
+                return
+            held.aim = "delete" if status == "ok" else "return"
+            if status == "error":  # a machine that is ill must not empty the queue into the DLQ
+                delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
+                held.delay = int(min(delay, held.last - time.monotonic()))
 
     def held_until(self, message: Message, needed: float = 0) -> float:
         """When the message will no longer be ours; tries once to put that off if it is `needed`."""
@@ -1286,8 +1283,8 @@ class SqsQueue:
                     self.log("WARNING", "no lease is extended, and tasks over its "
                              f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
             return True
-        failed = {each["Id"]: (each.get("SenderFault"), f"{each.get('Code')}: {each.get('Message')}")
-                  for each in (answer or {}).get("Failed", [])}
+        failed = {one["Id"]: (one.get("SenderFault"), f"{one.get('Code')}: {one.get('Message')}")
+                  for one in (answer or {}).get("Failed", [])}
         passing = [said for is_final, said in failed.values() if not is_final]
         if error or passing:
             fault.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
@@ -1299,7 +1296,7 @@ class SqsQueue:
             self.may_change = self.may_change if aim == "delete" else True
             for entry, message in zip(entries, messages):
                 is_final, said = failed.get(entry["Id"], (False, ""))
-                if is_final:  # its handle holds no longer; a delete whose answer was lost ends it, too
+                if is_final:  # its handle holds no longer, as after a delete whose answer was lost
                     message.ends = asked
                     self.log("WARNING" if message.aim == "keep" else "INFO",
                              f"message {message.id} is no longer ours: {said}")
@@ -1482,8 +1479,7 @@ class Package:
         return self.path.with_suffix(".built")
 
     def serves(self, message: Message) -> bool:
-        """Whether this is right for a message: asked for after its receive, or (by the clocks of
-        S3 and SQS) confirmed seconds after it was sent."""
+        """Whether the source had this after the message was sent, by our clock or by AWS's."""
         return (message.received < self.asked
                 or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
 
@@ -1495,10 +1491,9 @@ class S3Code:
         self.s3, self.fault = s3, Fault(log, "fetching code from S3")
 
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
-        """Write the zip to `target`, unless `known` is still its ETag; (ETag, when S3 said so).
+        """Write the zip to `target`, unless `known` is still its ETag; (ETag, S3's own time or 0).
 
-        The time is by S3's own clock, 0 where it is not known. Raises Ended when the task or the
-        settings are wrong, Outage when S3 is away, and OSError when the disk is.
+        Raises Ended for what no waiting mends, Outage when S3 is away, OSError when the disk is.
         """
         where = f"s3://{task.bucket}/{task.key}"
         answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key,
