@@ -1116,7 +1116,7 @@ class Message:
     body: str
     receive_count: int
     sent: float  # seconds since the epoch, by the queue's clock
-    handle: Any = None  # SQS's receipt handle, or the open file that is locked
+    handle: Any = None  # SQS's receipt handle; of a folder, what unlocks the file at its end
     received: float = field(default_factory=time.monotonic)
     # The rest is of SQS alone; the times are time.monotonic()'s.
     ends: float = math.inf  # when SQS makes it visible again
@@ -1343,10 +1343,9 @@ class FolderQueue:
         """Leave a task that is gone or another's; say once of any other that it cannot be taken."""
         try:
             yield
-        except (FileNotFoundError, BlockingIOError):
-            pass
         except OSError as error:
-            if path not in self.refused:
+            is_left = isinstance(error, BlockingIOError) or not os.path.lexists(path)
+            if not is_left and path not in self.refused:
                 self.refused.add(path)
                 self.log("WARNING", f"{path} cannot be taken: {error}")
 
@@ -1603,7 +1602,7 @@ class CodeCache:
             gone = [old] if old else []
             size = sum(one.size for one in self.packages.values())
             for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if size > CACHE_BYTES and one.users == 1 and one is not package:
+                if size > CACHE_BYTES and one.users == 1 and not self.key_locks[name].locked():
                     gone.append(self.packages.pop(name))
                     size -= one.size
         for one in gone:
