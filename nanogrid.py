@@ -1542,13 +1542,10 @@ class FolderCode:
         path = f"{self.root}/{task.key}"
         if not os.path.isfile(path):
             raise rejected("key", f"{path} is no file; put the zip there, or correct s3Key")
-        with open(path, "rb") as source:
-            status = os.fstat(source.fileno())
-            # It is another as soon as the file is overwritten or replaced.
-            etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
-            if etag != known:
-                with open(target, "wb") as copy:
-                    shutil.copyfileobj(source, copy)
+        status = os.stat(path)  # before its content is read: what is newer then is asked for again
+        etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+        if etag != known:
+            shutil.copyfile(path, target)
         return etag, 0.0
 
 
