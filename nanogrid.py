@@ -1280,7 +1280,7 @@ class SqsQueue:
             with self.lock:
                 if self.may_change is not False:
                     self.may_change = False
-                    self.log("WARNING", "no lease is extended, and tasks over its "
+                    self.log("WARNING", "no lease is extended, and tasks over the queue's "
                              f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
             return True
         failed = {one["Id"]: (one.get("SenderFault"), f"{one.get('Code')}: {one.get('Message')}")
@@ -1293,7 +1293,8 @@ class SqsQueue:
         if error:
             return False
         with self.lock:
-            self.may_change = self.may_change if aim == "delete" else True
+            if aim != "delete":
+                self.may_change = True
             for entry, message in zip(entries, messages):
                 is_final, said = failed.get(entry["Id"], (False, ""))
                 if is_final:  # its handle holds no longer, as after a delete whose answer was lost
