@@ -35,6 +35,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import glob
 import io
 import itertools
@@ -1094,47 +1095,35 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
 # Queue: where messages come from; SQS, or a folder
 # --------------------------------------------------------------------------------------------
 #
-# Both have receive(limit, drain) -> messages, fits(message, ms), held_until(message),
-# end(message, status, result), is_empty(), interrupt() and close(). From its receive to its end a
+# Both have receive(), held_until(), end(), is_empty() and close(). From its receive to its end a
 # message is held: its lease is kept alive.
 
+CHANGE_NEEDS = "sqs:ChangeMessageVisibility"
 QUEUE_NEEDS = "sqs:ReceiveMessage, sqs:DeleteMessage and sqs:GetQueueAttributes"
 LONGEST_LEASE_SECONDS = MAX_TIMEOUT_MS // 1000  # from the receive, whatever was extended since
 BATCH = 10  # entries of one SQS batch request
-DELETE_WAIT_SECONDS = 0.1
+DELIVERY_SECONDS = 0.1  # how often what is due is sent
 ATTRIBUTES_SECONDS = 300  # how often the queue's own visibility timeout is looked at
 ERROR_DELAY_SECONDS = 10  # after the first receive; four times that after each further one
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Message:
-    """A message that was taken."""
+    """A message that was taken, and what keeps it ours."""
 
     id: str
     body: str
     receive_count: int
     sent: float  # seconds since the epoch, by the queue's clock
+    handle: Any = None  # SQS's receipt handle; of a folder, what unlocks the file at its end
     received: float = field(default_factory=time.monotonic)
-
-
-@dataclass(eq=False)
-class Lease:
-    """What keeps a message ours: its newest receipt handle, and until when that holds."""
-
-    message: Message
-    receipt: str
-    taken: float  # time.monotonic()
-    ends: float
-    beat: float  # when to renew it
-    lost: bool = False
-    wish: str = ""  # once its turn has ended: delete, or return
-    wished: float = 0.0
+    # The rest is of SQS alone; the times are time.monotonic()'s.
+    ends: float = math.inf  # when SQS makes it visible again
+    beat: float = math.inf  # when to have SQS put that off
+    last: float = math.inf  # from then on it does not
+    aim: str = "keep"  # until its turn has ended: then delete or return, or lost before that
     delay: int = 0  # of a return: seconds until the message is visible again
-
-    def left(self, now: float) -> float:
-        """For how many seconds SQS may still extend it."""
-        return LONGEST_LEASE_SECONDS - (now - self.taken) - 1
 
 
 class SqsQueue:
@@ -1146,12 +1135,13 @@ class SqsQueue:
         self.visibility = 30  # until the queue says another
         self.attributes_due = 0.0
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: not tried yet
-        self.condition = threading.Condition()
-        self.leases: dict[str, Lease] = {}
+        self.lock = threading.Lock()
+        self.held: dict[str, Message] = {}  # as it was received last
         self.finished: OrderedDict[str, None] = OrderedDict()
-        self.closing = False
-        self.deleting = Fault(log, "deleting messages")
-        self.changing = Fault(log, "extending or giving back messages")
+        self.is_closing = False
+        changing = Fault(log, "extending or giving back messages")
+        self.faults = {"keep": changing, "return": changing,
+                       "delete": Fault(log, "deleting messages")}
         if error := self._look_at_attributes():
             if advice := remedy(error, QUEUE_NEEDS, self.url):
                 raise GiveUp(advice)
@@ -1178,70 +1168,50 @@ class SqsQueue:
             QueueUrl=self.url, MaxNumberOfMessages=limit, VisibilityTimeout=self.visibility,
             WaitTimeSeconds=self.settings.wait_time_seconds,
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"])
-        taken = []
-        with self.condition:
-            for entry in answer.get("Messages", []):
-                attributes = entry.get("Attributes", {})
-                message = Message(entry["MessageId"], entry["Body"],
-                                  int(attributes.get("ApproximateReceiveCount", 1)),
-                                  int(attributes.get("SentTimestamp", 0)) / 1000)
-                if self._lease(message, entry["ReceiptHandle"], asked):
-                    taken.append(message)
-            self.condition.notify_all()
-        return taken
+        with self.lock:
+            found = [self._hold(entry, asked) for entry in answer.get("Messages", [])]
+        return [message for message in found if message]
 
-    def _lease(self, message: Message, receipt: str, asked: float) -> bool:
-        """Hold a message; False when it is a duplicate of one that runs or ended here."""
-        now, old = time.monotonic(), self.leases.get(message.id)
-        lease = self.leases[message.id] = Lease(
-            message, receipt, now, max(asked, now - 1) + self.visibility, now + self.visibility / 3)
-        if message.id in self.finished:
-            self.log("INFO", f"message {message.id} came back after it had ended ok: deleted")
-            lease.wish, lease.wished = "delete", now
-            return False
-        if old and not old.wish:
-            self.log("WARNING", f"message {message.id} came again while it is running here; "
-                                "it is not started twice")
-            return False
-        return True
+    def _hold(self, entry: Mapping[str, Any], asked: float) -> Message | None:
+        """Hold a message; None when it is a duplicate of one that runs or ended ok here."""
+        key, attributes, now = entry["MessageId"], entry.get("Attributes", {}), time.monotonic()
+        old = self.held.get(key)
+        message = self.held[key] = Message(
+            key, entry["Body"], int(attributes.get("ApproximateReceiveCount", 1)),
+            int(attributes.get("SentTimestamp", 0)) / 1000, entry["ReceiptHandle"],
+            ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
+            last=now + LONGEST_LEASE_SECONDS - 1)
+        if key in self.finished:
+            self.log("INFO", f"message {key} came back after it had ended ok: deleted")
+            message.aim = "delete"
+            return None
+        if old and old.aim in ("keep", "lost"):
+            self.log("WARNING", f"message {key} came again while it runs here: not started again")
+            return None
+        return message
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Have a message deleted that succeeded; have any other given back, or leave it."""
-        with self.condition:
-            lease, now = self.leases[message.id], time.monotonic()
-            lease.wished = now
+        with self.lock:
+            held = self.held[message.id]
             if status == "ok":
                 self.finished[message.id] = None
-                while len(self.finished) > REMEMBERED:
+                if len(self.finished) > REMEMBERED:
                     self.finished.popitem(last=False)
-                lease.wish = "delete"
-            elif status in ("rejected", "released", "error") and self.may_change is not False:
-                lease.wish = "return"
-                if status == "error":  # a machine that is ill must not empty the queue into the DLQ
-                    delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
-                    lease.delay = int(min(delay, lease.left(now)))
-            if lease.lost:
-                self.log("WARNING", f"message {message.id} ended {status} with its lease lost: "
-                                    "it is not deleted or given back from here")
-            if lease.lost or not lease.wish:
-                del self.leases[message.id]
-            self.condition.notify_all()
+            if held.aim == "lost" or status not in ("ok", "rejected", "released", "error"):
+                del self.held[message.id]
+                return
+            held.aim = "delete" if status == "ok" else "return"
+            if status == "error":  # a machine that is ill must not empty the queue into the DLQ
+                delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
+                held.delay = int(min(delay, held.last - time.monotonic()))
 
-    def fits(self, message: Message, timeout_ms: int) -> bool:
-        """Whether a run of this length ends within the lease, extended if that is permitted."""
-        lease = self.leases[message.id]
-        if time.monotonic() + timeout_ms / 1000 + 1 < lease.ends:
-            return True
-        if self.may_change is None:
-            self._send([lease], "")
-        return self.may_change is not False
-
-    def held_until(self, message: Message) -> float:
-        """When the message will no longer be ours, by time.monotonic()."""
-        lease, now = self.leases[message.id], time.monotonic()
-        if lease.lost:
-            return now
-        return lease.ends - 2 if self.may_change is False else now + lease.left(now)
+    def held_until(self, message: Message, needed: float = 0) -> float:
+        """When the message will no longer be ours; tries once to put that off if it is `needed`."""
+        held = self.held[message.id]
+        if self.may_change is None and held.ends - 1 < needed:
+            self._send("keep", [held])
+        return held.ends - 1 if held.aim == "lost" or self.may_change is False else math.inf
 
     def is_empty(self) -> bool:
         """Whether no message is visible; what is in flight elsewhere is not ours."""
@@ -1249,126 +1219,94 @@ class SqsQueue:
             QueueUrl=self.url, AttributeNames=["ApproximateNumberOfMessages"])
         return int(answer["Attributes"]["ApproximateNumberOfMessages"]) == 0
 
-    def interrupt(self) -> None:
-        """A long poll in flight is waited for: its answer may hold messages."""
-
     def close(self) -> None:
         """Send what is due, for at most 20 seconds."""
-        with self.condition:
-            self.closing = True
-            self.condition.notify_all()
+        self.is_closing = True
         self.courier.join(20)
 
     # The courier's thread.
 
     def _deliver(self) -> None:
-        """Send what is due until all is sent at the close."""
-        is_busy = False
+        """Send what is due, again and again, until all is sent at the close."""
         while True:
-            with self.condition:
-                if not is_busy:
-                    self.condition.wait(DELETE_WAIT_SECONDS if self.leases or self.closing else 60)
-                now = time.monotonic()
-                # SQS has made these visible again: their leases ended before we asked.
-                late = [lease for lease in self.leases.values() if lease.wish and lease.ends < now]
-                for message in [lease.message for lease in late if lease.wish == "delete"]:
-                    self.log("INFO", f"message {message.id} could not be deleted while it was "
-                                     "ours: it may run again elsewhere")
-                self._forget(late)
-                wishes = [lease for lease in self.leases.values() if lease.wish]
-                returns = [lease for lease in wishes if lease.wish == "return"]
-                deletes = [lease for lease in wishes if lease.wish == "delete"]
-                if self.closing and not wishes:
-                    return
-                beats = self._beats(now)
-            if self.changing.retry_at > now:
-                returns = []
-            are_young = all(lease.wished + DELETE_WAIT_SECONDS > now for lease in deletes)
-            if self.deleting.retry_at > now or are_young and len(deletes) < BATCH:
-                deletes = []
-            batches = [(leases[start:start + BATCH], wish) for leases, wish in (
-                (beats, ""), (returns, "return"), (deletes, "delete"))
-                for start in range(0, len(leases), BATCH)]
+            time.sleep(DELIVERY_SECONDS)
+            with self.lock:
+                due = self._due(time.monotonic())
+                aims = {message.aim for message in self.held.values()}
+            if self.is_closing and aims <= {"keep", "lost"}:
+                return
+            batches = [(aim, messages[start:start + BATCH]) for aim, messages in due.items()
+                       for start in range(0, len(messages), BATCH)]
             # A request that is not answered takes eight seconds. After one the round ends, or the
             # next beats would come too late.
             all(self._send(*batch) for batch in batches)
-            is_busy = bool(beats or returns or deletes)
 
-    def _beats(self, now: float) -> list[Lease]:
-        """The leases to renew now; says which are lost."""
-        beats = []
-        for key, lease in self.leases.items():
-            if lease.wish == "return" or lease.lost or lease.beat > now:
+    def _due(self, now: float) -> dict[str, list[Message]]:
+        """The messages to keep, return and delete now; what SQS has made visible is lost."""
+        due: dict[str, list[Message]] = {"keep": [], "return": [], "delete": []}
+        for key, message in list(self.held.items()):
+            aim = message.aim
+            if message.ends <= now or aim == "return" and self.may_change is False:
+                if aim in ("keep", "delete"):
+                    self.log("WARNING" if aim == "keep" else "INFO", f"the lease of message {key} "
+                             "is lost: it may run again elsewhere, and is not deleted from here")
+                if aim == "keep":
+                    message.aim = "lost"
+                elif aim != "lost":
+                    del self.held[key]
                 continue
-            if lease.ends <= now or lease.left(now) <= 1:
-                lease.lost = True
-                self.log("WARNING", f"the lease of message {key} is lost: it may run again "
-                                    "elsewhere, and its result will not be deleted from here")
-            elif self.may_change is False:
-                lease.beat = lease.ends
-            else:
-                beats.append(lease)
-                lease.beat = now + max(0.5, (lease.ends - now) / 3)  # again, if this one fails
-        return beats
+            if aim in ("return", "delete") and self.faults[aim].retry_at <= now:
+                due[aim].append(message)
+            if (aim in ("keep", "delete") and message.beat <= now < message.last - 1
+                    and self.may_change is not False):
+                message.beat = now + max(0.5, (message.ends - now) / 3)  # again, if this one fails
+                due["keep"].append(message)
+        whole_batches = due["delete"][:len(due["delete"]) // BATCH * BATCH]
+        due["delete"] = whole_batches or due["delete"]  # the rest waits for more
+        return due
 
-    def _send(self, leases: list[Lease], wish: str) -> bool:
-        """Delete, return or ("") keep these, in one request; whether SQS answered.
-
-        What fails is tried again later.
-        """
-        asked, deletes = time.monotonic(), wish == "delete"
-        call, fault = ((self.sqs.delete_message_batch, self.deleting) if deletes else
-                       (self.sqs.change_message_visibility_batch, self.changing))
-        seconds = [lease.delay if wish else min(self.visibility, int(lease.left(asked)))
-                   for lease in leases]
-        answer, error = attempt(call, QueueUrl=self.url, Entries=[
-            {"Id": str(n), "ReceiptHandle": lease.receipt,
-             **({} if deletes else {"VisibilityTimeout": seconds[n]})}
-            for n, lease in enumerate(leases)])
-        if error and not deletes and is_denied(error):
-            self._deny(error)
+    def _send(self, aim: str, messages: list[Message]) -> bool:
+        """Keep, return or delete messages in one request; whether SQS answered."""
+        asked, fault, call = time.monotonic(), self.faults[aim], self.sqs.delete_message_batch
+        entries: list[dict[str, Any]] = [
+            {"Id": str(n), "ReceiptHandle": message.handle} for n, message in enumerate(messages)]
+        if aim != "delete":
+            call = self.sqs.change_message_visibility_batch
+            for entry, message in zip(entries, messages):
+                entry["VisibilityTimeout"] = message.delay if aim == "return" else min(
+                    self.visibility, int(message.last - asked))
+        answer, error = attempt(call, QueueUrl=self.url, Entries=entries)
+        if error and aim != "delete" and is_denied(error):
+            with self.lock:
+                if self.may_change is not False:
+                    self.may_change = False
+                    self.log("WARNING", "no lease is extended, and tasks over the queue's "
+                             f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
             return True
-        failed = {each["Id"]: each for each in (answer or {}).get("Failed", [])}
-        said = {key: f"{each.get('Code')}: {each.get('Message')}" for key, each in failed.items()}
-        # The sender's fault is a handle that no longer holds: no use in trying again.
-        passing = [said[key] for key, each in failed.items() if not each.get("SenderFault")]
+        failed = {one["Id"]: (one.get("SenderFault"), f"{one.get('Code')}: {one.get('Message')}")
+                  for one in (answer or {}).get("Failed", [])}
+        passing = [said for is_final, said in failed.values() if not is_final]
         if error or passing:
             fault.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
         else:
             fault.worked()
-        with self.condition:
-            for n, lease in enumerate([] if error else leases):
-                refused = failed.get(str(n))
-                if refused and not refused.get("SenderFault"):
-                    continue
-                if refused and wish != "return":
-                    what = "was not deleted" if deletes else "is no longer ours"
-                    # A delete whose answer was lost ends a handle, too.
-                    self.log("INFO" if lease.wish else "WARNING",
-                             f"message {lease.message.id} {what}: {said[str(n)]}")
-                if wish or refused and lease.wish:
-                    self._forget([lease])
-                else:
-                    lease.ends = asked + (0 if refused else seconds[n])
-                    lease.beat = asked + (0 if refused else seconds[n] / 3)
-            self.may_change = self.may_change if error or deletes else True
-        return not error
-
-    def _forget(self, leases: Iterable[Lease]) -> None:
-        """Let go of messages, but of those that have been received again meanwhile."""
-        for lease in leases:
-            if self.leases.get(lease.message.id) is lease:
-                del self.leases[lease.message.id]
-
-    def _deny(self, error: Exception) -> None:
-        """sqs:ChangeMessageVisibility is not granted: said once, and not tried again."""
-        with self.condition:
-            self._forget([lease for lease in self.leases.values() if lease.wish == "return"])
-            if self.may_change is not False:
-                self.may_change = False
-                self.log("WARNING", "sqs:ChangeMessageVisibility is not granted: leases are not "
-                                    f"extended, and tasks over the queue's {self.visibility} s are "
-                                    f"rejected; {remedy(error, 'sqs:ChangeMessageVisibility')}")
+        if error:
+            return False
+        with self.lock:
+            if aim != "delete":
+                self.may_change = True
+            for entry, message in zip(entries, messages):
+                is_final, said = failed.get(entry["Id"], (False, ""))
+                if is_final:  # its handle holds no longer, as after a delete whose answer was lost
+                    message.ends = asked
+                    self.log("WARNING" if message.aim == "keep" else "INFO",
+                             f"message {message.id} is no longer ours: {said}")
+                elif not said and aim == "keep":
+                    message.ends = asked + entry["VisibilityTimeout"]
+                    message.beat = asked + entry["VisibilityTimeout"] / 3
+                elif not said and self.held.get(message.id) is message:
+                    del self.held[message.id]
+        return True
 
 
 class FolderQueue:
@@ -1377,179 +1315,122 @@ class FolderQueue:
     How often a task was taken before stands in the hidden file queue/.NAME.json.takes.
     """
 
+    TASKS = "[!.]*.json"
     RECEIVES = 3
     PARTS = ("queue", "running", "dead", "results", "code")
 
     def __init__(self, root: Path, log: Log):
-        self.root, self.log = root, log
         for name in self.PARTS:
             (root / name).mkdir(parents=True, exist_ok=True)
+        self.queue, self.running, self.dead = (f"{root}/{name}" for name in self.PARTS[:3])
         self.names: deque[str] = deque()  # of the last listing, not looked at yet
         self.refused: set[str] = set()  # those that cannot be taken, which was said
-        self.locks: dict[str, int] = {}
-        self.stopping = False
-        self.news, self._waker = os.pipe()
-        self.notices = -1  # an inotify(7) descriptor for new tasks; without one it looks
+        self.log, self.fault = log, Fault(log, f"writing to {root}")
+        self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
         with contextlib.suppress(OSError):
-            moved_to, close_write = 0x80, 0x8
-            self.notices = kernel("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
-            kernel("inotify_add_watch", self.notices, os.fsencode(root / "queue"),
-                   moved_to | close_write)
-        self.fault = Fault(log, f"writing to {root}")
+            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
+            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
+            self.notices = [fd]
         self.recover()
 
     def recover(self) -> None:
         """Put the tasks of agents that died back; their take counts."""
-        for name in os.listdir(self.root / "running"):
-            lock = None if name.startswith(".") else self._lock(f"running/{name}")
-            if lock is not None:
-                try:
-                    self._put_back(name, self._takes(name) + 1)
-                finally:
-                    os.close(lock)
+        for name in fnmatch.filter(os.listdir(self.running), self.TASKS):
+            with self._passing_over(path := f"{self.running}/{name}"), locked(path):
+                self._put_back(name, self._takes(name) + 1)
 
-    def _lock(self, name: str) -> int | None:
-        """Lock a task's file; None when another has it, it is gone, or it cannot be (said once)."""
-        path = f"{self.root}/{name}"
+    @contextlib.contextmanager
+    def _passing_over(self, path: str) -> Iterator[None]:
+        """Leave a task that is gone or another's; say once of any other that it cannot be taken."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
+            yield
         except OSError as error:
-            return self._refuse(path, error)
-        is_ours = False
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            self._refuse(path, "it is a folder")
-        else:
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_ours = os.path.samestat(os.fstat(fd), os.lstat(path))
-        if is_ours:
-            return fd
-        os.close(fd)
-        return None
+            is_left = isinstance(error, BlockingIOError) or not os.path.lexists(path)
+            if not is_left and path not in self.refused:
+                self.refused.add(path)
+                self.log("WARNING", f"{path} cannot be taken: {error}")
 
-    def _refuse(self, path: str, why: object) -> None:
-        """Say once that a task cannot be taken; no drain waits for it."""
-        if path not in self.refused:
-            self.refused.add(path)
-            self.log("WARNING", f"{path} cannot be taken: {why}")
-
-    def _move(self, old: str, new: str) -> None:
-        os.rename(f"{self.root}/{old}", f"{self.root}/{new}")
-
-    def _put_back(self, name: str, takes: int) -> str:
-        """Put a running task back; its name in the queue, another where a new task has that."""
+    def _put_back(self, name: str, takes: int) -> None:
+        """Put a running task back, under another name where a new task has its own."""
         new, number = name, 0
-        while os.path.lexists(f"{self.root}/queue/{new}"):
+        while os.path.lexists(f"{self.queue}/{new}"):
             number += 1
             new = f"{name[:-5]}.{number}.json"
-        if new != name:
-            self._count(name, 0)
+        self._count(name).unlink(missing_ok=True)
         if takes:
-            self._count(new, takes)
-        self._move(f"running/{name}", f"queue/{new}")
-        return new
+            with self.fault.watched(goes_on=True):  # a take that is not counted is one more try
+                self._count(new).write_text(str(takes))
+        os.rename(f"{self.running}/{name}", f"{self.queue}/{new}")
+
+    def _count(self, name: str) -> Path:
+        return Path(f"{self.queue}/.{name}.takes")
 
     def _takes(self, name: str) -> int:
         try:
-            return int((self.root / "queue" / f".{name}.takes").read_text())
+            return int(self._count(name).read_text())
         except (OSError, ValueError):
             return 0
 
-    def _count(self, name: str, takes: int) -> None:
-        path = self.root / "queue" / f".{name}.takes"
-        with self.fault.watched(goes_on=True):  # a take that is not counted is one more try
-            if takes:
-                path.write_text(str(takes))
-            else:
-                path.unlink(missing_ok=True)
-
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks, after at most a second; a drain does not wait."""
-        taken = self._take(limit)
-        if not taken and not self.stopping and not drain:
-            select.select([fd for fd in (self.notices, self.news) if fd >= 0], [], [],
-                          1 if self.notices >= 0 else 0.05)
-            if self.notices >= 0:
-                read_nonblocking(self.notices)
-            taken = self._take(limit)
-        return taken
-
-    def _take(self, limit: int) -> list[Message]:
+        """At most `limit` tasks; waits a tenth of a second for one, but for a drain."""
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
-            self.names.extend(sorted(filter(is_task, os.listdir(self.root / "queue"))))
+            self.names.extend(sorted(fnmatch.filter(os.listdir(self.queue), self.TASKS)))
         taken: list[Message] = []
         while self.names and len(taken) < limit:
             name = self.names.popleft()
-            if os.path.lexists(f"{self.root}/running/{name}"):
+            path, target = f"{self.queue}/{name}", f"{self.running}/{name}"
+            if os.path.lexists(target):
                 continue  # one of that name is under way, and would be overwritten
-            lock = self._lock(f"queue/{name}")
-            if lock is None:
-                continue
-            try:
-                status = os.fstat(lock)
-                text = os.pread(lock, status.st_size, 0) if status.st_size else b""  # a pipe has 0
-                self._move(f"queue/{name}", f"running/{name}")
-            except OSError as error:
-                os.close(lock)
-                self._refuse(f"{self.root}/queue/{name}", error)
-                continue
-            self.locks[name] = lock
-            taken.append(Message(name, text.decode("utf-8", "surrogateescape"),
-                                 self._takes(name) + 1, status.st_mtime))
+            with self._passing_over(path), contextlib.ExitStack() as stack:
+                fd = stack.enter_context(locked(path)).fileno()
+                status = os.fstat(fd)
+                text = os.read(fd, status.st_size).decode("utf-8", "surrogateescape")
+                os.rename(path, target)
+                taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
+                                     stack.pop_all()))
+        if not taken and not drain:
+            for fd in select.select(self.notices, [], [], 0.1)[0]:
+                os.read(fd, 65536)
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Remove a task that succeeded; take another again at once, or bury it the third time."""
         name, takes = message.id, message.receive_count
-        # Once its file has moved, another of its name may be taken, and have a lock of its own.
-        lock = self.locks.pop(name)
-        try:
-            is_over = status == "ok" or status != "released" and takes >= self.RECEIVES
-            if is_over and takes > 1:
-                self._count(name, 0)
+        with message.handle:
+            if status == "released" or status != "ok" and takes < self.RECEIVES:
+                # A take that was given back does not count.
+                return self._put_back(name, takes - (status == "released"))
+            self._count(name).unlink(missing_ok=True)
             if status == "ok":
-                os.unlink(f"{self.root}/running/{name}")
-            elif is_over:
-                with self.fault.watched(goes_on=True):  # the log says why the task failed, too
-                    write_json(f"{self.root}/dead", f"{name[:-5]}.result.json", result)
-                self._move(f"running/{name}", f"dead/{name}")
-            elif status == "released":  # a take that was given back does not count
-                self._put_back(name, takes - 1)
-            else:
-                self.names.append(self._put_back(name, takes))
-        finally:
-            os.close(lock)
+                return os.unlink(f"{self.running}/{name}")
+            with self.fault.watched(goes_on=True):  # the log says why the task failed, too
+                write_json(self.dead, f"{name[:-5]}.result.json", result)
+            os.rename(f"{self.running}/{name}", f"{self.dead}/{name}")
 
-    def fits(self, message: Message, timeout_ms: int) -> bool:
-        """A folder's lease has no end."""
-        return True
-
-    def held_until(self, message: Message) -> float:
+    def held_until(self, message: Message, needed: float = 0) -> float:
         """Never: a lock lasts as long as its holder."""
         return math.inf
 
     def is_empty(self) -> bool:
         """Whether no task waits."""
         self.recover()
-        return not self.names and not any(
-            is_task(name) and f"{self.root}/queue/{name}" not in self.refused
-            for name in os.listdir(self.root / "queue"))
-
-    def interrupt(self) -> None:
-        """End a wait in receive()."""
-        self.stopping = True
-        os.write(self._waker, b"\n")
+        return all(f"{self.queue}/{name}" in self.refused
+                   for name in fnmatch.filter(os.listdir(self.queue), self.TASKS))
 
     def close(self) -> None:
         """Nothing is left to send."""
 
 
-def is_task(name: str) -> bool:
-    """Whether a name in queue/ is a task's."""
-    return name.endswith(".json") and name[0] != "."
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[io.FileIO]:
+    """A task's file, open and locked; raises BlockingIOError when another has it."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags)) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+            raise FileNotFoundError(path)  # moved before it was locked
+        yield file
 
 
 def read_nonblocking(fd: int) -> bytes:
@@ -1586,11 +1467,11 @@ class Package:
     etag: str
     entry: str
     size: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
-    users: int = 0
-    used: float = 0.0
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
+    users: int = 1  # the runs that need it, and the cache until it is replaced
+    used: float = 0.0
 
     @property
     def built(self) -> Path:
@@ -1598,11 +1479,7 @@ class Package:
         return self.path.with_suffix(".built")
 
     def serves(self, message: Message) -> bool:
-        """Whether this is right for a message without asking the source again.
-
-        It is when the source was asked after the message was here: our own clock knows that. Else
-        the source must have confirmed it, by its own clock, seconds after the message was sent.
-        """
+        """Whether the source had this after the message was sent, by our clock or by AWS's."""
         return (message.received < self.asked
                 or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
 
@@ -1614,19 +1491,28 @@ class S3Code:
         self.s3, self.fault = s3, Fault(log, "fetching code from S3")
 
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
-        """Write the zip to `target`, unless `known` is still its ETag; (ETag, when S3 said so).
+        """Write the zip to `target`, unless `known` is still its ETag; (ETag, S3's own time or 0).
 
-        The time is by S3's own clock, 0 where it is not known. Raises Ended when there is no such
-        object or no permission, Outage when S3 is away, and OSError when the disk is.
+        Raises Ended for what no waiting mends, Outage when S3 is away, OSError when the disk is.
         """
-        condition = {"IfNoneMatch": known} if known else {}
-        answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key, **condition)
-        if error and error_code(error) in ("304", "NotModified"):
+        where = f"s3://{task.bucket}/{task.key}"
+        answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key,
+                                **({"IfNoneMatch": known} if known else {}))
+        code = error and error_code(error)
+        if error and code in ("304", "NotModified"):
             answer = error.response
+        elif error and passes(error):
+            raise Outage(self.fault, "s3", f"{where}: {error}")
+        elif code == "NoSuchKey":
+            raise rejected("key", f"{where} does not exist; upload it, or correct s3Key")
+        elif code == "NoSuchBucket":
+            raise Ended(status="error", reason="bucket", text=f"{where}: {error}; check "
+                        "agent.s3.codeBucket, or s3Bucket in the message")
         elif error:
-            raise self._explain(error, task)
+            raise Ended(status="error", reason="permission" if is_denied(error) else "s3",
+                        text=f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}")
         else:
-            self._download(answer, target, f"s3://{task.bucket}/{task.key}")
+            self._download(answer, target, where)
             known = answer["ETag"]
         self.fault.worked()
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
@@ -1635,34 +1521,15 @@ class S3Code:
         return known, 0.0
 
     def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
-        """Write a body to a file, whole or not at all: its length is checked before it counts."""
-        written = 0
-        with contextlib.closing(answer["Body"]), open(target, "wb") as file:
-            while True:
-                chunk, error = attempt(answer["Body"].read, amt=256 * 1024)
-                if error or not chunk:
-                    break
-                written += len(chunk)
-                if written > MAX_UNPACKED:
-                    raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
-                file.write(chunk)
-        if error or written != answer["ContentLength"]:
-            raise Outage(self.fault, "s3", f"{where} was cut short: {written} of "
-                                           f"{answer['ContentLength']} bytes came ({error})")
-
-    def _explain(self, error: Exception, task: Task) -> Exception:
-        """What an error of GetObject means: for the task, for the settings, or for now."""
-        code = error_code(error)
-        where = f"s3://{task.bucket}/{task.key}"
-        if passes(error):
-            return Outage(self.fault, "s3", f"{where}: {error}")
-        if code == "NoSuchKey":
-            return rejected("key", f"{where} does not exist; upload it, or correct s3Key")
-        if code == "NoSuchBucket":
-            return Ended(status="error", reason="bucket", text=f"{where}: {error}; check "
-                         "agent.s3.codeBucket, or s3Bucket in the message")
-        return Ended(status="error", reason="permission" if is_denied(error) else "s3",
-                     text=f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}")
+        if answer["ContentLength"] > MAX_UNPACKED:
+            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
+        try:
+            with contextlib.closing(answer["Body"]) as body, open(target, "wb") as file:
+                file.writelines(body.iter_chunks(256 * 1024))
+        except OSError:  # the disk's: botocore's errors, also of a body that is short, are none
+            raise
+        except Exception as error:  # noqa: BLE001
+            raise Outage(self.fault, "s3", f"{where} was cut short: {error}") from None
 
 
 class FolderCode:
@@ -1674,19 +1541,12 @@ class FolderCode:
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
         """As S3Code.get, for a file."""
         path = f"{self.root}/{task.key}"
-        try:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise rejected("key", f"{path} is no file")
-                # It is another as soon as the file is overwritten or replaced.
-                etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
-                if etag != known:
-                    with open(target, "wb") as copy:
-                        shutil.copyfileobj(file, copy)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise rejected("key", f"{path} does not exist; put the zip there, or correct s3Key"
-                           ) from None
+        if not os.path.isfile(path):
+            raise rejected("key", f"{path} is no file; put the zip there, or correct s3Key")
+        status = os.stat(path)  # before its content is read: what is newer then is asked for again
+        etag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+        if etag != known:
+            shutil.copyfile(path, target)
         return etag, 0.0
 
 
@@ -1697,75 +1557,55 @@ class CodeCache:
         self.source, self.directory = source, directory
         self.fault = Fault(log, f"keeping code in {directory}")
         self.lock = threading.Lock()
-        self.key_locks: defaultdict[tuple[str, str, str], threading.Lock] = defaultdict(
-            threading.Lock)
+        self.key_locks: dict[tuple[str, str, str], threading.Lock] = {}
         self.packages: dict[tuple[str, str, str], Package] = {}
-        self.serial = 0
 
     def get(self, task: Task, message: Message) -> Package:
-        """The package of a message's task, as its source has it; to be given to release().
-
-        Raises Ended and Outage.
-        """
+        """The package of a task, to be given to release(); raises Ended and Outage."""
         key = (task.bucket, task.key, task.runtime)
-        with self.lock:
-            key_lock = self.key_locks[key]
-        with key_lock:
+        with self.key_locks.setdefault(key, threading.Lock()):
             package = self.packages.get(key)
             if package is None or not package.serves(message):
-                package = self._refresh(key, task, package)
+                with self.fault.watched():
+                    package = self._refresh(key, task, package)
             with self.lock:
                 package.users += 1
                 package.used = time.monotonic()
             return package
 
     def release(self, package: Package) -> None:
-        """Say that a run no longer needs its package, which goes if it was replaced meanwhile."""
+        """Let go of a package, which is removed once it has no users."""
         with self.lock:
             package.users -= 1
-            is_known = package in self.packages.values()
-        if not is_known and not package.users:
-            self._remove(package)
+        if not package.users:
+            for path in (package.path, package.built):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _refresh(self, key: tuple[str, str, str], task: Task, old: Package | None) -> Package:
         """Ask the source: the old package if that is still right, else the new one, taken in."""
-        with self.lock:
-            self.serial += 1
-            place = self.directory / str(self.serial)
-        archive = place.with_suffix(".zip")
         asked = time.monotonic()
-        try:
-            with self.fault.watched():
-                etag, confirmed = self.source.get(task, old.etag if old else "", archive)
-                if old and etag == old.etag:
-                    old.asked, old.confirmed = asked, confirmed
-                    return old
-                place.mkdir(mode=0o755)
-                unpack(archive, place)
-                size = sum(entry.lstat().st_size for entry in place.rglob("*"))
-                package = Package(place, etag, find_entry(place, task.runtime), size, asked=asked,
-                                  confirmed=confirmed)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-        finally:
-            archive.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.directory) as making:
+            archive, place = Path(making, "zip"), Path(making, "code")
+            etag, confirmed = self.source.get(task, old.etag if old else "", archive)
+            if old and etag == old.etag:
+                old.asked, old.confirmed = asked, confirmed
+                return old
+            place.mkdir(mode=0o755)
+            unpack(archive, place)
+            entry = find_entry(place, task.runtime)
+            size = sum(one.lstat().st_size for one in place.rglob("*"))
+            package = Package(place.rename(f"{making}.code"), etag, entry, size, asked, confirmed)
         with self.lock:
-            gone = [old] if old and not old.users else []
             self.packages[key] = package
+            gone = [old] if old else []
             size = sum(one.size for one in self.packages.values())
             for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if size > CACHE_BYTES and not one.users and one is not package:
+                if size > CACHE_BYTES and one.users == 1 and not self.key_locks[name].locked():
                     gone.append(self.packages.pop(name))
                     size -= one.size
         for one in gone:
-            self._remove(one)
+            self.release(one)
         return package
-
-    @staticmethod
-    def _remove(package: Package) -> None:
-        for path in (package.path, package.built):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------
@@ -3886,7 +3726,6 @@ class Agent:
             unstarted = [*self.waiting, *map(self.turns.pop, preparing)]
             self.waiting.clear()
             self._wake_all()
-        self.queue.interrupt()
         for turn in unstarted:
             self._release(turn)
         for slot in preparing:
@@ -3970,7 +3809,8 @@ class Agent:
         try:
             task = parse_task(message.body, self.settings, any_bucket=self.local)
             report = replace(report, **task.known())
-            if not self.queue.fits(message, task.timeout_ms):
+            ends = time.monotonic() + task.timeout_ms / 1000
+            if ends > self.queue.held_until(message, ends):
                 task = None
                 raise rejected("visibility", f"timeoutMs {report.timeout_ms} does not fit into the "
                                "queue's visibility timeout, and sqs:ChangeMessageVisibility is not "

@@ -7224,17 +7224,18 @@ class Party:
             os.close(agent.wake)
             os.close(agent.waker)
 
-    def batch(self, log, wish: str):
+    def batch(self, log, aim: str):
         with self.queue(log) as queue:
-            lease = ng.Lease(self.message, "AQEB", time.monotonic(), time.monotonic() + 30, 0.0)
-            queue._send([lease], wish)
-            return lease
+            now = time.monotonic()
+            message = ng.Message("m", "{}", 1, 0.0, "AQEB", ends=now + 30, last=now + 300)
+            queue._send(aim, [message])
+            return message
 
     def DeleteMessageBatch(self, log):
         return self.batch(log, "delete")
 
     def ChangeMessageVisibilityBatch(self, log):
-        return self.batch(log, "")
+        return self.batch(log, "keep")
 
     def GetObject(self, log):
         ng.S3Code(self.clients.s3, log).get(self.task, "", self.path / "k.zip")
@@ -7296,7 +7297,7 @@ def test_aws_error_is_waited_out_or_explained_with_its_own_words(
 # latest/APIReference/API_BatchResultErrorEntry.html; their words: github.com/aws/aws-sdk-java-v2/issues/3101,
 # github.com/mapbox/ecs-watchbot/issues/135, and botocore's SQS model
 ENTRIES = [
-    ("DeleteMessageBatch", True, "ReceiptHandleIsInvalid", "was not deleted",
+    ("DeleteMessageBatch", True, "ReceiptHandleIsInvalid", "message m is no longer ours",
      "The receipt handle is not valid for this queue."),
     ("DeleteMessageBatch", False, "InternalError", "trying on", "We encountered an internal error."),
     ("ChangeMessageVisibilityBatch", True, "InvalidParameterValue", "message m is no longer ours",
@@ -7359,10 +7360,10 @@ def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender
         "HTTP/1.1 200 OK\r\nx-amzn-RequestId: 1\r\nContent-Type: application/x-amz-json-1.0\r\n"
         f"Content-Length: {len(content)}\r\n\r\n{content}").encode()}
     log = Heard()
-    lease = getattr(party, call)(log)
+    message = getattr(party, call)(log)
     text, = log.lines
     assert says in text and f"{code}: {words}" in text
-    assert (lease.ends <= time.monotonic()) == (sender and call == "ChangeMessageVisibilityBatch")
+    assert (message.ends <= time.monotonic()) == sender
 
 
 # ---------------------------------------------------------------------- the machine's own faults
