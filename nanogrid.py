@@ -2997,10 +2997,7 @@ LONGEST_OUTPUT = 768
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a message's turn; None where a value is not known.
-
-    The fields up to `reason` are the pairs of the REPORT line, in its order.
-    """
+    """What is known of a message's turn; up to `reason` the pairs of the REPORT line, in order."""
 
     request_id: str | None = None
     function_id: str | None = None
@@ -3201,12 +3198,9 @@ class FolderMetrics:
 
 
 class CloudWatchMetrics:
-    """PeakMemoryBytes of each run in CloudWatch; with metrics.runs also Runs, one for each turn.
+    """PeakMemoryBytes of each run, in batches; with metrics.runs also Runs, one for each turn."""
 
-    Values go in batches. While CloudWatch is away they are kept, up to a number.
-    """
-
-    MOST_KEPT = 100_000
+    MOST_KEPT = 100_000  # while CloudWatch is away
     VALUES = 150  # PutMetricData's limit for one datum
     DATA = 60  # of one request: its limit is 1,000, but also 1 MB, which these fit into
 
@@ -3242,37 +3236,33 @@ class CloudWatchMetrics:
         self.thread.join(25)
 
     def _publish(self) -> None:
-        pause: float = self.settings.flush_seconds
-        while not self.stopping.wait(pause):
-            pause = self._flush() or self.settings.flush_seconds
-        self._flush()
-
-    def _flush(self) -> float:
-        """Send what is kept now; 0, or the pause before another try."""
-        groups: defaultdict[tuple, list[float]] = defaultdict(list)
-        with self.lock:
-            while self.values:
-                key, value = self.values.popleft()
-                groups[key].append(value)
-        data = [(key, values[start:start + self.VALUES]) for key, values in groups.items()
-                for start in range(0, len(values), self.VALUES)]
-        sent, error = 0, None
-        while data and not error:
-            now = data[:self.DATA]
-            _, error = attempt(self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
-                               MetricData=[self._datum(*one) for one in now])
-            if not error:
+        """Send what is kept every flushSeconds, after a failure's own pause, and at the close."""
+        pause, is_last = float(self.settings.flush_seconds), False
+        while not is_last:
+            is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
+            groups: defaultdict[tuple, list[float]] = defaultdict(list)
+            with self.lock:
+                while self.values:
+                    key, value = self.values.popleft()
+                    groups[key].append(value)
+            data = [(key, values[start:start + self.VALUES]) for key, values in groups.items()
+                    for start in range(0, len(values), self.VALUES)]
+            while data:
+                now = data[:self.DATA]
+                _, error = attempt(
+                    self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
+                    MetricData=[self._datum(*one) for one in now])
+                if error:
+                    self._keep([(key, one) for key, values in data for one in values], first=True)
+                    pause = self.fault.failed(remedy(error, "cloudwatch:PutMetricData") or error)
+                    break
+                self.fault.worked()
                 sent += sum(len(values) for _, values in now)
                 del data[:self.DATA]
-        if sent:
-            self.fault.worked()
-            lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
-            self.dropped = 0
-            self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
-        if not error:
-            return 0
-        self._keep([(key, value) for key, values in data for value in values], first=True)
-        return self.fault.failed(remedy(error, "cloudwatch:PutMetricData") or error)
+            if sent:
+                lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
+                self.dropped = 0
+                self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
     @staticmethod
     def _datum(key: tuple, values: list[float]) -> dict[str, Any]:
@@ -3474,9 +3464,8 @@ class Slots:
         self.fault = Fault(log, "starting functions")
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
         self.metadata_open = "their uid is not theirs alone"  # why functions reach it
-        if settings.metadata == "allow" or settings.network == "none":
-            self.metadata_open = "as it was set"
-        elif settings.run_as is None and can_become(FIRST_UID):
+        is_refused = settings.metadata == "refuse" and settings.network == "host"
+        if is_refused and settings.run_as is None and can_become(FIRST_UID):
             try:
                 self.guards, self.metadata_open = refuse_metadata(FIRST_UID, LAST_UID), ""
             except OSError as error:
@@ -3517,9 +3506,8 @@ class Slots:
         """A connection to a new supervisor for this place; raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs, self.launching:
-            if self.launcher.poll() is not None:
-                self.log("ERROR", f"the launcher and its runs ended ({self.launcher.returncode}); "
-                                  "another is started")
+            if (code := self.launcher.poll()) is not None:
+                self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
                 self._end_launcher()
                 self._launch()
             socket.send_fds(self.control, [json.dumps(asdict(place)).encode()], [theirs.fileno()])
@@ -3589,8 +3577,7 @@ class Slots:
             except OSError:  # another agent's
                 pass
             lock.close()
-        raise GiveUp(f"no uid from {FIRST_UID} to {LAST_UID} is free; lower "
-                     "agent.execution.concurrency")
+        raise GiveUp(f"no uid of {FIRST_UID} to {LAST_UID} is free; lower execution.concurrency")
 
     def program(self, first: str, runtime: str) -> str:
         """What a command of a runtime starts with; raises Ended when this machine lacks it."""
@@ -3668,10 +3655,8 @@ def user_tasks(uid: int) -> int:
 
 
 def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
-    """A directory of this agent's own under taskBaseDir, and the lock that says it lives.
-
-    Directories whose lock is free are what killed agents left, and are removed. Raises GiveUp.
-    """
+    """A directory of this agent's own, and its lock; removes what killed ones left, whose locks
+    are free. Raises GiveUp."""
     root, usual = Path(settings.task_base_dir), Path(Settings().task_base_dir)
     closed = [one for one in root.parents if one.exists() and not one.stat().st_mode & 0o001]
     if closed and not os.geteuid() and settings.run_as is None:
@@ -3962,8 +3947,8 @@ class Agent:
         turn.directory = slot.output
         turn.names, unnamed = self._patiently(turn, lambda: output_files(slot))
         if unnamed:
-            self.log("WARNING", f"[{task.request_id}] left out {unnamed} entries of $OUTPUT_DIR: "
-                                f"paths are UTF-8 of {LONGEST_OUTPUT} bytes, and not result.json")
+            self.log("WARNING", f"[{task.request_id}] {unnamed} entries of $OUTPUT_DIR left out: "
+                                f"paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json")
         return found
 
     def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
@@ -4053,8 +4038,8 @@ def failure(error: Exception) -> dict[str, Any]:
 def notify(state: str) -> None:
     """Tell systemd (sd_notify(3)), where it asked to be told."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, \
-                contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)  # a systemd that does not read must not stop the agent
             sender.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
@@ -4066,21 +4051,17 @@ def notify(state: str) -> None:
 
 @contextlib.contextmanager
 def machine(settings: Settings, log: Log) -> Iterator[Slots]:
-    """The slots, which end with the block, when a supervisor starts here; raises GiveUp.
-
-    Says what functions can do here that they should not.
-    """
+    """The slots, until the block ends; says what is left open to functions. Raises GiveUp."""
     with contextlib.closing(Slots(settings, log)) as slots:
         slot, place = slots.all[0], slots.all[0].place
         try:
             slot.connect()
         except OSError as error:
-            raise GiveUp(f"no function can be run here: {error}" + (
-                "; agent.execution.network none needs a network namespace: start the agent as root"
-                if place.network == "none" else "")) from None
+            raise GiveUp(f"no function can be run here: {error} (where agent.execution.network "
+                         "none is refused, start the agent as root)") from None
         slot.drop()  # an idle agent has no supervisor
         found = slots.left_open = list(slot.open)
-        if settings.metadata == "refuse" and place.network == "host" and slots.metadata_open:
+        if settings.metadata == "refuse" and settings.network == "host" and slots.metadata_open:
             found.append(f"functions reach the instance metadata, and with it this machine's role "
                          f"({slots.metadata_open}): refuse them {METADATA[socket.AF_INET]} by a "
                          "firewall, or set agent.execution.network to none")
