@@ -3077,9 +3077,6 @@ def summary(reports: Iterable[Report]) -> str:
     return "\n".join(lines)
 
 
-# --- Results ---
-
-
 def output_files(slot: Slot) -> tuple[list[str], int]:
     """The regular files a run left in $OUTPUT_DIR, as relative names; raises Outage.
 
@@ -3164,9 +3161,6 @@ class AwsResults:
             raise Ended(status="error", reason="output", text="the result cannot be stored: "
                         + remedy(error, needs, arguments.get("QueueUrl")))
         fault.worked()
-
-
-# --- Metrics ---
 
 
 class FolderMetrics:
@@ -3360,11 +3354,10 @@ class Slot:
 
     def cancel(self) -> None:
         """End the run, and let no other begin."""
-        with self.lock:
+        with self.lock, contextlib.suppress(OSError):
             self.cancelled = True
             if self.connection:
-                with contextlib.suppress(OSError):
-                    self.connection.shutdown(socket.SHUT_WR)
+                self.connection.shutdown(socket.SHUT_WR)
 
 
 def find_program(names: tuple[str, ...], path: str, uid: int | None, gid: int | None) -> str:
