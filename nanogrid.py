@@ -36,6 +36,7 @@ import ctypes
 import errno
 import fcntl
 import fnmatch
+import functools
 import glob
 import io
 import itertools
@@ -2836,10 +2837,7 @@ LONGEST_OUTPUT = 768
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a message's turn; None where a value is not known.
-
-    The fields up to `reason` are the pairs of the REPORT line, in its order.
-    """
+    """What is known of a message's turn; up to `reason` the pairs of the REPORT line, in order."""
 
     request_id: str | None = None
     function_id: str | None = None
@@ -2861,17 +2859,12 @@ class Report:
     started_at: float | None = None  # seconds since the epoch
 
     def pairs(self) -> dict[str, Any]:
-        """The pairs of the REPORT line: the fields as messages write them, request_id requestId."""
-        found = {}
-        for name, value in vars(self).items():
-            if name == "text":
-                return found
-            if value is not None or name != "reason":
-                first, *rest = name.split("_")
-                found[first + "".join(map(str.capitalize, rest))] = value
-        return found
+        """The pairs of the REPORT line, named as in messages: request_id is requestId."""
+        said = itertools.takewhile(lambda pair: pair[0] != "text", vars(self).items())
+        return {re.sub("_(.)", lambda found: found[1].upper(), name): value
+                for name, value in said if value is not None or name != "reason"}
 
-    def result(self, names: list[str], peaks: list[int]) -> dict[str, Any]:
+    def result(self, names: list[str], peaks: Collection[int]) -> dict[str, Any]:
         """The content of result.json, with the output files' names and the function's peaks."""
         begin = self.started_at
         end = begin and begin + (self.duration_millis or 0) / 1000
@@ -2895,10 +2888,10 @@ class Report:
         lines = []
         for stream, text in (("stdout", self.stdout), ("stderr", self.stderr)):
             for line in text.removesuffix("\n").split("\n") if text else ():
+                said, pairs = f"[{label}] {stream}: {line}", {}
                 if log.json:
-                    lines.append(log.line("INFO", line, {"requestId": label, "stream": stream}))
-                else:
-                    lines.append(log.line("INFO", f"[{label}] {stream}: {line}", {}))
+                    said, pairs = line, {"requestId": label, "stream": stream}
+                lines.append(log.line("INFO", said, pairs))
         if self.text:
             level = "ERROR" if self.status == "error" else "WARNING"
             lines.append(log.line(level, f"[{label}] {self.status}: {self.text}", {}))
@@ -2924,31 +2917,30 @@ def summary(reports: Iterable[Report]) -> str:
     return "\n".join(lines)
 
 
-# --- Results ---
-
-
-def output_files(directory: str, uid: int | None) -> tuple[list[str], int]:
-    """The regular files a function left in $OUTPUT_DIR, as relative names; links are passed over.
+def output_files(slot: Slot) -> tuple[list[str], int]:
+    """The regular files a run left in $OUTPUT_DIR, as relative names; raises Outage.
 
     A file that is not its own counts only if anybody may read it: it could be a hard link to
     something that the function may not. Also how many entries have names that cannot be stored.
     """
-    found, unnamed = [], 0
-    pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
-    for relative in pending:
-        for entry in sorted(os.scandir(os.path.join(directory, relative)), key=lambda e: e.name):
-            name = os.path.join(relative, entry.name)
-            status = entry.stat(follow_symlinks=False)
-            text = name.encode("utf-8", "ignore")
-            if len(text) > LONGEST_OUTPUT or text != os.fsencode(name) or text == b"result.json":
-                unnamed += 1
-            elif is_folder(entry):
-                pending.append(name)
-                if uid is None:
-                    os.chmod(entry.path, 0o700)
-            elif stat.S_ISREG(status.st_mode) and (
-                    uid is None or status.st_uid == uid or status.st_mode & 0o004):
-                found.append(name)
+    found, unnamed, uid = [], 0, slot.place.uid
+    with slot.fault.watched():
+        pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
+        for relative in pending:
+            for entry in os.scandir(os.path.join(slot.output, relative)):
+                name = os.path.join(relative, entry.name)
+                status = entry.stat(follow_symlinks=False)
+                text = name.encode("utf-8", "ignore")
+                is_kept = text == os.fsencode(name) != b"result.json"
+                if not is_kept or len(text) > LONGEST_OUTPUT:
+                    unnamed += 1
+                elif is_folder(entry):
+                    pending.append(name)
+                    if uid is None:
+                        os.chmod(entry.path, 0o700)
+                elif stat.S_ISREG(status.st_mode) and (
+                        uid is None or status.st_uid == uid or status.st_mode & 0o004):
+                    found.append(name)
     return sorted(found), unnamed
 
 
@@ -2984,20 +2976,18 @@ class AwsResults:
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Upload the files, then result.json; raises Ended, Outage and OSError."""
-        text = json.dumps(result, ensure_ascii=True)
+        text = json.dumps(result)
         if bucket := self.settings.output_bucket:
             parts = self.settings.output_prefix, result["requestId"]
             prefix = "".join(f"{part}/" for part in parts if part)
-
-            def put(name: str, **content: Any) -> None:
-                self._send(self.bucket, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
-                           self.clients.s3.put_object, Bucket=bucket, Key=prefix + name, **content)
-
+            put = functools.partial(
+                self._send, self.bucket, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
+                self.clients.s3.put_object, Bucket=bucket)
             for name in names:
                 fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
                 with open(fd, "rb") as body:
-                    put(name, Body=body)
-            put("result.json", Body=text.encode(), ContentType="application/json")
+                    put(Key=prefix + name, Body=body)
+            put(Key=f"{prefix}result.json", Body=text.encode(), ContentType="application/json")
         if url := self.settings.output_queue_url:
             self._send(self.queue, "sqs:SendMessage on agent.output.queueUrl",
                        self.clients.results.send_message, QueueUrl=url, MessageBody=text)
@@ -3011,9 +3001,6 @@ class AwsResults:
             raise Ended(status="error", reason="output", text="the result cannot be stored: "
                         + remedy(error, needs, arguments.get("QueueUrl")))
         fault.worked()
-
-
-# --- Metrics ---
 
 
 class FolderMetrics:
@@ -3040,25 +3027,20 @@ class FolderMetrics:
 
     def close(self) -> None:
         """Say how many there were."""
-        os.close(self.fd)
         if self.count:
             self.log("INFO", f"Successfully published {self.count} values to {self.path}")
 
 
 class CloudWatchMetrics:
-    """PeakMemoryBytes of each run in CloudWatch; with metrics.runs also Runs, one for each turn.
+    """PeakMemoryBytes of each run, in batches; with metrics.runs also Runs, one for each turn."""
 
-    Values go in batches. While CloudWatch is away they are kept, up to a number.
-    """
-
-    MOST_KEPT = 100_000
+    MOST_KEPT = 100_000  # while CloudWatch is away
     VALUES = 150  # PutMetricData's limit for one datum
     DATA = 60  # of one request: its limit is 1,000, but also 1 MB, which these fit into
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        # (metric, unit, (dimension, value), ...), value
-        self.values: deque[tuple[tuple, float]] = deque()
+        self.values: deque[tuple[tuple, float]] = deque()  # (metric, unit, (dimension, value), ...)
         self.dropped = 0
         self.fault = Fault(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
@@ -3068,13 +3050,11 @@ class CloudWatchMetrics:
 
     def put(self, report: Report) -> None:
         """Keep what is to be said of a turn for the next flush."""
-        found = []
         if report.peak_memory_bytes is not None:
-            found.append((("PeakMemoryBytes", "Bytes", ("FunctionId", report.function_id),
-                           ("Runtime", report.runtime)), float(report.peak_memory_bytes)))
+            self._keep([(("PeakMemoryBytes", "Bytes", ("FunctionId", report.function_id),
+                          ("Runtime", report.runtime)), float(report.peak_memory_bytes))])
         if self.settings.count_runs:
-            found.append((("Runs", "Count", ("Status", report.status)), 1.0))
-        self._keep(found)
+            self._keep([(("Runs", "Count", ("Status", report.status)), 1.0)])
 
     def _keep(self, values: list[tuple[tuple, float]], first: bool = False) -> None:
         """Have these wait for the next flush, before or after the others; the oldest may go."""
@@ -3090,36 +3070,33 @@ class CloudWatchMetrics:
         self.thread.join(25)
 
     def _publish(self) -> None:
-        pause: float = self.settings.flush_seconds
-        while not self.stopping.wait(pause):
-            pause = self._flush() or self.settings.flush_seconds
-        self._flush()
-
-    def _flush(self) -> float:
-        """Send what is kept now; 0, or the pause before another try."""
-        groups: defaultdict[tuple, list[float]] = defaultdict(list)
-        with self.lock:
-            for key, value in self.values:
-                groups[key].append(value)
-            self.values.clear()
-        data = [(key, values[start:start + self.VALUES]) for key, values in groups.items()
-                for start in range(0, len(values), self.VALUES)]
-        sent, error = 0, None
-        while data and not error:
-            _, error = attempt(self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
-                               MetricData=[self._datum(*one) for one in data[:self.DATA]])
-            if not error:
-                sent += sum(len(values) for _, values in data[:self.DATA])
+        """Send what is kept every flushSeconds, after a failure's own pause, and at the close."""
+        pause, is_last = float(self.settings.flush_seconds), False
+        while not is_last:
+            is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
+            groups: defaultdict[tuple, list[float]] = defaultdict(list)
+            with self.lock:
+                while self.values:
+                    key, value = self.values.popleft()
+                    groups[key].append(value)
+            data = [(key, values[start:start + self.VALUES]) for key, values in groups.items()
+                    for start in range(0, len(values), self.VALUES)]
+            while data:
+                now = data[:self.DATA]
+                _, error = attempt(
+                    self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
+                    MetricData=[self._datum(*one) for one in now])
+                if error:
+                    self._keep([(key, one) for key, values in data for one in values], first=True)
+                    pause = self.fault.failed(remedy(error, "cloudwatch:PutMetricData") or error)
+                    break
+                self.fault.worked()
+                sent += sum(len(values) for _, values in now)
                 del data[:self.DATA]
-        if sent:
-            self.fault.worked()
-            lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
-            self.dropped = 0
-            self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
-        if not error:
-            return 0
-        self._keep([(key, value) for key, values in data for value in values], first=True)
-        return self.fault.failed(remedy(error, "cloudwatch:PutMetricData") or error)
+            if sent:
+                lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
+                self.dropped = 0
+                self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
     @staticmethod
     def _datum(key: tuple, values: list[float]) -> dict[str, Any]:
@@ -3135,56 +3112,12 @@ class CloudWatchMetrics:
 # Agent: slots, and the loop that keeps them busy
 # --------------------------------------------------------------------------------------------
 
-BASE_ENV = ("PATH", "LANG", "TZ")  # all that a function gets of the agent's own environment
+# All that a function gets of the agent's own environment
+BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 UNSTORED = 1000  # results that are kept for the return of their messages
 METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
-
-
-class Launcher:
-    """The agent's end of the launcher, which is started first, and again if it goes."""
-
-    def __init__(self, log: Log, settings: Settings):
-        self.log, self.lock = log, threading.Lock()
-        self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
-        self.metadata_open = "their uid is not theirs alone"  # why functions reach it
-        if settings.metadata == "allow" or settings.network == "none":
-            self.metadata_open = "as it was set"
-        elif settings.run_as is None and can_become(FIRST_UID):
-            try:
-                self.guards, self.metadata_open = refuse_metadata(FIRST_UID, LAST_UID), ""
-            except OSError as error:
-                self.metadata_open = error.strerror
-        kernel("prctl", PR_SET_DUMPABLE, 0)  # /proc/PID/environ may hold a credential
-        kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
-        self._start()
-
-    def _start(self) -> None:
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        env = {name: os.environ[name] for name in BASE_ENV if name in os.environ}
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno())], env=env,
-                pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
-
-    def supervisor(self, place: Place) -> socket.socket:
-        """A connection to a new supervisor for this place; raises OSError."""
-        ours, theirs = socket.socketpair()
-        with theirs, self.lock:
-            if self.process.poll() is not None:
-                self.log("ERROR", f"the launcher ended ({self.process.returncode}); its runs are "
-                                  "lost, and another is started")
-                self.close()
-                self._start()
-            socket.send_fds(self.control, [json.dumps(asdict(place)).encode()], [theirs.fileno()])
-        return ours
-
-    def close(self) -> None:
-        """End the launcher and all that runs."""
-        self.control.close()
-        self.process.wait()
-        end_descendants()
 
 
 class Slot:
@@ -3192,8 +3125,10 @@ class Slot:
 
     SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
 
-    def __init__(self, place: Place, launcher: Launcher, fault: Fault):
-        self.place, self.launcher, self.fault = place, launcher, fault
+    def __init__(self, place: Place, supervisor: Callable[[Place], socket.socket], fault: Fault):
+        self.place, self.supervisor, self.fault = place, supervisor, fault
+        self.own = f"{place.directory}/own"
+        self.output = f"{self.own}/output"
         self.lock = threading.RLock()
         self.connection: socket.socket | None = None
         self.pid = 0
@@ -3211,17 +3146,12 @@ class Slot:
                 self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
                 self.connection.sendall(json.dumps(asdict(job)).encode() + b"\n")
                 answer = self._answer()
-            except OSError as error:
+            except OSError as error:  # what a function did to its supervisor, it may do again
                 self.drop(kill=True)
                 if error.errno in MACHINE_AWAY:
                     raise
                 raise Ended(status="error", reason="launcher", text="what ran the function was "
                             f"lost ({error!r}); it may have killed it") from None
-            if "errno" in answer:
-                self.drop()  # what a function did to it, it may do again: begin anew
-                if answer["errno"] in MACHINE_AWAY and not answer["begun"]:
-                    raise OSError(answer["errno"], answer["text"])
-                raise Ended(status="error", reason="launcher", text=answer["text"])
             if answer.pop("is_last"):
                 self.drop()
             return answer
@@ -3234,20 +3164,23 @@ class Slot:
             if idle.poll(0):
                 self.drop()
         if self.connection is None:
-            self.connection = self.launcher.supervisor(self.place)
+            self.connection = self.supervisor(self.place)
             self.connection.settimeout(self.SPARE_SECONDS)
             self.answers = self.connection.makefile("rb")
             answer = self._answer()
-            if "errno" in answer:
-                self.drop()
-                raise OSError(answer["errno"], answer["text"])
             self.pid, self.open = answer["pid"], answer["open"]
 
     def _answer(self) -> dict[str, Any]:
+        """The supervisor's next line; raises OSError, with an errno if no run has begun."""
         line = self.answers.readline()
         if not line.endswith(b"\n"):
             raise ConnectionError("end of file")
-        return json.loads(line)
+        answer = json.loads(line)
+        if answer.get("begun"):
+            raise OSError(answer["text"])
+        if "errno" in answer:
+            raise OSError(answer["errno"], answer["text"])
+        return answer
 
     def drop(self, kill: bool = False) -> None:
         """Let go of the supervisor, which then ends what it runs; kill it if it may be stopped."""
@@ -3255,108 +3188,91 @@ class Slot:
             if self.connection:
                 self.answers.close()
                 self.connection.close()
-                self.connection = None
-                if kill and self.pid > 0:
+                if kill and self.pid:
                     signal_all([self.pid], signal.SIGKILL)
+                self.connection, self.pid = None, 0
 
     def cancel(self) -> None:
         """End the run, and let no other begin."""
-        with self.lock:
+        with self.lock, contextlib.suppress(OSError):
             self.cancelled = True
             if self.connection:
-                with contextlib.suppress(OSError):
-                    self.connection.shutdown(socket.SHUT_WR)
+                self.connection.shutdown(socket.SHUT_WR)
 
 
 def find_program(names: tuple[str, ...], path: str, uid: int | None, gid: int | None) -> str:
     """The first of these programs on PATH that this user can run; "" when there is none."""
-    for name in names:
-        for directory in [""] if "/" in name else path.split(os.pathsep):
-            candidate = os.path.join(directory, name)
-            if os.path.isfile(candidate) and reachable(candidate, uid, gid):
-                return candidate
+    for name, directory in itertools.product(names, path.split(os.pathsep)):
+        program = shutil.which(name, path=directory)
+        if program and (not uid or is_reachable(program, uid, gid)):
+            return program
     return ""
 
 
-def reachable(path: str, uid: int | None, gid: int | None) -> bool:
+def is_reachable(path: str, uid: int, gid: int | None) -> bool:
     """Whether this user may run the file and search every directory above it."""
-    if uid is None:
-        return os.access(path, os.X_OK)
     real = Path(os.path.realpath(path))
     for one in (real, *real.parents, *Path(os.path.abspath(path)).parents):
         status = os.stat(one)
         shift = 6 if status.st_uid == uid else 3 if status.st_gid == gid else 0
-        if uid and not status.st_mode >> shift & 1:
+        if not status.st_mode >> shift & 1:
             return False
     return True
 
 
-# --- What functions see of the machine ---
-
-
-def hidden_paths(settings_file: Path | None) -> list[str]:
-    """The directories and files that functions do not see, or have of their own; sorted.
+def hidden_and_kept(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What functions do not see, or have of their own; and what is shown again of that.
 
     A directory that holds this file or the settings is hidden as a whole, unless it is one of the
-    system's: then that file alone is.
+    system's: then that file alone is. Shown is what holds `needed`, and what resolves names.
     """
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
-    for file in map(os.path.realpath, filter(None, (FILE, settings_file))):
+    for file in map(os.path.realpath, filter(None, (FILE, settings))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
         found.append(file if is_system else os.path.dirname(file))
-    return sorted({path for path in found if os.path.exists(path) and not os.path.islink(path)})
-
-
-def needed_paths(hidden: list[str], paths: Iterable[str]) -> set[str]:
-    """What to show again of the hidden directories: what holds these paths, and what name
-    resolution needs."""
+    hidden = sorted({path for path in found if os.path.exists(path) and not os.path.islink(path)})
     resolver = os.path.realpath("/etc/resolv.conf")
-    names = ("/run/nscd", resolver if os.path.dirname(resolver) == "/run" else
-             os.path.dirname(resolver))
-    found = {path for path in names if path.startswith("/run/")}
-    for path in {*paths, *map(os.path.realpath, paths)}:
+    if os.path.dirname(resolver) != "/run":
+        resolver = os.path.dirname(resolver)
+    kept = {path for path in ("/run/nscd", resolver) if path.startswith("/run/")}
+    for path in {*needed, *map(os.path.realpath, needed)}:
         covers = [cover for cover in hidden if path.startswith(f"{cover}/")]
         if covers:
             cover = max(covers, key=len)
-            found.add(os.path.join(cover, os.path.relpath(path, cover).partition("/")[0]))
-    return {path for path in found if os.path.exists(path)}
+            kept.add(os.path.join(cover, os.path.relpath(path, cover).partition("/")[0]))
+    return hidden, sorted(filter(os.path.exists, kept))
 
 
 def refuse_metadata(first_uid: int, last_uid: int) -> list[int]:
     """Have the kernel refuse the instance metadata to these uids; raises OSError.
 
-    It runs a program for each connect(2) of the machine, for as long as anybody has one of the
-    descriptors returned open (bpf(2); Linux 5.7, cgroup v2). A routing rule would not do: a socket
-    that is bound to a device goes past it.
+    It does while a descriptor returned is open (bpf(2); Linux 5.7, cgroup v2). A routing rule
+    would not do: a socket that is bound to a device goes past it.
     """
-    ipv4, ipv6 = METADATA[socket.AF_INET], METADATA[socket.AF_INET6]
-    mapped = socket.inet_pton(socket.AF_INET6, f"::ffff:{ipv4}")
-    programs = (  # BPF_CGROUP_INET4_CONNECT and 6; where struct bpf_sock_addr has the address
-        (10, 4, [socket.inet_pton(socket.AF_INET, ipv4)]),
-        (11, 8, [socket.inet_pton(socket.AF_INET6, ipv6), mapped]))
     mounts = re.findall(rb"(?m)^(?:\S+ ){4}(\S+) .* - cgroup2 ", read_proc("/proc/self/mountinfo"))
     if not mounts:
         raise OSError(errno.ENOENT, "there is no cgroup v2 here")
+    ipv4, ipv6 = (socket.inet_pton(family, address) for family, address in METADATA.items())
+    mapped = bytes(10) + b"\xff\xff" + ipv4
+    bpf = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, -1)
     group, links = os.open(mounts[0], os.O_RDONLY), []
-    for kind, offset, addresses in programs:
+    # BPF_CGROUP_INET4_CONNECT and 6, and where struct bpf_sock_addr has the address
+    for kind, offset, addresses in (10, 4, [ipv4]), (11, 8, [ipv6, mapped]):
         code = ctypes.create_string_buffer(_refusal(addresses, offset, first_uid, last_uid))
         license_text = ctypes.create_string_buffer(b"GPL")
-        program = _bpf(5, struct.pack("=IIQQ44xI", 18, len(code) // 8, ctypes.addressof(code),
-                                      ctypes.addressof(license_text), kind))
-        links.append(_bpf(28, struct.pack("=IIII", program, group, kind, 0)))
+        load = struct.pack("=IIQQ44xI", 18, len(code) // 8, ctypes.addressof(code),
+                           ctypes.addressof(license_text), kind)
+        program = kernel("syscall", bpf, 5, load, len(load))
+        attach = struct.pack("=IIII", program, group, kind, 0)
+        links.append(kernel("syscall", bpf, 28, attach, len(attach)))
         os.close(program)
     os.close(group)
     return links
 
 
-def _bpf(command: int, attributes: bytes) -> int:
-    number = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, -1)
-    return kernel("syscall", number, command, attributes, len(attributes))
-
-
 def _refusal(addresses: list[bytes], offset: int, first_uid: int, last_uid: int) -> bytes:
-    """A BPF program that refuses these addresses to these uids (kernel.org, BPF instruction set)."""
+    """A BPF program that refuses these addresses to these uids (kernel.org: BPF instruction set)"""
 
     def step(code: int, registers: int = 0, jump: int = 0, value: int = 0) -> bytes:
         return struct.pack("=BBhi", code, registers, jump, value)
@@ -3376,11 +3292,22 @@ def _refusal(addresses: list[bytes], offset: int, first_uid: int, last_uid: int)
 class Slots:
     """The machine's side of running: directories, users, programs, and the slots themselves."""
 
-    def __init__(self, settings: Settings, launcher: Launcher, log: Log):
-        self.settings = settings
+    def __init__(self, settings: Settings, log: Log):
+        self.settings, self.log = settings, log
+        self.fault = Fault(log, "starting functions")
+        self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
+        self.metadata_open = "their uid is not theirs alone"  # why functions reach it
+        is_refused = settings.metadata == "refuse" and settings.network == "host"
+        if is_refused and settings.run_as is None and can_become(FIRST_UID):
+            try:
+                self.guards, self.metadata_open = refuse_metadata(FIRST_UID, LAST_UID), ""
+            except OSError as error:
+                self.metadata_open = error.strerror
+        self.launching = threading.Lock()
+        self._launch()
+        self.left_open: list[str] = []  # what functions can do that they should not, in words
         self.base, self.lock = make_task_dir(settings, log)
         self.uid_locks: list[socket.socket] = []
-        self.fault = Fault(log, "starting functions")
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
         self.shell = self.base / "sh"
         # Its user may not read it, so that the kernel lets none of that user's processes trace it
@@ -3393,32 +3320,36 @@ class Slots:
             name: find_program((settings.runtimes[name],) if name in settings.runtimes
                                else runtime.programs, self.path, *users[0][:2])
             for name, runtime in RUNTIMES.items()}
-        self.hidden = hidden_paths(settings.file)
-        self.all = [Slot(self._place(number, *user), launcher, self.fault)
-                    for number, user in enumerate(users)]
         log("INFO", "runtimes: " + ", ".join(f"{name} {path or '(not here)'}"
                                              for name, path in self.programs.items()))
-        self.metadata_open = launcher.metadata_open
+        self.all = [Slot(self._place(number, *user), self.supervisor, self.fault)
+                    for number, user in enumerate(users)]
 
-    def left_open(self) -> list[str]:
-        """What functions can do here that they should not, in words; raises GiveUp."""
-        place = self.all[0].place
-        try:
-            self.all[0].connect()
-        except OSError as error:
-            raise GiveUp(f"no function can be run here: {error}" + (
-                "; agent.execution.network none needs a network namespace: start the agent as root"
-                if place.network == "none" else "")) from None
-        found = list(self.all[0].open)
-        self.all[0].drop()  # an idle agent has no supervisor
-        if self.settings.metadata == "refuse" and place.network == "host" and self.metadata_open:
-            found.append(f"functions reach the instance metadata, and with it this machine's role "
-                         f"({self.metadata_open}): refuse them {METADATA[socket.AF_INET]} by a "
-                         "firewall, or set agent.execution.network to none")
-        if place.uid is None:
-            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
-            found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
-        return found
+    def _launch(self) -> None:
+        """Start the launcher, which starts the supervisors, and again if it goes."""
+        kernel("prctl", PR_SET_DUMPABLE, 0)  # /proc/PID/environ may hold a credential
+        kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.launcher = subprocess.Popen(
+                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno())],
+                env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
+
+    def supervisor(self, place: Place) -> socket.socket:
+        """A connection to a new supervisor for this place; raises OSError."""
+        ours, theirs = socket.socketpair()
+        with theirs, self.launching:
+            if (code := self.launcher.poll()) is not None:
+                self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
+                self._end_launcher()
+                self._launch()
+            socket.send_fds(self.control, [json.dumps(asdict(place)).encode()], [theirs.fileno()])
+        return ours
+
+    def _end_launcher(self) -> None:
+        self.control.close()
+        self.launcher.wait()
+        end_descendants()
 
     def _place(self, number: int, uid: int | None, gid: int | None, groups: tuple[int, ...],
                private: bool) -> Place:
@@ -3433,21 +3364,23 @@ class Slots:
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
                   "RLIMIT_FSIZE": self.settings.max_file_mb * MIB,
                   "RLIMIT_NPROC": self.settings.max_processes + others}
+        hidden, kept = hidden_and_kept(self.settings.file, [
+            *self.path.split(os.pathsep), *filter(None, self.programs.values())])
         # A link needs code and workspace under one mount; who has no uid of its own has copies, and
         # sees nothing of the other slots.
-        ours = [self.base] if uid is not None else [
-            self.base / "code", self.shell, self.base / "main.py", directory, directory / "own"]
-        hidden = sorted({*self.hidden, *([str(self.base)] if uid is None else [])})
-        kept = needed_paths(self.hidden, [*self.path.split(os.pathsep), *filter(
-            None, self.programs.values())])
+        ours = [self.base]
+        if uid is None:
+            ours = [self.base / "code", self.shell, self.base / "main.py", directory,
+                    directory / "own"]
+            hidden = sorted({*hidden, str(self.base)})
         return Place(str(directory), uid, gid, groups, private, str(self.shell), limits,
-                     self.settings.network, tuple(hidden), (*sorted(kept), *map(str, ours)))
+                     self.settings.network, tuple(hidden), (*kept, *map(str, ours)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
         name = self.settings.run_as
         if name is None:
-            uid = self._lock_uid() if can_become(FIRST_UID) else None
+            uid = self._free_uid() if can_become(FIRST_UID) else None
             return uid, uid, (), uid is not None
         try:
             entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
@@ -3455,17 +3388,16 @@ class Slots:
             groups = tuple(os.getgrouplist(entry.pw_name, gid))
         except KeyError:
             if not name.isdecimal():
-                raise GiveUp(f"agent.execution.runAs is {name}; this machine has no such user"
-                             ) from None
+                raise GiveUp(f"agent.execution.runAs is {name}; here is no such user") from None
             uid, gid, groups = int(name), int(name), ()
         if can_become(uid):
             return uid, gid, groups, False
         if uid != os.geteuid():
-            raise GiveUp(f"agent.execution.runAs is {name}; only root can run functions as "
-                         "another user: start the agent as root, or leave runAs out")
+            raise GiveUp(f"agent.execution.runAs is {name}; start the agent as root, which alone "
+                         "can run functions as another user, or leave runAs out")
         return None, None, (), False
 
-    def _lock_uid(self) -> int:
+    def _free_uid(self) -> int:
         """A uid that nobody has, for as long as this agent lives (an abstract socket's name)."""
         for uid in range(FIRST_UID + len(self.uid_locks), LAST_UID + 1):
             lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -3478,103 +3410,86 @@ class Slots:
             except OSError:  # another agent's
                 pass
             lock.close()
-        raise GiveUp(f"no uid from {FIRST_UID} to {LAST_UID} is free; lower "
-                     "agent.execution.concurrency")
+        raise GiveUp(f"no uid of {FIRST_UID} to {LAST_UID} is free; lower execution.concurrency")
 
-    def job(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> Job:
-        """The run of a task; raises Ended when its runtime is not installed."""
-        command = self.command(RUNTIMES[task.runtime].commands[package.entry], task.runtime)
-        env = self.environment(slot)
-        env.update(REQUEST_ID=task.request_id, FUNCTION_ID=task.function_id,
-                   MEMORY_MB=str(task.memory_mb), TIMEOUT_MS=str(task.timeout_ms))
-        warm = self.programs["python"] if task.runtime == "python" else ""
-        return Job(command, warm if self.settings.warm_start else "", env, str(package.path),
-                   task.input.decode("utf-8", "surrogateescape"), task.timeout_ms, task.memory_mb,
-                   self.settings.max_disk_mb, self.settings.max_files, tee)
-
-    def environment(self, slot: Slot) -> dict[str, str]:
-        """What every run of a slot has in its environment."""
-        root = f"{slot.place.directory}/own"
-        kept = {name: os.environ[name] for name in BASE_ENV if name in os.environ}
-        return {"PATH": self.path, **kept, "HOME": f"{root}/home", "TMPDIR": f"{root}/tmp",
-                "OUTPUT_DIR": f"{root}/output"}
-
-    def command(self, command: tuple[str, ...], runtime: str) -> tuple[str, ...]:
-        """A command with its program filled in; raises Ended when there is none."""
-        program = self.programs[runtime] if "{program}" in command else command[0]
-        if not program or "/" in program and program[0] == "/" and not os.path.exists(program):
+    def program(self, first: str, runtime: str) -> str:
+        """What a command of a runtime starts with; raises Ended when this machine lacks it."""
+        program = self.programs[runtime] if first == "{program}" else first
+        if not program or program[0] == "/" and not os.path.exists(program):
             names = self.settings.runtimes.get(runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise Ended(status="error", reason="runtime", text=f"this machine has no {names} that "
                         f"a function can run; install it, or name it in agent.runtimes.{runtime}")
-        return tuple(program if part == "{program}" else part for part in command)
+        return program
+
+    def job(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> Job:
+        """The run of a task, or of its compiler; raises Ended when its program is missing."""
+        runtime = RUNTIMES[task.runtime]
+        first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
+        program = self.program(first, task.runtime)
+        env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
+               "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output,
+               "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
+               "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
+        is_warm = task.runtime == "python" and self.settings.warm_start
+        return Job((program, *rest), program if is_warm else "", env, str(package.path),
+                   task.input.decode("utf-8", "surrogateescape"), task.timeout_ms, task.memory_mb,
+                   self.settings.max_disk_mb, self.settings.max_files, tee)
 
     def compile(self, task: Task, package: Package, slot: Slot) -> Package:
         """The package with its program compiled, once; raises Ended with the compiler's words."""
-        compiler = RUNTIMES[task.runtime].compiled.get(package.entry)
-        if compiler is None:
+        if package.entry not in RUNTIMES[task.runtime].compiled:
             return package
+        built = Package(package.built, package.etag, "main")
         with package.lock:
-            if not package.built.exists():
-                self._build(package, slot, self.command(compiler, task.runtime))
-        return Package(package.built, package.etag, "main")
-
-    def _build(self, package: Package, slot: Slot, command: tuple[str, ...]) -> None:
-        job = Job(command, "", self.environment(slot), str(package.path), "", COMPILE_MS,
-                  COMPILE_MB, self.settings.max_disk_mb, self.settings.max_files)
-        answer = slot.run(job)
-        if answer["status"] == "released":
-            raise Ended(**answer)
-        try:
-            made = f"{slot.place.directory}/own/work/main"
-            fd = os.open(made, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:
+            if built.path.exists():
+                return built
+            limited = replace(task, input=b"", timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
+            answer = slot.run(self.job(limited, package, slot))
+            if answer["status"] == "released":
+                raise Ended(**answer)
             fd = -1
-        if answer["status"] != "ok" or fd < 0:
-            text = (f"{package.entry} does not compile ({answer['status']}, exit status "
-                    f"{answer['exit_code']})")
-            raise Ended(**{**answer, "status": "rejected", "reason": "compile", "text": text,
-                           "peak_memory_bytes": None, "duration_millis": None, "start": None})
-        part = package.path.with_suffix(".part")
-        with self.fault.watched(), open(fd, "rb") as program:
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(package.path, part, symlinks=True, copy_function=os.link)
-            with open(part / "main", "wb") as copy:
-                shutil.copyfileobj(program, copy)
-            os.chmod(part / "main", 0o755)
-            os.rename(part, package.built)
+            if answer["status"] == "ok":
+                with contextlib.suppress(OSError):
+                    fd = os.open(f"{slot.own}/work/main", os.O_RDONLY | os.O_NOFOLLOW)
+            if fd < 0:
+                ended = f"{answer['status']}, exit status {answer['exit_code']}"
+                raise rejected("compile", f"{package.entry} does not compile ({ended})", **{
+                    name: value for name, value in answer.items() if name.startswith("std")})
+            part = package.path.with_suffix(".part")
+            with self.fault.watched(), open(fd, "rb") as program:
+                shutil.rmtree(part, ignore_errors=True)
+                shutil.copytree(package.path, part, symlinks=True, copy_function=os.link)
+                with open(part / "main", "wb") as copy:
+                    shutil.copyfileobj(program, copy)
+                os.chmod(part / "main", 0o755)
+                os.rename(part, built.path)
+            return built
 
     def close(self) -> None:
-        """Remove all that was made on disk."""
-        remove_task_dir(self.base)
-        os.close(self.lock)
+        """End all that runs, and remove all that was made on disk."""
+        self._end_launcher()
         with contextlib.suppress(OSError):  # another agent's may be there
+            sweep(self.base, ["lock"])
+            remove(self.base)
             self.base.parent.rmdir()
 
 
 def can_become(uid: int) -> bool:
     """Whether this process is root, and its user namespace has this uid (user_namespaces(7))."""
-    with open("/proc/self/uid_map") as file:
-        rows = [tuple(map(int, line.split())) for line in file]
+    rows = [list(map(int, row.split())) for row in read_proc("/proc/self/uid_map").splitlines()]
     return os.geteuid() == 0 and any(first <= uid < first + count for first, _, count in rows)
 
 
 def user_tasks(uid: int) -> int:
     """How many tasks (threads count) a user has now, which RLIMIT_NPROC counts too."""
-    count = 0
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            if os.stat(f"/proc/{pid}").st_uid == uid:
-                count += len(os.listdir(f"/proc/{pid}/task"))
-        except OSError:
-            pass
-    return count
+    own = re.compile(rb"(?ms)^Uid:\t%d\t.*^Threads:\t(\d+)" % uid)
+    found = (own.search(read_proc(path)) for path in glob.iglob("/proc/[0-9]*/status"))
+    return sum(int(each[1]) for each in found if each)
 
 
 def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
-    """A directory of this agent's own under taskBaseDir, and the lock that says it lives.
-
-    Directories whose lock is free are what killed agents left, and are removed. Raises GiveUp.
-    """
+    """A directory of this agent's own, and its lock; removes what killed ones left, whose locks
+    are free. Raises GiveUp."""
     root, usual = Path(settings.task_base_dir), Path(Settings().task_base_dir)
     closed = [one for one in root.parents if one.exists() and not one.stat().st_mode & 0o001]
     if closed and not os.geteuid() and settings.run_as is None:
@@ -3591,7 +3506,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         for old in root.glob("agent-*"):
             with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove_task_dir(old)
+                sweep(old, ["lock"])  # the last to go: what is left by a kill is found again
+                remove(old)
         own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
         lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -3603,28 +3519,20 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     return own, lock
 
 
-def remove_task_dir(path: Path) -> None:
-    """Remove an agent's directory, whatever functions left in it."""
-    for entry in filter(is_folder, list(os.scandir(path))):
-        sweep(entry.path)
-    shutil.rmtree(path, ignore_errors=True)
-
-
 @dataclass
 class Turn:
     """A message from its receive to its end."""
 
     message: Message
-    task: Task | None  # None: it ends as `report` says
     report: Report  # what is known so far
+    task: Task | None = None  # None: it ends as `report` says
+    memory_mb: int = 0  # that is taken up by it
     directory: str = ""  # where its output files are
     names: list[str] = field(default_factory=list)  # of its output files
+    result: dict[str, Any] = field(default_factory=dict)  # for result.json
     begun: bool = False  # only its slot may end it from here on
     ran_before: bool = False  # it ran when it was here before, and could not be stored
-
-    @property
-    def memory_mb(self) -> int:
-        return self.task.memory_mb if self.task else 0
+    is_held: bool = False  # it waits out an outage
 
 
 class Agent:
@@ -3645,22 +3553,18 @@ class Agent:
         self.space = threading.Condition(self.lock)  # for the receiver: something may be asked for
         self.waiting: deque[Turn] = deque()
         self.turns: dict[Slot, Turn] = {}
-        self.held_up = 0  # turns that wait out an outage
         self.unstored: OrderedDict[tuple[str, str], Turn] = OrderedDict()  # by message
         self.free_mb = settings.memory_mb
         self.mean_seconds: float | None = None
-        self.hold_until = 0.0
-        self.sick_seconds = 0.0
+        self.hold_until = self.sick_seconds = 0.0
         self.fault = Fault(log, "receiving messages")
-        self.peaks: OrderedDict[str, deque[int]] = OrderedDict()
+        self.peaks = functools.lru_cache(10_000)(lambda function_id: deque(maxlen=RECENT))
         self.drain = False
         self.drained: list[Report] = []  # for summary()
         self.counts: Counter[str] = Counter()
         self.stopping = False
-        self.signals = 0
-        self.wake, self.waker = os.pipe()
-        os.set_blocking(self.wake, False)
-        os.set_blocking(self.waker, False)
+        self.signals: list[int] = []
+        self.wake, self.waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # The main thread: signals, systemd, the end.
 
@@ -3669,67 +3573,60 @@ class Agent:
         self.drain = drain
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._signalled)
-        workers = [threading.Thread(target=self._work, args=(slot,), daemon=True)
-                   for slot in self.slots.all]
+            signal.signal(number, lambda number, _: self.signals.append(number))
         poller = threading.Thread(target=self._poll, daemon=True)
+        threads = [poller, *(threading.Thread(target=self._work, args=(slot,), daemon=True)
+                             for slot in self.slots.all)]
         if self.settings.spot_interruption:
-            threading.Thread(target=self._await_spot_notice, daemon=True).start()
-        for thread in (poller, *workers):
+            threads.append(threading.Thread(target=self._await_spot_notice, daemon=True))
+        for thread in threads:
             thread.start()
         notify("READY=1")
         self._attend(poller)
         self.queue.close()
         self.metrics.close()
 
-    def _signalled(self, number: int, frame: object) -> None:
-        self.signals += 1
-
-    def stop(self) -> None:
-        """Have the main thread begin the shutdown."""
-        self.signals += 1
-        os.write(self.waker, b"\n")
-
     def _attend(self, poller: threading.Thread) -> None:
         """Wait for the end; begin the shutdown when a signal comes, and keep systemd informed."""
-        watchdog = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6
-        said = ""
-        deadline = math.inf
+        watchdog, deadline = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6, math.inf
         while poller.is_alive() or self.turns:  # a download that hangs holds no message
-            period = min(5.0, watchdog or 5.0, max(0.0, deadline - time.monotonic()) or 0.05)
-            select.select([self.wake], [], [], min(0.05, period) if self.stopping else period)
+            period = 0.05 if self.stopping else min(5.0, watchdog or 5.0)
+            select.select([self.wake], [], [], period)
             read_nonblocking(self.wake)
             if self.signals and deadline == math.inf:
                 deadline = time.monotonic() + self.settings.shutdown_grace_seconds
                 self._begin_stop()
-            if self.signals > 1 or time.monotonic() >= deadline:
+            is_urgent = len(self.signals) > 1
+            if is_urgent or time.monotonic() >= deadline:
                 for slot in self.slots.all:
                     slot.cancel()
-            if self.signals > 1 and not self.turns:
+            if is_urgent and not self.turns:
                 return  # the answer of a poll in flight is not waited for
             good = self.counts["ok"]
-            state = (f"STATUS=running {len(self.turns)}, done {good}, "
-                     f"failed {sum(self.counts.values()) - good}")
-            if state != said:
-                notify(said := state)
-            if watchdog:
-                notify("WATCHDOG=1")
+            notify(f"WATCHDOG=1\nSTATUS=running {len(self.turns)}, done {good}, "
+                   f"failed {sum(self.counts.values()) - good}")
 
     def _begin_stop(self) -> None:
         """Stop polling; give back what was not started."""
-        self.log("INFO", "stopping: no more messages are taken; running functions have "
-                         f"{self.settings.shutdown_grace_seconds} s")
+        grace = self.settings.shutdown_grace_seconds
+        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s")
         notify("STOPPING=1")
         with self.lock:
-            self.stopping = True
             preparing = [slot for slot, turn in self.turns.items() if not turn.begun]
             unstarted = [*self.waiting, *map(self.turns.pop, preparing)]
             self.waiting.clear()
-            self._wake_all()
+            self._stop_taking()
         for turn in unstarted:
             self._release(turn)
         for slot in preparing:
             slot.cancel()  # it may be compiling
+
+    def _stop_taking(self) -> None:
+        """Have every thread end that has nothing more to do."""
+        with self.lock:
+            self.stopping = True
+            self.tasks.notify_all()
+            self.space.notify_all()
 
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
@@ -3745,7 +3642,7 @@ class Agent:
                 urlopen(Request(f"{latest}/meta-data/spot/instance-action", headers={
                     "X-aws-ec2-metadata-token": token}), timeout=2).close()
                 self.log("WARNING", "EC2 will interrupt this spot instance")
-                return self.stop()
+                return os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
     # The receiving thread.
@@ -3758,21 +3655,21 @@ class Agent:
                 self.fault.worked()
                 for message in messages:
                     self._take(message)
-                if not messages and self.drain and self._is_drained():
+                if messages:
+                    continue
+                with self.lock:
+                    is_idle = not self.turns and not self.waiting
+                    if self.drain and not is_idle:
+                        self.space.wait(0.5)
+                if self.drain and is_idle and self.queue.is_empty():
                     break
-                if not messages and not self.local and not self.settings.wait_time_seconds:
+                if not self.local and not self.settings.wait_time_seconds:
                     self._pause(1)  # SQS answered at once
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
                 advice = remedy(error, QUEUE_NEEDS, self.settings.queue_url)
                 self._pause(self.fault.failed(advice or error))
-        with self.lock:
-            self.stopping = True
-            self._wake_all()
+        self._stop_taking()
         os.write(self.waker, b"\n")
-
-    def _wake_all(self) -> None:
-        self.tasks.notify_all()
-        self.space.notify_all()
 
     def _pause(self, seconds: float) -> None:
         with self.lock:
@@ -3785,10 +3682,11 @@ class Agent:
         with self.lock:
             while not self.stopping:
                 wait = self.hold_until - time.monotonic()
-                ahead = min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)), 2 * most
-                            ) if self.mean_seconds and not self.held_up else 0
+                ahead = 0
                 if self.waiting and self.waiting[0].memory_mb > self.free_mb:
                     ahead = -slots  # what waits for memory goes first
+                elif self.mean_seconds and not any(turn.is_held for turn in self.turns.values()):
+                    ahead = min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)), 2 * most)
                 room = slots - len(self.turns) + ahead - len(self.waiting)
                 # Short runs free a slot each moment: a request is worth a whole batch then.
                 if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.turns):
@@ -3796,30 +3694,19 @@ class Agent:
                 self.space.wait(max(wait, 0.01) if wait > 0 else 5)
             return 0
 
-    def _is_drained(self) -> bool:
-        with self.lock:
-            if self.turns or self.waiting:
-                self.space.wait(0.5)
-                return False
-        return self.queue.is_empty()
-
     def _take(self, message: Message) -> None:
         """Check a message, and have it wait for a slot, to run or to be rejected there."""
-        report, task = Report(receive_count=message.receive_count), None
+        turn = Turn(message, Report(receive_count=message.receive_count))
         try:
             task = parse_task(message.body, self.settings, any_bucket=self.local)
-            report = replace(report, **task.known())
+            turn.report = replace(turn.report, **task.known())
             ends = time.monotonic() + task.timeout_ms / 1000
             if ends > self.queue.held_until(message, ends):
-                task = None
-                raise rejected("visibility", f"timeoutMs {report.timeout_ms} does not fit into the "
-                               "queue's visibility timeout, and sqs:ChangeMessageVisibility is not "
-                               "granted; grant it, or raise the visibility timeout")
-        except Ended as error:
-            report = replace(report, **error.fields)
+                raise rejected("visibility", f"timeoutMs {task.timeout_ms} is over the queue's "
+                               "visibility timeout; raise it, or grant sqs:ChangeMessageVisibility")
+            turn.task, turn.memory_mb = task, task.memory_mb
         except Exception as error:  # noqa: BLE001  # its batch's other messages have their turn
-            report = replace(report, **unexpected(error))
-        turn = Turn(message, task, report)
+            turn.report = replace(turn.report, **failure(error))
         with self.lock:
             if not self.stopping:
                 self.waiting.append(turn)
@@ -3838,20 +3725,20 @@ class Agent:
                 self.tasks.wait()
             turn = self.turns[slot] = self.waiting.popleft()
             self.free_mb -= turn.memory_mb
-            if self.waiting:
-                self.tasks.notify()
-            if len(self.waiting) <= self.settings.max_number_of_messages:
-                self.space.notify()
             return turn
 
     def _work(self, slot: Slot) -> None:
         """Take turns in one slot, one after another."""
         while turn := self._next(slot):
             started = time.monotonic()
-            self._perform(turn, slot)
+            try:
+                turn.report = replace(turn.report, **self._run(turn, slot))
+            except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
+                turn.report = replace(turn.report, **failure(error))
             if not self._begin(turn, slot):
                 return
-            self._settle(turn, self._store(turn))
+            self._store(turn)
+            self._settle(turn)
             spent = time.monotonic() - started
             with self.lock:
                 del self.turns[slot]
@@ -3862,10 +3749,9 @@ class Agent:
                 is_sick = turn.report.status == "error" and turn.report.reason != "runtime"
                 self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2)) * is_sick
                 self.hold_until = time.monotonic() + self.sick_seconds
+                self.space.notify()
                 if self.waiting:
-                    self.tasks.notify()
-                else:
-                    self.space.notify()
+                    self.tasks.notify_all()  # several may fit into what is free now
         os.write(self.waker, b"\n")
 
     def _begin(self, turn: Turn, slot: Slot) -> bool:
@@ -3874,23 +3760,14 @@ class Agent:
             turn.begun = self.turns.get(slot) is turn
             return turn.begun
 
-    def _perform(self, turn: Turn, slot: Slot) -> None:
-        """Take a turn to its outcome; every failure becomes a value here."""
-        if old := self.unstored.pop((turn.message.id, turn.message.body), None):
-            turn.report = replace(old.report, receive_count=turn.message.receive_count)
+    def _run(self, turn: Turn, slot: Slot) -> dict[str, Any]:
+        """From the code to the end of the run: fields of its report. Raises Ended and Outage."""
+        task, key = turn.task, (turn.message.id, turn.message.body)
+        if old := self.unstored.pop(key, None):
             turn.directory, turn.names, turn.ran_before = old.directory, old.names, True
-            return
-        found: dict[str, Any] = {}
-        try:
-            found = self._run(turn, turn.task, slot) if turn.task else {}
-        except Ended as error:
-            found = error.fields
-        except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
-            found = unexpected(error)
-        turn.report = replace(turn.report, **found)
-
-    def _run(self, turn: Turn, task: Task, slot: Slot) -> dict[str, Any]:
-        """From the code to the end of the run: fields of its report. Raises Ended."""
+            return {**vars(old.report), "receive_count": turn.message.receive_count}
+        if not task:
+            return {}
         package = self._patiently(turn, lambda: self.code.get(task, turn.message))
         try:
             built = self._patiently(turn, lambda: self.slots.compile(task, package, slot))
@@ -3900,90 +3777,67 @@ class Agent:
             found = self._patiently(turn, lambda: slot.run(job))
         finally:
             self.code.release(package)
-        self._patiently(turn, lambda: self._collect(turn, slot))
-        return found
-
-    def _collect(self, turn: Turn, slot: Slot) -> None:
-        """Find a run's output files; raises Outage."""
-        turn.directory = f"{slot.place.directory}/own/output"
-        with self.slots.fault.watched():
-            turn.names, unnamed = output_files(turn.directory, slot.place.uid)
+        turn.directory = slot.output
+        turn.names, unnamed = self._patiently(turn, lambda: output_files(slot))
         if unnamed:
-            self.log("WARNING", f"[{turn.report.request_id}] {unnamed} entries of $OUTPUT_DIR are "
-                                "left out: a name must be UTF-8, no longer than "
-                                f"{LONGEST_OUTPUT} bytes with its directories, and not result.json")
+            self.log("WARNING", f"[{task.request_id}] {unnamed} entries of $OUTPUT_DIR left out: "
+                                f"paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json")
+        return found
 
     def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
         """What `step` returns, tried again while what it needs is away; the message is held.
 
-        Raises Ended when patience or the lease ends before the outage, or a shutdown begins.
+        Raises its Outage when patience or the lease ends first, Ended when a shutdown begins.
         """
         end = time.monotonic() + self.settings.patience_seconds
         while True:
             try:
                 return step()
             except Outage as outage:
-                fault, failed = outage.fault, outage
-            last = min(end, self.queue.held_until(turn.message))
-            again = min(time.monotonic() + fault.failed(failed), last)
-            if time.monotonic() >= last:
-                raise Ended(status="error", reason=failed.reason, text=str(failed))
-            with self.lock:
-                self.held_up += 1
+                fault, last = outage.fault, min(end, self.queue.held_until(turn.message))
+                again = min(time.monotonic() + fault.failed(outage), last)
+                if time.monotonic() >= last:
+                    raise
+            turn.is_held = True
             while not self.stopping and time.monotonic() < again and not fault.over.wait(0.2):
                 pass
-            with self.lock:
-                self.held_up -= 1
+            turn.is_held = False
             if self.stopping:
                 raise Ended(status="released")
 
-    def _store(self, turn: Turn) -> dict[str, Any]:
-        """Keep a turn's result and output files; the result. Its report says how it ends then.
+    def _store(self, turn: Turn) -> None:
+        """Keep a turn's result and output files, or have its report say why they cannot be.
 
         What cannot be stored is kept for the message's return: the function is not run again.
         """
         report = turn.report
         with self.lock:
-            name = str(report.function_id)
-            peaks = self.peaks.setdefault(name, deque(maxlen=RECENT))
-            self.peaks.move_to_end(name)
-            if len(self.peaks) > 10_000:
-                self.peaks.popitem(last=False)
+            peaks = self.peaks(report.function_id)
             if report.peak_memory_bytes is not None and not turn.ran_before:
                 peaks.append(report.peak_memory_bytes)
-            result = report.result(turn.names, list(peaks))
+            turn.result = report.result(turn.names, list(peaks))
         if not report.request_id or report.status == "released":
-            return result
+            return
         try:
-            self._patiently(turn, lambda: self.results.put(result, turn.directory, turn.names))
+            self._patiently(turn, lambda: self.results.put(turn.result, turn.directory, turn.names))
             if turn.ran_before:
-                shutil.rmtree(turn.directory, ignore_errors=True)
-            return result
-        except Ended as error:
-            failure = error.fields
-        except Exception as error:  # noqa: BLE001  # as in _perform
-            failure = unexpected(error)
-        if turn.directory and failure["status"] != "released":
+                with contextlib.suppress(OSError):
+                    remove(turn.directory)
+        except Exception as error:  # noqa: BLE001  # as in _work
+            turn.report = replace(report, **failure(error))
+            if not turn.directory or turn.report.status == "released":
+                return
             with contextlib.suppress(OSError):  # no room: then it runs again
-                self._put_aside(replace(turn))
-        turn.report = replace(report, **failure)
-        return result
+                if not turn.ran_before:
+                    aside = tempfile.mkdtemp(dir=self.slots.base / "code")  # no function sees it
+                    os.rename(turn.directory, aside)
+                    turn.directory = aside
+                with self.lock:
+                    self.unstored[turn.message.id, turn.message.body] = replace(turn, report=report)
+                    if len(self.unstored) > UNSTORED:
+                        remove(self.unstored.popitem(last=False)[1].directory)
 
-    def _put_aside(self, turn: Turn) -> None:
-        """Keep what could not be stored, until the message comes back."""
-        if not turn.ran_before:
-            directory = tempfile.mkdtemp(prefix="unstored-", dir=self.slots.base)
-            for name in turn.names:
-                os.makedirs(os.path.dirname(f"{directory}/{name}"), exist_ok=True)
-                os.rename(f"{turn.directory}/{name}", f"{directory}/{name}")
-            turn.directory = directory
-        with self.lock:
-            self.unstored[turn.message.id, turn.message.body] = turn
-            if len(self.unstored) > UNSTORED:
-                _, oldest = self.unstored.popitem(last=False)
-                shutil.rmtree(oldest.directory, ignore_errors=True)
-
-    def _settle(self, turn: Turn, result: Mapping[str, Any]) -> None:
+    def _settle(self, turn: Turn) -> None:
         """Say how a turn ended, count it, and let go of its message."""
         report = turn.report
         report.write(self.log, report.request_id or turn.message.id)
@@ -3991,7 +3845,7 @@ class Agent:
         self.metrics.put(replace(report, peak_memory_bytes=None) if turn.ran_before else report)
         try:
             self.queue.end(turn.message, report.status, {
-                **result, **report.pairs(), "success": report.status == "ok"})
+                **turn.result, **report.pairs(), "success": report.status == "ok"})
         except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
             self.log("ERROR", f"[{turn.message.id}] cannot be put away: {error}")
         with self.lock:
@@ -4002,24 +3856,25 @@ class Agent:
     def _release(self, turn: Turn) -> None:
         """Give a message back that was not started."""
         turn.report = replace(turn.report, status="released", reason=None, text="")
-        self._settle(turn, {})
+        self._settle(turn)
 
 
-def unexpected(error: Exception) -> dict[str, Any]:
-    """The fields of a report of what nobody foresaw."""
+def failure(error: Exception) -> dict[str, Any]:
+    """The fields of the report of a turn that this error ends."""
+    if isinstance(error, Ended):
+        return error.fields
+    if isinstance(error, Outage):
+        return {"status": "error", "reason": error.reason, "text": str(error)}
     return {"status": "error", "reason": "agent", "text": f"{type(error).__name__}: {error}"}
 
 
 def notify(state: str) -> None:
     """Tell systemd (sd_notify(3)), where it asked to be told."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)  # a systemd that does not read must not stop the agent
-            try:
-                sender.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
-            except OSError:
-                pass
+            sender.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
 
 
 # --------------------------------------------------------------------------------------------
@@ -4029,18 +3884,26 @@ def notify(state: str) -> None:
 
 @contextlib.contextmanager
 def machine(settings: Settings, log: Log) -> Iterator[Slots]:
-    """The launcher and its slots, which end with the block; raises GiveUp."""
-    launcher = Launcher(log, settings)
-    slots = None
-    try:
-        slots = Slots(settings, launcher, log)
-        if said := slots.left_open():
-            log("WARNING", "; ".join(said))
+    """The slots, until the block ends; says what is left open to functions. Raises GiveUp."""
+    with contextlib.closing(Slots(settings, log)) as slots:
+        slot, place = slots.all[0], slots.all[0].place
+        try:
+            slot.connect()
+        except OSError as error:
+            raise GiveUp(f"no function can be run here: {error} (where agent.execution.network "
+                         "none is refused, start the agent as root)") from None
+        slot.drop()  # an idle agent has no supervisor
+        found = slots.left_open = list(slot.open)
+        if settings.metadata == "refuse" and settings.network == "host" and slots.metadata_open:
+            found.append(f"functions reach the instance metadata, and with it this machine's role "
+                         f"({slots.metadata_open}): refuse them {METADATA[socket.AF_INET]} by a "
+                         "firewall, or set agent.execution.network to none")
+        if place.uid is None:
+            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
+            found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
+        if found:
+            log("WARNING", "; ".join(found))
         yield slots
-    finally:
-        launcher.close()
-        if slots:
-            slots.close()
 
 
 def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
@@ -4050,16 +3913,15 @@ def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> Non
     with machine(settings, log) as slots:
         if folder:
             try:
-                parts = (FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
-                         FolderMetrics(folder, settings, log))
+                queue, source = FolderQueue(folder, log), FolderCode(folder)
+                results, metrics = FolderResults(folder, log), FolderMetrics(folder, settings, log)
             except OSError as error:
-                raise unusable_folder(error) from None
+                raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
         else:
             clients = make_clients(settings)
-            parts = (SqsQueue(clients, settings, log), S3Code(clients.s3, log),
-                     AwsResults(clients, settings, log),
-                     CloudWatchMetrics(clients.cloudwatch, settings, log))
-        queue, source, results, metrics = parts
+            queue, source = SqsQueue(clients, settings, log), S3Code(clients.s3, log)
+            results = AwsResults(clients, settings, log)
+            metrics = CloudWatchMetrics(clients.cloudwatch, settings, log)
         code = CodeCache(source, slots.base / "code", log)
         agent = Agent(settings, log, queue, code, results, metrics, slots)
         agent.run(drain)
@@ -4073,33 +3935,35 @@ def say(text: str) -> None:
         write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def unusable_folder(error: OSError) -> GiveUp:
-    """What --local says of a folder that it cannot use."""
-    return GiveUp(f"--local cannot be used: {error}; name a directory that this user can write to")
-
-
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
     """Run one function from a zip or a folder; 0 when it ends ok."""
-    log = Log(form, "ERROR")
+    path, log = Path(args.invoke), Log(form, "ERROR")
+    if not path.exists():
+        raise GiveUp(f"--invoke {path}: there is no such zip or folder")
     asked = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
              "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
-    body = {name: value for name, value in asked.items() if value is not None}
     given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
     report = Report()
     with machine(replace(settings, concurrency=1), log) as slots:
-        slot = slots.all[0]
+        slot, target = slots.all[0], slots.base / "code" / "invoked"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slot.cancel())
         try:
-            task = replace(parse_task(json.dumps(body), settings, any_bucket=True), input=given)
+            task = replace(parse_task(json.dumps(asked), settings, any_bucket=True), input=given)
             report = replace(report, **task.known())
-            package = invoked_package(Path(args.invoke), slots.base / "code", task.runtime)
+            if path.is_dir():
+                shutil.copytree(path, target, symlinks=True)
+                for one in (target, *target.rglob("*")):
+                    if not one.is_symlink():
+                        one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
+            else:
+                target.mkdir()
+                unpack(path, target)
+            package = Package(target, "", find_entry(target, task.runtime))
             job = slots.job(task, slots.compile(task, package, slot), slot, tee=True)
             report = replace(report, **slot.run(job))
-        except Ended as error:
-            report = replace(report, **error.fields)
-        except Outage as error:
-            report = replace(report, status="error", reason=error.reason, text=str(error))
+        except (Ended, Outage) as error:
+            report = replace(report, **failure(error))
     log.least = 0
     if report.text:
         log("ERROR", f"{report.status}: {report.text}\n{report.stderr}".strip())
@@ -4107,32 +3971,11 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
     return 0 if report.status == "ok" else 1
 
 
-def invoked_package(path: Path, directory: Path, runtime: str) -> Package:
-    """The package of --invoke's zip or folder; raises Ended or GiveUp."""
-    target = directory / "invoked"
-    try:
-        if path.is_dir():
-            shutil.copytree(path, target, symlinks=True)
-            for one in (target, *target.rglob("*")):
-                if not one.is_symlink():
-                    one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
-        else:
-            target.mkdir()
-            unpack(path, target)
-    except FileNotFoundError:
-        raise GiveUp(f"--invoke {path}: there is no such zip or folder") from None
-    return Package(target, "", find_entry(target, runtime))
-
-
-DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself, entry, its text
-    "hello-python": ("python", 60_000, "main.py",
-                     'print("Hello from NanoGrid!")\nprint("Result: 42")\n'),
-    "hungry-python": ("python", 60_000, "main.py",
-                      "held = []\nwhile True:\n    held.append(bytearray(1 << 20))\n"),
-    "sleepy-python": ("python", 500, "main.py",
-                      'import time\nprint("good night", flush=True)\ntime.sleep(600)\n'),
-    "hello-cpp": ("cpp", 60_000, "main.cpp",
-                  '#include <cstdio>\nint main() { std::puts("Hello from C++"); }\n'),
+DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself, source
+    "hello-python": ("python", 60_000, "print('Hello from NanoGrid!')\nprint('Result: 42')\n"),
+    "hungry-python": ("python", 60_000, "held = []\nwhile True: held.append(bytearray(1 << 20))"),
+    "sleepy-python": ("python", 500, "import time\nprint('good night', flush=True)\ntime.sleep(9)"),
+    "hello-cpp": ("cpp", 60_000, '#include <cstdio>\nint main() { std::puts("Hello from C++"); }'),
 }
 
 
@@ -4142,12 +3985,12 @@ def demo(settings: Settings, log: Log) -> None:
         folder = Path(name)
         for part in ("queue", "code"):
             (folder / part).mkdir()
-        for function_id, (runtime, timeout_ms, entry, source) in DEMO.items():
+        for function_id, (runtime, timeout_ms, source) in DEMO.items():
             if runtime == "cpp" and not any(map(shutil.which, RUNTIMES["cpp"].programs)):
                 log("WARNING", f"no C++ compiler here: the sample {function_id} is left out")
                 continue
             with zipfile.ZipFile(folder / "code" / f"{function_id}.zip", "w") as archive:
-                archive.writestr(entry, source)
+                archive.writestr("main.cpp" if runtime == "cpp" else "main.py", source)
             task = {"requestId": f"demo-{function_id}", "functionId": function_id,
                     "runtime": runtime, "s3Key": f"{function_id}.zip",
                     "timeoutMs": timeout_ms, "memoryMb": 64}
@@ -4155,146 +3998,114 @@ def demo(settings: Settings, log: Log) -> None:
         serve(settings, log, folder, drain=True)
 
 
-Check = Callable[[str, Callable[[], str]], bool]  # prints a line of --check: whether it is usable
+class Check:
+    """--check: a line for each thing that the agent needs; changes nothing."""
 
+    def __init__(self, settings: Settings, log: Log):
+        self.settings, self.log = settings, log
+        self.failed = False
 
-def check(settings: Settings, log: Log, folder: Path | None, origin: str) -> int:
-    """--check: 0 when all that the agent needs is usable, else 1; changes nothing."""
-    failed = []
-
-    def is_usable(name: str, probe: Callable[[], str]) -> bool:
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[Callable[[str], None]]:
+        """One line: what the block says when all went well, or else what it raised."""
         try:
-            say(f"ok    {name}: {probe()}")
+            yield lambda text: say(f"ok    {name}: {text}")
         except Exception as error:  # noqa: BLE001  # to say it is what this is for
-            failed.append(name)
+            self.failed = True
             say(f"FAIL  {name}: {error}")
-        return name not in failed
 
-    is_usable("settings", lambda: origin)
-    if folder:
-        is_usable("folder", lambda: check_folder(folder))
-    else:
-        check_aws(settings, is_usable)
-    is_usable("sandbox", lambda: check_machine(settings, log, is_usable))
-    return int(bool(failed))
+    def run(self, folder: Path | None) -> int:
+        """0 when all is usable, else 1."""
+        if folder:
+            with self.of("folder") as is_ok:
+                found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
+                for one in (folder, *found):
+                    os.listdir(one)
+                    if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                        raise PermissionError(errno.EACCES, "Permission denied", str(one))
+                is_ok(str(folder))
+        else:
+            self._aws()
+        with self.of("sandbox") as is_ok:
+            is_ok(self._sandbox())
+        return int(self.failed)
 
-
-def check_folder(folder: Path) -> str:
-    """Check a --local folder, and what is there of its parts; raises GiveUp."""
-    try:
-        for one in (folder, *filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))):
-            os.listdir(one)
-            if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "Permission denied", str(one))
-    except OSError as error:
-        raise unusable_folder(error) from None
-    return str(folder)
-
-
-def check_machine(settings: Settings, log: Log, is_usable: Check) -> str:
-    """Check each runtime and what functions can reach; what a trial run says. Raises GiveUp."""
-    with machine(replace(settings, concurrency=1), log) as slots:
-        for name, runtime in RUNTIMES.items():
-            if slots.programs[name] or name in settings.runtimes:
-                is_usable(f"runtime {name}",
-                          lambda name=name: slots.command(("{program}",), name)[0])
+    def _aws(self) -> None:
+        """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
+        clients, attributes, url = None, {}, self.settings.queue_url
+        with self.of("credentials") as is_ok:
+            made = make_clients(self.settings)
+            credentials = made.session.get_credentials()
+            credentials.get_frozen_credentials()  # a role, a web identity, SSO: this asks for them
+            clients = made
+            sts = clients.session.client("sts", config=clients.sqs.meta.config)
+            answer, error = attempt(sts.get_caller_identity)
+            whose = f"sts:GetCallerIdentity does not say who ({error})" if error else answer["Arn"]
+            is_ok(f"{credentials.method}: {whose}")
+        if not clients:
+            return
+        with self.of("queue") as is_ok:
+            answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=url,
+                                    AttributeNames=["All"])
+            if error:
+                raise GiveUp(remedy(error, QUEUE_NEEDS, url) or str(error))
+            attributes = answer["Attributes"]
+            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting")
+        if attributes:
+            with self.of("visibility timeout") as is_ok:
+                is_ok(f"{attributes.get('VisibilityTimeout')} s")
+            with self.of("dead-letter queue") as is_ok:
+                policy = json.loads(attributes.get("RedrivePolicy") or "{}")
+                if "deadLetterTargetArn" not in policy:
+                    raise GiveUp("none: what fails would come back for ever; set the queue's "
+                                 "RedrivePolicy (setup_resources.sh does)")
+                receives = policy.get("maxReceiveCount")
+                is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
+        with self.of("bucket") as is_ok:
+            bucket, key = self.settings.code_bucket, f"nanogrid-check-{os.urandom(8).hex()}"
+            _, error = attempt(clients.s3.get_object, Bucket=str(bucket), Key=key)
+            if error is None or error_code(error) == "NoSuchKey":
+                is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
+            elif is_denied(error) and "perform: s3:ListBucket" in str(error):
+                is_ok(f"{bucket}: s3:ListBucket is not granted: a missing key is like a refusal")
             else:
-                say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
-                    "function can run; its tasks end as error")
-        if not slots.metadata_open:
-            is_usable("instance metadata", lambda: check_metadata(slots))
-        report = trial(slots, "test -w .\n")
-        if report.status != "ok":
-            raise GiveUp(f"a trial run ended {report.status} ({report.text or report.stderr})")
-        uid = slots.all[0].place.uid
-        who = "the agent's own user" if uid is None else f"uid {uid}"
-        return (f"a trial run ended ok, as {who}, with a peak of {report.peak_memory_bytes} bytes"
-                + "".join(f"; {words}" for words in slots.left_open()))
+                raise GiveUp(f"{bucket}: {remedy(error, BUCKET_NEEDS.format(bucket)) or error}")
+        with self.of("CloudWatch") as is_ok:
+            # Nothing to write: who may not write is told so, who may is told that this is nothing.
+            _, error = attempt(clients.cloudwatch.put_metric_data, MetricData=[],
+                               Namespace=self.settings.namespace)
+            if error and not re.search("Parameter|Validation", error_code(error)):
+                raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
+            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
 
-
-def check_metadata(slots: Slots) -> str:
-    """Have a function connect to the instance metadata, which must be refused; raises GiveUp."""
-    address = METADATA[socket.AF_INET]
-    report = trial(slots, f"exec 3<>/dev/tcp/{address}/80\n")
-    if report.status == "ok" or "not permitted" not in report.stderr:
-        raise GiveUp(f"{address} is not refused to functions ({report.status}, {report.stderr}); "
-                     "refuse it by a firewall, or set agent.execution.network to none")
-    return f"{address} is refused to functions"
-
-
-def trial(slots: Slots, script: str) -> Report:
-    """Run lines of bash as a function would be; raises GiveUp."""
-    place = Path(tempfile.mkdtemp(dir=slots.base / "code"))
-    place.chmod(0o755)
-    (place / "run.sh").write_text(script)
-    slot = slots.all[0]
-    job = Job(("/bin/bash", "run.sh"), "", slots.environment(slot), str(place), "", 10_000, 64, 64,
-              1000)
-    try:
-        return Report(**slot.run(job))
-    except (Ended, Outage) as error:
-        raise GiveUp(f"a trial run cannot be made: {error}") from None
-
-
-def check_aws(settings: Settings, is_usable: Check) -> None:
-    """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
-    made: list[Clients] = []
-    if not is_usable("credentials", lambda: check_credentials(settings, made)):
-        return
-    clients = made[0]
-    attributes: dict[str, str] = {}
-
-    def ask_queue() -> str:
-        answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=settings.queue_url,
-                                AttributeNames=["All"])
-        if error:
-            raise GiveUp(remedy(error, QUEUE_NEEDS, settings.queue_url) or str(error))
-        attributes.update(answer["Attributes"])
-        waiting = attributes.get("ApproximateNumberOfMessages")
-        return f"{settings.queue_url}, about {waiting} waiting"
-
-    def ask_dlq() -> str:
-        policy = json.loads(attributes.get("RedrivePolicy") or "{}")
-        if "deadLetterTargetArn" not in policy:
-            raise GiveUp("the queue has no dead-letter queue: what fails would come back for ever; "
-                         "set its RedrivePolicy (setup_resources.sh does)")
-        return f"{policy['deadLetterTargetArn']} after {policy.get('maxReceiveCount')} receives"
-
-    def ask_cloudwatch() -> str:
-        # Nothing to write: who may not write is told so, who may is told that this is nothing.
-        _, error = attempt(clients.cloudwatch.put_metric_data, Namespace=settings.namespace,
-                           MetricData=[])
-        if error and not re.search("Parameter|Validation", error_code(error)):
-            raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
-        return f"PutMetricData into {settings.namespace} is not refused"
-
-    if is_usable("queue", ask_queue):
-        is_usable("visibility timeout", lambda: f"{attributes.get('VisibilityTimeout')} s")
-        is_usable("dead-letter queue", ask_dlq)
-    is_usable("bucket", lambda: check_bucket(clients.s3, str(settings.code_bucket)))
-    is_usable("CloudWatch", ask_cloudwatch)
-
-
-def check_credentials(settings: Settings, made: list[Clients]) -> str:
-    """Fetch the credentials; their kind, and whose they are. The clients are left in `made`."""
-    clients = make_clients(settings)
-    credentials = clients.session.get_credentials()
-    credentials.get_frozen_credentials()  # a role, a web identity, SSO: this asks for them
-    made.append(clients)
-    answer, error = attempt(clients.session.client("sts", config=clients.sqs.meta.config
-                                                   ).get_caller_identity)
-    who = f"sts:GetCallerIdentity does not say whose ({error})" if error else answer["Arn"]
-    return f"{credentials.method}: {who}"
-
-
-def check_bucket(s3: Any, bucket: str) -> str:
-    """What GetObject says of a key that is not there; raises GiveUp."""
-    _, error = attempt(s3.get_object, Bucket=bucket, Key=f"nanogrid-check-{os.urandom(8).hex()}")
-    if error is None or error_code(error) == "NoSuchKey":
-        return f"{bucket}: s3:GetObject and s3:ListBucket are granted"
-    if is_denied(error) and "perform: s3:ListBucket" in str(error):
-        return f"{bucket}: s3:ListBucket is not granted, so a missing key looks like a refusal"
-    raise GiveUp(f"{bucket}: {remedy(error, BUCKET_NEEDS.format(bucket)) or error}")
+    def _sandbox(self) -> str:
+        """Each runtime and what functions can reach; what a trial run says. Raises GiveUp."""
+        with machine(replace(self.settings, concurrency=1), self.log) as slots:
+            for name, runtime in RUNTIMES.items():
+                if slots.programs[name] or name in self.settings.runtimes:
+                    with self.of(f"runtime {name}") as is_ok:
+                        is_ok(slots.program("{program}", name))
+                else:
+                    say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
+                        "function can run; its tasks end as error")
+            slot, place, address = slots.all[0], slots.base / "code/trial", METADATA[socket.AF_INET]
+            place.mkdir(mode=0o755)
+            reach = "" if slots.metadata_open else f"exec 3<>/dev/tcp/{address}/80\n"
+            (place / "run.sh").write_text(f"{reach}test -w .\n")
+            task = Task("check", "check", "cpp", "", "", 10_000, 64, b"")
+            report = Report(**slot.run(slots.job(task, Package(place, "", "run.sh"), slot)))
+            if reach:
+                with self.of("instance metadata") as is_ok:
+                    if "not permitted" not in report.stderr:
+                        raise GiveUp(f"{address} is not refused to functions ({report.stderr}): "
+                                     "close it by a firewall, or set agent.execution.network none")
+                    is_ok(f"{address} is refused to functions")
+            if report.status != "ok":
+                raise GiveUp(f"a trial run ended {report.status} ({report.text or report.stderr})")
+            who = "the agent's own user" if slot.place.uid is None else f"uid {slot.place.uid}"
+            peak = report.peak_memory_bytes
+            return "; ".join((f"a trial run ended ok, as {who}, with a peak of {peak} bytes",
+                              *slots.left_open))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -4309,8 +4120,7 @@ def arguments() -> argparse.ArgumentParser:
     mode.add_argument("--demo", action="store_true", help="run sample functions and show a summary")
     mode.add_argument("--invoke", metavar="PATH", help="run one function from a zip or a folder")
     parser.add_argument("--drain", action="store_true", help="end when the queue is empty")
-    parser.add_argument("--check", action="store_true",
-                        help="say what is usable, change nothing")
+    parser.add_argument("--check", action="store_true", help="say what is usable, change nothing")
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", default="python")
     one.add_argument("--timeout-ms", type=int)
@@ -4338,16 +4148,11 @@ def main(argv: list[str]) -> int:
         path = None
     try:
         settings, warnings = load_settings(path, os.environ, local)
-    except ConfigError as error:
-        for line in str(error).splitlines():
-            log("ERROR", line)
-        return 2
-    for warning in warnings:
-        log("WARNING", warning)
-    try:
+        for warning in warnings:
+            log("WARNING", warning)
         if args.check:
-            return check(settings, Log(args.log_format, "ERROR"), args.local,
-                         str(path or "defaults"))
+            say(f"ok    settings: {path or 'defaults'}")
+            return Check(settings, Log(args.log_format, "ERROR")).run(args.local)
         if args.invoke:
             return invoke(settings, args.log_format, args)
         if args.demo:
@@ -4355,6 +4160,10 @@ def main(argv: list[str]) -> int:
         else:
             serve(settings, log, args.local, args.drain)
         return 0
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            log("ERROR", line)
+        return 2
     except GiveUp as error:
         log("ERROR", str(error))
     except KeyboardInterrupt:

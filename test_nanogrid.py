@@ -6349,7 +6349,7 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
 
 
 def test_run_that_is_let_go_of_before_it_begins_is_released():
-    slot = ng.Slot(None, None, ng.Fault(ng.Log(), "starting functions"))
+    slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
     slot.cancel()
     assert slot.run(ng.Job((), "", {}, "", "", 1, 1, 1, 1)) == {"status": "released"}
 
