@@ -1788,7 +1788,6 @@ NICER = 5  # functions give way to the agent, whose leases must not be late
 RUN_ENV = ("REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS")  # what differs from run to run
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
-CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
 
 # Forks what is exec'd. The kernel starts a child's ru_maxrss at its parent's size, and exec keeps
 # it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks the function. But wait4 gives
@@ -1883,38 +1882,29 @@ def become(channel, request):
     sys.modules["__main__"] = main
     return main.__dict__, code
 
-# Standard modules in C whose objects write something when they go, and have no finalizer.
+# Modules in C whose objects do something when they go, and have no finalizer: these of the
+# standard ones, and all others (origin.endswith(".so")), of which nobody knows.
 KEEPERS = {"_sqlite3", "_dbm", "_gdbm", "_curses", "readline", "_tkinter"}
 
-def keeps(module):
-    """Whether objects of a module in C may do something at their end that only C knows of."""
-    origin = getattr(getattr(module, "__spec__", None), "origin", None) or ""
-    return module.__name__ in KEEPERS or origin.endswith(".so") and "/lib-dynload/" not in origin
-
 def has_end(thing):
-    """Whether the end of this object could be seen: something of it is still to run."""
+    """Whether something of this object is still to run when it goes."""
     kind = type(thing)
     if kind is weakref.ref:
         return getattr(thing.__callback__, "__module__", 0) not in (None, "_weakrefset", "weakref")
-    if isinstance(thing, type):  # instances that the collector does not track are found by it
-        return "__del__" in vars(thing) and not thing.__flags__ & 1 << 14
-    if not hasattr(kind, "__del__"):
-        return False
-    if kind.__module__ == "_io":
-        return not thing.closed and kind.__name__ not in ("BytesIO", "StringIO")
-    return kind.__module__ != "socket" or thing.fileno() >= 0
+    if issubclass(kind, type):  # the collector has no list of these instances, but their class
+        return "__del__" in vars(thing) and not thing.__flags__ & 1 << 14  # Py_TPFLAGS_HAVE_GC
+    return hasattr(kind, "__del__") and not (kind.__module__ == "_io" and thing.closed)
 
 def is_plain():
     """Whether the interpreter would do nothing at its end that could be seen."""
     if (sys.modules.get("atexit", atexit)._ncallbacks() or gc.callbacks
             or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__):
         return False
-    if any(keeps(module) for name, module in sys.modules.items() if name not in here):
-        return False
-    made = gc.get_objects()  # but for what was frozen before the fork
-    kinds = {kind for kind in set(map(type, made)) if hasattr(kind, "__del__")
-             or kind is weakref.ref or issubclass(kind, type)}
-    return not any(has_end(thing) for thing in made if type(thing) in kinds)
+    for name in sys.modules.keys() - here:
+        origin = getattr(getattr(sys.modules[name], "__spec__", None), "origin", None) or ""
+        if name in KEEPERS or origin.endswith(".so") and "/lib-dynload/" not in origin:
+            return False
+    return not any(map(has_end, gc.get_objects()))  # but for what was frozen before the fork
 
 def leave(status):
     """End the process here, if the interpreter, which touches every page for it, need not do it."""
@@ -2287,12 +2277,6 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
             os.rmdir(directory)
 
 
-def mark_of(path: str) -> tuple[int, int]:
-    """What is another as soon as the file, its mode or a directory's entries are."""
-    status = os.lstat(path)
-    return status.st_ino, status.st_ctime_ns
-
-
 def remove(path: str) -> None:
     """Remove what is at a path, whatever a function put there."""
     if stat.S_ISDIR(os.lstat(path).st_mode):
@@ -2303,11 +2287,10 @@ def remove(path: str) -> None:
 
 
 class Workspace:
-    """A slot's directories, made pristine before a run for the price of what changed.
+    """A slot's directories, made pristine before a run.
 
-    A directory whose ctime is what it was has the entries that it had, for ctime cannot be set.
-    With a uid of its own a function cannot write to the package's files, which are root's: they
-    are linked. Else they are copied, and each one's own ctime counts.
+    With a uid of its own a function cannot change the package's files, which are root's: they are
+    links, and those that are still there stay. Else all is removed, and copied again.
     """
 
     def __init__(self, place: Place, room: Room):
@@ -2317,74 +2300,41 @@ class Workspace:
         self.shared = {own: OWN, **room.own}  # what is swept but for what is mounted or made there
         self.on_disk = [own, *(f"{place.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = place.uid not in (None, os.getuid())
-        self.package = ""
-        self.wanted: dict[str, list[os.DirEntry]] = {}  # directory of the package -> its entries
-        self.marks: dict[str, tuple[int, int]] = {}  # path -> inode and ctime when it was pristine
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
-        if package != self.package:
-            self.wanted, self.package = {}, package
-            for directory in (pending := [package]):
-                self.wanted[directory] = list(os.scandir(directory))
-                pending += [each.path for each in self.wanted[directory] if is_folder(each)]
-            self.marks.clear()
-        for path in self.private:
-            if self._has_changed(path):
-                self._have(path, 0o700)
-                sweep(path)
-                self._own(path, 0o700)
-                self.marks[path] = mark_of(path)
         self.tidy()
-        for directory, entries in self.wanted.items():
-            self._fill(self.work + directory[len(package):], entries)
+        for path in self.private:
+            self._have(path, 0o700)
+            sweep(path)
+        for directory in (pending := [package]):
+            pending += self._fill(self.work + directory[len(package):], directory)
         self._feed(text)
-        # A change in the clock tick of a mark would not show: marks so young are forgotten.
-        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
-        self.marks = {path: mark for path, mark in self.marks.items() if mark[1] < now}
 
     def tidy(self) -> None:
         """Empty /tmp and the like; raises OSError."""
         for path, stays in self.shared.items():
-            if self._has_changed(path):
-                sweep(path, stays)
-                os.chmod(path, 0o1777 if path in self.room.own else 0o711)
-                self.marks[path] = mark_of(path)
+            sweep(path, stays)
+            os.chmod(path, 0o1777 if path in self.room.own else 0o711)
 
-    def _fill(self, path: str, entries: list[os.DirEntry]) -> None:
-        """Give a directory of the workspace just these entries, unless it has them still.
-
-        What is right is not touched: its mark would be young again, and all be looked at again.
-        """
-        if not self._has_changed(path) and (self.linked or not any(
-                self._has_changed(f"{path}/{entry.name}") for entry in entries
-                if not is_folder(entry))):
-            return
+    def _fill(self, path: str, package: str) -> list[str]:
+        """Give a directory of the workspace just what one of the package has; those below that."""
         self._have(path, 0o755)
-        missing = {entry.name: entry for entry in entries}
+        missing = {entry.name: entry for entry in os.scandir(package)}
+        below = [entry.path for entry in missing.values() if is_folder(entry)]
         for entry in list(os.scandir(path)):
-            if entry.name in missing and self._is_same(entry, missing[entry.name]):
+            wanted = missing.get(entry.name)
+            if wanted and (is_folder(wanted) and is_folder(entry)
+                           or self.linked and wanted.inode() == entry.inode()):
                 del missing[entry.name]
             else:
                 remove(entry.path)
         for name, entry in missing.items():
-            copy = f"{path}/{name}"
-            if is_folder(entry):
-                os.mkdir(copy)
-            elif self.linked and not entry.is_symlink():
-                os.link(entry.path, copy)
-            else:
-                shutil.copy(entry.path, copy, follow_symlinks=False)
-                self.marks[copy] = mark_of(copy)
-        self.marks[path] = mark_of(path)
-
-    def _is_same(self, entry: os.DirEntry, wanted: os.DirEntry) -> bool:
-        """Whether an entry is still what the package has there."""
-        if is_folder(wanted) or is_folder(entry):
-            return is_folder(wanted) and is_folder(entry)
-        if self.linked and not wanted.is_symlink():
-            return entry.inode() == wanted.inode()
-        return not self._has_changed(entry.path)
+            if self.linked and not is_folder(entry):
+                os.link(entry.path, f"{path}/{name}", follow_symlinks=False)
+            elif not is_folder(entry):
+                shutil.copy(entry.path, f"{path}/{name}", follow_symlinks=False)
+        return below
 
     def _feed(self, text: str) -> None:
         """Make the input that holds `text`, and the outputs, anew.
@@ -2409,18 +2359,10 @@ class Workspace:
         self._own(path, mode)
 
     def _own(self, path: str, mode: int) -> None:
-        """Give the function a path in this mode; one that it has so keeps its ctime."""
-        status = os.lstat(path)
-        if self.linked and (status.st_uid, status.st_gid) != (self.place.uid, self.place.gid):
+        """Give the function a path in this mode."""
+        if self.linked:
             os.chown(path, self.place.uid, self.place.gid)
-        if stat.S_IMODE(status.st_mode) != mode:
-            os.chmod(path, mode)
-
-    def _has_changed(self, path: str) -> bool:
-        try:
-            return self.marks.get(path) != mark_of(path)
-        except OSError:  # it is gone
-            return True
+        os.chmod(path, mode)
 
 
 # --- Helpers: the processes that fork runs ---
