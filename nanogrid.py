@@ -2038,7 +2038,7 @@ MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount m
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; rights; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-MAY_WRITE, MAY_MAKE_BLOCK, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 11, 1 << 13, 1 << 14
+MAY_WRITE, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 13, 1 << 14
 MAY_CHANGE = sum(1 << right for right in range(4, 13))  # make and remove, each kind of file
 SCOPES = 3  # no abstract socket and no process outside can be reached
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri",
@@ -2072,9 +2072,7 @@ class Room:
         self.open: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
         self.queues = ""  # where this namespace's POSIX message queues can be seen
-        self.shm_limits = ""
         self.ruleset = -1
-        self.props: set[str] = set()  # what holds the mount points of what is shown again
         for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
             os.makedirs(f"{place.directory}/{name}", exist_ok=True)
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
@@ -2122,39 +2120,45 @@ class Room:
 
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
+        place, flags = self.place, MS_NOSUID | MS_NODEV
         machine = read_proc("/proc/self/mountinfo").splitlines()
-        kept = {path: os.open(path, os.O_PATH) for path in self.place.kept}
-        here = os.open(self.place.directory, os.O_PATH)  # its path may be covered soon
-        flags = MS_NOSUID | MS_NODEV
-        for path in self.place.hidden:
+        here = os.open(place.directory, os.O_PATH)  # its path may be covered soon
+        # The kernel lets nobody rename or remove a mount point, but a plain directory above it. So
+        # the first part of a kept path below its cover becomes a mount point, too.
+        kept: dict[str, int] = {}
+        covers: set[str] = set()
+        for path in place.kept:
+            if above := [one for one in place.hidden if path.startswith(f"{one}/")]:
+                kept[path] = os.open(path, os.O_PATH)
+                covers.add("/".join(path.split("/")[:min(above).count("/") + 2]))
+        covers.difference_update(kept)
+        for path in sorted({*place.hidden, *covers}):
             if path in OWN_TMP:
                 sweep(f"/proc/self/fd/{here}/{OWN_TMP[path]}")
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
-            elif os.path.isdir(path):
+            elif path in covers or os.path.isdir(path):
+                os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
                 mount("room", path, "tmpfs", flags, mode)
-                self.props.update({path} - {SHM})
+                covers.add(path)
         for path, fd in kept.items():
-            covers = [cover for cover in self.place.hidden if path.startswith(f"{cover}/")]
-            if covers:
-                self._show(path, fd, min(covers, key=len))
+            self._show(path, fd)
             os.close(fd)
         os.close(here)
-        for path in self.props:
+        for path in covers - {SHM}:
             mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
-        if self.place.uid is None:
+        if place.uid is None:
             self._try("functions may change modes and times of this user's files",
                       lambda: self._close_machine(machine))
-        self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in self.place.hidden}
+        self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in place.hidden}
         # Its input, script and outputs are made anew for each run, for next to nothing here: a
         # file system on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
-        os.mkdir(f"{self.feed}/queues")
+        queues = "/dev/mqueue" if os.path.isdir("/dev/mqueue") else f"{self.feed}/queues"
+        os.makedirs(queues, exist_ok=True)
         with contextlib.suppress(OSError):  # a kernel without message queues
-            mount("queues", f"{self.feed}/queues", "mqueue", flags)
-            self.queues = f"{self.feed}/queues"
-            if os.path.isdir("/dev/mqueue"):
-                mount(self.queues, "/dev/mqueue", "", MS_BIND)
+            mount("queues", queues, "mqueue", flags)
+            self.queues = queues
 
     def _close_machine(self, mounts: list[bytes]) -> None:
         """Have these be read-only, as mountinfo has them (proc(5)), but for what is covered.
@@ -2168,17 +2172,8 @@ class Room:
                 with contextlib.suppress(OSError):  # covered by another, or of an odd name
                     read_only(path)
 
-    def _show(self, path: str, fd: int, cover: str) -> None:
-        """Have what `fd` stands for at `path` again, below a directory that was covered.
-
-        The kernel lets nobody rename or remove a mount point, but a plain directory above it. So
-        the first part of the path below the cover becomes a mount point, too.
-        """
-        first = os.path.join(cover, os.path.relpath(path, cover).partition("/")[0])
-        if first != path and first not in self.props and first not in self.place.kept:
-            os.makedirs(first, exist_ok=True)
-            mount("room", first, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
-            self.props.add(first)
+    def _show(self, path: str, fd: int) -> None:
+        """Have what `fd` stands for at `path` again, below a directory that was covered."""
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             os.makedirs(path, exist_ok=True)
         elif not os.path.exists(path):
@@ -2210,7 +2205,7 @@ class Room:
                     *filter(os.path.isdir, (*(self.own or [SHM]), self.queues))]
             rules = dict.fromkeys((f"{self.feed}/out", *devices), MAY_WRITE)
             rules.update(dict.fromkeys(mine, change))
-        attributes = struct.pack("QQQ", MAY_REFER | MAY_MAKE_BLOCK if own_uid else change, 0,
+        attributes = struct.pack("QQQ", MAY_REFER if own_uid else change, 0,
                                  SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
         for path, right in rules.items():
@@ -2222,10 +2217,9 @@ class Room:
 
     def begin(self, memory_mb: int, files: int) -> None:
         """Have /dev/shm hold no more than the run may, and files hidden; raises OSError."""
-        limits = f"size={memory_mb}m,nr_inodes={files}"  # an empty file is 1 KB of memory, too
-        if SHM in self.own and limits != self.shm_limits:
-            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
-            self.shm_limits = limits
+        if SHM in self.own:  # where an empty file is 1 KB of memory, too
+            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV,
+                  f"size={memory_mb}m,nr_inodes={files}")
         nothing = f"{self.place.directory}/nothing"
         for path in self.place.hidden if self.own else ():  # a file that is replaced has no cover
             if os.path.exists(path) and not (os.path.isdir(path) or os.path.samefile(path, nothing)):
@@ -2408,8 +2402,8 @@ def write_all(fd: int, content: bytes) -> None:
 class Helper:
     """A confined process that forks a supervisor's runs, one after another."""
 
-    name: str
     privileged = False  # keeps the supervisor's user, and changes that of its forks
+    done: int  # readable once the run has ended
 
     def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
                  files: list[int]):
@@ -2461,22 +2455,14 @@ class Helper:
             os.setresgid(*[self.place.gid] * 3)
             os.setresuid(*[self.place.uid] * 3)  # takes all capabilities, too
 
-    def write(self, fd: int, message: bytes) -> None:
-        """Send it something; raises ConnectionError when it is gone."""
-        try:
-            os.write(fd, message)
-        except BrokenPipeError:
-            raise ConnectionError(f"{self.name} ended") from None
-
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
         signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
         if not select.select([self.channel], [], [], seconds)[0]:
-            raise ConnectionError(f"{self.name} does not answer")
-        with contextlib.suppress(ConnectionResetError):
-            if answer := self.channel.recv(1000):
-                return answer
-        raise ConnectionError(f"{self.name} ended")
+            raise ConnectionError("what forks the functions does not answer")
+        if answer := self.channel.recv(1000):
+            return answer
+        raise ConnectionError("what forks the functions has ended")
 
     def ended(self) -> bool:
         """Whether it is gone: a run under its uid may have killed it."""
@@ -2492,8 +2478,6 @@ class Helper:
 
 class ForkShell(Helper):
     """A shell that forks what is exec'd (FORK_SHELL says why)."""
-
-    name = "the fork shell"
 
     def __init__(self, room: Room, env: dict[str, str]):
         self.script = f"{room.feed}/run"
@@ -2518,20 +2502,22 @@ class ForkShell(Helper):
                   f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&-")]
         with open(self.script, "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write("\n".join((*lines, "")))
-        self.write(self.channel.fileno(), b"\n")
+        self.channel.send(b"\n")
         answer = self.receive()
         while answer.count(b"\n") < 2:
             answer += self.receive()
         child = int(answer)
+        self.done = os.pidfd_open(child)  # Linux 5.3
         if not self.session:
             os.setpgid(child, child)
         started = time.monotonic()
-        self.write(self.gate, b"\n")
+        os.write(self.gate, b"\n")
         return child, started
 
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended."""
         _, status, usage = os.wait4(child, 0)
+        os.close(self.done)
         return status, usage.ru_maxrss
 
     def close(self) -> None:
@@ -2542,7 +2528,6 @@ class ForkShell(Helper):
 class ReadyPython(Helper):
     """An interpreter that has started and is forked for each run (READY_PYTHON)."""
 
-    name = "the ready interpreter"
     privileged = True
 
     def __init__(self, room: Room, env: dict[str, str], interpreter: str):
@@ -2551,13 +2536,14 @@ class ReadyPython(Helper):
         unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
         super().__init__(room, [interpreter, "main.py"], env, directory, [null, output, output])
         os.close(unread)
+        self.done = self.channel.fileno()
         self.receive(30)
 
     def start(self, job: Job, data_bytes: int) -> tuple[int, float]:
         """Start the job; its pid, a child of the interpreter, and when. Raises ConnectionError."""
         self.runs += 1
         processes = self.place.limits["RLIMIT_NPROC"]
-        self.write(self.channel.fileno(), marshal.dumps({
+        self.channel.send(marshal.dumps({
             "directory": self.place.directory, "uid": self.place.uid, "gid": self.place.gid,
             "groups": self.place.groups, "env": {name: job.env[name] for name in RUN_ENV},
             "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
@@ -2608,8 +2594,9 @@ class Supervisor:
                 answer["is_last"] = self.room.has_ipc()  # which ends with its namespace
             except OSError as error:  # ConnectionError is one
                 self.end_run(self.helpers)
-                # A helper that does not answer has no errno: it is as if it could not be forked.
-                answer = {"errno": error.errno or errno.EAGAIN, "text": str(error),
+                # A helper that does not answer is as if it could not be forked.
+                is_gone = isinstance(error, ConnectionError)
+                answer = {"errno": errno.EAGAIN if is_gone else error.errno, "text": str(error),
                           "begun": self.begun}
             answer_to(self.agent, answer)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
@@ -2630,12 +2617,8 @@ class Supervisor:
                                                    2 * job.memory_mb + 192) * MIB)
             self.begun = True
             started_at = time.time() - (time.monotonic() - started)
-            try:
-                done = os.pidfd_open(child)  # readable once the run has ended (Linux 5.3)
-            except ProcessLookupError:  # it has, and its status is under way
-                done = os.dup(helper.channel.fileno())
-            watch = Watch(self, job, done, outputs, started)
-            end = watch.wait()
+            watch = Watch(self, job, outputs, started)
+            end = watch.wait(helper.done)
             duration = time.monotonic() - started
             if end != "exit":  # leaving the status of its first process to be taken
                 self._kill_user()
@@ -2785,53 +2768,49 @@ MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *", re.MULTILINE)  
 class Watch:
     """Looks after a run until it ends or must be ended."""
 
-    def __init__(self, supervisor: Supervisor, job: Job, done: int, outputs: list[Output],
-                 started: float):
+    def __init__(self, supervisor: Supervisor, job: Job, outputs: list[Output], started: float):
         self.supervisor, self.job = supervisor, job
-        self.done = done  # readable once the run has ended
         self.outputs = {output.fd: output for output in outputs}
         self.deadline = started + job.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
         self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
-        # When last looked exactly: bytes of all together, of each process, and of what any may map.
-        self.together, self.sizes, self.shm = 0, {}, 0
-        self.loose = 0  # of the last: what lies in memory files without a name
+        # When last looked exactly: bytes of all together, and of each (0: of /dev/shm and the like).
+        self.together, self.sizes = 0, {}
+        self.unnamed: Counter[int] = Counter()  # when last looked: device -> bytes (open_unnamed)
 
-    def wait(self) -> str:
-        """How the run ends: exit, timeout, oom, disk, or released (the agent let go of it)."""
+    def wait(self, done: int) -> str:
+        """How the run ends: exit (`done` is readable), timeout, oom, disk, or released by the agent."""
         agent, life = self.supervisor.agent.fileno(), self.supervisor.life
         poll = select.poll()
-        for fd in (self.done, agent, life, *self.outputs):
+        for fd in (done, agent, life, *self.outputs):
             poll.register(fd, select.POLLIN)
-        try:
-            while (now := time.monotonic()) < self.deadline:
-                if now >= self.next_look and (end := self._look(now)):
-                    return end
-                wait = min(self.next_look, self.deadline) - time.monotonic()
-                ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
-                if self.done in ready:
-                    return "exit"
-                if life in ready:
-                    raise ConnectionError("the launcher ended")
-                if agent in ready:
-                    return "released"
-                for fd in ready:
-                    if not self.outputs[fd].read():
-                        poll.unregister(fd)
-            return "timeout"
-        finally:
-            os.close(self.done)
+        while (now := time.monotonic()) < self.deadline:
+            if now >= self.next_look and (end := self._look(now)):
+                return end
+            wait = min(self.next_look, self.deadline) - time.monotonic()
+            ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
+            if done in ready:
+                return "exit"
+            if life in ready:
+                raise ConnectionError("the launcher ended")
+            if agent in ready:
+                return "released"
+            for fd in ready:
+                if not self.outputs[fd].read():
+                    poll.unregister(fd)
+        return "timeout"
 
     def _look(self, now: float) -> str:
         """Whether the run is over its memory or its disk; "" when it is not."""
-        cap = self.job.memory_mb * MIB
+        cap, place = self.job.memory_mb * MIB, self.supervisor.place
         if self._held(cap) > cap:
             return "oom"
         if now >= self.next_disk_look:
             began = time.monotonic()
             size, count = disk_usage(self.supervisor.workspace.on_disk, self.job.files)
-            size += self._count_unnamed(self.supervisor.run_pids())
+            self.unnamed = open_unnamed(self.supervisor.run_pids())
+            size += self.unnamed[os.stat(place.directory).st_dev]
             if size > self.job.disk_mb * MIB or count > self.job.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
@@ -2850,10 +2829,10 @@ class Watch:
         seen before, the run is looked at exactly.
         """
         pids = self.supervisor.run_pids()
-        sizes, shm = resident(pids), self.supervisor.room.shm_bytes() + self.loose
-        if len(pids) < 2 and not shm:
+        sizes = self._sizes(pids)
+        if len(pids) < 2 and not sizes[0]:
             return sum(sizes.values())
-        held = self.together + max(0, shm - self.shm) + sum(
+        held = self.together + sum(
             max(0, size - self.sizes.get(pid, 0)) for pid, size in sizes.items())
         if held <= min(cap, self.largest * 1.01):
             return held
@@ -2862,40 +2841,42 @@ class Watch:
         running = [pid for pid in pids if held > cap and read_proc(
             f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
         signal_all(running, signal.SIGSTOP)
-        self._count_unnamed(pids)
-        self.sizes, self.shm = resident(pids), self.supervisor.room.shm_bytes() + self.loose
+        self.unnamed = open_unnamed(pids)
+        self.sizes = self._sizes(pids)
         # A read of a process waits until that one, if it is in a fork, has its turn on a processor:
         # beside five hundred others that took 20 seconds. What is left at the deadline is not read.
         in_time = itertools.takewhile(lambda _: time.monotonic() < self.deadline, pids)
-        held = self.together = (resident_together(in_time, self.shm)
+        held = self.together = (resident_together(in_time, self.sizes[0])
                                 or sum(self.sizes.values()))  # a process that cannot be read
         signal_all(running, signal.SIGCONT)
         self.largest = max(self.largest, held)
         return held
 
-    def _count_unnamed(self, pids: list[int]) -> int:
-        """Have `loose` anew; the bytes on disk of files that have no name any more."""
-        room, found = self.supervisor.room, open_unnamed(pids)
-        disk = os.stat(room.place.directory).st_dev
-        counted = {disk, *(os.stat(path).st_dev for path in room.own)}
-        self.loose = sum(size for (device, _), size in found.items() if device not in counted)
-        return sum(size for (device, _), size in found.items() if device == disk)
+    def _sizes(self, pids: list[int]) -> dict[int, int]:
+        """The resident bytes of each process, shared pages in each; 0: what any of them may map.
+
+        That is /dev/shm, System V's IPC, and files in memory that have no name.
+        """
+        room = self.supervisor.room
+        counted = {os.stat(path).st_dev for path in (room.place.directory, *room.own)}
+        sizes = {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE
+                 for pid in pids}
+        return {0: room.shm_bytes() + sum(size for device, size in self.unnamed.items()
+                                          if device not in counted), **sizes}
 
 
-def open_unnamed(pids: list[int]) -> dict[tuple[int, int], int]:
-    """(device, inode) -> bytes of the files that these hold open and that have no name."""
+def open_unnamed(pids: list[int]) -> Counter[int]:
+    """Device -> bytes there of the files that these hold open and that have no name."""
     found = {}
     for path in [path for pid in pids for path in glob.glob(f"/proc/{pid}/fd/*")]:
         with contextlib.suppress(OSError):
             status = os.stat(path)
             if stat.S_ISREG(status.st_mode) and not status.st_nlink:
                 found[status.st_dev, status.st_ino] = status.st_blocks * 512
-    return found
-
-
-def resident(pids: list[int]) -> dict[int, int]:
-    """The resident bytes of each of these processes; cheap, and pages they share count for each."""
-    return {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids}
+    sizes: Counter[int] = Counter()
+    for (device, _), size in found.items():
+        sizes[device] += size
+    return sizes
 
 
 def resident_together(pids: Iterable[int], shm: int) -> int:
