@@ -2035,6 +2035,7 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
 MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; rights; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
@@ -2055,10 +2056,9 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
 
 
-def read_only(path: str) -> None:
-    """Have a mount be read-only from here on; raises OSError."""
-    flags = os.statvfs(path).f_flag & MS_KEPT
-    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
+def reopen(path: str) -> None:
+    """Have a mount be writable again; raises OSError."""
+    mount("none", path, "", MS_REMOUNT | MS_BIND | os.statvfs(path).f_flag & MS_KEPT)
 
 
 class Room:
@@ -2075,6 +2075,8 @@ class Room:
         self.ruleset = -1
         for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
             os.makedirs(f"{place.directory}/{name}", exist_ok=True)
+        for name in OWN_TMP.values():
+            sweep(f"{place.directory}/{name}")
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
@@ -2121,7 +2123,6 @@ class Room:
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
         place, flags = self.place, MS_NOSUID | MS_NODEV
-        machine = read_proc("/proc/self/mountinfo").splitlines()
         here = os.open(place.directory, os.O_PATH)  # its path may be covered soon
         # The kernel lets nobody rename or remove a mount point, but a plain directory above it. So
         # the first part of a kept path below its cover becomes a mount point, too.
@@ -2132,10 +2133,12 @@ class Room:
                 kept[path] = os.open(path, os.O_PATH)
                 covers.add("/".join(path.split("/")[:min(above).count("/") + 2]))
         covers.difference_update(kept)
+        if place.uid is None:
+            self._try("functions may change modes and times of this user's files", self._close)
         for path in sorted({*place.hidden, *covers}):
             if path in OWN_TMP:
-                sweep(f"/proc/self/fd/{here}/{OWN_TMP[path]}")
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
+                reopen(path)
             elif path in covers or os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
@@ -2147,9 +2150,6 @@ class Room:
         os.close(here)
         for path in covers - {SHM}:
             mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
-        if place.uid is None:
-            self._try("functions may change modes and times of this user's files",
-                      lambda: self._close_machine(machine))
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in place.hidden}
         # Its input, script and outputs are made anew for each run, for next to nothing here: a
         # file system on disk searches past all inodes that were freed of late.
@@ -2160,17 +2160,16 @@ class Room:
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
 
-    def _close_machine(self, mounts: list[bytes]) -> None:
-        """Have these be read-only, as mountinfo has them (proc(5)), but for what is covered.
+    @staticmethod
+    def _close() -> None:
+        """Have all the machine's mounts be read-only, but for /proc (mount_setattr(2), Linux 5.12).
 
-        Landlock keeps no one from chmod(2), chown(2), utime(2) and setxattr(2).
+        Landlock keeps no one from chmod(2), chown(2), utime(2) and setxattr(2), and cannot tell
+        what is shown again below /tmp from /tmp.
         """
-        open_still = (*self.place.hidden, "/proc")
-        read_only("/")
-        for path in [os.fsdecode(line.split()[4]) for line in mounts]:
-            if not any(f"{path}/".startswith(f"{one}/") for one in open_still):
-                with contextlib.suppress(OSError):  # covered by another, or of an odd name
-                    read_only(path)
+        attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
+        kernel("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes))
+        reopen("/proc")
 
     def _show(self, path: str, fd: int) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered."""
@@ -2180,8 +2179,8 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
-        if self.place.uid is None and path != f"{self.place.directory}/own":
-            read_only(path)  # Landlock cannot tell what is shown below /tmp from /tmp
+        if path == f"{self.place.directory}/own":
+            reopen(path)
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
@@ -2464,10 +2463,6 @@ class Helper:
             return answer
         raise ConnectionError("what forks the functions has ended")
 
-    def ended(self) -> bool:
-        """Whether it is gone: a run under its uid may have killed it."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
     def close(self) -> None:
         """End it; what stood below it becomes ours."""
         self.channel.close()
@@ -2641,7 +2636,8 @@ class Supervisor:
 
     def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this job, made if need be, and whether that is a warm or a cold start."""
-        self._close([name for name, helper in self.helpers.items() if helper.ended()])
+        self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
+            os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
         base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
         if job.warm and job.warm != self.unready:
             ready = self.helpers.get(job.warm)
