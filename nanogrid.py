@@ -1776,10 +1776,9 @@ class CodeCache:
 #                                  │                        └─ ready interpreter ─ function (python)
 #                                  └─ supervisor of slot 1 …
 #
-# A supervisor runs one function at a time and blocks on it, so there is never a doubt whose
-# orphan is whose: it is a subreaper, and whatever stands below it but for its two helpers
-# belongs to the run. The launcher is subreaper behind the supervisors, the agent behind the
-# launcher, for a function without a uid of its own may kill any of them.
+# A supervisor runs one function at a time, and is a subreaper: whatever stands below it but for
+# its two helpers belongs to that run. The launcher is subreaper behind the supervisors, and the
+# agent behind the launcher, for a function without a uid of its own may kill any of them.
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
@@ -2075,8 +2074,8 @@ class Room:
         self.ruleset = -1
         for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
             os.makedirs(f"{place.directory}/{name}", exist_ok=True)
-        for name in OWN_TMP.values():
-            sweep(f"{place.directory}/{name}")
+            if name in OWN_TMP.values():
+                sweep(f"{place.directory}/{name}")
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
@@ -2134,7 +2133,7 @@ class Room:
                 covers.add("/".join(path.split("/")[:min(above).count("/") + 2]))
         covers.difference_update(kept)
         if place.uid is None:
-            self._try("functions may change modes and times of this user's files", self._close)
+            self._try("functions may change modes and times of all files of this user", self._close)
         for path in sorted({*place.hidden, *covers}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
@@ -2229,14 +2228,17 @@ class Room:
         if SHM not in self.own:
             return 0
         status = os.statvfs(SHM)
-        return (status.f_blocks - status.f_bfree) * status.f_frsize + sum(
-            int(row.split()[column]) * size for kind, column, size in SYSVIPC
-            for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:])
+        return (status.f_blocks - status.f_bfree) * status.f_frsize + sum(self._sysvipc())
 
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
-        return bool(self.queues and os.listdir(self.queues) or self.own and any(
-            read_proc(f"/proc/sysvipc/{kind}").count(b"\n") > 1 for kind, *_ in SYSVIPC))
+        return bool(self.queues and os.listdir(self.queues) or self.own and self._sysvipc())
+
+    @staticmethod
+    def _sysvipc() -> list[int]:
+        """The bytes of each segment, set of semaphores and queue of System V's IPC."""
+        return [int(row.split()[column]) * size for kind, column, size in SYSVIPC
+                for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:]]
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2330,10 +2332,7 @@ class Workspace:
         return below
 
     def _feed(self, text: str) -> None:
-        """Make the input that holds `text`, and the outputs, anew.
-
-        A function may have passed its own on, and none may see those of the next run.
-        """
+        """Make the input and the outputs anew: none may see those of the next run."""
         feed = self.room.feed
         for name in ("stdin", "run", *OUTPUTS):
             if os.path.lexists(f"{feed}/{name}"):
@@ -2590,9 +2589,8 @@ class Supervisor:
             except OSError as error:  # ConnectionError is one
                 self.end_run(self.helpers)
                 # A helper that does not answer is as if it could not be forked.
-                is_gone = isinstance(error, ConnectionError)
-                answer = {"errno": errno.EAGAIN if is_gone else error.errno, "text": str(error),
-                          "begun": self.begun}
+                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+                answer = {"errno": number, "text": str(error), "begun": self.begun}
             answer_to(self.agent, answer)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
@@ -2667,15 +2665,15 @@ class Supervisor:
         """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
         if not self.place.private:
             return
-        killer = os.fork()
-        if not killer:
-            try:
-                os.setresuid(self.place.uid, self.place.uid, self.place.uid)
-                os.kill(-1, signal.SIGKILL)
-            finally:
-                os._exit(0)
-        os.waitpid(killer, 0)
-        self._close([""])
+        if killer := os.fork():
+            os.waitpid(killer, 0)
+            self._close([""])
+            return
+        try:
+            os.setresuid(*[self.place.uid] * 3)
+            os.kill(-1, signal.SIGKILL)
+        finally:
+            os._exit(0)
 
     def end_run(self, helpers: Iterable[str] = ()) -> None:
         """Nothing of a run outlives it: daemons, other sessions, stopped ones; nor `helpers`."""
@@ -2880,11 +2878,10 @@ def resident_together(pids: Iterable[int], shm: int) -> int:
 
     Walks their page tables; what they have mapped of /dev/shm and the like is in `shm` already.
     """
-    if not shm:
-        return 1024 * sum(int(share) for pid in pids
-                          for share in SHARE.findall(read_proc(f"/proc/{pid}/smaps_rollup")))
-    maps = b"".join(read_proc(f"/proc/{pid}/smaps") for pid in pids)
-    return shm + 1024 * sum(int(SHARE.search(entry)[1]) for entry in MAPPING.split(maps)[1:]
+    name = "smaps" if shm else "smaps_rollup"  # the latter has one entry, of all mappings
+    entries = (entry for pid in pids
+               for entry in MAPPING.split(read_proc(f"/proc/{pid}/{name}"))[1:])
+    return shm + 1024 * sum(int(SHARE.search(entry)[1]) for entry in entries
                             if not entry.startswith((os.fsencode(SHM), b"/memfd:", b"/SYSV")))
 
 
