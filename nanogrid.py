@@ -2295,6 +2295,7 @@ class Workspace:
         self.shared = {own: OWN, **room.own}  # what is swept but for what is mounted or made there
         self.on_disk = [own, *(f"{place.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = place.uid not in (None, os.getuid())
+        self.put = os.link if self.linked else shutil.copy
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
@@ -2325,10 +2326,8 @@ class Workspace:
             else:
                 remove(entry.path)
         for name, entry in missing.items():
-            if self.linked and not is_folder(entry):
-                os.link(entry.path, f"{path}/{name}", follow_symlinks=False)
-            elif not is_folder(entry):
-                shutil.copy(entry.path, f"{path}/{name}", follow_symlinks=False)
+            if not is_folder(entry):
+                self.put(entry.path, f"{path}/{name}", follow_symlinks=False)
         return below
 
     def _feed(self, text: str) -> None:
@@ -2474,14 +2473,13 @@ class ForkShell(Helper):
     """A shell that forks what is exec'd (FORK_SHELL says why)."""
 
     def __init__(self, room: Room, env: dict[str, str]):
-        self.script = f"{room.feed}/run"
         # The kernel shares the processors between sessions first (sched(7), autogroup): a function
         # in its supervisor's could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
         self.session = [path] if (path := shutil.which("setsid")) else []
         gate, self.gate = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
-        super().__init__(room, [room.place.shell, "-c", FORK_SHELL, self.script], env, "/",
-                         [null, null, null, gate])
+        super().__init__(room, [room.place.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
+                         env, "/", [null, null, null, gate])
 
     def start(self, job: Job, data_bytes: int) -> tuple[int, float]:
         """Start the job; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
@@ -2494,7 +2492,7 @@ class ForkShell(Helper):
                    for name in RUN_ENV if name in job.env),
                  (f"exec {shlex.join([*self.session, *job.command])} <{feed}/stdin "
                   f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&-")]
-        with open(self.script, "x", encoding="utf-8", errors="surrogateescape") as file:
+        with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write("\n".join((*lines, "")))
         self.channel.send(b"\n")
         answer = self.receive()
