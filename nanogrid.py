@@ -1617,10 +1617,9 @@ class CodeCache:
 #                                  │                        └─ ready interpreter ─ function (python)
 #                                  └─ supervisor of slot 1 …
 #
-# A supervisor runs one function at a time and blocks on it, so there is never a doubt whose
-# orphan is whose: it is a subreaper, and whatever stands below it but for its two helpers
-# belongs to the run. The launcher is subreaper behind the supervisors, the agent behind the
-# launcher, for a function without a uid of its own may kill any of them.
+# A supervisor runs one function at a time, and is a subreaper: whatever stands below it but for
+# its two helpers belongs to that run. The launcher is subreaper behind the supervisors, and the
+# agent behind the launcher, for a function without a uid of its own may kill any of them.
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
@@ -1629,7 +1628,6 @@ NICER = 5  # functions give way to the agent, whose leases must not be late
 RUN_ENV = ("REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS")  # what differs from run to run
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
-CLOCK_REALTIME_COARSE = 5  # linux/time.h: the clock of inode time stamps
 
 # Forks what is exec'd. The kernel starts a child's ru_maxrss at its parent's size, and exec keeps
 # it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks the function. But wait4 gives
@@ -1724,38 +1722,29 @@ def become(channel, request):
     sys.modules["__main__"] = main
     return main.__dict__, code
 
-# Standard modules in C whose objects write something when they go, and have no finalizer.
+# Modules in C whose objects do something when they go, and have no finalizer: these of the
+# standard ones, and all others (origin.endswith(".so")), of which nobody knows.
 KEEPERS = {"_sqlite3", "_dbm", "_gdbm", "_curses", "readline", "_tkinter"}
 
-def keeps(module):
-    """Whether objects of a module in C may do something at their end that only C knows of."""
-    origin = getattr(getattr(module, "__spec__", None), "origin", None) or ""
-    return module.__name__ in KEEPERS or origin.endswith(".so") and "/lib-dynload/" not in origin
-
 def has_end(thing):
-    """Whether the end of this object could be seen: something of it is still to run."""
+    """Whether something of this object is still to run when it goes."""
     kind = type(thing)
     if kind is weakref.ref:
         return getattr(thing.__callback__, "__module__", 0) not in (None, "_weakrefset", "weakref")
-    if isinstance(thing, type):  # instances that the collector does not track are found by it
-        return "__del__" in vars(thing) and not thing.__flags__ & 1 << 14
-    if not hasattr(kind, "__del__"):
-        return False
-    if kind.__module__ == "_io":
-        return not thing.closed and kind.__name__ not in ("BytesIO", "StringIO")
-    return kind.__module__ != "socket" or thing.fileno() >= 0
+    if issubclass(kind, type):  # the collector has no list of these instances, but their class
+        return "__del__" in vars(thing) and not thing.__flags__ & 1 << 14  # Py_TPFLAGS_HAVE_GC
+    return hasattr(kind, "__del__") and not (kind.__module__ == "_io" and thing.closed)
 
 def is_plain():
     """Whether the interpreter would do nothing at its end that could be seen."""
     if (sys.modules.get("atexit", atexit)._ncallbacks() or gc.callbacks
             or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__):
         return False
-    if any(keeps(module) for name, module in sys.modules.items() if name not in here):
-        return False
-    made = gc.get_objects()  # but for what was frozen before the fork
-    kinds = {kind for kind in set(map(type, made)) if hasattr(kind, "__del__")
-             or kind is weakref.ref or issubclass(kind, type)}
-    return not any(has_end(thing) for thing in made if type(thing) in kinds)
+    for name in sys.modules.keys() - here:
+        origin = getattr(getattr(sys.modules[name], "__spec__", None), "origin", None) or ""
+        if name in KEEPERS or origin.endswith(".so") and "/lib-dynload/" not in origin:
+            return False
+    return not any(map(has_end, gc.get_objects()))  # but for what was frozen before the fork
 
 def leave(status):
     """End the process here, if the interpreter, which touches every page for it, need not do it."""
@@ -1886,10 +1875,11 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
 MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; rights; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-MAY_WRITE, MAY_MAKE_BLOCK, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 11, 1 << 13, 1 << 14
+MAY_WRITE, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 13, 1 << 14
 MAY_CHANGE = sum(1 << right for right in range(4, 13))  # make and remove, each kind of file
 SCOPES = 3  # no abstract socket and no process outside can be reached
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri",
@@ -1906,10 +1896,9 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
 
 
-def read_only(path: str) -> None:
-    """Have a mount be read-only from here on; raises OSError."""
-    flags = os.statvfs(path).f_flag & MS_KEPT
-    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
+def reopen(path: str) -> None:
+    """Have a mount be writable again; raises OSError."""
+    mount("none", path, "", MS_REMOUNT | MS_BIND | os.statvfs(path).f_flag & MS_KEPT)
 
 
 class Room:
@@ -1923,11 +1912,11 @@ class Room:
         self.open: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
         self.queues = ""  # where this namespace's POSIX message queues can be seen
-        self.shm_limits = ""
         self.ruleset = -1
-        self.props: set[str] = set()  # what holds the mount points of what is shown again
         for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
             os.makedirs(f"{place.directory}/{name}", exist_ok=True)
+            if name in OWN_TMP.values():
+                sweep(f"{place.directory}/{name}")
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
@@ -1973,71 +1962,65 @@ class Room:
 
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
-        machine = read_proc("/proc/self/mountinfo").splitlines()
-        kept = {path: os.open(path, os.O_PATH) for path in self.place.kept}
-        here = os.open(self.place.directory, os.O_PATH)  # its path may be covered soon
-        flags = MS_NOSUID | MS_NODEV
-        for path in self.place.hidden:
+        place, flags = self.place, MS_NOSUID | MS_NODEV
+        here = os.open(place.directory, os.O_PATH)  # its path may be covered soon
+        # The kernel lets nobody rename or remove a mount point, but a plain directory above it. So
+        # the first part of a kept path below its cover becomes a mount point, too.
+        kept: dict[str, int] = {}
+        covers: set[str] = set()
+        for path in place.kept:
+            if above := [one for one in place.hidden if path.startswith(f"{one}/")]:
+                kept[path] = os.open(path, os.O_PATH)
+                covers.add("/".join(path.split("/")[:min(above).count("/") + 2]))
+        covers.difference_update(kept)
+        if place.uid is None:
+            self._try("functions may change modes and times of all files of this user", self._close)
+        for path in sorted({*place.hidden, *covers}):
             if path in OWN_TMP:
-                sweep(f"/proc/self/fd/{here}/{OWN_TMP[path]}")
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
-            elif os.path.isdir(path):
+                reopen(path)
+            elif path in covers or os.path.isdir(path):
+                os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
                 mount("room", path, "tmpfs", flags, mode)
-                self.props.update({path} - {SHM})
+                covers.add(path)
         for path, fd in kept.items():
-            covers = [cover for cover in self.place.hidden if path.startswith(f"{cover}/")]
-            if covers:
-                self._show(path, fd, min(covers, key=len))
+            self._show(path, fd)
             os.close(fd)
         os.close(here)
-        for path in self.props:
+        for path in covers - {SHM}:
             mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
-        if self.place.uid is None:
-            self._try("functions may change modes and times of this user's files",
-                      lambda: self._close_machine(machine))
-        self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in self.place.hidden}
+        self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in place.hidden}
         # Its input, script and outputs are made anew for each run, for next to nothing here: a
         # file system on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
-        os.mkdir(f"{self.feed}/queues")
+        queues = "/dev/mqueue" if os.path.isdir("/dev/mqueue") else f"{self.feed}/queues"
+        os.makedirs(queues, exist_ok=True)
         with contextlib.suppress(OSError):  # a kernel without message queues
-            mount("queues", f"{self.feed}/queues", "mqueue", flags)
-            self.queues = f"{self.feed}/queues"
-            if os.path.isdir("/dev/mqueue"):
-                mount(self.queues, "/dev/mqueue", "", MS_BIND)
+            mount("queues", queues, "mqueue", flags)
+            self.queues = queues
 
-    def _close_machine(self, mounts: list[bytes]) -> None:
-        """Have these be read-only, as mountinfo has them (proc(5)), but for what is covered.
+    @staticmethod
+    def _close() -> None:
+        """Have all the machine's mounts be read-only, but for /proc (mount_setattr(2), Linux 5.12).
 
-        Landlock keeps no one from chmod(2), chown(2), utime(2) and setxattr(2).
+        Landlock keeps no one from chmod(2), chown(2), utime(2) and setxattr(2), and cannot tell
+        what is shown again below /tmp from /tmp.
         """
-        open_still = (*self.place.hidden, "/proc")
-        read_only("/")
-        for path in [os.fsdecode(line.split()[4]) for line in mounts]:
-            if not any(f"{path}/".startswith(f"{one}/") for one in open_still):
-                with contextlib.suppress(OSError):  # covered by another, or of an odd name
-                    read_only(path)
+        attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
+        kernel("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes))
+        reopen("/proc")
 
-    def _show(self, path: str, fd: int, cover: str) -> None:
-        """Have what `fd` stands for at `path` again, below a directory that was covered.
-
-        The kernel lets nobody rename or remove a mount point, but a plain directory above it. So
-        the first part of the path below the cover becomes a mount point, too.
-        """
-        first = os.path.join(cover, os.path.relpath(path, cover).partition("/")[0])
-        if first != path and first not in self.props and first not in self.place.kept:
-            os.makedirs(first, exist_ok=True)
-            mount("room", first, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
-            self.props.add(first)
+    def _show(self, path: str, fd: int) -> None:
+        """Have what `fd` stands for at `path` again, below a directory that was covered."""
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             os.makedirs(path, exist_ok=True)
         elif not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
-        if self.place.uid is None and path != f"{self.place.directory}/own":
-            read_only(path)  # Landlock cannot tell what is shown below /tmp from /tmp
+        if path == f"{self.place.directory}/own":
+            reopen(path)
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
@@ -2061,7 +2044,7 @@ class Room:
                     *filter(os.path.isdir, (*(self.own or [SHM]), self.queues))]
             rules = dict.fromkeys((f"{self.feed}/out", *devices), MAY_WRITE)
             rules.update(dict.fromkeys(mine, change))
-        attributes = struct.pack("QQQ", MAY_REFER | MAY_MAKE_BLOCK if own_uid else change, 0,
+        attributes = struct.pack("QQQ", MAY_REFER if own_uid else change, 0,
                                  SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
         for path, right in rules.items():
@@ -2073,10 +2056,9 @@ class Room:
 
     def begin(self, memory_mb: int, files: int) -> None:
         """Have /dev/shm hold no more than the run may, and files hidden; raises OSError."""
-        limits = f"size={memory_mb}m,nr_inodes={files}"  # an empty file is 1 KB of memory, too
-        if SHM in self.own and limits != self.shm_limits:
-            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
-            self.shm_limits = limits
+        if SHM in self.own:  # where an empty file is 1 KB of memory, too
+            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV,
+                  f"size={memory_mb}m,nr_inodes={files}")
         nothing = f"{self.place.directory}/nothing"
         for path in self.place.hidden if self.own else ():  # a file that is replaced has no cover
             if os.path.exists(path) and not (os.path.isdir(path) or os.path.samefile(path, nothing)):
@@ -2087,14 +2069,17 @@ class Room:
         if SHM not in self.own:
             return 0
         status = os.statvfs(SHM)
-        return (status.f_blocks - status.f_bfree) * status.f_frsize + sum(
-            int(row.split()[column]) * size for kind, column, size in SYSVIPC
-            for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:])
+        return (status.f_blocks - status.f_bfree) * status.f_frsize + sum(self._sysvipc())
 
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
-        return bool(self.queues and os.listdir(self.queues) or self.own and any(
-            read_proc(f"/proc/sysvipc/{kind}").count(b"\n") > 1 for kind, *_ in SYSVIPC))
+        return bool(self.queues and os.listdir(self.queues) or self.own and self._sysvipc())
+
+    @staticmethod
+    def _sysvipc() -> list[int]:
+        """The bytes of each segment, set of semaphores and queue of System V's IPC."""
+        return [int(row.split()[column]) * size for kind, column, size in SYSVIPC
+                for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:]]
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2128,12 +2113,6 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
             os.rmdir(directory)
 
 
-def mark_of(path: str) -> tuple[int, int]:
-    """What is another as soon as the file, its mode or a directory's entries are."""
-    status = os.lstat(path)
-    return status.st_ino, status.st_ctime_ns
-
-
 def remove(path: str) -> None:
     """Remove what is at a path, whatever a function put there."""
     if stat.S_ISDIR(os.lstat(path).st_mode):
@@ -2144,11 +2123,10 @@ def remove(path: str) -> None:
 
 
 class Workspace:
-    """A slot's directories, made pristine before a run for the price of what changed.
+    """A slot's directories, made pristine before a run.
 
-    A directory whose ctime is what it was has the entries that it had, for ctime cannot be set.
-    With a uid of its own a function cannot write to the package's files, which are root's: they
-    are linked. Else they are copied, and each one's own ctime counts.
+    With a uid of its own a function cannot change the package's files, which are root's: they are
+    links, and those that are still there stay. Else all is removed, and copied again.
     """
 
     def __init__(self, place: Place, room: Room):
@@ -2158,80 +2136,43 @@ class Workspace:
         self.shared = {own: OWN, **room.own}  # what is swept but for what is mounted or made there
         self.on_disk = [own, *(f"{place.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = place.uid not in (None, os.getuid())
-        self.package = ""
-        self.wanted: dict[str, list[os.DirEntry]] = {}  # directory of the package -> its entries
-        self.marks: dict[str, tuple[int, int]] = {}  # path -> inode and ctime when it was pristine
+        self.put = os.link if self.linked else shutil.copy
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
-        if package != self.package:
-            self.wanted, self.package = {}, package
-            for directory in (pending := [package]):
-                self.wanted[directory] = list(os.scandir(directory))
-                pending += [each.path for each in self.wanted[directory] if is_folder(each)]
-            self.marks.clear()
-        for path in self.private:
-            if self._has_changed(path):
-                self._have(path, 0o700)
-                sweep(path)
-                self._own(path, 0o700)
-                self.marks[path] = mark_of(path)
         self.tidy()
-        for directory, entries in self.wanted.items():
-            self._fill(self.work + directory[len(package):], entries)
+        for path in self.private:
+            self._have(path, 0o700)
+            sweep(path)
+        for directory in (pending := [package]):
+            pending += self._fill(self.work + directory[len(package):], directory)
         self._feed(text)
-        # A change in the clock tick of a mark would not show: marks so young are forgotten.
-        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
-        self.marks = {path: mark for path, mark in self.marks.items() if mark[1] < now}
 
     def tidy(self) -> None:
         """Empty /tmp and the like; raises OSError."""
         for path, stays in self.shared.items():
-            if self._has_changed(path):
-                sweep(path, stays)
-                os.chmod(path, 0o1777 if path in self.room.own else 0o711)
-                self.marks[path] = mark_of(path)
+            sweep(path, stays)
+            os.chmod(path, 0o1777 if path in self.room.own else 0o711)
 
-    def _fill(self, path: str, entries: list[os.DirEntry]) -> None:
-        """Give a directory of the workspace just these entries, unless it has them still.
-
-        What is right is not touched: its mark would be young again, and all be looked at again.
-        """
-        if not self._has_changed(path) and (self.linked or not any(
-                self._has_changed(f"{path}/{entry.name}") for entry in entries
-                if not is_folder(entry))):
-            return
+    def _fill(self, path: str, package: str) -> list[str]:
+        """Give a directory of the workspace just what one of the package has; those below that."""
         self._have(path, 0o755)
-        missing = {entry.name: entry for entry in entries}
+        missing = {entry.name: entry for entry in os.scandir(package)}
+        below = [entry.path for entry in missing.values() if is_folder(entry)]
         for entry in list(os.scandir(path)):
-            if entry.name in missing and self._is_same(entry, missing[entry.name]):
+            wanted = missing.get(entry.name)
+            if wanted and (is_folder(wanted) and is_folder(entry)
+                           or self.linked and wanted.inode() == entry.inode()):
                 del missing[entry.name]
             else:
                 remove(entry.path)
         for name, entry in missing.items():
-            copy = f"{path}/{name}"
-            if is_folder(entry):
-                os.mkdir(copy)
-            elif self.linked and not entry.is_symlink():
-                os.link(entry.path, copy)
-            else:
-                shutil.copy(entry.path, copy, follow_symlinks=False)
-                self.marks[copy] = mark_of(copy)
-        self.marks[path] = mark_of(path)
-
-    def _is_same(self, entry: os.DirEntry, wanted: os.DirEntry) -> bool:
-        """Whether an entry is still what the package has there."""
-        if is_folder(wanted) or is_folder(entry):
-            return is_folder(wanted) and is_folder(entry)
-        if self.linked and not wanted.is_symlink():
-            return entry.inode() == wanted.inode()
-        return not self._has_changed(entry.path)
+            if not is_folder(entry):
+                self.put(entry.path, f"{path}/{name}", follow_symlinks=False)
+        return below
 
     def _feed(self, text: str) -> None:
-        """Make the input that holds `text`, and the outputs, anew.
-
-        A function may have passed its own on, and none may see those of the next run.
-        """
+        """Make the input and the outputs anew: none may see those of the next run."""
         feed = self.room.feed
         for name in ("stdin", "run", *OUTPUTS):
             if os.path.lexists(f"{feed}/{name}"):
@@ -2250,18 +2191,10 @@ class Workspace:
         self._own(path, mode)
 
     def _own(self, path: str, mode: int) -> None:
-        """Give the function a path in this mode; one that it has so keeps its ctime."""
-        status = os.lstat(path)
-        if self.linked and (status.st_uid, status.st_gid) != (self.place.uid, self.place.gid):
+        """Give the function a path in this mode."""
+        if self.linked:
             os.chown(path, self.place.uid, self.place.gid)
-        if stat.S_IMODE(status.st_mode) != mode:
-            os.chmod(path, mode)
-
-    def _has_changed(self, path: str) -> bool:
-        try:
-            return self.marks.get(path) != mark_of(path)
-        except OSError:  # it is gone
-            return True
+        os.chmod(path, mode)
 
 
 # --- Helpers: the processes that fork runs ---
@@ -2307,8 +2240,8 @@ def write_all(fd: int, content: bytes) -> None:
 class Helper:
     """A confined process that forks a supervisor's runs, one after another."""
 
-    name: str
     privileged = False  # keeps the supervisor's user, and changes that of its forks
+    done: int  # readable once the run has ended
 
     def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
                  files: list[int]):
@@ -2360,26 +2293,14 @@ class Helper:
             os.setresgid(*[self.place.gid] * 3)
             os.setresuid(*[self.place.uid] * 3)  # takes all capabilities, too
 
-    def write(self, fd: int, message: bytes) -> None:
-        """Send it something; raises ConnectionError when it is gone."""
-        try:
-            os.write(fd, message)
-        except BrokenPipeError:
-            raise ConnectionError(f"{self.name} ended") from None
-
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
         signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
         if not select.select([self.channel], [], [], seconds)[0]:
-            raise ConnectionError(f"{self.name} does not answer")
-        with contextlib.suppress(ConnectionResetError):
-            if answer := self.channel.recv(1000):
-                return answer
-        raise ConnectionError(f"{self.name} ended")
-
-    def ended(self) -> bool:
-        """Whether it is gone: a run under its uid may have killed it."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            raise ConnectionError("what forks the functions does not answer")
+        if answer := self.channel.recv(1000):
+            return answer
+        raise ConnectionError("what forks the functions has ended")
 
     def close(self) -> None:
         """End it; what stood below it becomes ours."""
@@ -2392,17 +2313,14 @@ class Helper:
 class ForkShell(Helper):
     """A shell that forks what is exec'd (FORK_SHELL says why)."""
 
-    name = "the fork shell"
-
     def __init__(self, room: Room, env: dict[str, str]):
-        self.script = f"{room.feed}/run"
         # The kernel shares the processors between sessions first (sched(7), autogroup): a function
         # in its supervisor's could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
         self.session = [path] if (path := shutil.which("setsid")) else []
         gate, self.gate = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
-        super().__init__(room, [room.place.shell, "-c", FORK_SHELL, self.script], env, "/",
-                         [null, null, null, gate])
+        super().__init__(room, [room.place.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
+                         env, "/", [null, null, null, gate])
 
     def start(self, job: Job, data_bytes: int) -> tuple[int, float]:
         """Start the job; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
@@ -2415,22 +2333,24 @@ class ForkShell(Helper):
                    for name in RUN_ENV if name in job.env),
                  (f"exec {shlex.join([*self.session, *job.command])} <{feed}/stdin "
                   f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&-")]
-        with open(self.script, "x", encoding="utf-8", errors="surrogateescape") as file:
+        with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write("\n".join((*lines, "")))
-        self.write(self.channel.fileno(), b"\n")
+        self.channel.send(b"\n")
         answer = self.receive()
         while answer.count(b"\n") < 2:
             answer += self.receive()
         child = int(answer)
+        self.done = os.pidfd_open(child)  # Linux 5.3
         if not self.session:
             os.setpgid(child, child)
         started = time.monotonic()
-        self.write(self.gate, b"\n")
+        os.write(self.gate, b"\n")
         return child, started
 
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended."""
         _, status, usage = os.wait4(child, 0)
+        os.close(self.done)
         return status, usage.ru_maxrss
 
     def close(self) -> None:
@@ -2441,7 +2361,6 @@ class ForkShell(Helper):
 class ReadyPython(Helper):
     """An interpreter that has started and is forked for each run (READY_PYTHON)."""
 
-    name = "the ready interpreter"
     privileged = True
 
     def __init__(self, room: Room, env: dict[str, str], interpreter: str):
@@ -2450,13 +2369,14 @@ class ReadyPython(Helper):
         unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
         super().__init__(room, [interpreter, "main.py"], env, directory, [null, output, output])
         os.close(unread)
+        self.done = self.channel.fileno()
         self.receive(30)
 
     def start(self, job: Job, data_bytes: int) -> tuple[int, float]:
         """Start the job; its pid, a child of the interpreter, and when. Raises ConnectionError."""
         self.runs += 1
         processes = self.place.limits["RLIMIT_NPROC"]
-        self.write(self.channel.fileno(), marshal.dumps({
+        self.channel.send(marshal.dumps({
             "directory": self.place.directory, "uid": self.place.uid, "gid": self.place.gid,
             "groups": self.place.groups, "env": {name: job.env[name] for name in RUN_ENV},
             "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
@@ -2507,9 +2427,9 @@ class Supervisor:
                 answer["is_last"] = self.room.has_ipc()  # which ends with its namespace
             except OSError as error:  # ConnectionError is one
                 self.end_run(self.helpers)
-                # A helper that does not answer has no errno: it is as if it could not be forked.
-                answer = {"errno": error.errno or errno.EAGAIN, "text": str(error),
-                          "begun": self.begun}
+                # A helper that does not answer is as if it could not be forked.
+                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+                answer = {"errno": number, "text": str(error), "begun": self.begun}
             answer_to(self.agent, answer)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
@@ -2529,12 +2449,8 @@ class Supervisor:
                                                    2 * job.memory_mb + 192) * MIB)
             self.begun = True
             started_at = time.time() - (time.monotonic() - started)
-            try:
-                done = os.pidfd_open(child)  # readable once the run has ended (Linux 5.3)
-            except ProcessLookupError:  # it has, and its status is under way
-                done = os.dup(helper.channel.fileno())
-            watch = Watch(self, job, done, outputs, started)
-            end = watch.wait()
+            watch = Watch(self, job, outputs, started)
+            end = watch.wait(helper.done)
             duration = time.monotonic() - started
             if end != "exit":  # leaving the status of its first process to be taken
                 self._kill_user()
@@ -2557,7 +2473,8 @@ class Supervisor:
 
     def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this job, made if need be, and whether that is a warm or a cold start."""
-        self._close([name for name, helper in self.helpers.items() if helper.ended()])
+        self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
+            os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
         base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
         if job.warm and job.warm != self.unready:
             ready = self.helpers.get(job.warm)
@@ -2587,15 +2504,15 @@ class Supervisor:
         """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
         if not self.place.private:
             return
-        killer = os.fork()
-        if not killer:
-            try:
-                os.setresuid(self.place.uid, self.place.uid, self.place.uid)
-                os.kill(-1, signal.SIGKILL)
-            finally:
-                os._exit(0)
-        os.waitpid(killer, 0)
-        self._close([""])
+        if killer := os.fork():
+            os.waitpid(killer, 0)
+            self._close([""])
+            return
+        try:
+            os.setresuid(*[self.place.uid] * 3)
+            os.kill(-1, signal.SIGKILL)
+        finally:
+            os._exit(0)
 
     def end_run(self, helpers: Iterable[str] = ()) -> None:
         """Nothing of a run outlives it: daemons, other sessions, stopped ones; nor `helpers`."""
@@ -2684,53 +2601,49 @@ MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *", re.MULTILINE)  
 class Watch:
     """Looks after a run until it ends or must be ended."""
 
-    def __init__(self, supervisor: Supervisor, job: Job, done: int, outputs: list[Output],
-                 started: float):
+    def __init__(self, supervisor: Supervisor, job: Job, outputs: list[Output], started: float):
         self.supervisor, self.job = supervisor, job
-        self.done = done  # readable once the run has ended
         self.outputs = {output.fd: output for output in outputs}
         self.deadline = started + job.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
         self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
-        # When last looked exactly: bytes of all together, of each process, and of what any may map.
-        self.together, self.sizes, self.shm = 0, {}, 0
-        self.loose = 0  # of the last: what lies in memory files without a name
+        # When last looked exactly: bytes of all together, and of each (0: of /dev/shm and the like).
+        self.together, self.sizes = 0, {}
+        self.unnamed: Counter[int] = Counter()  # when last looked: device -> bytes (open_unnamed)
 
-    def wait(self) -> str:
-        """How the run ends: exit, timeout, oom, disk, or released (the agent let go of it)."""
+    def wait(self, done: int) -> str:
+        """How the run ends: exit (`done` is readable), timeout, oom, disk, or released by the agent."""
         agent, life = self.supervisor.agent.fileno(), self.supervisor.life
         poll = select.poll()
-        for fd in (self.done, agent, life, *self.outputs):
+        for fd in (done, agent, life, *self.outputs):
             poll.register(fd, select.POLLIN)
-        try:
-            while (now := time.monotonic()) < self.deadline:
-                if now >= self.next_look and (end := self._look(now)):
-                    return end
-                wait = min(self.next_look, self.deadline) - time.monotonic()
-                ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
-                if self.done in ready:
-                    return "exit"
-                if life in ready:
-                    raise ConnectionError("the launcher ended")
-                if agent in ready:
-                    return "released"
-                for fd in ready:
-                    if not self.outputs[fd].read():
-                        poll.unregister(fd)
-            return "timeout"
-        finally:
-            os.close(self.done)
+        while (now := time.monotonic()) < self.deadline:
+            if now >= self.next_look and (end := self._look(now)):
+                return end
+            wait = min(self.next_look, self.deadline) - time.monotonic()
+            ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
+            if done in ready:
+                return "exit"
+            if life in ready:
+                raise ConnectionError("the launcher ended")
+            if agent in ready:
+                return "released"
+            for fd in ready:
+                if not self.outputs[fd].read():
+                    poll.unregister(fd)
+        return "timeout"
 
     def _look(self, now: float) -> str:
         """Whether the run is over its memory or its disk; "" when it is not."""
-        cap = self.job.memory_mb * MIB
+        cap, place = self.job.memory_mb * MIB, self.supervisor.place
         if self._held(cap) > cap:
             return "oom"
         if now >= self.next_disk_look:
             began = time.monotonic()
             size, count = disk_usage(self.supervisor.workspace.on_disk, self.job.files)
-            size += self._count_unnamed(self.supervisor.run_pids())
+            self.unnamed = open_unnamed(self.supervisor.run_pids())
+            size += self.unnamed[os.stat(place.directory).st_dev]
             if size > self.job.disk_mb * MIB or count > self.job.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
@@ -2749,10 +2662,10 @@ class Watch:
         seen before, the run is looked at exactly.
         """
         pids = self.supervisor.run_pids()
-        sizes, shm = resident(pids), self.supervisor.room.shm_bytes() + self.loose
-        if len(pids) < 2 and not shm:
+        sizes = self._sizes(pids)
+        if len(pids) < 2 and not sizes[0]:
             return sum(sizes.values())
-        held = self.together + max(0, shm - self.shm) + sum(
+        held = self.together + sum(
             max(0, size - self.sizes.get(pid, 0)) for pid, size in sizes.items())
         if held <= min(cap, self.largest * 1.01):
             return held
@@ -2761,40 +2674,42 @@ class Watch:
         running = [pid for pid in pids if held > cap and read_proc(
             f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
         signal_all(running, signal.SIGSTOP)
-        self._count_unnamed(pids)
-        self.sizes, self.shm = resident(pids), self.supervisor.room.shm_bytes() + self.loose
+        self.unnamed = open_unnamed(pids)
+        self.sizes = self._sizes(pids)
         # A read of a process waits until that one, if it is in a fork, has its turn on a processor:
         # beside five hundred others that took 20 seconds. What is left at the deadline is not read.
         in_time = itertools.takewhile(lambda _: time.monotonic() < self.deadline, pids)
-        held = self.together = (resident_together(in_time, self.shm)
+        held = self.together = (resident_together(in_time, self.sizes[0])
                                 or sum(self.sizes.values()))  # a process that cannot be read
         signal_all(running, signal.SIGCONT)
         self.largest = max(self.largest, held)
         return held
 
-    def _count_unnamed(self, pids: list[int]) -> int:
-        """Have `loose` anew; the bytes on disk of files that have no name any more."""
-        room, found = self.supervisor.room, open_unnamed(pids)
-        disk = os.stat(room.place.directory).st_dev
-        counted = {disk, *(os.stat(path).st_dev for path in room.own)}
-        self.loose = sum(size for (device, _), size in found.items() if device not in counted)
-        return sum(size for (device, _), size in found.items() if device == disk)
+    def _sizes(self, pids: list[int]) -> dict[int, int]:
+        """The resident bytes of each process, shared pages in each; 0: what any of them may map.
+
+        That is /dev/shm, System V's IPC, and files in memory that have no name.
+        """
+        room = self.supervisor.room
+        counted = {os.stat(path).st_dev for path in (room.place.directory, *room.own)}
+        sizes = {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE
+                 for pid in pids}
+        return {0: room.shm_bytes() + sum(size for device, size in self.unnamed.items()
+                                          if device not in counted), **sizes}
 
 
-def open_unnamed(pids: list[int]) -> dict[tuple[int, int], int]:
-    """(device, inode) -> bytes of the files that these hold open and that have no name."""
+def open_unnamed(pids: list[int]) -> Counter[int]:
+    """Device -> bytes there of the files that these hold open and that have no name."""
     found = {}
     for path in [path for pid in pids for path in glob.glob(f"/proc/{pid}/fd/*")]:
         with contextlib.suppress(OSError):
             status = os.stat(path)
             if stat.S_ISREG(status.st_mode) and not status.st_nlink:
                 found[status.st_dev, status.st_ino] = status.st_blocks * 512
-    return found
-
-
-def resident(pids: list[int]) -> dict[int, int]:
-    """The resident bytes of each of these processes; cheap, and pages they share count for each."""
-    return {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE for pid in pids}
+    sizes: Counter[int] = Counter()
+    for (device, _), size in found.items():
+        sizes[device] += size
+    return sizes
 
 
 def resident_together(pids: Iterable[int], shm: int) -> int:
@@ -2802,11 +2717,10 @@ def resident_together(pids: Iterable[int], shm: int) -> int:
 
     Walks their page tables; what they have mapped of /dev/shm and the like is in `shm` already.
     """
-    if not shm:
-        return 1024 * sum(int(share) for pid in pids
-                          for share in SHARE.findall(read_proc(f"/proc/{pid}/smaps_rollup")))
-    maps = b"".join(read_proc(f"/proc/{pid}/smaps") for pid in pids)
-    return shm + 1024 * sum(int(SHARE.search(entry)[1]) for entry in MAPPING.split(maps)[1:]
+    name = "smaps" if shm else "smaps_rollup"  # the latter has one entry, of all mappings
+    entries = (entry for pid in pids
+               for entry in MAPPING.split(read_proc(f"/proc/{pid}/{name}"))[1:])
+    return shm + 1024 * sum(int(SHARE.search(entry)[1]) for entry in entries
                             if not entry.startswith((os.fsencode(SHM), b"/memfd:", b"/SYSV")))
 
 
