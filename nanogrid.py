@@ -111,7 +111,6 @@ _CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take o
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda s: float(s.replace(".", ""))),
 )
 _LONG_NUMBER = re.compile(r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}")  # int(), str() raise at some thousand
-_DEEPEST_MAP = 50  # Python's recursion limit must not be what ends the reading
 _REFUSED = {  # how text outside of the subset begins: what it is; what to write instead
     **dict.fromkeys("'\"", 'a quote is not closed in its line; close it, a line break is "\\n"'),
     **dict.fromkeys("&*", "an anchor or alias; write the value out wherever it is used"),
@@ -133,118 +132,107 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
     return _YamlReader(text, name).tree
 
 
-class _Line(NamedTuple):
-    number: int
-    indent: int
-    body: str
-
-
-_END = _Line(0, -1, "")
-
-
 class _YamlReader:
-    """Reads by depth with one line of look-ahead: `tree`, and `line_of` each path of keys."""
+    """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
     def __init__(self, text: str, name: str):
-        self.name = name
-        self.line_of: dict[tuple, int] = {}
-        self.lines = self.content(text[1:] if text[:1] == "\ufeff" else text)
-        self.line = next(self.lines)
-        if re.fullmatch(r"(?:\{ *\}(?: +#.*)?)?", self.line.body):
-            self.tree, self.line = {}, next(self.lines, _END)
-        else:
-            self.tree = self.block_map(self.line.indent, ())
-        if self.line is not _END:
-            self.fail(self.line.number, "outside of the map above; give its keys one indent")
+        self.name, self.number = name, 0  # of the line that is being read
+        self.tree: dict[str, Any] = {}
+        self.entries: dict[tuple, tuple[int, dict[str, Any]]] = {}
+        blocks: list[tuple[int, tuple, Any]] = []  # (indent, path, map or list), innermost last
+        below: tuple | None = ()  # the path whose block may begin in this line
+        for indent, body in self.content(text.removeprefix("\ufeff")):
+            item = _ITEM.match(body)
+            if below == ():
+                below = None
+                if body[0] == "{" and _EMPTY.fullmatch(body):
+                    continue  # no block is open: no further line fits
+                blocks.append((indent, (), self.tree))
+            elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
+                if len(below) > 50:
+                    self.fail("nested too deep; use at most 50 levels")
+                blocks[-1][2][below[-1]] = block = [] if item else {}
+                blocks.append((indent, below, block))
+            while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
+                              and isinstance(blocks[-1][2], list)):
+                blocks.pop()  # also a list at its key's own indent
+            if not blocks or indent != blocks[-1][0]:
+                self.fail("indented unlike its siblings, or text that goes on from the line above; "
+                          "give them one indent, and write a value in its key's line")
+            _, path, block = blocks[-1]
+            if isinstance(block, list):
+                block.append(self.scalar(body[item.end():]))
+                below = None
+            else:
+                below = self.entry(body, path, block)
 
-    def fail(self, number: int, problem: str):
-        raise ConfigError(f"{self.name}:{number}: {problem}")
+    def fail(self, problem: str) -> NoReturn:
+        raise ConfigError(f"{self.name}:{self.number}: {problem}")
 
-    def content(self, text: str) -> Iterator[_Line]:
-        """The lines that hold more than a comment or the `---` at the start, then _END."""
+    def content(self, text: str) -> Iterator[tuple[int, str]]:
+        """(indent, body) of the lines with more than a comment or the `---` at the start."""
         begun = False
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028
+        for self.number, line in enumerate(text.split("\n"), 1):  # splitlines() takes U+2028, too
             line = line.removesuffix("\r")
             if bad := _FORBIDDEN.search(line):
-                self.fail(number, f"the character U+{ord(bad[0]):04X} is not allowed in YAML; "
-                          "take it out, or write it as an escape in double quotes")
+                self.fail(f"the character U+{ord(bad[0]):04X} is not allowed in YAML; take it "
+                          "out, or write it as an escape in double quotes")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
-                self.fail(number, _REFUSED[body[0]])
+                self.fail(_REFUSED[body[0]])
             if marker := _MARKER.match(line):
                 if begun or marker[1] == "..." or marker[2]:
-                    self.fail(number, f"`{marker[1]}` ends a document or has text after it; write "
-                              "one document, with nothing but a line `---` before it")
+                    self.fail(f"`{marker[1]}` ends a document or has text after it; write one "
+                              "document, with nothing but a line `---` before it")
                 begun = True
             elif body and body[0] != "#":
                 begun = True
-                yield _Line(number, len(line) - len(body), body.rstrip(" "))
-        yield _END
+                yield len(line) - len(body), body.rstrip(" ")
 
-    def entries(self, indent: int, items: bool) -> Iterator[_Line]:
-        """The lines at `indent`, with `items` only list items; a deeper line is refused."""
-        while self.line.indent == indent and (not items or _ITEM.match(self.line.body)):
-            taken, self.line = self.line, next(self.lines)
-            yield taken
-        if self.line.indent > indent:
-            self.fail(self.line.number, "indented unlike its siblings, or text that goes on from "
-                      "the line above; align it, and write a value in its key's line")
+    def entry(self, body: str, path: tuple, block: dict[str, Any]) -> tuple | None:
+        """Read a line of a map; the path of its key, if nothing stands behind it."""
+        key, _, rest = self.token(body)
+        if not (colon := _COLON.match(rest)):
+            self.fail(f"{shown(body)} is no `key: value`; write a space after the colon, and a "
+                      "value in its key's line")
+        text, here = rest[colon.end():], (*path, key)
+        if here in self.entries:
+            self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one "
+                      "of them")
+        self.entries[here] = self.number, block
+        if empty := _EMPTY.fullmatch(text):
+            block[key] = [] if empty[1][0] == "[" else {}
+        else:
+            block[key] = self.scalar(text)
+        return None if text else here
 
-    def block_map(self, indent: int, path: tuple) -> dict[str, Any]:
-        if len(path) > _DEEPEST_MAP:
-            self.fail(self.line.number, f"nested too deep; use at most {_DEEPEST_MAP} levels")
-        found: dict[str, Any] = {}
-        for line in self.entries(indent, items=False):
-            key, _, rest = self.token(line.number, line.body)
-            if not (colon := _COLON.match(rest)):
-                self.fail(line.number, f"{shown(line.body)} is no `key: value`; write a space "
-                          "after the colon, and a value in its key's line")
-            text, here = rest[colon.end():], (*path, key)
-            if key in found:
-                self.fail(line.number, f"the key {shown(key)} stands in line {self.line_of[here]} "
-                          "too; keep one of them")
-            self.line_of[here] = line.number
-            if empty := _EMPTY.fullmatch(text):
-                found[key] = [] if empty[1][0] == "[" else {}
-            else:
-                found[key] = self.scalar(line, text) if text else self.child(indent, here)
-        return found
-
-    def child(self, indent: int, path: tuple) -> Any:
-        """The map or list beneath a key at `indent`; None when there is none."""
-        line = self.line
-        if line.indent >= indent and _ITEM.match(line.body):
-            return [self.scalar(item, _ITEM.sub("", item.body, count=1))
-                    for item in self.entries(line.indent, items=True)]
-        return self.block_map(line.indent, path) if line.indent > indent else None
-
-    def scalar(self, line: _Line, text: str) -> Any:
+    def scalar(self, text: str) -> Any:
         if text[:1] in ("", "#"):
             return None
-        value, is_plain, rest = self.token(line.number, text)
+        value, is_plain, rest = self.token(text)
         if not _COMMENT.fullmatch(rest):
-            self.fail(line.number, f"{shown(rest.strip())} after a value; put the whole value in "
-                      "one pair of quotes, a key in its own line, a space before a `#`")
+            self.fail(f"{shown(rest.strip())} after a value; put the whole value in one pair of "
+                      "quotes, a key in its own line, a space before a `#`")
         if is_plain and _LONG_NUMBER.match(value):
-            self.fail(line.number, "a number that is too long; put it in quotes")
+            self.fail("a number that is too long; put it in quotes")
         return _typed(value) if is_plain else value
 
-    def token(self, number: int, text: str) -> tuple[str, bool, str]:
+    def token(self, text: str) -> tuple[str, bool, str]:
         """What the token at the start of `text` says; is it plain (else quoted); the rest."""
         def character(escape: re.Match) -> str:
             digits = escape[1] or escape[2] or escape[3]
             code = int(digits, 16) if digits else ord(_ESCAPES.get(escape[4], "\ud800"))
             if 0xD800 <= code <= 0xDFFF or code > 0x10FFFF:
-                self.fail(number, f"{escape[0]} is no escape for a character; write `\\\\` for a "
+                self.fail(f"{escape[0]} is no escape for a character; write `\\\\` for a "
                           "backslash, or use single quotes")
             return chr(code)
 
         found = _TOKEN.match(text)
         rest = text[found.end():] if found else text.lstrip("-?:")
         if rest.lstrip(" :")[:1] == "\t":
-            self.fail(number, _REFUSED["\t"])
+            self.fail(_REFUSED["\t"])
         if not found:
-            self.fail(number, _REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
+            self.fail(_REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
         if found["double"]:
             return _ESCAPE.sub(character, found[0][1:-1]), False, rest
         return found["plain"] or found[0][1:-1].replace("''", "'"), bool(found["plain"]), rest
@@ -434,7 +422,7 @@ def _from_file(path: Path) -> tuple[_Written, list[str], list[str]]:
     pending = [((key,), value) for key, value in reader.tree.items()]
     while pending:
         keys, value = pending.pop(0)
-        dotted, where = repr(".".join(keys))[1:-1], f"{path}:{reader.line_of[keys]}"
+        dotted, where = repr(".".join(keys))[1:-1], f"{path}:{reader.entries[keys][0]}"
         if dotted in _SPRING_ONLY:
             warnings.append(f"{where}: {dotted} is for the Spring Boot agent; passed over")
         elif keys in _LEAVES or keys in _SECTIONS and isinstance(value, (dict, type(None))):
