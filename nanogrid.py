@@ -295,34 +295,25 @@ class Setting(NamedTuple):
         return self.path.replace(".", "_").upper()
 
 
-def _at(paths: str, *columns: Any) -> Any:
-    """A field that is written at agent.`paths`.
-
-    With one path it holds the value; with several, a dict by the last part of each path.
-    """
-    rows = [Setting(f"agent.{path}", *columns) for path in paths.split()]
-    default = rows[0].default
-    preset = {"default_factory" if callable(default) else "default": default}
-    return field(metadata={"rows": rows}, **preset)
+def _at(path: str, *columns: Any) -> Any:
+    """A field of Settings that is written at agent.`path`."""
+    row = Setting(f"agent.{path}", *columns)
+    preset = "default_factory" if callable(row.default) else "default"
+    return field(metadata={"row": row}, **{preset: row.default})
 
 
-def _agents() -> int:
-    """How many agents share this machine: NANOGRID_AGENTS, as the systemd template sets it."""
+def _share(whole: int) -> int:
+    """This agent's share of the machine: NANOGRID_AGENTS, as the systemd template sets it."""
     text = os.environ.get("NANOGRID_AGENTS") or "1"
     if not re.fullmatch("[1-9][0-9]{0,2}", text):
         raise ConfigError(f"NANOGRID_AGENTS: is {shown(text)}; write how many agents there are")
-    return int(text)
-
-
-def _cores() -> int:
-    """This agent's share of the cores."""
-    return max(1, len(os.sched_getaffinity(0)) // _agents())
+    return max(1, whole // int(text))
 
 
 def _memory_for_runs_mb() -> int:
     """Its share of the memory, less 10 %, at least 256 MiB, for the system and the agents."""
     total = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB
-    return max(1, (total - max(256, total // 10)) // _agents())
+    return _share(total - max(256, total // 10))
 
 
 @dataclass(frozen=True)
@@ -337,7 +328,8 @@ class Settings:
                                       "SQS allows 1 to 10")
     code_bucket: str | None = _at("s3.codeBucket", "bucket")
     allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "buckets", ())
-    concurrency: int = _at("execution.concurrency", "count", _cores, 1, 1000)
+    concurrency: int = _at("execution.concurrency", "count",
+                           lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
     default_timeout_ms: int = _at(
         "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
@@ -354,8 +346,10 @@ class Settings:
     max_file_mb: int = _at("execution.maxFileMb", "count", 1024)
     max_disk_mb: int = _at("execution.maxDiskMb", "count", 2048)
     max_files: int = _at("execution.maxFiles", "count", 100_000)
-    runtimes: Mapping[str, str] = _at("runtimes.python runtimes.cpp runtimes.nodejs runtimes.go",
-                                      "command", dict)
+    python: str | None = _at("runtimes.python", "command")
+    cpp: str | None = _at("runtimes.cpp", "command")
+    nodejs: str | None = _at("runtimes.nodejs", "command")
+    go: str | None = _at("runtimes.go", "command")
     output_bucket: str | None = _at("output.bucket", "bucket")
     output_prefix: str = _at("output.s3Prefix", "prefix", "outputs")
     output_queue_url: str | None = _at("output.queueUrl", "queue")
@@ -366,14 +360,21 @@ class Settings:
     file: Path | None = field(default=None, compare=False)  # where they stand
 
 
-SETTINGS = tuple(row._replace(field=one.name)
-                 for one in fields(Settings) for row in one.metadata.get("rows", ()))
+    @property
+    def runtimes(self) -> dict[str, str]:
+        """The programs that are set, by runtime."""
+        programs = {name: getattr(self, name) for name in RUNTIMES}
+        return {name: program for name, program in programs.items() if program}
+
+
+SETTINGS = tuple(one.metadata["row"]._replace(field=one.name)
+                 for one in fields(Settings) if one.metadata)
 _REQUIRED = {"region", "queue_url", "code_bucket"}
 _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
 _HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
-_LEAVES = [tuple(row.path.split(".")) for row in SETTINGS]
-_SECTIONS = {leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf))}
-_Written = dict[str, tuple[Any, str]]  # path of a setting -> its value, and FILE:LINE
+_ROWS = {tuple(row.path.split(".")): row for row in SETTINGS}
+_SECTIONS = {keys[:depth] for keys in _ROWS for depth in range(1, len(keys))}
+_Written = dict[tuple, tuple[Any, str]]  # path of keys -> the value there, and FILE:LINE
 
 
 def load_settings(path: Path | None, environ: Mapping[str, str],
@@ -383,32 +384,31 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
     written, problems, warnings = _from_file(path) if path else ({}, [], [])
-    values: dict[str, Any] = {"runtimes": {}, "file": path}
-    for row in SETTINGS:
+    values: dict[str, Any] = {"file": path}
+    for keys, row in _ROWS.items():
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
         own, *fallbacks = [(_from_variable(name, row, environ), name) for name in names]
-        section = written.get(row.path.rpartition(".")[0])
-        in_file = written.get(row.path) or (None, section[1] if section else f"{path}:1" if path
-                                            else row.variable)
-        value, where = written[row.path] = next(
-            (one for one in (own, in_file, *fallbacks) if one[0] is not None), in_file)
+        _, section = written.get(keys[:-1]) or written.get(()) or (None, row.variable)
+        in_file = written.get(keys) or (None, section)
+        value, where = next((one for one in (own, in_file, *fallbacks) if one[0] is not None),
+                            (None, in_file[1]))
         if value is None:
             faults = [] if local or row.field not in _REQUIRED else [
                 f"is missing; write it in application.yml, or set {' or '.join(names)}"]
-        elif not (faults := _faults(row, value)):
-            if row.kind == "command":
-                values[row.field][row.path.rpartition(".")[2]] = value
-            else:
+        else:
+            faults = _faults(row, value)
+            if not faults:
                 values[row.field] = _HELD_AS.get(row.kind, lambda same: same)(value)
+            if not faults and row.kind == "queue" and not local:
+                faults = [*_queue_faults(value, values.get("region"))]
         problems += [f"{where}: {row.path} {fault}" for fault in faults]
-    problems += [] if local else _queue_problems(written)
     if problems:
         raise ConfigError("\n".join(problems))
     return Settings(**values), warnings
 
 
 def _from_file(path: Path) -> tuple[_Written, list[str], list[str]]:
-    """What a file says; what is wrong with its keys; warnings."""
+    """What a file says, () for the whole; what is wrong with its keys; warnings."""
     try:
         content = path.read_bytes()
         reader = _YamlReader(content.decode(), str(path))
@@ -418,22 +418,21 @@ def _from_file(path: Path) -> tuple[_Written, list[str], list[str]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    written, problems, warnings = {}, [], []
-    pending = [((key,), value) for key, value in reader.tree.items()]
-    while pending:
-        keys, value = pending.pop(0)
-        dotted, where = repr(".".join(keys))[1:-1], f"{path}:{reader.entries[keys][0]}"
+    written: _Written = {(): (reader.tree, f"{path}:1")}
+    problems, warnings = [], []
+    for keys, (line, block) in reader.entries.items():
+        if keys[:-1] in _ROWS or keys[:-1] not in written:
+            continue  # it stands below what was refused or passed over, or is
+        value, where, dotted = block[keys[-1]], f"{path}:{line}", repr(".".join(keys))[1:-1]
         if dotted in _SPRING_ONLY:
             warnings.append(f"{where}: {dotted} is for the Spring Boot agent; passed over")
-        elif keys in _LEAVES or keys in _SECTIONS and isinstance(value, (dict, type(None))):
-            written[dotted] = value, where
-            if keys in _SECTIONS and value:
-                pending[:0] = [((*keys, key), below) for key, below in value.items()]
-        elif keys in _SECTIONS:
+        elif keys in _SECTIONS and not isinstance(value, (dict, type(None))):
             problems.append(f"{where}: {dotted} is {shown(value)}; write its keys beneath it, "
                             "indented, since it is a section")
+        elif keys in _SECTIONS or keys in _ROWS:
+            written[keys] = value, where
         else:
-            known = {".".join(one).lower(): ".".join(one) for one in (*_SECTIONS, *_LEAVES)
+            known = {".".join(one).lower(): ".".join(one) for one in (*_SECTIONS, *_ROWS)
                      if len(one) >= len(keys)}
             nearest = known[get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
@@ -472,23 +471,20 @@ def _faults(row: Setting, value: Any) -> list[str]:
     return [] if fits else [f"is {shown(value)}; {advice}"]
 
 
-def _queue_problems(written: _Written) -> Iterator[str]:
-    """What is wrong with the URLs of queues, beyond their being URLs."""
-    region = written["agent.aws.region"][0]
-    for path in ("agent.sqs.queueUrl", "agent.output.queueUrl"):
-        url, where = written[path]
-        aws = _AWS_QUEUE.fullmatch(str(url))
-        of_queue = aws and (aws[1] or aws[2] or "us-east-1").lower()
-        if re.search("YOUR_[A-Z]|(?i:your_account)", str(url)):
-            yield (f"{where}: {path} still holds YOUR_ACCOUNT_ID; write the id that `aws sts "
-                   "get-caller-identity --query Account --output text` prints")
-        elif str(url).endswith(".fifo"):
-            yield f"{where}: {path} is a FIFO queue; write the URL of a standard queue"
-        elif aws and not re.fullmatch(r"/[0-9]{12}/[A-Za-z0-9_-]{1,80}", aws[3] or ""):
-            yield f"{where}: {path} is {shown(url)}; write ...amazonaws.com/ACCOUNT_ID/NAME"
-        if aws and region not in (None, of_queue):
-            yield (f"{where}: {path} is in {of_queue}, but agent.aws.region (or AWS_REGION) is "
-                   f"{shown(region)}; write the queue's region in both")
+def _queue_faults(url: str, region: str | None) -> Iterator[str]:
+    """What is wrong with the URL of a queue, beyond its being a URL."""
+    aws = _AWS_QUEUE.fullmatch(url)
+    of_queue = aws and (aws[1] or aws[2] or "us-east-1").lower()
+    if re.search("YOUR_[A-Z]|(?i:your_account)", url):
+        yield ("still holds YOUR_ACCOUNT_ID; write the id that `aws sts get-caller-identity "
+               "--query Account --output text` prints")
+    elif url.endswith(".fifo"):
+        yield "is a FIFO queue; write the URL of a standard queue"
+    elif aws and not re.fullmatch(r"/[0-9]{12}/[A-Za-z0-9_-]{1,80}", aws[3] or ""):
+        yield f"is {shown(url)}; write ...amazonaws.com/ACCOUNT_ID/NAME"
+    if aws and region not in (None, of_queue):
+        yield (f"is in {of_queue}, but agent.aws.region (or AWS_REGION) is {shown(region)}; write "
+               "the queue's region in both")
 
 
 # --------------------------------------------------------------------------------------------
@@ -508,7 +504,7 @@ _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone s
 class Runtime(NamedTuple):
     """A runtime's other names, its programs, and the command for each entry file.
 
-    The first entry that a zip has counts. A new runtime needs a path in Settings.runtimes, too, and
+    The first entry that a zip has counts. A new runtime needs a field of Settings, too, and
     its words for a refused allocation in REFUSED.
     """
     aliases: tuple[str, ...]

@@ -8416,7 +8416,7 @@ def test_application_yml_example_has_every_setting_with_its_default_and_a_word_o
         if row.field not in ng._REQUIRED:
             assert value == (None if callable(row.default) else [] if row.default == () else row.default)
         key = row.path.rpartition(".")[2]
-        if row.field != "runtimes":  # the section's comment is for its four keys
+        if row.kind != "command":  # the section's comment is for its four keys
             assert re.search(rf"^ *#.*\n *{key}:|^ *{key}:.* #|^ *{key}:.*\n *# ↑", text, re.MULTILINE), row.path
     assert [line for line in GUIDE_COMMENTS if line not in text] == []
 
