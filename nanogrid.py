@@ -648,7 +648,6 @@ MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names im
 MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
 MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less room for our part
 MAX_PART_BYTES = 255               # NAME_MAX
-_UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
@@ -666,7 +665,7 @@ def unpack(archive: Path, target: Path) -> list[str]:
             bundle = zipfile.ZipFile(source)
         except _CORRUPT as error:
             raise rejected("zip", f"no zip that can be read: {_why(error)}; zip it again") from None
-        tree = _tree(bundle.infolist(), os.fstat(source.fileno()).st_size)
+        tree = _tree(bundle.infolist(), source.size)
         folders, files, links = ([path for path in sorted(tree) if _kind(tree[path]) == kind]
                                  for kind in ("folder", "file", "link"))
         for path in folders:
@@ -679,21 +678,30 @@ def unpack(archive: Path, target: Path) -> list[str]:
                 os.fchmod(file.fileno(), 0o755 if _mode(tree[path]) & 0o111 else 0o644)
                 left -= file.tell()
         for path in links:  # last, so that nothing can be written through one
-            content = b"".join(_content(bundle, tree[path], MAX_NAME_BYTES))
-            (target / path).symlink_to(_link_target(path, os.fsdecode(content)))
+            link = os.fsdecode(b"".join(_content(bundle, tree[path], MAX_NAME_BYTES)))
+            # A link's parents are real folders, so that '..' at its beginning goes where it says;
+            # behind a name it would not, if that name is a link.
+            parts = [part for part in link.split("/") if part not in ("", ".")]
+            ups = parts.count("..")
+            if (not link or "\0" in link or link[0] == "/" or ups > path.count("/")
+                    or ".." in parts[ups:]):
+                raise _bad(tree[path], f"is a link to {shown(link, in_json=True)}; it must be "
+                           "relative, stay inside and have '..' only at its beginning")
+            (target / path).symlink_to(link)
         return files
 
 
 class _Archive(io.FileIO):
     """A zip's bytes for zipfile, which believes the offsets and sizes that they claim."""
 
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.size = os.fstat(self.fileno()).st_size
+
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        try:
-            return super().seek(offset, whence)
-        except OSError:  # a regular file refuses nothing but a position that cannot be
-            if whence != os.SEEK_SET:  # zipfile tries from the end, and knows that it may fail
-                raise
-            raise zipfile.BadZipFile("it points outside itself") from None
+        if whence == os.SEEK_SET and not 0 <= offset <= self.size:
+            raise zipfile.BadZipFile("it points outside itself")
+        return super().seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
         if size > MAX_DIRECTORY:
@@ -729,14 +737,14 @@ def _path(member: zipfile.ZipInfo) -> str:
     """Where a member goes below the target ("": the target itself); Ended if it may not."""
     name, method = member.filename, member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
+    too_long = len(name.encode()) > MAX_NAME_BYTES or any(
+        len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
             (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
              "has a control character in its name; rename it"),
-            (_OUTSIDE.search(name),
-             "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
-            (len(name.encode()) > MAX_NAME_BYTES
-             or any(len(part.encode()) > MAX_PART_BYTES for part in parts),
-             f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between two '/'"),
+            (_OUTSIDE.search(name), "may leave the zip's folder ('..', backslash, drive or "
+                                    "absolute); make it relative"),
+            (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
             (member.flag_bits & 0x1, "is encrypted; zip it without a password"),
             # a read of 600 bytes of bzip2 can take a gigabyte: zipfile sets no bound to it
             (method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
@@ -749,7 +757,8 @@ def _path(member: zipfile.ZipInfo) -> str:
 
 
 def _mode(member: zipfile.ZipInfo) -> int:
-    return member.external_attr >> 16 if member.create_system in _UNIX_MADE else 0
+    """Its file mode, where Unix or macOS made the zip (APPNOTE.TXT 4.4.2)."""
+    return member.external_attr >> 16 if member.create_system in (3, 19) else 0
 
 
 def _kind(member: zipfile.ZipInfo | None) -> str:
@@ -772,22 +781,6 @@ def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Ite
         raise _bad(member, f"is corrupt: {_why(error)}; zip it again") from None
 
 
-def _link_target(path: str, target: str) -> str:
-    """`target`, if the link at `path` cannot lead out of the zip, through other links neither.
-
-    A link's parents are real folders, so that '..' at the beginning goes where it says; behind
-    a name it would not if that name is a link.
-    """
-    parts = [part for part in target.split("/") if part not in ("", ".")]
-    ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
-    if (not target or "\0" in target or target.startswith("/")
-            or ups > path.count("/") or ".." in parts[ups:]):
-        raise rejected("zip", f"zip member {shown(path, in_json=True)} is a link to "
-                              f"{shown(target, in_json=True)}; it must be relative, stay inside "
-                              "and have '..' only at its beginning")
-    return target
-
-
 def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
     return rejected("zip", f"zip member {shown(member.orig_filename, in_json=True)} {what}")
 
@@ -798,15 +791,15 @@ def find_entry(target: Path, runtime: str) -> str:
     `main` counts only when it is executable; a link to a regular file counts as that file.
     """
     names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
-    there = [name for name in names if (target / name).is_file()]
-    for name in there:
-        if name != "main" or (target / name).stat().st_mode & 0o111:
-            return name
     hint = ""
-    if there:
-        hint = "; main is there but not executable: chmod +x before zipping"
-    elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
-        folder = shown(below[0].parent.name, in_json=True)
+    for name in names:
+        if (target / name).is_file():
+            if name != "main" or (target / name).stat().st_mode & 0o111:
+                return name
+            hint = "; main is there but not executable: chmod +x before zipping"
+    below = sorted(path.parent.name for name in names for path in target.glob(f"*/{name}"))
+    if below and not hint:
+        folder = shown(below[0], in_json=True)
         hint = f"; {folder} has one: zip what is in that folder, not itself"
     raise rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
 
