@@ -491,7 +491,6 @@ def _queue_faults(url: str, region: str | None) -> Iterator[str]:
 # Tasks: the message, and its zip, checked field by field
 # --------------------------------------------------------------------------------------------
 
-MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
 REPORTED = {"requestId": "request_id", "functionId": "function_id", "runtime": "runtime",
             "timeoutMs": "timeout_ms", "memoryMb": "memory_mb"}
 
@@ -542,7 +541,6 @@ def rejected(reason: str, text: str, **known: Any) -> Ended:
 @dataclass(frozen=True)
 class Task:
     """A message that passed every check; `input` is its JSON text, b"" when it has none."""
-
     request_id: str
     function_id: str
     runtime: str
@@ -569,13 +567,12 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     values.update((k, v) for k, v in given.items() if v is not None or k not in values)
     right: dict[str, Any] = {}
     wrong: dict[str, tuple[str, str]] = {}
-    for name, reason, check, allowed in _rules(settings, any_bucket):
-        if name in wrong:
-            continue
-        if name in values and check(values[name]):
-            right[name] = values[name]
-        else:
-            found = shown(values[name], in_json=True) if name in values else "missing"
+    for name, reason, kind, check, allowed in _rules(settings, any_bucket):
+        value = values.get(name)
+        if name not in wrong and type(value) is kind and check(value):
+            right[name] = value
+        elif name not in wrong:
+            found = shown(value, in_json=True) if name in values else "missing"
             wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
@@ -586,28 +583,26 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
                 right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
 
 
-def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
-    """(field, reason, check, what the check allows); a field's first rule makes its type sure."""
+def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, Any, str]]:
+    """(field, reason, type, check, what the type and the check allow)."""
     buckets = [name for name in (settings.code_bucket, *settings.allowed_buckets) if name]
     return [
-        ("requestId", "task", lambda v: isinstance(v, str) and _REQUEST_ID.fullmatch(v),
+        ("requestId", "task", str, _REQUEST_ID.fullmatch,
          "1 to 128 of A-Z a-z 0-9 . _ : -, and neither '.' nor '..'"),
-        ("functionId", "task", lambda v: isinstance(v, str) and _FUNCTION_ID.fullmatch(v),
+        ("functionId", "task", str, _FUNCTION_ID.fullmatch,
          "1 to 128 of A-Z a-z 0-9 . _ : / - without an empty, '.' or '..' path part"),
-        ("runtime", "task", lambda v: isinstance(v, str) and v in _RUNTIME_OF,
-         f"one of {', '.join(_RUNTIME_OF)}"),
-        ("s3Key", "task", lambda v: isinstance(v, str) and not _UNPRINTED.search(v)
-         and 1 <= len(v.encode()) <= MAX_KEY_BYTES,
-         f"a string of 1 to {MAX_KEY_BYTES} bytes without control characters"),
-        ("s3Key", "task", lambda v: not any_bucket or not {"", ".", ".."} & set(v.split("/")),
+        ("runtime", "task", str, _RUNTIME_OF.get, f"one of {', '.join(_RUNTIME_OF)}"),
+        ("s3Key", "task", str, lambda v: not _UNPRINTED.search(v) and 1 <= len(v.encode()) <= 1024,
+         "a string of 1 to 1024 bytes without control characters"),
+        ("s3Key", "task", str, lambda v: not any_bucket or not {"", ".", ".."} & set(v.split("/")),
          "the path of a file below DIR/code, without an empty, '.' or '..' part"),
-        ("timeoutMs", "task", lambda v: type(v) is int and 1 <= v <= MAX_TIMEOUT_MS,
+        ("timeoutMs", "task", int, lambda v: 1 <= v <= MAX_TIMEOUT_MS,
          f"a whole number from 1 to {MAX_TIMEOUT_MS}"),
-        ("memoryMb", "task", lambda v: type(v) is int and v >= 1, "a whole number from 1 upwards"),
-        ("s3Bucket", "task", lambda v: isinstance(v, str), "a string"),
-        ("s3Bucket", "bucket", lambda v: any_bucket or v in buckets,
+        ("memoryMb", "task", int, lambda v: v >= 1, "a whole number from 1 upwards"),
+        ("s3Bucket", "task", str, lambda v: True, "a string"),
+        ("s3Bucket", "bucket", str, lambda v: any_bucket or v in buckets,
          f"one of {', '.join(buckets)} (agent.s3.codeBucket and allowedBuckets)"),
-        ("memoryMb", "memory", lambda v: v <= settings.memory_mb,
+        ("memoryMb", "memory", int, lambda v: v <= settings.memory_mb,
          f"at most {settings.memory_mb}, all that can be admitted (agent.execution.memoryMb)"),
     ]
 
@@ -622,7 +617,7 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
 
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):  # NaN, 1e999: the function could not read it
-            raise ValueError(f"{shown(number, in_json=True)} is no number of JSON, or too large")
+            raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
         return value
 
     try:
@@ -742,8 +737,8 @@ def _path(member: zipfile.ZipInfo) -> str:
     for is_wrong, what in (
             (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
              "has a control character in its name; rename it"),
-            (_OUTSIDE.search(name), "may leave the zip's folder ('..', backslash, drive or "
-                                    "absolute); make it relative"),
+            (_OUTSIDE.search(name),
+             "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
             (member.flag_bits & 0x1, "is encrypted; zip it without a password"),
             # a read of 600 bytes of bzip2 can take a gigabyte: zipfile sets no bound to it
@@ -927,26 +922,18 @@ class Fault:
 # AWS: the clients, and what their errors mean
 # --------------------------------------------------------------------------------------------
 
-# Errors of status 4xx that pass by themselves: throttling, clocks, credentials and keys that are
+# Codes of status 4xx that pass by themselves: throttling, clocks, credentials and keys that are
 # renewed. Those of 5xx, 408 and 429 and all that is no answer do, too.
-PASSING = {
-    "ExpiredToken", "ExpiredTokenException", "RequestExpired", "RequestTimeTooSkewed",
-    "RequestInTheFuture", "RequestAbortedException", "IDPCommunicationError",
-    "TokenRefreshRequired", "RequestTimeout", "RequestTimeoutException", "SlowDown", "OverLimit",
-    "AWS.SimpleQueueService.OverLimit", "Throttling", "ThrottlingException", "ThrottledException",
-    "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded",
-    "TooManyRequestsException", "LimitExceededException", "PriorRequestNotComplete", "BadDigest",
-    "OperationAborted", "IncompleteBody", "KmsThrottled", "KMS.ThrottlingException"}
+PASSING = re.compile(
+    "Throttl|LimitExceeded|OverLimit|SlowDown|TooManyRequests|Aborted|IncompleteBody|BadDigest"
+    "|^(Expired|RequestExpired|RequestTime|RequestInTheFuture|TokenRefresh|IDPComm|PriorRequest)")
 LASTING = ("ParamValidationError", "InvalidRegionError", "PermanentRedirect")  # not 4xx, these
 # Where botocore gets credentials from: what is refused there is no permission of the call itself.
 LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
-NO_CREDENTIALS = ("no AWS credentials ({}); attach the role to the instance, or set "
-                  "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 
 class Clients(NamedTuple):
     """The clients of one session: `polls` waits for long, which the rest must not."""
-
     session: Any
     polls: Any
     sqs: Any
@@ -958,9 +945,8 @@ class Clients(NamedTuple):
 def make_clients(settings: Settings) -> Clients:
     """The clients; raises GiveUp.
 
-    botocore does not repeat what `polls` and `sqs` ask: the queue's own loops do, with their own
-    pauses. It tries the others three times. A read waits for eight seconds at most, so that a job
-    goes on soon after AWS works again.
+    botocore tries three times, but not what `polls` and `sqs` ask: the queue's own loops do that.
+    A read waits for eight seconds at most, so that a job goes on soon after AWS works again.
     """
     try:
         import boto3  # not at the top: --local does without, and so does the launcher
@@ -976,9 +962,10 @@ def make_clients(settings: Settings) -> Clients:
     try:
         session = boto3.session.Session(region_name=settings.region)
         if session.get_credentials() is None:
-            raise GiveUp(NO_CREDENTIALS.format("none found"))
+            raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
+                         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
-        def client(service: str, read_seconds: int, attempts: int) -> Any:
+        def client(service: str, read_seconds: int = 8, attempts: int = 3) -> Any:
             made = session.client(service, config=Config(
                 connect_timeout=5, read_timeout=read_seconds, max_pool_connections=50,
                 retries={"total_max_attempts": attempts, "mode": "standard"},
@@ -986,9 +973,8 @@ def make_clients(settings: Settings) -> Clients:
             made.meta.events.register("after-call", refuse_cut_answer)
             return made
 
-        return Clients(session, client("sqs", settings.wait_time_seconds + 5, 1),
-                       client("sqs", 8, 1), client("sqs", 8, 3), client("s3", 8, 3),
-                       client("cloudwatch", 8, 3))
+        return Clients(session, client("sqs", settings.wait_time_seconds + 5, attempts=1),
+                       client("sqs", attempts=1), client("sqs"), client("s3"), client("cloudwatch"))
     except (BotoCoreError, OSError, ValueError) as error:  # no such profile, process, URL
         raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
 
@@ -1001,9 +987,8 @@ def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
     """
     from botocore.exceptions import IncompleteReadError
     length = http_response.headers.get("content-length", "")
-    if model.has_streaming_output or model.http.get("method") == "HEAD" or not length.isdigit():
-        return
-    if len(http_response.content) != int(length):
+    has_length = length.isdigit() and model.http.get("method") != "HEAD"
+    if has_length and not model.has_streaming_output and len(http_response.content) != int(length):
         raise IncompleteReadError(actual_bytes=len(http_response.content), expected_bytes=length)
 
 
@@ -1034,8 +1019,8 @@ def passes(error: Exception) -> bool:
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = error_code(error)
     # SQS has no code of its own for a clock that is wrong: "Signature expired: ... is now earlier".
-    return (code in PASSING or bool(re.search("Signature (expired|not yet current)", str(error)))
-            or code not in LASTING and (not 400 <= status < 500 or status in (408, 429)))
+    return bool(PASSING.search(code) or re.search("Signature (expired|not yet current)", str(error))
+                or code not in LASTING and (not 400 <= status < 500 or status in (408, 429)))
 
 
 def remedy(error: Exception, needs: str, url: str | None = None) -> str:
@@ -1049,13 +1034,12 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     if re.search(r"^(?i:kms)|kms:|AWSKMS|ciphertext", f"{code} {error}"):
         advice = ("grant the role kms:Decrypt on the key (kms:GenerateDataKey too, for what is "
                   "written), and see that the key is enabled")
-    elif "NonExistentQueue" in code or "QueueDoesNotExist" in code:
+    elif re.search("NonExistentQueue|QueueDoesNotExist", code):
         advice = f"the queue {url} does not exist; check its URL and region in the settings"
-    elif code in ("InvalidAddress", "InvalidAddressException", "InvalidEndpoint"):
+    elif re.match("InvalidAddress|InvalidEndpoint", code):
         advice = f"AWS does not know {url} as a queue; check its URL in the settings"
-    elif code in ("InvalidClientTokenId", "UnrecognizedClientException", "InvalidAccessKeyId",
-                  "SignatureDoesNotMatch", "InvalidSecurity", "InvalidToken",
-                  "InvalidSignatureException"):
+    elif re.match("Invalid(ClientTokenId|AccessKeyId|Security|Token|SignatureException)"
+                  "|UnrecognizedClient|SignatureDoesNotMatch", code):
         advice = "AWS does not accept the credentials; check AWS_ACCESS_KEY_ID or the role"
     elif getattr(error, "operation_name", "") in LENDERS:
         advice = "the role is not lent to these credentials; check its trust policy and the profile"
