@@ -125,10 +125,7 @@ _REFUSED = {  # how text outside of the subset begins: what it is; what to write
 
 
 def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
-    """The map that a YAML text holds ({} when empty), typed by YAML 1.2's core schema.
-
-    The first thing outside of the subset raises ConfigError with its line.
-    """
+    """The map in a YAML text, {} if empty; ConfigError for the first thing out of the subset."""
     return _YamlReader(text, name).tree
 
 
@@ -287,7 +284,6 @@ class Setting(NamedTuple):
     default: Any = None
     low: int = 1
     high: int = 2**31 - 1
-    why: str = ""  # these limits
     field: str = ""
 
     @property
@@ -323,17 +319,14 @@ class Settings:
     endpoint_url: str | None = _at("aws.endpointUrl", "url")
     spot_interruption: bool = _at("aws.spotInterruption", "flag", False)
     queue_url: str | None = _at("sqs.queueUrl", "queue")
-    wait_time_seconds: int = _at("sqs.waitTimeSeconds", "count", 20, 0, 20, "SQS allows 0 to 20")
-    max_number_of_messages: int = _at("sqs.maxNumberOfMessages", "count", 10, 1, 10,
-                                      "SQS allows 1 to 10")
+    wait_time_seconds: int = _at("sqs.waitTimeSeconds", "count", 20, 0, 20)
+    max_number_of_messages: int = _at("sqs.maxNumberOfMessages", "count", 10, 1, 10)
     code_bucket: str | None = _at("s3.codeBucket", "bucket")
     allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "buckets", ())
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
-    default_timeout_ms: int = _at(
-        "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
-        f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
+    default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS)
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
     shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
     patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0, 43_200)
@@ -358,7 +351,6 @@ class Settings:
     count_runs: bool = _at("metrics.runs", "flag", False)
     task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
     file: Path | None = field(default=None, compare=False)  # where they stand
-
 
     @property
     def runtimes(self) -> dict[str, str]:
@@ -464,7 +456,7 @@ def _faults(row: Setting, value: Any) -> list[str]:
     elif row.kind == "count":
         fits = type(value) is int and row.low <= value <= row.high
         if type(value) is int:
-            advice = row.why or f"{row.low} to {row.high} are allowed"
+            advice = f"{row.low} to {row.high} are allowed"
     else:
         fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
         advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
@@ -661,27 +653,28 @@ def unpack(archive: Path, target: Path) -> list[str]:
         except _CORRUPT as error:
             raise rejected("zip", f"no zip that can be read: {_why(error)}; zip it again") from None
         tree = _tree(bundle.infolist(), source.size)
-        folders, files, links = ([path for path in sorted(tree) if _kind(tree[path]) == kind]
+        folders, files, links = ([path for path in sorted(tree) if tree[path][0] == kind]
                                  for kind in ("folder", "file", "link"))
         for path in folders:
             (target / path).mkdir(exist_ok=True)
             (target / path).chmod(0o755)
         left = MAX_UNPACKED
         for path in files:
+            member = tree[path][1]
             with open(target / path, "xb") as file:
-                file.writelines(_content(bundle, tree[path], left))
-                os.fchmod(file.fileno(), 0o755 if _mode(tree[path]) & 0o111 else 0o644)
+                file.writelines(_content(bundle, member, left))
+                os.fchmod(file.fileno(), 0o755 if _mode(member) & 0o111 else 0o644)
                 left -= file.tell()
         for path in links:  # last, so that nothing can be written through one
-            link = os.fsdecode(b"".join(_content(bundle, tree[path], MAX_NAME_BYTES)))
+            member = tree[path][1]
+            link = os.fsdecode(b"".join(_content(bundle, member, MAX_NAME_BYTES)))
             # A link's parents are real folders, so that '..' at its beginning goes where it says;
             # behind a name it would not, if that name is a link.
             parts = [part for part in link.split("/") if part not in ("", ".")]
             ups = parts.count("..")
-            if (not link or "\0" in link or link[0] == "/" or ups > path.count("/")
-                    or ".." in parts[ups:]):
-                raise _bad(tree[path], f"is a link to {shown(link, in_json=True)}; it must be "
-                           "relative, stay inside and have '..' only at its beginning")
+            if link[:1] in ("", "/") or "\0" in link or ups > path.count("/") or ".." in parts[ups:]:
+                raise _bad(member, f"is a link to {shown(link, in_json=True)}; it must be relative, "
+                                   "stay inside and have '..' only at its beginning")
             (target / path).symlink_to(link)
         return files
 
@@ -704,23 +697,23 @@ class _Archive(io.FileIO):
         return super().read(size)
 
 
-def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo | None]:
-    """Each path of a zip of `size` bytes, and its member (None: a folder that names imply)."""
+def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, tuple[str, Any]]:
+    """Each path of a zip of `size` bytes: its kind, and its member (None: names imply it)."""
     if not 1 <= len(members) <= MAX_MEMBERS:
         raise rejected("zip", f"the zip has {len(members)} members; it may have 1 to {MAX_MEMBERS}")
     if sum(member.compress_size for member in members) > size:
         raise rejected("zip", "members of the zip share their bytes, as in a zip bomb")
-    tree: dict[str, zipfile.ZipInfo | None] = {"": None}
+    tree: dict[str, tuple[str, Any]] = {"": ("folder", None)}
     for member in members:
-        path = _path(member)
-        if tree.get(path):
+        path, kind = _checked(member)
+        if path in tree and tree[path][1]:
             raise _bad(member, "stands twice in the zip; leave one out")
-        if path in tree and _kind(member) != "folder":
+        if path in tree and kind != "folder":
             raise _bad(member, "is both a file and a folder; rename one")
-        tree[path] = member
+        tree[path] = kind, member
         while (path := path.rpartition("/")[0]) not in tree:
-            tree[path] = None
-        if _kind(tree[path]) != "folder":
+            tree[path] = "folder", None
+        if tree[path][0] != "folder":
             raise _bad(member, f"stands below {shown(path, in_json=True)}, which is no folder; "
                                "rename one")
         if len(tree) > MAX_PATHS:
@@ -728,8 +721,8 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInf
     return tree
 
 
-def _path(member: zipfile.ZipInfo) -> str:
-    """Where a member goes below the target ("": the target itself); Ended if it may not."""
+def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
+    """A member's path below the target ("": the target itself) and kind; Ended if it may not be."""
     name, method = member.filename, member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
     too_long = len(name.encode()) > MAX_NAME_BYTES or any(
@@ -748,18 +741,13 @@ def _path(member: zipfile.ZipInfo) -> str:
              "is a device, a pipe or a socket; leave it out")):
         if is_wrong:
             raise _bad(member, what)
-    return "/".join(parts)
+    kind = "folder" if name.endswith("/") else _MEMBER_KINDS[stat.S_IFMT(_mode(member))]
+    return "/".join(parts), kind
 
 
 def _mode(member: zipfile.ZipInfo) -> int:
     """Its file mode, where Unix or macOS made the zip (APPNOTE.TXT 4.4.2)."""
     return member.external_attr >> 16 if member.create_system in (3, 19) else 0
-
-
-def _kind(member: zipfile.ZipInfo | None) -> str:
-    if member is None or member.filename.endswith("/"):
-        return "folder"
-    return _MEMBER_KINDS[stat.S_IFMT(_mode(member))]
 
 
 def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
@@ -855,10 +843,7 @@ class GiveUp(Exception):
 
 
 class Outage(Exception):
-    """A part of AWS or of the machine is away; the message is not to blame, and is held.
-
-    `reason` is REPORT's word, should patience end.
-    """
+    """A part of AWS or of the machine is away: a message is held; `reason` is REPORT's word."""
 
     def __init__(self, fault: Fault, reason: str, text: object):
         super().__init__(str(text))
@@ -867,9 +852,6 @@ class Outage(Exception):
 
 class Fault:
     """A part of the world that may fail for a while: said when that begins and when it ends."""
-
-    MOST_SECONDS = 10.0
-
     def __init__(self, log: Log, name: str):
         self.log, self.name = log, name
         self.lock = threading.Lock()
@@ -885,7 +867,7 @@ class Fault:
                 self.since, self.pause = time.monotonic(), 0.2
                 self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
             if time.monotonic() >= self.retry_at:  # slots that fail together are one failure
-                self.pause = min(self.MOST_SECONDS, self.pause * 2)
+                self.pause = min(10.0, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
             self.retry_at = time.monotonic() + pause
         return pause
@@ -954,11 +936,9 @@ def make_clients(settings: Settings) -> Clients:
         from botocore.exceptions import BotoCoreError
     except ImportError:
         raise GiveUp("boto3 is not installed for this Python; run: "
-                     f"{sys.executable} -m pip install boto3 (--local and --demo do without)"
-                     ) from None
+                     f"{sys.executable} -m pip install boto3") from None
     if settings.endpoint_url:  # so that AWS_ENDPOINT_URL_SQS and the like win, as boto3 has it
         os.environ["AWS_ENDPOINT_URL"] = settings.endpoint_url
-    is_elsewhere = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & set(os.environ)
     try:
         session = boto3.session.Session(region_name=settings.region)
         if session.get_credentials() is None:
@@ -968,8 +948,7 @@ def make_clients(settings: Settings) -> Clients:
         def client(service: str, read_seconds: int = 8, attempts: int = 3) -> Any:
             made = session.client(service, config=Config(
                 connect_timeout=5, read_timeout=read_seconds, max_pool_connections=50,
-                retries={"total_max_attempts": attempts, "mode": "standard"},
-                s3={"addressing_style": "path"} if is_elsewhere else {}))
+                retries={"total_max_attempts": attempts, "mode": "standard"}))
             made.meta.events.register("after-call", refuse_cut_answer)
             return made
 
