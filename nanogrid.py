@@ -352,12 +352,6 @@ class Settings:
     task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
     file: Path | None = field(default=None, compare=False)  # where they stand
 
-    @property
-    def runtimes(self) -> dict[str, str]:
-        """The programs that are set, by runtime."""
-        programs = {name: getattr(self, name) for name in RUNTIMES}
-        return {name: program for name, program in programs.items() if program}
-
 
 SETTINGS = tuple(one.metadata["row"]._replace(field=one.name)
                  for one in fields(Settings) if one.metadata)
@@ -366,7 +360,6 @@ _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("
 _HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
 _ROWS = {tuple(row.path.split(".")): row for row in SETTINGS}
 _SECTIONS = {keys[:depth] for keys in _ROWS for depth in range(1, len(keys))}
-_Written = dict[tuple, tuple[Any, str]]  # path of keys -> the value there, and FILE:LINE
 
 
 def load_settings(path: Path | None, environ: Mapping[str, str],
@@ -387,11 +380,9 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
         if value is None:
             faults = [] if local or row.field not in _REQUIRED else [
                 f"is missing; write it in application.yml, or set {' or '.join(names)}"]
-        else:
-            faults = _faults(row, value)
-            if not faults:
-                values[row.field] = _HELD_AS.get(row.kind, lambda same: same)(value)
-            if not faults and row.kind == "queue" and not local:
+        elif not (faults := _faults(row, value)):
+            values[row.field] = _HELD_AS.get(row.kind, lambda same: same)(value)
+            if row.kind == "queue" and not local:
                 faults = [*_queue_faults(value, values.get("region"))]
         problems += [f"{where}: {row.path} {fault}" for fault in faults]
     if problems:
@@ -399,8 +390,8 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     return Settings(**values), warnings
 
 
-def _from_file(path: Path) -> tuple[_Written, list[str], list[str]]:
-    """What a file says, () for the whole; what is wrong with its keys; warnings."""
+def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], list[str]]:
+    """{path of keys, () for the file: (value, FILE:LINE)}; what is wrong with keys; warnings."""
     try:
         content = path.read_bytes()
         reader = _YamlReader(content.decode(), str(path))
@@ -410,7 +401,7 @@ def _from_file(path: Path) -> tuple[_Written, list[str], list[str]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    written: _Written = {(): (reader.tree, f"{path}:1")}
+    written: dict[tuple, tuple[Any, str]] = {(): (reader.tree, f"{path}:1")}
     problems, warnings = [], []
     for keys, (line, block) in reader.entries.items():
         if keys[:-1] in _ROWS or keys[:-1] not in written:
@@ -1013,10 +1004,8 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     if re.search(r"^(?i:kms)|kms:|AWSKMS|ciphertext", f"{code} {error}"):
         advice = ("grant the role kms:Decrypt on the key (kms:GenerateDataKey too, for what is "
                   "written), and see that the key is enabled")
-    elif re.search("NonExistentQueue|QueueDoesNotExist", code):
-        advice = f"the queue {url} does not exist; check its URL and region in the settings"
-    elif re.match("InvalidAddress|InvalidEndpoint", code):
-        advice = f"AWS does not know {url} as a queue; check its URL in the settings"
+    elif re.search("NonExistentQueue|QueueDoesNotExist|InvalidAddress|InvalidEndpoint", code):
+        advice = f"AWS does not know the queue {url}; check its URL and region in the settings"
     elif re.match("Invalid(ClientTokenId|AccessKeyId|Security|Token|SignatureException)"
                   "|UnrecognizedClient|SignatureDoesNotMatch", code):
         advice = "AWS does not accept the credentials; check AWS_ACCESS_KEY_ID or the role"
@@ -3490,7 +3479,7 @@ class Slots:
         (self.base / "main.py").write_text(READY_PYTHON)
         users = [self._user() for _ in range(settings.concurrency)]
         self.programs = {
-            name: find_program((settings.runtimes[name],) if name in settings.runtimes
+            name: find_program((getattr(settings, name),) if getattr(settings, name)
                                else runtime.programs, self.path, *users[0][:2])
             for name, runtime in RUNTIMES.items()}
         self.hidden = hidden_paths(settings.file)
@@ -3603,7 +3592,7 @@ class Slots:
         """A command with its program filled in; raises Ended when there is none."""
         program = self.programs[runtime] if "{program}" in command else command[0]
         if not program or "/" in program and program[0] == "/" and not os.path.exists(program):
-            names = self.settings.runtimes.get(runtime) or " or ".join(RUNTIMES[runtime].programs)
+            names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise Ended(status="error", reason="runtime", text=f"this machine has no {names} that "
                         f"a function can run; install it, or name it in agent.runtimes.{runtime}")
         return tuple(program if part == "{program}" else part for part in command)
@@ -4295,7 +4284,7 @@ def check_machine(settings: Settings, log: Log, is_usable: Check) -> str:
     """Check each runtime and what functions can reach; what a trial run says. Raises GiveUp."""
     with machine(replace(settings, concurrency=1), log) as slots:
         for name, runtime in RUNTIMES.items():
-            if slots.programs[name] or name in settings.runtimes:
+            if slots.programs[name] or getattr(settings, name):
                 is_usable(f"runtime {name}",
                           lambda name=name: slots.command(("{program}",), name)[0])
             else:

@@ -675,7 +675,7 @@ def test_defaults():
     assert settings.concurrency == len(os.sched_getaffinity(0)) and settings.memory_mb >= 1
     assert (settings.region, settings.queue_url, settings.run_as) == (None, None, None)
     assert (settings.default_timeout_ms, settings.default_memory_mb) == (10000, 128)
-    assert (settings.allowed_buckets, settings.runtimes) == ((), {})
+    assert (settings.allowed_buckets, settings.python, settings.go) == ((), None, None)
     assert (settings.output_prefix, settings.task_base_dir) == ("outputs", "/tmp/task")
 
 
@@ -724,9 +724,9 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("execution.maxProcesses", "8", "max_processes", 8),
     ("execution.maxFileMb", "9", "max_file_mb", 9),
     ("execution.maxDiskMb", "9", "max_disk_mb", 9), ("execution.maxFiles", "9", "max_files", 9),
-    ("runtimes.python", "/usr/bin/python3", "runtimes", {"python": "/usr/bin/python3"}),
-    ("runtimes.cpp", "g++", "runtimes", {"cpp": "g++"}),
-    ("runtimes.go", "go", "runtimes", {"go": "go"}),
+    ("runtimes.python", "/usr/bin/python3", "python", "/usr/bin/python3"),
+    ("runtimes.cpp", "g++", "cpp", "g++"),
+    ("runtimes.go", "go", "go", "go"),
     ("output.bucket", "results", "output_bucket", "results"),
     ("output.s3Prefix", "a/b/", "output_prefix", "a/b"),
     ("output.s3Prefix", "/", "output_prefix", ""),
@@ -7024,8 +7024,8 @@ def denials(call: str, kinds: str) -> list[tuple]:
 # calls, HTTP status, code, its query-compatible twin, what the agent says beside AWS's words, source, AWS's words
 AWS_ERRORS = [
     (SQS_CALLS, 400, "QueueDoesNotExist", "AWS.SimpleQueueService.NonExistentQueue",
-     "the queue https?:.* does not exist; check its URL", "json", "The specified queue does not exist."),
-    (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know https?:.* as a queue", "sqs model",
+     "AWS does not know the queue https?:.*; check its URL", "json", "The specified queue does not exist."),
+    (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know the queue https?:.*; check", "sqs model",
      "The specified ID is invalid."),
     (SQS_CALLS, 403, "InvalidSecurity", "InvalidSecurity", NOT_ACCEPTED, "sqs model",
      "The request was not made over HTTPS or did not use SigV4 for signing."),
