@@ -172,15 +172,13 @@ class _YamlReader:
         for self.number, line in enumerate(text.split("\n"), 1):  # splitlines() takes U+2028, too
             line = line.removesuffix("\r")
             if bad := _FORBIDDEN.search(line):
-                self.fail(f"the character U+{ord(bad[0]):04X} is not allowed in YAML; take it "
-                          "out, or write it as an escape in double quotes")
+                self.fail(f"the character U+{ord(bad[0]):04X} is not YAML; take it out, or escape it")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
                 self.fail(_REFUSED[body[0]])
             if marker := _MARKER.match(line):
                 if begun or marker[1] == "..." or marker[2]:
-                    self.fail(f"`{marker[1]}` ends a document or has text after it; write one "
-                              "document, with nothing but a line `---` before it")
+                    self.fail(f"`{marker[1]}` ends a document or has text after it; leave it out")
                 begun = True
             elif body and body[0] != "#":
                 begun = True
@@ -194,8 +192,7 @@ class _YamlReader:
                       "value in its key's line")
         text, here = rest[colon.end():], (*path, key)
         if here in self.entries:
-            self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one "
-                      "of them")
+            self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one")
         self.entries[here] = self.number, block
         if empty := _EMPTY.fullmatch(text):
             block[key] = [] if empty[1][0] == "[" else {}
@@ -220,8 +217,7 @@ class _YamlReader:
             digits = escape[1] or escape[2] or escape[3]
             code = int(digits, 16) if digits else ord(_ESCAPES.get(escape[4], "\ud800"))
             if 0xD800 <= code <= 0xDFFF or code > 0x10FFFF:
-                self.fail(f"{escape[0]} is no escape for a character; write `\\\\` for a "
-                          "backslash, or use single quotes")
+                self.fail(f"{escape[0]} is no escape; write `\\\\`, or use single quotes")
             return chr(code)
 
         found = _TOKEN.match(text)
@@ -298,18 +294,15 @@ def _at(path: str, *columns: Any) -> Any:
     return field(metadata={"row": row}, **{preset: row.default})
 
 
+_TOTAL_MB = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB  # a tenth is for the system and the agents
+
+
 def _share(whole: int) -> int:
     """This agent's share of the machine: NANOGRID_AGENTS, as the systemd template sets it."""
     text = os.environ.get("NANOGRID_AGENTS") or "1"
     if not re.fullmatch("[1-9][0-9]{0,2}", text):
         raise ConfigError(f"NANOGRID_AGENTS: is {shown(text)}; write how many agents there are")
     return max(1, whole // int(text))
-
-
-def _memory_for_runs_mb() -> int:
-    """Its share of the memory, less 10 %, at least 256 MiB, for the system and the agents."""
-    total = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB
-    return _share(total - max(256, total // 10))
 
 
 @dataclass(frozen=True)
@@ -325,7 +318,8 @@ class Settings:
     allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "buckets", ())
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
-    memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
+    memory_mb: int = _at("execution.memoryMb", "count",
+                         lambda: _share(_TOTAL_MB - max(256, _TOTAL_MB // 10)))
     default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS)
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
     shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
@@ -410,8 +404,7 @@ def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], lis
         if dotted in _SPRING_ONLY:
             warnings.append(f"{where}: {dotted} is for the Spring Boot agent; passed over")
         elif keys in _SECTIONS and not isinstance(value, (dict, type(None))):
-            problems.append(f"{where}: {dotted} is {shown(value)}; write its keys beneath it, "
-                            "indented, since it is a section")
+            problems.append(f"{where}: {dotted} is {shown(value)}; write its keys beneath it")
         elif keys in _SECTIONS or keys in _ROWS:
             written[keys] = value, where
         else:
@@ -459,8 +452,7 @@ def _queue_faults(url: str, region: str | None) -> Iterator[str]:
     aws = _AWS_QUEUE.fullmatch(url)
     of_queue = aws and (aws[1] or aws[2] or "us-east-1").lower()
     if re.search("YOUR_[A-Z]|(?i:your_account)", url):
-        yield ("still holds YOUR_ACCOUNT_ID; write the id that `aws sts get-caller-identity "
-               "--query Account --output text` prints")
+        yield "still holds YOUR_ACCOUNT_ID; write the id that `aws sts get-caller-identity` prints"
     elif url.endswith(".fifo"):
         yield "is a FIFO queue; write the URL of a standard queue"
     elif aws and not re.fullmatch(r"/[0-9]{12}/[A-Za-z0-9_-]{1,80}", aws[3] or ""):
@@ -484,14 +476,10 @@ _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone s
 
 
 class Runtime(NamedTuple):
-    """A runtime's other names, its programs, and the command for each entry file.
-
-    The first entry that a zip has counts. A new runtime needs a field of Settings, too, and
-    its words for a refused allocation in REFUSED.
-    """
+    """How to run a runtime. A new one needs a Setting, and its words for no memory in REFUSED."""
     aliases: tuple[str, ...]
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
-    commands: dict[str, tuple[str, ...]]  # by entry; "{program}" stands for what was found
+    commands: dict[str, tuple[str, ...]]  # by entry, the first that is there; {program}: as found
     compiled: dict[str, tuple[str, ...]]  # by entry: the compiler's command, which makes `main`
 
 
@@ -760,10 +748,7 @@ def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
 
 
 def find_entry(target: Path, runtime: str) -> str:
-    """The file that `runtime` starts with in an unpacked zip; Ended("entry") if none is there.
-
-    `main` counts only when it is executable; a link to a regular file counts as that file.
-    """
+    """The file, or link to one, that `runtime` starts with in an unpacked zip; or Ended("entry")."""
     names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
     hint = ""
     for name in names:
@@ -874,10 +859,7 @@ class Fault:
 
     @contextlib.contextmanager
     def watched(self, goes_on: bool = False) -> Iterator[None]:
-        """Note how a block ends. An OSError of it that passes by itself becomes an Outage.
-
-        With `goes_on` no OSError leaves the block: what it did not do can be done without.
-        """
+        """Note how a block ends; an OSError that may pass becomes an Outage, or none if `goes_on`."""
         try:
             yield
         except OSError as error:
@@ -994,16 +976,12 @@ def passes(error: Exception) -> bool:
 
 
 def remedy(error: Exception, needs: str, url: str | None = None) -> str:
-    """AWS's own words and what to do about an error that no waiting mends; "" when it may pass.
-
-    `needs` are the permissions of the call, `url` is the queue's.
-    """
+    """AWS's own words and what to do, in a call that `needs` permissions; "" when it may pass."""
     code = error_code(error)
     if passes(error):
         return ""
     if re.search(r"^(?i:kms)|kms:|AWSKMS|ciphertext", f"{code} {error}"):
-        advice = ("grant the role kms:Decrypt on the key (kms:GenerateDataKey too, for what is "
-                  "written), and see that the key is enabled")
+        advice = "grant kms:Decrypt on the key (kms:GenerateDataKey to write), and enable the key"
     elif re.search("NonExistentQueue|QueueDoesNotExist|InvalidAddress|InvalidEndpoint", code):
         advice = f"AWS does not know the queue {url}; check its URL and region in the settings"
     elif re.match("Invalid(ClientTokenId|AccessKeyId|Security|Token|SignatureException)"
