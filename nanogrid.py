@@ -387,13 +387,12 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
 def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], list[str]]:
     """{path of keys, () for the file: (value, FILE:LINE)}; what is wrong with keys; warnings."""
     try:
-        content = path.read_bytes()
-        reader = _YamlReader(content.decode(), str(path))
+        reader = _YamlReader(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
                           "application.yml.example there, or name another with --config") from None
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
     written: dict[tuple, tuple[Any, str]] = {(): (reader.tree, f"{path}:1")}
     problems, warnings = [], []
