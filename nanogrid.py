@@ -398,7 +398,7 @@ def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], lis
     problems, warnings = [], []
     for keys, (line, block) in reader.entries.items():
         if keys[:-1] in _ROWS or keys[:-1] not in written:
-            continue  # it stands below what was refused or passed over, or is
+            continue  # it stands below what is no section, was refused or passed over
         value, where, dotted = block[keys[-1]], f"{path}:{line}", repr(".".join(keys))[1:-1]
         if dotted in _SPRING_ONLY:
             warnings.append(f"{where}: {dotted} is for the Spring Boot agent; passed over")
@@ -630,7 +630,7 @@ def unpack(archive: Path, target: Path) -> list[str]:
             bundle = zipfile.ZipFile(source)
         except _CORRUPT as error:
             raise rejected("zip", f"no zip that can be read: {_why(error)}; zip it again") from None
-        tree = _tree(bundle.infolist(), source.size)
+        tree = _tree(bundle.infolist(), os.fstat(source.fileno()).st_size)
         folders, files, links = ([path for path in sorted(tree) if tree[path][0] == kind]
                                  for kind in ("folder", "file", "link"))
         for path in folders:
@@ -660,13 +660,9 @@ def unpack(archive: Path, target: Path) -> list[str]:
 class _Archive(io.FileIO):
     """A zip's bytes for zipfile, which believes the offsets and sizes that they claim."""
 
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.size = os.fstat(self.fileno()).st_size
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_SET and not 0 <= offset <= self.size:
-            raise zipfile.BadZipFile("it points outside itself")
+        if whence == os.SEEK_SET and not 0 <= offset <= MAX_UNPACKED:
+            raise zipfile.BadZipFile(f"it points to byte {offset}, which it cannot have")
         return super().seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
