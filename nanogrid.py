@@ -113,7 +113,6 @@ _CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take o
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda s: float(s.replace(".", ""))),
 )
 _LONG_NUMBER = re.compile(r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}")  # int(), str() raise at some thousand
-_DEEPEST_MAP = 50  # Python's recursion limit must not be what ends the reading
 _REFUSED = {  # how text outside of the subset begins: what it is; what to write instead
     **dict.fromkeys("'\"", 'a quote is not closed in its line; close it, a line break is "\\n"'),
     **dict.fromkeys("&*", "an anchor or alias; write the value out wherever it is used"),
@@ -128,125 +127,107 @@ _REFUSED = {  # how text outside of the subset begins: what it is; what to write
 
 
 def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
-    """The map that a YAML text holds ({} when empty), typed by YAML 1.2's core schema.
-
-    The first thing outside of the subset raises ConfigError with its line.
-    """
+    """The map in a YAML text, {} if empty; ConfigError for the first thing out of the subset."""
     return _YamlReader(text, name).tree
 
 
-class _Line(NamedTuple):
-    number: int
-    indent: int
-    body: str
-
-
-_END = _Line(0, -1, "")
-
-
 class _YamlReader:
-    """Reads by depth with one line of look-ahead: `tree`, and `line_of` each path of keys."""
+    """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
     def __init__(self, text: str, name: str):
-        self.name = name
-        self.line_of: dict[tuple, int] = {}
-        self.lines = self.content(text[1:] if text[:1] == "\ufeff" else text)
-        self.line = next(self.lines)
-        if re.fullmatch(r"(?:\{ *\}(?: +#.*)?)?", self.line.body):
-            self.tree, self.line = {}, next(self.lines, _END)
-        else:
-            self.tree = self.block_map(self.line.indent, ())
-        if self.line is not _END:
-            self.fail(self.line.number, "outside of the map above; give its keys one indent")
+        self.name, self.number = name, 0  # of the line that is being read
+        self.tree: dict[str, Any] = {}
+        self.entries: dict[tuple, tuple[int, dict[str, Any]]] = {}
+        blocks: list[tuple[int, tuple, Any]] = []  # (indent, path, map or list), innermost last
+        below: tuple | None = ()  # the path whose block may begin in this line
+        for indent, body in self.content(text.removeprefix("\ufeff")):
+            item = _ITEM.match(body)
+            if below == ():
+                below = None
+                if body[0] == "{" and _EMPTY.fullmatch(body):
+                    continue  # no block is open: no further line fits
+                blocks.append((indent, (), self.tree))
+            elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
+                if len(below) > 50:
+                    self.fail("nested too deep; use at most 50 levels")
+                blocks[-1][2][below[-1]] = block = [] if item else {}
+                blocks.append((indent, below, block))
+            while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
+                              and isinstance(blocks[-1][2], list)):
+                blocks.pop()  # also a list at its key's own indent
+            if not blocks or indent != blocks[-1][0]:
+                self.fail("indented unlike its siblings, or text that goes on from the line above; "
+                          "give them one indent, and write a value in its key's line")
+            _, path, block = blocks[-1]
+            if isinstance(block, list):
+                block.append(self.scalar(body[item.end():]))
+                below = None
+            else:
+                below = self.entry(body, path, block)
 
-    def fail(self, number: int, problem: str):
-        raise ConfigError(f"{self.name}:{number}: {problem}")
+    def fail(self, problem: str) -> NoReturn:
+        raise ConfigError(f"{self.name}:{self.number}: {problem}")
 
-    def content(self, text: str) -> Iterator[_Line]:
-        """The lines that hold more than a comment or the `---` at the start, then _END."""
+    def content(self, text: str) -> Iterator[tuple[int, str]]:
+        """(indent, body) of the lines with more than a comment or the `---` at the start."""
         begun = False
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028
+        for self.number, line in enumerate(text.split("\n"), 1):  # splitlines() takes U+2028, too
             line = line.removesuffix("\r")
             if bad := _FORBIDDEN.search(line):
-                self.fail(number, f"the character U+{ord(bad[0]):04X} is not allowed in YAML; "
-                          "take it out, or write it as an escape in double quotes")
+                self.fail(f"the character U+{ord(bad[0]):04X} is not YAML; take it out, or escape it")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
-                self.fail(number, _REFUSED[body[0]])
+                self.fail(_REFUSED[body[0]])
             if marker := _MARKER.match(line):
                 if begun or marker[1] == "..." or marker[2]:
-                    self.fail(number, f"`{marker[1]}` ends a document or has text after it; write "
-                              "one document, with nothing but a line `---` before it")
+                    self.fail(f"`{marker[1]}` ends a document or has text after it; leave it out")
                 begun = True
             elif body and body[0] != "#":
                 begun = True
-                yield _Line(number, len(line) - len(body), body.rstrip(" "))
-        yield _END
+                yield len(line) - len(body), body.rstrip(" ")
 
-    def entries(self, indent: int, items: bool) -> Iterator[_Line]:
-        """The lines at `indent`, with `items` only list items; a deeper line is refused."""
-        while self.line.indent == indent and (not items or _ITEM.match(self.line.body)):
-            taken, self.line = self.line, next(self.lines)
-            yield taken
-        if self.line.indent > indent:
-            self.fail(self.line.number, "indented unlike its siblings, or text that goes on from "
-                      "the line above; align it, and write a value in its key's line")
+    def entry(self, body: str, path: tuple, block: dict[str, Any]) -> tuple | None:
+        """Read a line of a map; the path of its key, if nothing stands behind it."""
+        key, _, rest = self.token(body)
+        if not (colon := _COLON.match(rest)):
+            self.fail(f"{shown(body)} is no `key: value`; write a space after the colon, and a "
+                      "value in its key's line")
+        text, here = rest[colon.end():], (*path, key)
+        if here in self.entries:
+            self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one")
+        self.entries[here] = self.number, block
+        if empty := _EMPTY.fullmatch(text):
+            block[key] = [] if empty[1][0] == "[" else {}
+        else:
+            block[key] = self.scalar(text)
+        return None if text else here
 
-    def block_map(self, indent: int, path: tuple) -> dict[str, Any]:
-        if len(path) > _DEEPEST_MAP:
-            self.fail(self.line.number, f"nested too deep; use at most {_DEEPEST_MAP} levels")
-        found: dict[str, Any] = {}
-        for line in self.entries(indent, items=False):
-            key, _, rest = self.token(line.number, line.body)
-            if not (colon := _COLON.match(rest)):
-                self.fail(line.number, f"{shown(line.body)} is no `key: value`; write a space "
-                          "after the colon, and a value in its key's line")
-            text, here = rest[colon.end():], (*path, key)
-            if key in found:
-                self.fail(line.number, f"the key {shown(key)} stands in line {self.line_of[here]} "
-                          "too; keep one of them")
-            self.line_of[here] = line.number
-            if empty := _EMPTY.fullmatch(text):
-                found[key] = [] if empty[1][0] == "[" else {}
-            else:
-                found[key] = self.scalar(line, text) if text else self.child(indent, here)
-        return found
-
-    def child(self, indent: int, path: tuple) -> Any:
-        """The map or list beneath a key at `indent`; None when there is none."""
-        line = self.line
-        if line.indent >= indent and _ITEM.match(line.body):
-            return [self.scalar(item, _ITEM.sub("", item.body, count=1))
-                    for item in self.entries(line.indent, items=True)]
-        return self.block_map(line.indent, path) if line.indent > indent else None
-
-    def scalar(self, line: _Line, text: str) -> Any:
+    def scalar(self, text: str) -> Any:
         if text[:1] in ("", "#"):
             return None
-        value, is_plain, rest = self.token(line.number, text)
+        value, is_plain, rest = self.token(text)
         if not _COMMENT.fullmatch(rest):
-            self.fail(line.number, f"{shown(rest.strip())} after a value; put the whole value in "
-                      "one pair of quotes, a key in its own line, a space before a `#`")
+            self.fail(f"{shown(rest.strip())} after a value; put the whole value in one pair of "
+                      "quotes, a key in its own line, a space before a `#`")
         if is_plain and _LONG_NUMBER.match(value):
-            self.fail(line.number, "a number that is too long; put it in quotes")
+            self.fail("a number that is too long; put it in quotes")
         return _typed(value) if is_plain else value
 
-    def token(self, number: int, text: str) -> tuple[str, bool, str]:
+    def token(self, text: str) -> tuple[str, bool, str]:
         """What the token at the start of `text` says; is it plain (else quoted); the rest."""
         def character(escape: re.Match) -> str:
             digits = escape[1] or escape[2] or escape[3]
             code = int(digits, 16) if digits else ord(_ESCAPES.get(escape[4], "\ud800"))
             if 0xD800 <= code <= 0xDFFF or code > 0x10FFFF:
-                self.fail(number, f"{escape[0]} is no escape for a character; write `\\\\` for a "
-                          "backslash, or use single quotes")
+                self.fail(f"{escape[0]} is no escape; write `\\\\`, or use single quotes")
             return chr(code)
 
         found = _TOKEN.match(text)
         rest = text[found.end():] if found else text.lstrip("-?:")
         if rest.lstrip(" :")[:1] == "\t":
-            self.fail(number, _REFUSED["\t"])
+            self.fail(_REFUSED["\t"])
         if not found:
-            self.fail(number, _REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
+            self.fail(_REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
         if found["double"]:
             return _ESCAPE.sub(character, found[0][1:-1]), False, rest
         return found["plain"] or found[0][1:-1].replace("''", "'"), bool(found["plain"]), rest
@@ -301,7 +282,6 @@ class Setting(NamedTuple):
     default: Any = None
     low: int = 1
     high: int = 2**31 - 1
-    why: str = ""  # these limits
     field: str = ""
 
     @property
@@ -309,34 +289,22 @@ class Setting(NamedTuple):
         return self.path.replace(".", "_").upper()
 
 
-def _at(paths: str, *columns: Any) -> Any:
-    """A field that is written at agent.`paths`.
-
-    With one path it holds the value; with several, a dict by the last part of each path.
-    """
-    rows = [Setting(f"agent.{path}", *columns) for path in paths.split()]
-    default = rows[0].default
-    preset = {"default_factory" if callable(default) else "default": default}
-    return field(metadata={"rows": rows}, **preset)
+def _at(path: str, *columns: Any) -> Any:
+    """A field of Settings that is written at agent.`path`."""
+    row = Setting(f"agent.{path}", *columns)
+    preset = "default_factory" if callable(row.default) else "default"
+    return field(metadata={"row": row}, **{preset: row.default})
 
 
-def _agents() -> int:
-    """How many agents share this machine: NANOGRID_AGENTS, as the systemd template sets it."""
+_TOTAL_MB = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB  # a tenth is for the system and the agents
+
+
+def _share(whole: int) -> int:
+    """This agent's share of the machine: NANOGRID_AGENTS, as the systemd template sets it."""
     text = os.environ.get("NANOGRID_AGENTS") or "1"
     if not re.fullmatch("[1-9][0-9]{0,2}", text):
         raise ConfigError(f"NANOGRID_AGENTS: is {shown(text)}; write how many agents there are")
-    return int(text)
-
-
-def _cores() -> int:
-    """This agent's share of the cores."""
-    return max(1, len(os.sched_getaffinity(0)) // _agents())
-
-
-def _memory_for_runs_mb() -> int:
-    """Its share of the memory, less 10 %, at least 256 MiB, for the system and the agents."""
-    total = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB
-    return max(1, (total - max(256, total // 10)) // _agents())
+    return max(1, whole // int(text))
 
 
 @dataclass(frozen=True)
@@ -346,16 +314,15 @@ class Settings:
     endpoint_url: str | None = _at("aws.endpointUrl", "url")
     spot_interruption: bool = _at("aws.spotInterruption", "flag", False)
     queue_url: str | None = _at("sqs.queueUrl", "queue")
-    wait_time_seconds: int = _at("sqs.waitTimeSeconds", "count", 20, 0, 20, "SQS allows 0 to 20")
-    max_number_of_messages: int = _at("sqs.maxNumberOfMessages", "count", 10, 1, 10,
-                                      "SQS allows 1 to 10")
+    wait_time_seconds: int = _at("sqs.waitTimeSeconds", "count", 20, 0, 20)
+    max_number_of_messages: int = _at("sqs.maxNumberOfMessages", "count", 10, 1, 10)
     code_bucket: str | None = _at("s3.codeBucket", "bucket")
     allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "buckets", ())
-    concurrency: int = _at("execution.concurrency", "count", _cores, 1, 1000)
-    memory_mb: int = _at("execution.memoryMb", "count", _memory_for_runs_mb)
-    default_timeout_ms: int = _at(
-        "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
-        f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
+    concurrency: int = _at("execution.concurrency", "count",
+                           lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
+    memory_mb: int = _at("execution.memoryMb", "count",
+                         lambda: _share(_TOTAL_MB - max(256, _TOTAL_MB // 10)))
+    default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS)
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
     shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
     patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0, 43_200)
@@ -368,8 +335,10 @@ class Settings:
     max_file_mb: int = _at("execution.maxFileMb", "count", 1024)
     max_disk_mb: int = _at("execution.maxDiskMb", "count", 2048)
     max_files: int = _at("execution.maxFiles", "count", 100_000)
-    runtimes: Mapping[str, str] = _at("runtimes.python runtimes.cpp runtimes.nodejs runtimes.go",
-                                      "command", dict)
+    python: str | None = _at("runtimes.python", "command")
+    cpp: str | None = _at("runtimes.cpp", "command")
+    nodejs: str | None = _at("runtimes.nodejs", "command")
+    go: str | None = _at("runtimes.go", "command")
     output_bucket: str | None = _at("output.bucket", "bucket")
     output_prefix: str = _at("output.s3Prefix", "prefix", "outputs")
     output_queue_url: str | None = _at("output.queueUrl", "queue")
@@ -380,14 +349,13 @@ class Settings:
     file: Path | None = field(default=None, compare=False)  # where they stand
 
 
-SETTINGS = tuple(row._replace(field=one.name)
-                 for one in fields(Settings) for row in one.metadata.get("rows", ()))
+SETTINGS = tuple(one.metadata["row"]._replace(field=one.name)
+                 for one in fields(Settings) if one.metadata)
 _REQUIRED = {"region", "queue_url", "code_bucket"}
 _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
 _HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
-_LEAVES = [tuple(row.path.split(".")) for row in SETTINGS]
-_SECTIONS = {leaf[:depth] for leaf in _LEAVES for depth in range(1, len(leaf))}
-_Written = dict[str, tuple[Any, str]]  # path of a setting -> its value, and FILE:LINE
+_ROWS = {tuple(row.path.split(".")): row for row in SETTINGS}
+_SECTIONS = {keys[:depth] for keys in _ROWS for depth in range(1, len(keys))}
 
 
 def load_settings(path: Path | None, environ: Mapping[str, str],
@@ -397,57 +365,51 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
     written, problems, warnings = _from_file(path) if path else ({}, [], [])
-    values: dict[str, Any] = {"runtimes": {}, "file": path}
-    for row in SETTINGS:
+    values: dict[str, Any] = {"file": path}
+    for keys, row in _ROWS.items():
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
         own, *fallbacks = [(_from_variable(name, row, environ), name) for name in names]
-        section = written.get(row.path.rpartition(".")[0])
-        in_file = written.get(row.path) or (None, section[1] if section else f"{path}:1" if path
-                                            else row.variable)
-        value, where = written[row.path] = next(
-            (one for one in (own, in_file, *fallbacks) if one[0] is not None), in_file)
+        _, section = written.get(keys[:-1]) or written.get(()) or (None, row.variable)
+        in_file = written.get(keys) or (None, section)
+        value, where = next((one for one in (own, in_file, *fallbacks) if one[0] is not None),
+                            (None, in_file[1]))
         if value is None:
             faults = [] if local or row.field not in _REQUIRED else [
                 f"is missing; write it in application.yml, or set {' or '.join(names)}"]
         elif not (faults := _faults(row, value)):
-            if row.kind == "command":
-                values[row.field][row.path.rpartition(".")[2]] = value
-            else:
-                values[row.field] = _HELD_AS.get(row.kind, lambda same: same)(value)
+            values[row.field] = _HELD_AS.get(row.kind, lambda same: same)(value)
+            if row.kind == "queue" and not local:
+                faults = [*_queue_faults(value, values.get("region"))]
         problems += [f"{where}: {row.path} {fault}" for fault in faults]
-    problems += [] if local else _queue_problems(written)
     if problems:
         raise ConfigError("\n".join(problems))
     return Settings(**values), warnings
 
 
-def _from_file(path: Path) -> tuple[_Written, list[str], list[str]]:
-    """What a file says; what is wrong with its keys; warnings."""
+def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], list[str]]:
+    """{path of keys, () for the file: (value, FILE:LINE)}; what is wrong with keys; warnings."""
     try:
-        content = path.read_bytes()
-        reader = _YamlReader(content.decode(), str(path))
+        reader = _YamlReader(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
                           "application.yml.example there, or name another with --config") from None
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    written, problems, warnings = {}, [], []
-    pending = [((key,), value) for key, value in reader.tree.items()]
-    while pending:
-        keys, value = pending.pop(0)
-        dotted, where = repr(".".join(keys))[1:-1], f"{path}:{reader.line_of[keys]}"
+    written: dict[tuple, tuple[Any, str]] = {(): (reader.tree, f"{path}:1")}
+    problems, warnings = [], []
+    for keys, (line, block) in reader.entries.items():
+        if keys[:-1] in _ROWS or keys[:-1] not in written:
+            continue  # it stands below what is no section, was refused or passed over
+        value, where, dotted = block[keys[-1]], f"{path}:{line}", repr(".".join(keys))[1:-1]
         if dotted in _SPRING_ONLY:
             warnings.append(f"{where}: {dotted} is for the Spring Boot agent; passed over")
-        elif keys in _LEAVES or keys in _SECTIONS and isinstance(value, (dict, type(None))):
-            written[dotted] = value, where
-            if keys in _SECTIONS and value:
-                pending[:0] = [((*keys, key), below) for key, below in value.items()]
-        elif keys in _SECTIONS:
-            problems.append(f"{where}: {dotted} is {shown(value)}; write its keys beneath it, "
-                            "indented, since it is a section")
+        elif keys in _SECTIONS and not isinstance(value, (dict, type(None))):
+            problems.append(f"{where}: {dotted} is {shown(value)}; write its keys beneath it")
+        elif keys in _SECTIONS or keys in _ROWS:
+            written[keys] = value, where
         else:
-            known = {".".join(one).lower(): ".".join(one) for one in (*_SECTIONS, *_LEAVES)
+            known = {".".join(one).lower(): ".".join(one) for one in (*_SECTIONS, *_ROWS)
                      if len(one) >= len(keys)}
             nearest = known[get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
@@ -479,37 +441,32 @@ def _faults(row: Setting, value: Any) -> list[str]:
     elif row.kind == "count":
         fits = type(value) is int and row.low <= value <= row.high
         if type(value) is int:
-            advice = row.why or f"{row.low} to {row.high} are allowed"
+            advice = f"{row.low} to {row.high} are allowed"
     else:
         fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
         advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
     return [] if fits else [f"is {shown(value)}; {advice}"]
 
 
-def _queue_problems(written: _Written) -> Iterator[str]:
-    """What is wrong with the URLs of queues, beyond their being URLs."""
-    region = written["agent.aws.region"][0]
-    for path in ("agent.sqs.queueUrl", "agent.output.queueUrl"):
-        url, where = written[path]
-        aws = _AWS_QUEUE.fullmatch(str(url))
-        of_queue = aws and (aws[1] or aws[2] or "us-east-1").lower()
-        if re.search("YOUR_[A-Z]|(?i:your_account)", str(url)):
-            yield (f"{where}: {path} still holds YOUR_ACCOUNT_ID; write the id that `aws sts "
-                   "get-caller-identity --query Account --output text` prints")
-        elif str(url).endswith(".fifo"):
-            yield f"{where}: {path} is a FIFO queue; write the URL of a standard queue"
-        elif aws and not re.fullmatch(r"/[0-9]{12}/[A-Za-z0-9_-]{1,80}", aws[3] or ""):
-            yield f"{where}: {path} is {shown(url)}; write ...amazonaws.com/ACCOUNT_ID/NAME"
-        if aws and region not in (None, of_queue):
-            yield (f"{where}: {path} is in {of_queue}, but agent.aws.region (or AWS_REGION) is "
-                   f"{shown(region)}; write the queue's region in both")
+def _queue_faults(url: str, region: str | None) -> Iterator[str]:
+    """What is wrong with the URL of a queue, beyond its being a URL."""
+    aws = _AWS_QUEUE.fullmatch(url)
+    of_queue = aws and (aws[1] or aws[2] or "us-east-1").lower()
+    if re.search("YOUR_[A-Z]|(?i:your_account)", url):
+        yield "still holds YOUR_ACCOUNT_ID; write the id that `aws sts get-caller-identity` prints"
+    elif url.endswith(".fifo"):
+        yield "is a FIFO queue; write the URL of a standard queue"
+    elif aws and not re.fullmatch(r"/[0-9]{12}/[A-Za-z0-9_-]{1,80}", aws[3] or ""):
+        yield f"is {shown(url)}; write ...amazonaws.com/ACCOUNT_ID/NAME"
+    if aws and region not in (None, of_queue):
+        yield (f"is in {of_queue}, but agent.aws.region (or AWS_REGION) is {shown(region)}; write "
+               "the queue's region in both")
 
 
 # --------------------------------------------------------------------------------------------
 # Tasks: the message, and its zip, checked field by field
 # --------------------------------------------------------------------------------------------
 
-MAX_KEY_BYTES = 1024         # S3's limit on an object key, in UTF-8
 REPORTED = {"requestId": "request_id", "functionId": "function_id", "runtime": "runtime",
             "timeoutMs": "timeout_ms", "memoryMb": "memory_mb"}
 
@@ -520,14 +477,10 @@ _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone s
 
 
 class Runtime(NamedTuple):
-    """A runtime's other names, its programs, and the command for each entry file.
-
-    The first entry that a zip has counts. A new runtime needs a path in Settings.runtimes, too, and
-    its words for a refused allocation in REFUSED.
-    """
+    """How to run a runtime. A new one needs a Setting, and its words for no memory in REFUSED."""
     aliases: tuple[str, ...]
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
-    commands: dict[str, tuple[str, ...]]  # by entry; "{program}" stands for what was found
+    commands: dict[str, tuple[str, ...]]  # by entry, the first that is there; {program}: as found
     compiled: dict[str, tuple[str, ...]]  # by entry: the compiler's command, which makes `main`
 
 
@@ -560,7 +513,6 @@ def rejected(reason: str, text: str, **known: Any) -> Ended:
 @dataclass(frozen=True)
 class Task:
     """A message that passed every check; `input` is its JSON text, b"" when it has none."""
-
     request_id: str
     function_id: str
     runtime: str
@@ -587,13 +539,12 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     values.update((k, v) for k, v in given.items() if v is not None or k not in values)
     right: dict[str, Any] = {}
     wrong: dict[str, tuple[str, str]] = {}
-    for name, reason, check, allowed in _rules(settings, any_bucket):
-        if name in wrong:
-            continue
-        if name in values and check(values[name]):
-            right[name] = values[name]
-        else:
-            found = shown(values[name], in_json=True) if name in values else "missing"
+    for name, reason, kind, check, allowed in _rules(settings, any_bucket):
+        value = values.get(name)
+        if name not in wrong and type(value) is kind and check(value):
+            right[name] = value
+        elif name not in wrong:
+            found = shown(value, in_json=True) if name in values else "missing"
             wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
@@ -604,28 +555,26 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
                 right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
 
 
-def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, Any, str]]:
-    """(field, reason, check, what the check allows); a field's first rule makes its type sure."""
+def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, Any, str]]:
+    """(field, reason, type, check, what the type and the check allow)."""
     buckets = [name for name in (settings.code_bucket, *settings.allowed_buckets) if name]
     return [
-        ("requestId", "task", lambda v: isinstance(v, str) and _REQUEST_ID.fullmatch(v),
+        ("requestId", "task", str, _REQUEST_ID.fullmatch,
          "1 to 128 of A-Z a-z 0-9 . _ : -, and neither '.' nor '..'"),
-        ("functionId", "task", lambda v: isinstance(v, str) and _FUNCTION_ID.fullmatch(v),
+        ("functionId", "task", str, _FUNCTION_ID.fullmatch,
          "1 to 128 of A-Z a-z 0-9 . _ : / - without an empty, '.' or '..' path part"),
-        ("runtime", "task", lambda v: isinstance(v, str) and v in _RUNTIME_OF,
-         f"one of {', '.join(_RUNTIME_OF)}"),
-        ("s3Key", "task", lambda v: isinstance(v, str) and not _UNPRINTED.search(v)
-         and 1 <= len(v.encode()) <= MAX_KEY_BYTES,
-         f"a string of 1 to {MAX_KEY_BYTES} bytes without control characters"),
-        ("s3Key", "task", lambda v: not any_bucket or not {"", ".", ".."} & set(v.split("/")),
+        ("runtime", "task", str, _RUNTIME_OF.get, f"one of {', '.join(_RUNTIME_OF)}"),
+        ("s3Key", "task", str, lambda v: not _UNPRINTED.search(v) and 1 <= len(v.encode()) <= 1024,
+         "a string of 1 to 1024 bytes without control characters"),
+        ("s3Key", "task", str, lambda v: not any_bucket or not {"", ".", ".."} & set(v.split("/")),
          "the path of a file below DIR/code, without an empty, '.' or '..' part"),
-        ("timeoutMs", "task", lambda v: type(v) is int and 1 <= v <= MAX_TIMEOUT_MS,
+        ("timeoutMs", "task", int, lambda v: 1 <= v <= MAX_TIMEOUT_MS,
          f"a whole number from 1 to {MAX_TIMEOUT_MS}"),
-        ("memoryMb", "task", lambda v: type(v) is int and v >= 1, "a whole number from 1 upwards"),
-        ("s3Bucket", "task", lambda v: isinstance(v, str), "a string"),
-        ("s3Bucket", "bucket", lambda v: any_bucket or v in buckets,
+        ("memoryMb", "task", int, lambda v: v >= 1, "a whole number from 1 upwards"),
+        ("s3Bucket", "task", str, lambda v: True, "a string"),
+        ("s3Bucket", "bucket", str, lambda v: any_bucket or v in buckets,
          f"one of {', '.join(buckets)} (agent.s3.codeBucket and allowedBuckets)"),
-        ("memoryMb", "memory", lambda v: v <= settings.memory_mb,
+        ("memoryMb", "memory", int, lambda v: v <= settings.memory_mb,
          f"at most {settings.memory_mb}, all that can be admitted (agent.execution.memoryMb)"),
     ]
 
@@ -640,7 +589,7 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
 
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):  # NaN, 1e999: the function could not read it
-            raise ValueError(f"{shown(number, in_json=True)} is no number of JSON, or too large")
+            raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
         return value
 
     try:
@@ -666,7 +615,6 @@ MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names im
 MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
 MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less room for our part
 MAX_PART_BYTES = 255               # NAME_MAX
-_UNIX_MADE = (3, 19)  # Unix and macOS (APPNOTE.TXT 4.4.2): their zips hold file modes
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
@@ -685,20 +633,29 @@ def unpack(archive: Path, target: Path) -> list[str]:
         except _CORRUPT as error:
             raise rejected("zip", f"no zip that can be read: {_why(error)}; zip it again") from None
         tree = _tree(bundle.infolist(), os.fstat(source.fileno()).st_size)
-        folders, files, links = ([path for path in sorted(tree) if _kind(tree[path]) == kind]
+        folders, files, links = ([path for path in sorted(tree) if tree[path][0] == kind]
                                  for kind in ("folder", "file", "link"))
         for path in folders:
             (target / path).mkdir(exist_ok=True)
             (target / path).chmod(0o755)
         left = MAX_UNPACKED
         for path in files:
+            member = tree[path][1]
             with open(target / path, "xb") as file:
-                file.writelines(_content(bundle, tree[path], left))
-                os.fchmod(file.fileno(), 0o755 if _mode(tree[path]) & 0o111 else 0o644)
+                file.writelines(_content(bundle, member, left))
+                os.fchmod(file.fileno(), 0o755 if _mode(member) & 0o111 else 0o644)
                 left -= file.tell()
         for path in links:  # last, so that nothing can be written through one
-            content = b"".join(_content(bundle, tree[path], MAX_NAME_BYTES))
-            (target / path).symlink_to(_link_target(path, os.fsdecode(content)))
+            member = tree[path][1]
+            link = os.fsdecode(b"".join(_content(bundle, member, MAX_NAME_BYTES)))
+            # A link's parents are real folders, so that '..' at its beginning goes where it says;
+            # behind a name it would not, if that name is a link.
+            parts = [part for part in link.split("/") if part not in ("", ".")]
+            ups = parts.count("..")
+            if link[:1] in ("", "/") or "\0" in link or ups > path.count("/") or ".." in parts[ups:]:
+                raise _bad(member, f"is a link to {shown(link, in_json=True)}; it must be relative, "
+                                   "stay inside and have '..' only at its beginning")
+            (target / path).symlink_to(link)
         return files
 
 
@@ -706,12 +663,9 @@ class _Archive(io.FileIO):
     """A zip's bytes for zipfile, which believes the offsets and sizes that they claim."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        try:
-            return super().seek(offset, whence)
-        except OSError:  # a regular file refuses nothing but a position that cannot be
-            if whence != os.SEEK_SET:  # zipfile tries from the end, and knows that it may fail
-                raise
-            raise zipfile.BadZipFile("it points outside itself") from None
+        if whence == os.SEEK_SET and not 0 <= offset <= MAX_UNPACKED:
+            raise zipfile.BadZipFile(f"it points to byte {offset}, which it cannot have")
+        return super().seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
         if size > MAX_DIRECTORY:
@@ -719,23 +673,23 @@ class _Archive(io.FileIO):
         return super().read(size)
 
 
-def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo | None]:
-    """Each path of a zip of `size` bytes, and its member (None: a folder that names imply)."""
+def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, tuple[str, Any]]:
+    """Each path of a zip of `size` bytes: its kind, and its member (None: names imply it)."""
     if not 1 <= len(members) <= MAX_MEMBERS:
         raise rejected("zip", f"the zip has {len(members)} members; it may have 1 to {MAX_MEMBERS}")
     if sum(member.compress_size for member in members) > size:
         raise rejected("zip", "members of the zip share their bytes, as in a zip bomb")
-    tree: dict[str, zipfile.ZipInfo | None] = {"": None}
+    tree: dict[str, tuple[str, Any]] = {"": ("folder", None)}
     for member in members:
-        path = _path(member)
-        if tree.get(path):
+        path, kind = _checked(member)
+        if path in tree and tree[path][1]:
             raise _bad(member, "stands twice in the zip; leave one out")
-        if path in tree and _kind(member) != "folder":
+        if path in tree and kind != "folder":
             raise _bad(member, "is both a file and a folder; rename one")
-        tree[path] = member
+        tree[path] = kind, member
         while (path := path.rpartition("/")[0]) not in tree:
-            tree[path] = None
-        if _kind(tree[path]) != "folder":
+            tree[path] = "folder", None
+        if tree[path][0] != "folder":
             raise _bad(member, f"stands below {shown(path, in_json=True)}, which is no folder; "
                                "rename one")
         if len(tree) > MAX_PATHS:
@@ -743,18 +697,18 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInf
     return tree
 
 
-def _path(member: zipfile.ZipInfo) -> str:
-    """Where a member goes below the target ("": the target itself); Ended if it may not."""
+def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
+    """A member's path below the target ("": the target itself) and kind; Ended if it may not be."""
     name, method = member.filename, member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
+    too_long = len(name.encode()) > MAX_NAME_BYTES or any(
+        len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
             (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
              "has a control character in its name; rename it"),
             (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
-            (len(name.encode()) > MAX_NAME_BYTES
-             or any(len(part.encode()) > MAX_PART_BYTES for part in parts),
-             f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between two '/'"),
+            (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
             (member.flag_bits & 0x1, "is encrypted; zip it without a password"),
             # a read of 600 bytes of bzip2 can take a gigabyte: zipfile sets no bound to it
             (method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
@@ -763,17 +717,13 @@ def _path(member: zipfile.ZipInfo) -> str:
              "is a device, a pipe or a socket; leave it out")):
         if is_wrong:
             raise _bad(member, what)
-    return "/".join(parts)
+    kind = "folder" if name.endswith("/") else _MEMBER_KINDS[stat.S_IFMT(_mode(member))]
+    return "/".join(parts), kind
 
 
 def _mode(member: zipfile.ZipInfo) -> int:
-    return member.external_attr >> 16 if member.create_system in _UNIX_MADE else 0
-
-
-def _kind(member: zipfile.ZipInfo | None) -> str:
-    if member is None or member.filename.endswith("/"):
-        return "folder"
-    return _MEMBER_KINDS[stat.S_IFMT(_mode(member))]
+    """Its file mode, where Unix or macOS made the zip (APPNOTE.TXT 4.4.2)."""
+    return member.external_attr >> 16 if member.create_system in (3, 19) else 0
 
 
 def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
@@ -790,41 +740,22 @@ def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Ite
         raise _bad(member, f"is corrupt: {_why(error)}; zip it again") from None
 
 
-def _link_target(path: str, target: str) -> str:
-    """`target`, if the link at `path` cannot lead out of the zip, through other links neither.
-
-    A link's parents are real folders, so that '..' at the beginning goes where it says; behind
-    a name it would not if that name is a link.
-    """
-    parts = [part for part in target.split("/") if part not in ("", ".")]
-    ups = next((i for i, part in enumerate(parts) if part != ".."), len(parts))
-    if (not target or "\0" in target or target.startswith("/")
-            or ups > path.count("/") or ".." in parts[ups:]):
-        raise rejected("zip", f"zip member {shown(path, in_json=True)} is a link to "
-                              f"{shown(target, in_json=True)}; it must be relative, stay inside "
-                              "and have '..' only at its beginning")
-    return target
-
-
 def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
     return rejected("zip", f"zip member {shown(member.orig_filename, in_json=True)} {what}")
 
 
 def find_entry(target: Path, runtime: str) -> str:
-    """The file that `runtime` starts with in an unpacked zip; Ended("entry") if none is there.
-
-    `main` counts only when it is executable; a link to a regular file counts as that file.
-    """
+    """The file, or link to one, that `runtime` starts with in an unpacked zip; or Ended("entry")."""
     names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
-    there = [name for name in names if (target / name).is_file()]
-    for name in there:
-        if name != "main" or (target / name).stat().st_mode & 0o111:
-            return name
     hint = ""
-    if there:
-        hint = "; main is there but not executable: chmod +x before zipping"
-    elif below := sorted(path for name in names for path in target.glob(f"*/{name}")):
-        folder = shown(below[0].parent.name, in_json=True)
+    for name in names:
+        if (target / name).is_file():
+            if name != "main" or (target / name).stat().st_mode & 0o111:
+                return name
+            hint = "; main is there but not executable: chmod +x before zipping"
+    below = sorted(path.parent.name for name in names for path in target.glob(f"*/{name}"))
+    if below and not hint:
+        folder = shown(below[0], in_json=True)
         hint = f"; {folder} has one: zip what is in that folder, not itself"
     raise rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
 
@@ -885,10 +816,7 @@ class GiveUp(Exception):
 
 
 class Outage(Exception):
-    """A part of AWS or of the machine is away; the message is not to blame, and is held.
-
-    `reason` is REPORT's word, should patience end.
-    """
+    """A part of AWS or of the machine is away: a message is held; `reason` is REPORT's word."""
 
     def __init__(self, fault: Fault, reason: str, text: object):
         super().__init__(str(text))
@@ -897,9 +825,6 @@ class Outage(Exception):
 
 class Fault:
     """A part of the world that may fail for a while: said when that begins and when it ends."""
-
-    MOST_SECONDS = 10.0
-
     def __init__(self, log: Log, name: str):
         self.log, self.name = log, name
         self.lock = threading.Lock()
@@ -915,7 +840,7 @@ class Fault:
                 self.since, self.pause = time.monotonic(), 0.2
                 self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
             if time.monotonic() >= self.retry_at:  # slots that fail together are one failure
-                self.pause = min(self.MOST_SECONDS, self.pause * 2)
+                self.pause = min(10.0, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
             self.retry_at = time.monotonic() + pause
         return pause
@@ -931,10 +856,7 @@ class Fault:
 
     @contextlib.contextmanager
     def watched(self, goes_on: bool = False) -> Iterator[None]:
-        """Note how a block ends. An OSError of it that passes by itself becomes an Outage.
-
-        With `goes_on` no OSError leaves the block: what it did not do can be done without.
-        """
+        """Note how a block ends; an OSError that may pass becomes an Outage, or none if `goes_on`."""
         try:
             yield
         except OSError as error:
@@ -952,26 +874,18 @@ class Fault:
 # AWS: the clients, and what their errors mean
 # --------------------------------------------------------------------------------------------
 
-# Errors of status 4xx that pass by themselves: throttling, clocks, credentials and keys that are
+# Codes of status 4xx that pass by themselves: throttling, clocks, credentials and keys that are
 # renewed. Those of 5xx, 408 and 429 and all that is no answer do, too.
-PASSING = {
-    "ExpiredToken", "ExpiredTokenException", "RequestExpired", "RequestTimeTooSkewed",
-    "RequestInTheFuture", "RequestAbortedException", "IDPCommunicationError",
-    "TokenRefreshRequired", "RequestTimeout", "RequestTimeoutException", "SlowDown", "OverLimit",
-    "AWS.SimpleQueueService.OverLimit", "Throttling", "ThrottlingException", "ThrottledException",
-    "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded",
-    "TooManyRequestsException", "LimitExceededException", "PriorRequestNotComplete", "BadDigest",
-    "OperationAborted", "IncompleteBody", "KmsThrottled", "KMS.ThrottlingException"}
+PASSING = re.compile(
+    "Throttl|LimitExceeded|OverLimit|SlowDown|TooManyRequests|Aborted|IncompleteBody|BadDigest"
+    "|^(Expired|RequestExpired|RequestTime|RequestInTheFuture|TokenRefresh|IDPComm|PriorRequest)")
 LASTING = ("ParamValidationError", "InvalidRegionError", "PermanentRedirect")  # not 4xx, these
 # Where botocore gets credentials from: what is refused there is no permission of the call itself.
 LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
-NO_CREDENTIALS = ("no AWS credentials ({}); attach the role to the instance, or set "
-                  "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 
 class Clients(NamedTuple):
     """The clients of one session: `polls` waits for long, which the rest must not."""
-
     session: Any
     polls: Any
     sqs: Any
@@ -983,9 +897,8 @@ class Clients(NamedTuple):
 def make_clients(settings: Settings) -> Clients:
     """The clients; raises GiveUp.
 
-    botocore does not repeat what `polls` and `sqs` ask: the queue's own loops do, with their own
-    pauses. It tries the others three times. A read waits for eight seconds at most, so that a job
-    goes on soon after AWS works again.
+    botocore tries three times, but not what `polls` and `sqs` ask: the queue's own loops do that.
+    A read waits for eight seconds at most, so that a job goes on soon after AWS works again.
     """
     try:
         import boto3  # not at the top: --local does without, and so does the launcher
@@ -993,27 +906,24 @@ def make_clients(settings: Settings) -> Clients:
         from botocore.exceptions import BotoCoreError
     except ImportError:
         raise GiveUp("boto3 is not installed for this Python; run: "
-                     f"{sys.executable} -m pip install boto3 (--local and --demo do without)"
-                     ) from None
+                     f"{sys.executable} -m pip install boto3") from None
     if settings.endpoint_url:  # so that AWS_ENDPOINT_URL_SQS and the like win, as boto3 has it
         os.environ["AWS_ENDPOINT_URL"] = settings.endpoint_url
-    is_elsewhere = {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & set(os.environ)
     try:
         session = boto3.session.Session(region_name=settings.region)
         if session.get_credentials() is None:
-            raise GiveUp(NO_CREDENTIALS.format("none found"))
+            raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
+                         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
-        def client(service: str, read_seconds: int, attempts: int) -> Any:
+        def client(service: str, read_seconds: int = 8, attempts: int = 3) -> Any:
             made = session.client(service, config=Config(
                 connect_timeout=5, read_timeout=read_seconds, max_pool_connections=50,
-                retries={"total_max_attempts": attempts, "mode": "standard"},
-                s3={"addressing_style": "path"} if is_elsewhere else {}))
+                retries={"total_max_attempts": attempts, "mode": "standard"}))
             made.meta.events.register("after-call", refuse_cut_answer)
             return made
 
-        return Clients(session, client("sqs", settings.wait_time_seconds + 5, 1),
-                       client("sqs", 8, 1), client("sqs", 8, 3), client("s3", 8, 3),
-                       client("cloudwatch", 8, 3))
+        return Clients(session, client("sqs", settings.wait_time_seconds + 5, attempts=1),
+                       client("sqs", attempts=1), client("sqs"), client("s3"), client("cloudwatch"))
     except (BotoCoreError, OSError, ValueError) as error:  # no such profile, process, URL
         raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
 
@@ -1026,9 +936,8 @@ def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
     """
     from botocore.exceptions import IncompleteReadError
     length = http_response.headers.get("content-length", "")
-    if model.has_streaming_output or model.http.get("method") == "HEAD" or not length.isdigit():
-        return
-    if len(http_response.content) != int(length):
+    has_length = length.isdigit() and model.http.get("method") != "HEAD"
+    if has_length and not model.has_streaming_output and len(http_response.content) != int(length):
         raise IncompleteReadError(actual_bytes=len(http_response.content), expected_bytes=length)
 
 
@@ -1059,28 +968,21 @@ def passes(error: Exception) -> bool:
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = error_code(error)
     # SQS has no code of its own for a clock that is wrong: "Signature expired: ... is now earlier".
-    return (code in PASSING or bool(re.search("Signature (expired|not yet current)", str(error)))
-            or code not in LASTING and (not 400 <= status < 500 or status in (408, 429)))
+    return bool(PASSING.search(code) or re.search("Signature (expired|not yet current)", str(error))
+                or code not in LASTING and (not 400 <= status < 500 or status in (408, 429)))
 
 
 def remedy(error: Exception, needs: str, url: str | None = None) -> str:
-    """AWS's own words and what to do about an error that no waiting mends; "" when it may pass.
-
-    `needs` are the permissions of the call, `url` is the queue's.
-    """
+    """AWS's own words and what to do, in a call that `needs` permissions; "" when it may pass."""
     code = error_code(error)
     if passes(error):
         return ""
     if re.search(r"^(?i:kms)|kms:|AWSKMS|ciphertext", f"{code} {error}"):
-        advice = ("grant the role kms:Decrypt on the key (kms:GenerateDataKey too, for what is "
-                  "written), and see that the key is enabled")
-    elif "NonExistentQueue" in code or "QueueDoesNotExist" in code:
-        advice = f"the queue {url} does not exist; check its URL and region in the settings"
-    elif code in ("InvalidAddress", "InvalidAddressException", "InvalidEndpoint"):
-        advice = f"AWS does not know {url} as a queue; check its URL in the settings"
-    elif code in ("InvalidClientTokenId", "UnrecognizedClientException", "InvalidAccessKeyId",
-                  "SignatureDoesNotMatch", "InvalidSecurity", "InvalidToken",
-                  "InvalidSignatureException"):
+        advice = "grant kms:Decrypt on the key (kms:GenerateDataKey to write), and enable the key"
+    elif re.search("NonExistentQueue|QueueDoesNotExist|InvalidAddress|InvalidEndpoint", code):
+        advice = f"AWS does not know the queue {url}; check its URL and region in the settings"
+    elif re.match("Invalid(ClientTokenId|AccessKeyId|Security|Token|SignatureException)"
+                  "|UnrecognizedClient|SignatureDoesNotMatch", code):
         advice = "AWS does not accept the credentials; check AWS_ACCESS_KEY_ID or the role"
     elif getattr(error, "operation_name", "") in LENDERS:
         advice = "the role is not lent to these credentials; check its trust policy and the profile"
@@ -3231,7 +3133,7 @@ class Slots:
         (self.base / "main.py").write_text(READY_PYTHON)
         users = [self._user() for _ in range(settings.concurrency)]
         self.programs = {
-            name: find_program((settings.runtimes[name],) if name in settings.runtimes
+            name: find_program((getattr(settings, name),) if getattr(settings, name)
                                else runtime.programs, self.path, *users[0][:2])
             for name, runtime in RUNTIMES.items()}
         log("INFO", "runtimes: " + ", ".join(f"{name} {path or '(not here)'}"
@@ -3330,7 +3232,7 @@ class Slots:
         """What a command of a runtime starts with; raises Ended when this machine lacks it."""
         program = self.programs[runtime] if first == "{program}" else first
         if not program or program[0] == "/" and not os.path.exists(program):
-            names = self.settings.runtimes.get(runtime) or " or ".join(RUNTIMES[runtime].programs)
+            names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise Ended(status="error", reason="runtime", text=f"this machine has no {names} that "
                         f"a function can run; install it, or name it in agent.runtimes.{runtime}")
         return program
@@ -3996,7 +3898,7 @@ class Check:
         """Each runtime and what functions can reach; what a trial run says. Raises GiveUp."""
         with machine(replace(self.settings, concurrency=1), self.log) as slots:
             for name, runtime in RUNTIMES.items():
-                if slots.programs[name] or name in self.settings.runtimes:
+                if slots.programs[name] or getattr(self.settings, name):
                     with self.of(f"runtime {name}") as is_ok:
                         is_ok(slots.program("{program}", name))
                 else:

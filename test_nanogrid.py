@@ -709,7 +709,7 @@ def test_defaults():
     assert settings.concurrency == len(os.sched_getaffinity(0)) and settings.memory_mb >= 1
     assert (settings.region, settings.queue_url, settings.run_as) == (None, None, None)
     assert (settings.default_timeout_ms, settings.default_memory_mb) == (10000, 128)
-    assert (settings.allowed_buckets, settings.runtimes) == ((), {})
+    assert (settings.allowed_buckets, settings.python, settings.go) == ((), None, None)
     assert (settings.output_prefix, settings.task_base_dir) == ("outputs", "/tmp/task")
 
 
@@ -758,9 +758,9 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("execution.maxProcesses", "8", "max_processes", 8),
     ("execution.maxFileMb", "9", "max_file_mb", 9),
     ("execution.maxDiskMb", "9", "max_disk_mb", 9), ("execution.maxFiles", "9", "max_files", 9),
-    ("runtimes.python", "/usr/bin/python3", "runtimes", {"python": "/usr/bin/python3"}),
-    ("runtimes.cpp", "g++", "runtimes", {"cpp": "g++"}),
-    ("runtimes.go", "go", "runtimes", {"go": "go"}),
+    ("runtimes.python", "/usr/bin/python3", "python", "/usr/bin/python3"),
+    ("runtimes.cpp", "g++", "cpp", "g++"),
+    ("runtimes.go", "go", "go", "go"),
     ("output.bucket", "results", "output_bucket", "results"),
     ("output.s3Prefix", "a/b/", "output_prefix", "a/b"),
     ("output.s3Prefix", "/", "output_prefix", ""),
@@ -831,7 +831,7 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("application.yml:15: agent.s3.code-bucket is no known key; "
          "the nearest is agent.s3.codeBucket"),
         "application.yml:18: sqs is no known key; the nearest is agent.sqs",
-        "application.yml:10: agent.sqs.waitTimeSeconds is 30; SQS allows 0 to 20",
+        "application.yml:10: agent.sqs.waitTimeSeconds is 30; 0 to 20 are allowed",
         ("application.yml:11: agent.sqs.maxNumberOfMessages is 'yes'; "
          "write a whole number, without quotes"),
         ("application.yml:14: agent.s3.codeBucket is missing; write it in application.yml, "
@@ -868,8 +868,8 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("memoryMb", ".inf", "inf", "write"), ("memoryMb", "[]", "a list", "write a whole"),
         ("memoryMb", "1_000", "'1_000'", "write"),
         ("memoryMb", "2147483648", "2147483648", "1 to 2147483647"),
-        ("defaultTimeoutMs", "0", "0", "SQS lends"),
-        ("defaultTimeoutMs", "43200001", "43200001", "SQS lends"),
+        ("defaultTimeoutMs", "0", "0", "1 to 43200000 are"),
+        ("defaultTimeoutMs", "43200001", "43200001", "1 to 43200000 are"),
         ("shutdownGraceSeconds", "-1", "-1", "0 to"), ("maxOpenFiles", "3", "3", "16 to"),
         ("warmStart", "yes", "'yes'", "write true or false"), ("warmStart", "1", "1", "write true"),
         ("warmStart", "'true'", "'true'", "write true"),
@@ -882,10 +882,10 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("metadata", "none", "'none'", "write refuse or allow"),
         ("runAs", "a b", "'a b'", "write a user")]),
     ("agent:\n  sqs:\n    waitTimeSeconds: 21", 3,
-     "agent.sqs.waitTimeSeconds is 21; SQS allows 0 to 20"),
-    ("agent:\n  sqs:\n    waitTimeSeconds: -1", 3, "SQS allows 0 to 20"),
-    ("agent:\n  sqs:\n    maxNumberOfMessages: 11", 3, "is 11; SQS allows 1 to 10"),
-    ("agent:\n  sqs:\n    maxNumberOfMessages: 0", 3, "is 0; SQS allows 1 to 10"),
+     "agent.sqs.waitTimeSeconds is 21; 0 to 20 are allowed"),
+    ("agent:\n  sqs:\n    waitTimeSeconds: -1", 3, "0 to 20 are allowed"),
+    ("agent:\n  sqs:\n    maxNumberOfMessages: 11", 3, "is 11; 1 to 10 are allowed"),
+    ("agent:\n  sqs:\n    maxNumberOfMessages: 0", 3, "is 0; 1 to 10 are allowed"),
     ("agent:\n  metrics:\n    flushSeconds: 0", 3, "is 0; 1 to 3600"),
     # text
     *((f"agent:\n  s3:\n    codeBucket: {value}", 3, words) for value, words in [
@@ -986,7 +986,7 @@ def test_problems_of_the_environment_name_the_variable():
                                 "AGENT_EXECUTION_MAXFILES": "9" * 5000,
                                 "AWS_ENDPOINT_URL": "localhost"}, local=False)
     found = str(refused.value).split("\n")
-    assert "AGENT_SQS_WAITTIMESECONDS: agent.sqs.waitTimeSeconds is 30; SQS allows 0 to 20" in found
+    assert "AGENT_SQS_WAITTIMESECONDS: agent.sqs.waitTimeSeconds is 30; 0 to 20 are allowed" in found
     assert [one.split(":")[0] for one in found] == [
         "AWS_ENDPOINT_URL", "AGENT_SQS_WAITTIMESECONDS", "AGENT_S3_ALLOWEDBUCKETS",
         "AGENT_S3_ALLOWEDBUCKETS",
@@ -7037,8 +7037,8 @@ def denials(call: str, kinds: str) -> list[tuple]:
 # calls, HTTP status, code, its query-compatible twin, what the agent says beside AWS's words, source, AWS's words
 AWS_ERRORS = [
     (SQS_CALLS, 400, "QueueDoesNotExist", "AWS.SimpleQueueService.NonExistentQueue",
-     "the queue https?:.* does not exist; check its URL", "json", "The specified queue does not exist."),
-    (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know https?:.* as a queue", "sqs model",
+     "AWS does not know the queue https?:.*; check its URL", "json", "The specified queue does not exist."),
+    (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know the queue https?:.*; check", "sqs model",
      "The specified ID is invalid."),
     (SQS_CALLS, 403, "InvalidSecurity", "InvalidSecurity", NOT_ACCEPTED, "sqs model",
      "The request was not made over HTTPS or did not use SigV4 for signing."),
@@ -8432,7 +8432,7 @@ def test_application_yml_example_has_every_setting_with_its_default_and_a_word_o
         if row.field not in ng._REQUIRED:
             assert value == (None if callable(row.default) else [] if row.default == () else row.default)
         key = row.path.rpartition(".")[2]
-        if row.field != "runtimes":  # the section's comment is for its four keys
+        if row.kind != "command":  # the section's comment is for its four keys
             assert re.search(rf"^ *#.*\n *{key}:|^ *{key}:.* #|^ *{key}:.*\n *# ↑", text, re.MULTILINE), row.path
     assert [line for line in GUIDE_COMMENTS if line not in text] == []
 
