@@ -5297,11 +5297,11 @@ sys.exit(ng.main(sys.argv[3:]))"""
 # what fails: (operations, visibility timeout, seconds that the fault lasts, and the function)
 SCENES = {
     "visibility": ("ChangeMessageVisibility*", 24, 12, 28),
-    "receive": ("ReceiveMessage", 6, 12, 0),
-    "delete": ("DeleteMessage*", 6, 12, 0),
-    "metrics": ("PutMetricData", 6, 12, 0),
-    "code": ("GetObject", 6, 6, 0),
-    "start": ("*", 6, 12, 0),
+    "receive": ("ReceiveMessage", 15, 12, 0),
+    "delete": ("DeleteMessage*", 12, 16, 0),
+    "metrics": ("PutMetricData", 15, 12, 0),
+    "code": ("GetObject", 12, 12, 0),
+    "start": ("*", 15, 12, 0),
 }
 FAULTS = ["black hole", "timeout", "status 500", "status 503", "throttling", "reset", "truncated",
           "expired"]
@@ -6223,7 +6223,7 @@ def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starv
     """512 MB: two of 200 at once; one of 512 is sent among them and must not wait for them all."""
     with site(moto, visibility=60) as aws:
         for number in range(16):
-            job(aws, f"s{number:02d}", sleep=0.5, memoryMb=200)
+            job(aws, f"s{number:02d}", sleep=1, memoryMb=200)
             if number == 1:
                 job(aws, "large", sleep=0.5, memoryMb=512)
         with start(aws, execution={"concurrency": 4, "memoryMb": 512}) as agent:
@@ -8288,7 +8288,7 @@ def test_setup_without_what_it_needs_makes_nothing(fake, tmp_path):
     alone.mkdir()
     shutil.copy(SETUP, alone)
     done = subprocess.run(["bash", alone / SETUP.name], cwd=alone, env=fake.env, text=True,
-                          timeout=60, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+                          timeout=180, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert done.returncode == 1 and "application.yml.example: it is not beside" in done.stderr
     assert "create" not in fake.calls()
     (tmp_path / "bin" / "aws").unlink()
@@ -8300,7 +8300,7 @@ def test_setup_that_was_cut_short_does_nothing(fake, tmp_path):
     assert lines[-1] == 'main "$@"\n'
     for end in range(1, len(lines), 40):
         (tmp_path / "cut.sh").write_text("".join(lines[:end]))
-        subprocess.run(["bash", tmp_path / "cut.sh"], cwd=fake.path, env=fake.env, timeout=60,
+        subprocess.run(["bash", tmp_path / "cut.sh"], cwd=fake.path, env=fake.env, timeout=180,
                        stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert fake.calls() == "" and not list(fake.path.iterdir())
 
@@ -8482,7 +8482,8 @@ def test_function_of_each_runtime(tmp_path, runtime, source, program):
     need(program)
     (tmp_path / "total").mkdir()
     (tmp_path / "total" / source).write_text(BLOCKS[f"total/{source}"])
-    ended = sh(BLOCKS["invoke"].replace("--runtime python", f"--runtime {runtime}"), tmp_path)
+    ended = sh(BLOCKS["invoke"].replace("--runtime python", f"--runtime {runtime}"), tmp_path,
+               {"AGENT_EXECUTION_DEFAULTTIMEOUTMS": "60000"})
     assert ended.stdout == "total 7\n"
     assert reports(ended.stderr)[0]["status"] == "ok"
 
@@ -8536,7 +8537,7 @@ def test_three_commands_install_it(tmp_path):
         "daemon-reload", "enable nanogrid", "restart nanogrid"]
     assert (host / "units" / "nanogrid.service").read_text() == files["nanogrid.service"]
     python = str(host / "opt" / "venv" / "bin" / "python")
-    said = subprocess.run([python, host / "opt" / "nanogrid.py", "--version"], text=True, timeout=60,
+    said = subprocess.run([python, host / "opt" / "nanogrid.py", "--version"], text=True, timeout=180,
                           capture_output=True, check=True)
     assert said.stdout
 
@@ -8559,7 +8560,7 @@ def test_unit_is_one_that_systemd_takes(tmp_path, agents):
         unit = tmp_path / "nanogrid@.service"
         assert f"\nEnvironment=NANOGRID_AGENTS={agents}\n" in unit.read_text()
     ended = subprocess.run(["systemd-analyze", "verify", str(unit).replace("@", "@1")], capture_output=True,
-                           text=True, timeout=60, check=False)
+                           text=True, timeout=180, check=False)
     assert unit.name.partition(".")[0] not in ended.stdout + ended.stderr
     assert ended.returncode == 0
 
@@ -8571,7 +8572,7 @@ def test_timer_is_one_that_systemd_takes_and_starts_the_cron_lines_command(tmp_p
     command = re.search("^ExecStart=(.*)$", service.read_text(), re.MULTILINE)[1]
     assert f" {command} >>" in BLOCKS["cron"] and re.search("AGENT_TASKBASEDIR=/var/lib", service.read_text())
     service.write_text(service.read_text().replace("/opt/nanogrid/venv/bin/python", sys.executable))
-    ended = subprocess.run(["systemd-analyze", "verify", str(service), str(timer)], timeout=60,
+    ended = subprocess.run(["systemd-analyze", "verify", str(service), str(timer)], timeout=180,
                            capture_output=True, text=True, check=False)
     assert "nanogrid-drain" not in ended.stdout + ended.stderr and ended.returncode == 0, ended.stderr
 
@@ -8589,7 +8590,7 @@ def test_unit_waits_for_longer_than_a_shutdown_takes():
 
 def test_rules_that_close_the_instance_metadata_to_a_user(tmp_path):
     need("nft", "unshare")
-    if subprocess.run(["unshare", "-n", "true"], capture_output=True, timeout=10, check=False).returncode:
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True, timeout=180, check=False).returncode:
         pytest.skip("a network namespace of its own needs root")
     twice = BLOCKS["nft"] * 2 + "nft list ruleset"  # run at every start of the agent
     rules = sh(f"unshare -n bash -euc {shlex.quote(twice)}", tmp_path).stdout
