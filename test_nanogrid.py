@@ -59,7 +59,7 @@ sys.path.insert(0, str(MODULE.parent))
 import nanogrid as ng
 
 
-def until(condition, seconds=60.0, what="condition"):
+def until(condition, seconds=180.0, what="condition"):
     """Return the first true value of condition(); fail when `seconds` pass without one."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -128,7 +128,7 @@ class Agent:
     def out(self) -> str:
         return "".join(self._out)
 
-    def wait_for(self, pattern: str, seconds: float = 60):
+    def wait_for(self, pattern: str, seconds: float = 180):
         try:
             return until(lambda: re.search(pattern, self.log, re.MULTILINE) or self._ended(), seconds,
                          repr(pattern))
@@ -266,7 +266,7 @@ def moto():
             return urllib.request.urlopen(url + "/moto-api/", timeout=5).status == 200
         except OSError:
             return False
-    until(answers, 60, "moto_server")
+    until(answers, what="moto_server")
     yield url
     server.terminate()
     server.wait(60)
@@ -4953,7 +4953,7 @@ def moto_server():
         except OSError:
             return False
     try:
-        until(answers, 60, "moto_server")
+        until(answers, what="moto_server")
         yield url
     finally:
         server.terminate()
@@ -5021,7 +5021,7 @@ def proxy_runs(path: Path) -> Counter:
     return Counter(mark.name.partition(".")[0] for mark in marks if mark.name[-1] != "~")
 
 
-def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 120):
+def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
     """Wait until the queue is empty and the dead-letter queue holds as many messages."""
     def settled():  # a message that becomes visible between two counts is in neither: look again
         return not aws.count() and not aws.count() and dead(aws) == in_dlq
@@ -5035,7 +5035,7 @@ def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 120)
 
 def until_ran(path: Path, request_id: str = "r1", times: int = 1):
     """Wait until the function of a request has begun."""
-    until(lambda: proxy_runs(path)[request_id] >= times, 60, f"a run of {request_id}")
+    until(lambda: proxy_runs(path)[request_id] >= times, what=f"a run of {request_id}")
 
 
 def run_pids(path: Path) -> list[int]:
@@ -5174,7 +5174,7 @@ def sigkill_of_agents_at_random_loses_nothing(moto):
         agents = [stack.enter_context(start(aws, execution={"concurrency": 2})) for _ in range(2)]
         for _ in range(8):
             seen = len(aws.proxy.received)
-            until(lambda seen=seen: len(aws.proxy.received) > seen or not aws.count(), 60, "work")
+            until(lambda seen=seen: len(aws.proxy.received) > seen or not aws.count(), what="work")
             time.sleep(chance.uniform(0.0, 1.0))
             victim = agents.pop(chance.randrange(2))
             members = family(victim.process.pid)
@@ -5322,7 +5322,7 @@ def fault_trial(moto: str, what: str, fault: str):
             aws.proxy.fail(operations, proxy_fault, seconds=late)
         with start(aws, wait=5, metrics={"flushSeconds": 1}) as agent:
             if what != "start":
-                until(lambda: aws.proxy.count("ReceiveMessage"), 60, "a poll")
+                until(lambda: aws.proxy.count("ReceiveMessage"), what="a poll")
                 aws.proxy.fail(operations, proxy_fault, seconds=late)
 
             def failing():
@@ -5330,9 +5330,9 @@ def fault_trial(moto: str, what: str, fault: str):
                         if matches(operations, seen.operation) and seen.fault == proxy_fault]
 
             if what == "receive":  # not with the answer of a poll that is still well
-                until(failing, 60, "a poll that fails")
+                until(failing, what="a poll that fails")
             job(aws, sleep=takes, function_id=aws.name, timeoutMs=1000 * (takes + 60))
-            until(failing, 60, "a request that fails")
+            until(failing, what="a request that fails")
             time.sleep(4)
             cpu = cpu_seconds(agent.process.pid)
             time.sleep(lasts - 4)
@@ -5342,7 +5342,7 @@ def fault_trial(moto: str, what: str, fault: str):
             left, tried = aws.count(), failing()
             aws.proxy.heal()
             job(aws, "after", function_id=aws.name)
-            until(lambda: not aws.count() and metric_values(aws, aws.name) >= 2, 120,
+            until(lambda: not aws.count() and metric_values(aws, aws.name) >= 2, 180,
                   f"recovery; {[(s.operation, s.fault) for s in aws.proxy.requests]}\n{agent.log}")
             assert agent.stop() == 0
         log = agent.log
@@ -5477,7 +5477,7 @@ def begin_outage(aws: Aws, agent: Agent):
     aws.away()
     for request_id in JOBS[2:]:
         job(aws, request_id, key="new.zip")
-    agent.wait_for("trying on until it works", 90)
+    agent.wait_for("trying on until it works")
 
 
 @contextlib.contextmanager
@@ -5634,7 +5634,7 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             job(aws, timeoutMs=20000)
             until(lambda: aws.proxy.received, what="the receive")
             taken = time.time()
-            said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3", 90)
+            said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
             assert held > 10, f"given up too early\n{agent.log}"
             assert held < 30, f"given up too late\n{agent.log}"
@@ -5680,7 +5680,7 @@ def s3_trial(moto: str, trouble: str):
         if fault:
             aws.proxy.fail("GetObject", fault)
         job(aws, **task)
-        agent.wait_for("REPORT requestId=r1", 60)
+        agent.wait_for("REPORT requestId=r1")
         first = reports(agent.log)[0]
         assert (first["status"], first["reason"]) == (status, reason) and word in agent.log
         if status == "error":
@@ -5707,7 +5707,7 @@ def result_trial(moto: str, operation: str, fault: str):
         with start(aws, output={"bucket": aws.bucket, "queueUrl": results},
                    execution={"patienceSeconds": 3}) as agent:
             job(aws)
-            agent.wait_for("REPORT requestId=r1 .*reason=output", 60)
+            agent.wait_for("REPORT requestId=r1 .*reason=output")
             time.sleep(1)
             assert reports(agent.log)[0]["status"] == "error" and aws.count() == 1
             aws.proxy.heal()
@@ -5733,13 +5733,13 @@ def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
         with start(aws, prefix=prefix, metrics={"flushSeconds": 3}) as agent:
             for number in range(5):
                 job(aws, f"r{number}", function_id=aws.name)
-            until(lambda: aws.proxy.count("PutMetricData"), 60, "a request to CloudWatch")
+            until(lambda: aws.proxy.count("PutMetricData"), what="a request to CloudWatch")
             for number in range(5, 9):
                 job(aws, f"r{number}", function_id=aws.name)
             until_settled(aws, agent)
             agent.wait_for("publishing metrics to CloudWatch failed")
             aws.proxy.heal()
-            agent.wait_for("publishing metrics to CloudWatch works again", 90)
+            agent.wait_for("publishing metrics to CloudWatch works again")
             until(lambda: metric_values(aws, aws.name), what="values")
             agent.stop()
         assert len(reports(agent.log)) == 9 and metric_values(aws, aws.name) == 5
@@ -5823,7 +5823,7 @@ def sigterm_while_deleting_deletes_first(moto):
     with site(moto, visibility=600) as aws, start(aws) as agent:
         aws.proxy.fail("DeleteMessageBatch", "delay", times=1, seconds=3)
         job(aws, "r1")
-        until(lambda: aws.proxy.count("DeleteMessageBatch"), 60, "the delete")
+        until(lambda: aws.proxy.count("DeleteMessageBatch"), what="the delete")
         aws.proxy.fail("DeleteMessageBatch", "status 500", times=2)
         job(aws, "r2")
         agent.wait_for("REPORT requestId=r2 .*status=ok")
@@ -5848,9 +5848,9 @@ def full_disk_is_an_error_when_patience_ends_and_the_agent_lives(moto):
             pytest.skip("this machine lets root mount no tmpfs")
         with start(aws, prefix=prefix, execution={"patienceSeconds": 3}) as agent:
             aws.send("large", key="large.zip")
-            agent.wait_for("REPORT requestId=large", 60)
+            agent.wait_for("REPORT requestId=large")
             job(aws, "fine")
-            agent.wait_for("REPORT requestId=fine", 60)
+            agent.wait_for("REPORT requestId=fine")
             seen = {(each["requestId"], each["status"]) for each in reports(agent.log)}
             assert seen == {("large", "error"), ("fine", "ok")}, agent.log
             assert re.search("No space left|File too large", agent.log)
@@ -5875,7 +5875,7 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         assert cpu_seconds(pid) - cpu < 1.0
         resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
         until_settled(aws, agent)
-        until(lambda: metric_values(aws, aws.name) == 1, 60, "the value that could not be sent")
+        until(lambda: metric_values(aws, aws.name) == 1, what="the value that could not be sent")
         assert agent.stop() == 0 and "Traceback" not in agent.log
 
 
@@ -5904,7 +5904,7 @@ def test_a_full_disk_under_a_folder_stops_no_slot(grids):
         until(lambda: len(names(grid, "running")) == 1 and not names(grid, "queue"), what="the task in hand")
         assert "requestId=during" not in agent.log
         set_limit(pid, "--fsize=unlimited:")
-        agent.wait_for("REPORT requestId=during .*status=ok .*receiveCount=1", 60)
+        agent.wait_for("REPORT requestId=during .*status=ok .*receiveCount=1")
         grid.put({"main.py": with_tell(FAILS_ONCE)}, request_id="after", input=str(grid.spool / "mark"))
         agent.wait_for("REPORT requestId=after .*status=ok")  # its first take was counted in a file
         assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
@@ -5965,7 +5965,7 @@ def finished_message_that_comes_back_is_deleted_not_run(moto):
     with site(moto, visibility=2, receives=99) as aws, start(aws) as agent:
         aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*", "reset")
         job(aws)
-        until(lambda: len(aws.proxy.received) >= 2, 60, "the second receive")
+        until(lambda: len(aws.proxy.received) >= 2, what="the second receive")
         aws.proxy.heal()
         until_settled(aws, agent)
         agent.stop()
@@ -6013,7 +6013,7 @@ def visibility_timeout_that_is_not_answered_at_the_start_is_asked_for_again(moto
         aws.proxy.fail("GetQueueAttributes", "status 500", times=1)
         with start(aws) as agent:
             agent.wait_for("taken to be 30 s until it does")
-            until(lambda: 300 in visibility_timeouts(aws), 60, "the queue's own")
+            until(lambda: 300 in visibility_timeouts(aws), what="the queue's own")
             agent.stop()
     asked = visibility_timeouts(aws)
     assert asked == sorted(asked) and set(asked) == {30, 300}
@@ -6331,7 +6331,7 @@ def sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
         with start(aws, runtimes={"cpp": compiler}, execution={"concurrency": 2}) as agent:
             aws.send("compiling", key="cpp.zip", runtime="cpp")
             until(lambda: any("sleep\x00300" in command_lines().get(pid, "")
-                              for pid in family(agent.process.pid)), 60, "the compiler")
+                              for pid in family(agent.process.pid)), what="the compiler")
             aws.proxy.fail("GetObject", "black hole")
             job(aws, "fetching")
             until(lambda: aws.proxy.count("GetObject", "black hole"), what="the download")
@@ -6539,7 +6539,7 @@ def hello_seen(agent):
 
 def test_guide_walkthrough_as_written():
     with moto_server() as url, guide_site(url) as aws, Agent(env=aws.env, cwd=aws.path) as agent:
-        agent.wait_for("Successfully published 1 value", 90)
+        agent.wait_for("Successfully published 1 value")
         until(lambda: not aws.count(), what="the delete")
         assert hello_seen(agent) and not dead(aws)
         metric, = aws.cloudwatch.list_metrics(Namespace="NanoGrid/FunctionRunner")["Metrics"]
@@ -6570,7 +6570,7 @@ def test_least_privilege_policy_is_enough(more):
         aws.env["AGENT_METRICS_FLUSHSECONDS"] = "1"
         enforce(0)
         with Agent(env=aws.env, cwd=aws.path) as agent:
-            agent.wait_for("Successfully published 1 value", 90)
+            agent.wait_for("Successfully published 1 value")
             enforce("inf")
             until(lambda: not aws.count(), what="the delete")
         assert hello_seen(agent)
@@ -7331,10 +7331,10 @@ def clock_that_jumped_costs_no_receive(moto):
         until_ran(aws.path)
         aws.proxy.fail("GetObject", "said", said=skewed)
         job(aws, "r2")
-        until(lambda: aws.proxy.count("GetObject", "said"), 60, "a GET that is refused")
+        until(lambda: aws.proxy.count("GetObject", "said"), what="a GET that is refused")
         aws.proxy.fail("*", "said", said=(403, "InvalidSignatureException", "SignatureDoesNotMatch", LATE))
         agent.wait_for("REPORT requestId=r1 .*status=ok")
-        until(lambda: aws.proxy.count("DeleteMessageBatch", "said") >= 2, 60, "deletes that are refused")
+        until(lambda: aws.proxy.count("DeleteMessageBatch", "said") >= 2, what="deletes that are refused")
         aws.proxy.heal()
         until_settled(aws, agent)
         assert agent.stop() == 0
@@ -8336,9 +8336,9 @@ def test_walkthrough_from_nothing_to_a_metric(account, tmp_path):
     del env["AWS_ENDPOINT_URL"]
     with Agent("--config", "application.yml", cwd=tmp_path, env=env) as agent:
         assert "[test-001] stdout: Hello from NanoGrid!" in account.run("--test-message")
-        agent.wait_for(r" INFO REPORT requestId=test-001 .*\n", 60)
+        agent.wait_for(r" INFO REPORT requestId=test-001 .*\n")
         assert reports(agent.log)[0]["status"] == "ok", agent.log
-        agent.wait_for(r" INFO Successfully published 1 value", 60)
+        agent.wait_for(r" INFO Successfully published 1 value")
         until(lambda: left(account) == 0, what="the end of the message")
         assert agent.stop() == 0, agent.log
 
