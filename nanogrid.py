@@ -1039,6 +1039,7 @@ class SqsQueue:
         self.attributes_due = 0.0
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: not tried yet
         self.lock = threading.Lock()
+        self.sending = threading.Lock()  # so that one fault is said once
         self.held: dict[str, Message] = {}  # as it was received last
         self.finished: OrderedDict[str, None] = OrderedDict()
         self.is_closing = False
@@ -1113,7 +1114,8 @@ class SqsQueue:
         """When the message will no longer be ours; tries once to put that off if it is `needed`."""
         held = self.held[message.id]
         if self.may_change is None and held.ends - 1 < needed:
-            self._send("keep", [held])
+            with self.sending:
+                self._send("keep", [held])
         return held.ends - 1 if held.aim == "lost" or self.may_change is False else math.inf
 
     def is_empty(self) -> bool:
@@ -1142,7 +1144,8 @@ class SqsQueue:
                        for start in range(0, len(messages), BATCH)]
             # A request that is not answered takes eight seconds. After one the round ends, or the
             # next beats would come too late.
-            all(self._send(*batch) for batch in batches)
+            with self.sending:
+                all(self._send(*batch) for batch in batches)
 
     def _due(self, now: float) -> dict[str, list[Message]]:
         """The messages to keep, return and delete now; what SQS has made visible is lost."""
