@@ -3544,6 +3544,10 @@ class Agent:
                 self.tasks.wait()
             turn = self.turns[slot] = self.waiting.popleft()
             self.free_mb -= turn.memory_mb
+            if self.waiting:
+                self.tasks.notify()  # it may fit into what is free now, too
+            if len(self.waiting) <= self.settings.max_number_of_messages:
+                self.space.notify()
             return turn
 
     def _work(self, slot: Slot) -> None:
@@ -3568,9 +3572,7 @@ class Agent:
                 is_sick = turn.report.status == "error" and turn.report.reason != "runtime"
                 self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2)) * is_sick
                 self.hold_until = time.monotonic() + self.sick_seconds
-                self.space.notify()
-                if self.waiting:
-                    self.tasks.notify_all()  # several may fit into what is free now
+                (self.tasks if self.waiting else self.space).notify()
         os.write(self.waker, b"\n")
 
     def _begin(self, turn: Turn, slot: Slot) -> bool:
