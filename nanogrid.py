@@ -1278,7 +1278,7 @@ class FolderQueue:
             return 0
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks; waits a tenth of a second for one, but for a drain."""
+        """At most `limit` tasks; waits half a second for one, but for a drain."""
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
             self.names.extend(sorted(fnmatch.filter(os.listdir(self.queue), self.TASKS)))
@@ -1296,7 +1296,7 @@ class FolderQueue:
                 taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
                                      stack.pop_all()))
         if not taken and not drain:
-            for fd in select.select(self.notices, [], [], 0.1)[0]:
+            for fd in select.select(self.notices, [], [], 0.5 if self.notices else 0.05)[0]:
                 os.read(fd, 65536)
         return taken
 
