@@ -282,6 +282,7 @@ class Setting(NamedTuple):
     default: Any = None
     low: int = 1
     high: int = 2**31 - 1
+    why: str = ""  # these limits
     field: str = ""
 
     @property
@@ -314,15 +315,18 @@ class Settings:
     endpoint_url: str | None = _at("aws.endpointUrl", "url")
     spot_interruption: bool = _at("aws.spotInterruption", "flag", False)
     queue_url: str | None = _at("sqs.queueUrl", "queue")
-    wait_time_seconds: int = _at("sqs.waitTimeSeconds", "count", 20, 0, 20)
-    max_number_of_messages: int = _at("sqs.maxNumberOfMessages", "count", 10, 1, 10)
+    wait_time_seconds: int = _at("sqs.waitTimeSeconds", "count", 20, 0, 20, "SQS allows 0 to 20")
+    max_number_of_messages: int = _at("sqs.maxNumberOfMessages", "count", 10, 1, 10,
+                                      "SQS allows 1 to 10")
     code_bucket: str | None = _at("s3.codeBucket", "bucket")
     allowed_buckets: tuple[str, ...] = _at("s3.allowedBuckets", "buckets", ())
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count",
                          lambda: _share(_TOTAL_MB - max(256, _TOTAL_MB // 10)))
-    default_timeout_ms: int = _at("execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS)
+    default_timeout_ms: int = _at(
+        "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
+        f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
     default_memory_mb: int = _at("execution.defaultMemoryMb", "count", 128)
     shutdown_grace_seconds: int = _at("execution.shutdownGraceSeconds", "count", 30, 0, 43_200)
     patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0, 43_200)
@@ -441,7 +445,7 @@ def _faults(row: Setting, value: Any) -> list[str]:
     elif row.kind == "count":
         fits = type(value) is int and row.low <= value <= row.high
         if type(value) is int:
-            advice = f"{row.low} to {row.high} are allowed"
+            advice = row.why or f"{row.low} to {row.high} are allowed"
     else:
         fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
         advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
@@ -825,6 +829,7 @@ class Outage(Exception):
 
 class Fault:
     """A part of the world that may fail for a while: said when that begins and when it ends."""
+
     def __init__(self, log: Log, name: str):
         self.log, self.name = log, name
         self.lock = threading.Lock()
