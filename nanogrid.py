@@ -1836,6 +1836,8 @@ class Room:
             if not os.geteuid():  # before Linux 5.8, which knows no `invisible`, it is refused
                 self._try("functions see other users' processes in /proc", lambda: mount(
                     "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
+        # What lies on these is counted where it is: on disk, or in /dev/shm.
+        self.devices = {os.stat(path).st_dev for path in (place.directory, *self.own)}
         os.makedirs(f"{self.feed}/out", exist_ok=True)
         self._try("functions may use the machine's abstract sockets" if place.uid is not None else
                   "functions may write and signal whatever this user may", self._make_ruleset)
@@ -2601,11 +2603,10 @@ class Watch:
         That is /dev/shm, System V's IPC, and files in memory that have no name.
         """
         room = self.supervisor.room
-        counted = {os.stat(path).st_dev for path in (room.place.directory, *room.own)}
         sizes = {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE
                  for pid in pids}
         return {0: room.shm_bytes() + sum(size for device, size in self.unnamed.items()
-                                          if device not in counted), **sizes}
+                                          if device not in room.devices), **sizes}
 
 
 def open_unnamed(pids: list[int]) -> Counter[int]:
@@ -3146,6 +3147,11 @@ class Slots:
             for name, runtime in RUNTIMES.items()}
         log("INFO", "runtimes: " + ", ".join(f"{name} {path or '(not here)'}"
                                              for name, path in self.programs.items()))
+        uid, _, _, private = users[0]
+        # All slots' tasks count for one user, where each has no uid of its own.
+        self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
+        self.hidden, self.kept = hidden_and_kept(settings.file, [
+            *self.path.split(os.pathsep), *filter(None, self.programs.values())])
         self.all = [Slot(self._place(number, *user), self.supervisor, self.fault)
                     for number, user in enumerate(users)]
 
@@ -3184,21 +3190,18 @@ class Slots:
         if uid is not None:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
-        others = 0 if private else user_tasks(os.getuid() if uid is None else uid)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
                   "RLIMIT_FSIZE": self.settings.max_file_mb * MIB,
-                  "RLIMIT_NPROC": self.settings.max_processes + others}
-        hidden, kept = hidden_and_kept(self.settings.file, [
-            *self.path.split(os.pathsep), *filter(None, self.programs.values())])
+                  "RLIMIT_NPROC": self.settings.max_processes + self.other_tasks}
         # A link needs code and workspace under one mount; who has no uid of its own has copies, and
         # sees nothing of the other slots.
-        ours = [self.base]
+        ours, hidden = [self.base], self.hidden
         if uid is None:
             ours = [self.base / "code", self.shell, self.base / "main.py", directory,
                     directory / "own"]
             hidden = sorted({*hidden, str(self.base)})
         return Place(str(directory), uid, gid, groups, private, str(self.shell), limits,
-                     self.settings.network, tuple(hidden), (*kept, *map(str, ours)))
+                     self.settings.network, tuple(hidden), (*self.kept, *map(str, ours)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
