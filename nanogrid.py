@@ -65,7 +65,7 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -75,6 +75,7 @@ __version__ = "1.0.0"
 FILE = os.path.abspath(__file__)
 MIB = 1024 * 1024
 PAGE = resource.getpagesize()
+LIBC = ctypes.CDLL(None, use_errno=True)
 MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
 
 
@@ -1356,7 +1357,8 @@ def write_json(directory: str, name: str, value: object) -> None:
     """Write a file that is there whole or not at all."""
     content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     part = f"{directory}/.{name}.part"
-    Path(part).write_bytes(content)
+    with open(part, "wb") as file:
+        file.write(content)
     os.rename(part, f"{directory}/{name}")
 
 
@@ -1728,8 +1730,7 @@ class Job:
 
 def kernel(name: str, *arguments: Any) -> int:
     """What a function of the C library answers, such as prctl(2); raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    answer = getattr(libc, name)(*arguments)
+    answer = getattr(LIBC, name)(*arguments)
     if answer < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
     return answer
@@ -1821,6 +1822,8 @@ class Room:
         self.place, self.feed = place, f"{place.directory}/feed"
         self.open: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
+        self.files: list[str] = []  # that are hidden
+        self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
         self.ruleset = -1
         for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
@@ -1875,6 +1878,7 @@ class Room:
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
         place, flags = self.place, MS_NOSUID | MS_NODEV
+        self.files = [path for path in place.hidden if not os.path.isdir(path)]
         here = os.open(place.directory, os.O_PATH)  # its path may be covered soon
         # The kernel lets nobody rename or remove a mount point, but a plain directory above it. So
         # the first part of a kept path below its cover becomes a mount point, too.
@@ -1968,12 +1972,13 @@ class Room:
 
     def begin(self, memory_mb: int, files: int) -> None:
         """Have /dev/shm hold no more than the run may, and files hidden; raises OSError."""
-        if SHM in self.own:  # where an empty file is 1 KB of memory, too
-            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV,
-                  f"size={memory_mb}m,nr_inodes={files}")
+        limits = f"size={memory_mb}m,nr_inodes={files}"  # an empty file is 1 KB of memory, too
+        if SHM in self.own and limits != self.shm_limits:
+            mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
+            self.shm_limits = limits
         nothing = f"{self.place.directory}/nothing"
-        for path in self.place.hidden if self.own else ():  # a file that is replaced has no cover
-            if os.path.exists(path) and not (os.path.isdir(path) or os.path.samefile(path, nothing)):
+        for path in self.files:  # one that is replaced has no cover
+            if os.path.exists(path) and not os.path.samefile(path, nothing):
                 mount(nothing, path, "", MS_BIND)
 
     def shm_bytes(self) -> int:
@@ -2049,10 +2054,13 @@ class Workspace:
         self.on_disk = [own, *(f"{place.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = place.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy
+        self.is_tidy = False
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
-        self.tidy()
+        if not self.is_tidy:
+            self.tidy()
+        self.is_tidy = False
         for path in self.private:
             self._have(path, 0o700)
             sweep(path)
@@ -2065,6 +2073,7 @@ class Workspace:
         for path, stays in self.shared.items():
             sweep(path, stays)
             os.chmod(path, 0o1777 if path in self.room.own else 0o711)
+        self.is_tidy = True
 
     def _fill(self, path: str, package: str) -> list[str]:
         """Give a directory of the workspace just what one of the package has; those below that."""
@@ -2097,9 +2106,10 @@ class Workspace:
 
     def _have(self, path: str, mode: int) -> None:
         """Have a directory of the function's at `path`, whatever a function put there."""
-        if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
-            os.unlink(path)
-        os.makedirs(path, exist_ok=True)
+        if os.path.islink(path) or not os.path.isdir(path):
+            if os.path.lexists(path):
+                os.unlink(path)
+            os.mkdir(path)
         self._own(path, mode)
 
     def _own(self, path: str, mode: int) -> None:
@@ -2207,7 +2217,8 @@ class Helper:
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
-        signal_all([self.pid], signal.SIGCONT)  # without a uid of its own a run may have stopped it
+        if self.place.uid is None:
+            signal_all([self.pid], signal.SIGCONT)  # a run may have stopped it
         if not select.select([self.channel], [], [], seconds)[0]:
             raise ConnectionError("what forks the functions does not answer")
         if answer := self.channel.recv(1000):
@@ -2374,9 +2385,10 @@ class Supervisor:
         peak = max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
         if end == "exit":
-            cap = job.memory_mb * MIB
-            refused = REFUSED.search(texts[1][-2000:]) or self.room.shm_bytes() >= cap
-            end = "oom" if peak > cap or code and refused else "failed" if code else "ok"
+            end = "oom" if peak > job.memory_mb * MIB else "failed" if code else "ok"
+            if end == "failed" and (REFUSED.search(texts[1][-2000:])
+                                    or self.room.shm_bytes() >= job.memory_mb * MIB):
+                end = "oom"
         return {"status": "failed" if end == "disk" else end,
                 "reason": "disk" if end == "disk" else None, "exit_code": code,
                 "peak_memory_bytes": peak, "duration_millis": round(duration * 1000),
@@ -2684,10 +2696,10 @@ class Report:
     started_at: float | None = None  # seconds since the epoch
 
     def pairs(self) -> dict[str, Any]:
-        """The pairs of the REPORT line, named as in messages: request_id is requestId."""
+        """The pairs of the REPORT line."""
         said = itertools.takewhile(lambda pair: pair[0] != "text", vars(self).items())
-        return {re.sub("_(.)", lambda found: found[1].upper(), name): value
-                for name, value in said if value is not None or name != "reason"}
+        return {_in_camel_case(name): value for name, value in said
+                if value is not None or name != "reason"}
 
     def result(self, names: list[str], peaks: Collection[int]) -> dict[str, Any]:
         """The content of result.json, with the output files' names and the function's peaks."""
@@ -2721,6 +2733,12 @@ class Report:
             level = "ERROR" if self.status == "error" else "WARNING"
             lines.append(log.line(level, f"[{label}] {self.status}: {self.text}", {}))
         log.write([*lines, log.line("INFO", "REPORT", self.pairs())])
+
+
+@functools.cache
+def _in_camel_case(name: str) -> str:
+    """A field's name as messages have it: request_id is requestId."""
+    return re.sub("_(.)", lambda found: found[1].upper(), name)
 
 
 def summary(reports: Iterable[Report]) -> str:
@@ -2969,7 +2987,7 @@ class Slot:
                         return {"status": "released"}
                     self.connect()
                 self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
-                self.connection.sendall(json.dumps(asdict(job)).encode() + b"\n")
+                self.connection.sendall(json.dumps(vars(job)).encode() + b"\n")
                 answer = self._answer()
             except OSError as error:  # what a function did to its supervisor, it may do again
                 self.drop(kill=True)
@@ -3173,7 +3191,7 @@ class Slots:
                 self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
                 self._end_launcher()
                 self._launch()
-            socket.send_fds(self.control, [json.dumps(asdict(place)).encode()], [theirs.fileno()])
+            socket.send_fds(self.control, [json.dumps(vars(place)).encode()], [theirs.fileno()])
         return ours
 
     def _end_launcher(self) -> None:
@@ -3654,6 +3672,7 @@ class Agent:
                     remove(turn.directory)
         except Exception as error:  # noqa: BLE001  # as in _work
             turn.report = replace(report, **failure(error))
+            turn.result.update(turn.report.pairs(), success=False)
             if not turn.directory or turn.report.status == "released":
                 return
             with contextlib.suppress(OSError):  # no room: then it runs again
@@ -3673,8 +3692,7 @@ class Agent:
         # What ran before was measured then: its values are published already.
         self.metrics.put(replace(report, peak_memory_bytes=None) if turn.ran_before else report)
         try:
-            self.queue.end(turn.message, report.status, {
-                **turn.result, **report.pairs(), "success": report.status == "ok"})
+            self.queue.end(turn.message, report.status, turn.result)
         except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
             self.log("ERROR", f"[{turn.message.id}] cannot be put away: {error}")
         with self.lock:
