@@ -2082,8 +2082,8 @@ class Workspace:
         below = [entry.path for entry in missing.values() if is_folder(entry)]
         for entry in list(os.scandir(path)):
             wanted = missing.get(entry.name)
-            if wanted and (is_folder(wanted) and is_folder(entry)
-                           or self.linked and wanted.inode() == entry.inode()):
+            if wanted and (self.linked and wanted.inode() == entry.inode()
+                           or is_folder(wanted) and is_folder(entry)):
                 del missing[entry.name]
             else:
                 remove(entry.path)
