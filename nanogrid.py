@@ -79,14 +79,41 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
 
 
-# --------------------------------------------------------------------------------------------
-# Settings: application.yml and the environment
-# --------------------------------------------------------------------------------------------
+# --- What ends the agent, or a message's turn ---
 
 
 class ConfigError(Exception):
     """Settings that cannot be used; the text is a line `FILE:LINE: what; what to do` for each."""
 
+
+class GiveUp(Exception):
+    """The agent cannot go on; str() says why and what to do. Exit status 1."""
+
+
+class Ended(Exception):
+    """A message's turn ends with these fields of its Report; str() says what and what to do."""
+
+    def __init__(self, **known: Any):
+        super().__init__(known.get("text", known["status"]))
+        self.fields = known
+
+
+def rejected(reason: str, text: str, **known: Any) -> Ended:
+    """The end of a task that is wrong, or whose zip is: it never runs."""
+    return Ended(status="rejected", reason=reason, text=text, **known)
+
+
+class Outage(Exception):
+    """A part of AWS or of the machine is away: a message is held; `reason` is REPORT's word."""
+
+    def __init__(self, fault: Fault, reason: str, text: object):
+        super().__init__(str(text))
+        self.fault, self.reason = fault, reason
+
+
+# --------------------------------------------------------------------------------------------
+# Settings: application.yml and the environment
+# --------------------------------------------------------------------------------------------
 
 # --- YAML: the subset that settings need, read as YAML 1.2 reads it or refused ---
 
@@ -502,19 +529,6 @@ _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
 
 
-class Ended(Exception):
-    """A message's turn ends with these fields of its Report; str() says what and what to do."""
-
-    def __init__(self, **known: Any):
-        super().__init__(known.get("text", known["status"]))
-        self.fields = known
-
-
-def rejected(reason: str, text: str, **known: Any) -> Ended:
-    """The end of a task that is wrong, or whose zip is: it never runs."""
-    return Ended(status="rejected", reason=reason, text=text, **known)
-
-
 @dataclass(frozen=True)
 class Task:
     """A message that passed every check; `input` is its JSON text, b"" when it has none."""
@@ -814,18 +828,6 @@ MACHINE_AWAY = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG), "disk"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "descriptors"),
     errno.EAGAIN: "processes", errno.ENOMEM: "memory"}
-
-
-class GiveUp(Exception):
-    """The agent cannot go on; str() says why and what to do. Exit status 1."""
-
-
-class Outage(Exception):
-    """A part of AWS or of the machine is away: a message is held; `reason` is REPORT's word."""
-
-    def __init__(self, fault: Fault, reason: str, text: object):
-        super().__init__(str(text))
-        self.fault, self.reason = fault, reason
 
 
 class Fault:
@@ -1574,7 +1576,7 @@ prctl = ctypes.CDLL(None).prctl
 compile("", "", "exec")  # makes the types of syntax trees: 0.6 ms that no fork need spend again
 extra = [name for name in sys.modules if name not in here]
 
-def serve(channel=3):
+def fork_each(channel=3):
     """Fork for each request; return it in the child."""
     prctl(4, 0, 0, 0, 0)  # not dumpable: no process of the same user may trace it
     for capability in range(64):
@@ -1671,7 +1673,7 @@ def leave(status):
         except (OSError, ValueError):  # the interpreter has words for it
             pass
 
-names, code = become(*serve())
+names, code = become(*fork_each())
 try:
     exec(code, names)
     status = 0
@@ -1704,7 +1706,7 @@ class Place:
     uid: int | None  # None: as the agent's own user
     gid: int | None
     groups: tuple[int, ...]
-    private: bool  # nobody else has this uid: whatever runs under it belongs to the slot
+    own_uid: bool  # nobody else has this uid: whatever runs under it belongs to the slot
     shell: str
     limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
     network: str  # host or none
@@ -1798,6 +1800,7 @@ DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "n
 OWN = ("work", "home", "tmp", "output")  # a slot's directories, beneath its own/
 OWN_TMP = {"/tmp": "machine-tmp", "/var/tmp": "machine-var-tmp"}  # what a slot has in its place
 SHM = "/dev/shm"
+METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
 # proc(5): what lists System V's IPC, the column that tells its size, and the bytes of each there
 SYSVIPC = (("shm", 14, 1), ("sem", 3, 128), ("msg", 3, 1))
 
@@ -1812,15 +1815,84 @@ def reopen(path: str) -> None:
     mount("none", path, "", MS_REMOUNT | MS_BIND | os.statvfs(path).f_flag & MS_KEPT)
 
 
+def hidden_and_kept(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What functions do not see, or have of their own; and what is shown again of that.
+
+    A directory that holds this file or the settings is hidden as a whole, unless it is one of the
+    system's: then that file alone is. Shown is what holds `needed`, and what resolves names.
+    """
+    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
+    for file in map(os.path.realpath, filter(None, (FILE, settings))):
+        parts = Path(file).parts
+        is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
+        found.append(file if is_system else os.path.dirname(file))
+    hidden = sorted({path for path in found if os.path.exists(path) and not os.path.islink(path)})
+    resolver = os.path.realpath("/etc/resolv.conf")
+    if os.path.dirname(resolver) != "/run":
+        resolver = os.path.dirname(resolver)
+    kept = {path for path in ("/run/nscd", resolver) if path.startswith("/run/")}
+    for path in {*needed, *map(os.path.realpath, needed)}:
+        covers = [cover for cover in hidden if path.startswith(f"{cover}/")]
+        if covers:
+            cover = max(covers, key=len)
+            kept.add(os.path.join(cover, os.path.relpath(path, cover).partition("/")[0]))
+    return hidden, sorted(filter(os.path.exists, kept))
+
+
+def refuse_metadata(first_uid: int, last_uid: int) -> list[int]:
+    """Have the kernel refuse the instance metadata to these uids; raises OSError.
+
+    It does while a descriptor returned is open (bpf(2); Linux 5.7, cgroup v2). A routing rule
+    would not do: a socket that is bound to a device goes past it.
+    """
+    mounts = re.findall(rb"(?m)^(?:\S+ ){4}(\S+) .* - cgroup2 ", read_proc("/proc/self/mountinfo"))
+    if not mounts:
+        raise OSError(errno.ENOENT, "there is no cgroup v2 here")
+    ipv4, ipv6 = (socket.inet_pton(family, address) for family, address in METADATA.items())
+    mapped = bytes(10) + b"\xff\xff" + ipv4
+    bpf = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, -1)
+    group, links = os.open(mounts[0], os.O_RDONLY), []
+    # BPF_CGROUP_INET4_CONNECT and 6, and where struct bpf_sock_addr has the address
+    for kind, offset, addresses in (10, 4, [ipv4]), (11, 8, [ipv6, mapped]):
+        code = ctypes.create_string_buffer(_refusal(addresses, offset, first_uid, last_uid))
+        license_text = ctypes.create_string_buffer(b"GPL")
+        load = struct.pack("=IIQQ44xI", 18, len(code) // 8, ctypes.addressof(code),
+                           ctypes.addressof(license_text), kind)
+        program = kernel("syscall", bpf, 5, load, len(load))
+        attach = struct.pack("=IIII", program, group, kind, 0)
+        links.append(kernel("syscall", bpf, 28, attach, len(attach)))
+        os.close(program)
+    os.close(group)
+    return links
+
+
+def _refusal(addresses: list[bytes], offset: int, first_uid: int, last_uid: int) -> bytes:
+    """A BPF program that refuses these addresses to these uids (kernel.org: BPF instruction set)"""
+
+    def step(code: int, registers: int = 0, jump: int = 0, value: int = 0) -> bytes:
+        return struct.pack("=BBhi", code, registers, jump, value)
+
+    program = step(0xBF, 0x16)  # r6 = r1, the context
+    for address in addresses:
+        words = struct.unpack(f"={len(address) // 4}i", address)
+        for number, word in enumerate(words):
+            program += step(0x61, 0x60, offset + 4 * number)  # r0 = its word
+            program += step(0x56, 0, 2 * (len(words) - number - 1) + 6, word)  # another: go on
+        program += step(0x85, value=15) + step(0xBC)  # r0 = bpf_get_current_uid_gid(), its half
+        program += step(0xA5, 0, 3, first_uid) + step(0x25, 0, 2, last_uid)  # below, above: go on
+        program += step(0xB7) + step(0x95)  # return 0: refused
+    return program + step(0xB7, value=1) + step(0x95)
+
+
 class Room:
     """What a slot sees of the machine: made once, for its supervisor and all that it forks.
 
-    What the kernel does not give is left out; `open` has the words for what that leaves open.
+    What the kernel does not give is left out; `left_open` has the words for what functions can do then.
     """
 
     def __init__(self, place: Place):
         self.place, self.feed = place, f"{place.directory}/feed"
-        self.open: list[str] = []
+        self.left_open: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
         self.files: list[str] = []  # that are hidden
         self.shm_limits = ""
@@ -1845,13 +1917,13 @@ class Room:
         self._try("functions may use the machine's abstract sockets" if place.uid is not None else
                   "functions may write and signal whatever this user may", self._make_ruleset)
 
-    def _try(self, left_open: str, step: Callable[[], None]) -> bool:
+    def _try(self, effect: str, step: Callable[[], None]) -> bool:
         try:
             step()
         except OSError as error:
             if step == self._unshare and self.place.network == "none":
                 raise  # who asked for no network gets none, or no run
-            self.open.append(f"{left_open} ({error.filename}: {error.strerror})")
+            self.left_open.append(f"{effect} ({error.filename}: {error.strerror})")
             return False
         return True
 
@@ -1945,22 +2017,22 @@ class Room:
         own alone: whoever handles any right to files is refused all of those.
         """
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
-        own_uid = self.place.uid is not None
+        is_other = self.place.uid is not None
         if version < 2:  # it would let no file be moved to another directory
             raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
         if version < 6:
-            self.open.append("functions may use the machine's abstract sockets" + (
-                "" if own_uid else " and signal this user's processes"))
+            self.left_open.append("functions may use the machine's abstract sockets" + (
+                "" if is_other else " and signal this user's processes"))
         change = MAY_WRITE | MAY_REFER | MAY_CHANGE | (MAY_TRUNCATE if version >= 3 else 0)
         rules = {"/": MAY_REFER}
-        if not own_uid:
+        if not is_other:
             devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
             # Without mounts of its own it needs the machine's /dev/shm: semaphores lie there.
             mine = [*(f"{self.place.directory}/own/{name}" for name in OWN),
                     *filter(os.path.isdir, (*(self.own or [SHM]), self.queues))]
             rules = dict.fromkeys((f"{self.feed}/out", *devices), MAY_WRITE)
             rules.update(dict.fromkeys(mine, change))
-        attributes = struct.pack("QQQ", MAY_REFER if own_uid else change, 0,
+        attributes = struct.pack("QQQ", MAY_REFER if is_other else change, 0,
                                  SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
         for path, right in rules.items():
@@ -2049,8 +2121,8 @@ class Workspace:
     def __init__(self, place: Place, room: Room):
         self.place, self.room = place, room
         own = f"{place.directory}/own"
-        self.work, *self.private = [f"{own}/{name}" for name in OWN]
-        self.shared = {own: OWN, **room.own}  # what is swept but for what is mounted or made there
+        self.work, *self.emptied = [f"{own}/{name}" for name in OWN]
+        self.tidied = {own: OWN, **room.own}  # path -> names that stay there
         self.on_disk = [own, *(f"{place.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = place.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy
@@ -2061,7 +2133,7 @@ class Workspace:
         if not self.is_tidy:
             self.tidy()
         self.is_tidy = False
-        for path in self.private:
+        for path in self.emptied:
             self._have(path, 0o700)
             sweep(path)
         for directory in (pending := [package]):
@@ -2070,7 +2142,7 @@ class Workspace:
 
     def tidy(self) -> None:
         """Empty /tmp and the like; raises OSError."""
-        for path, stays in self.shared.items():
+        for path, stays in self.tidied.items():
             sweep(path, stays)
             os.chmod(path, 0o1777 if path in self.room.own else 0o711)
         self.is_tidy = True
@@ -2121,6 +2193,7 @@ class Workspace:
 
 # --- Helpers: the processes that fork runs ---
 
+KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 
 class Output:
     """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
@@ -2338,9 +2411,9 @@ class Supervisor:
             hard = resource.getrlimit(getattr(resource, name))[1]
             place.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
 
-    def serve(self) -> None:
+    def work(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
-        answer_to(self.agent, {"pid": os.getpid(), "open": self.room.open})
+        answer_to(self.agent, {"pid": os.getpid(), "left_open": self.room.left_open})
         requests = self.agent.makefile("r", encoding="utf-8")
         while (self.life not in select.select([self.agent, self.life], [], [])[0]
                and (line := requests.readline())):
@@ -2426,7 +2499,7 @@ class Supervisor:
 
     def _kill_user(self) -> None:
         """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
-        if not self.place.private:
+        if not self.place.own_uid:
             return
         if killer := os.fork():
             os.waitpid(killer, 0)
@@ -2497,7 +2570,7 @@ def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int
             os.close(other)
         os.setsid()
         kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
-        Supervisor(Place(**json.loads(message)), agent, life).serve()
+        Supervisor(Place(**json.loads(message)), agent, life).work()
     except OSError as error:
         answer_to(agent, {"errno": error.errno, "text": str(error)})
     finally:
@@ -2514,7 +2587,6 @@ def answer_to(agent: socket.socket, answer: dict[str, Any]) -> None:
 # Measure: what a run holds while it runs
 # --------------------------------------------------------------------------------------------
 
-KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
 FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
 DISK_LOOK_SECONDS = 0.25  # how often it looks at a run's disk
@@ -2697,9 +2769,8 @@ class Report:
 
     def pairs(self) -> dict[str, Any]:
         """The pairs of the REPORT line."""
-        said = itertools.takewhile(lambda pair: pair[0] != "text", vars(self).items())
-        return {_in_camel_case(name): value for name, value in said
-                if value is not None or name != "reason"}
+        return {key: getattr(self, name) for name, key in _REPORT_KEYS.items()
+                if name != "reason" or self.reason}
 
     def result(self, names: list[str], peaks: Collection[int]) -> dict[str, Any]:
         """The content of result.json, with the output files' names and the function's peaks."""
@@ -2735,10 +2806,10 @@ class Report:
         log.write([*lines, log.line("INFO", "REPORT", self.pairs())])
 
 
-@functools.cache
-def _in_camel_case(name: str) -> str:
-    """A field's name as messages have it: request_id is requestId."""
-    return re.sub("_(.)", lambda found: found[1].upper(), name)
+# field -> its key in the REPORT line, named as in messages: request_id is requestId
+_REPORT_KEYS = {
+    one.name: re.sub("_(.)", lambda found: found[1].upper(), one.name)
+    for one in itertools.takewhile(lambda one: one.name != "text", fields(Report))}
 
 
 def summary(reports: Iterable[Report]) -> str:
@@ -2960,7 +3031,6 @@ BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 UNSTORED = 1000  # results that are kept for the return of their messages
-METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
 
 
 class Slot:
@@ -2975,7 +3045,7 @@ class Slot:
         self.lock = threading.RLock()
         self.connection: socket.socket | None = None
         self.pid = 0
-        self.open: list[str] = []  # what the slot's room leaves open, in words
+        self.left_open: list[str] = []  # what functions can do here that they should not, in words
         self.cancelled = False
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -3011,7 +3081,7 @@ class Slot:
             self.connection.settimeout(self.SPARE_SECONDS)
             self.answers = self.connection.makefile("rb")
             answer = self._answer()
-            self.pid, self.open = answer["pid"], answer["open"]
+            self.pid, self.left_open = answer["pid"], answer["left_open"]
 
     def _answer(self) -> dict[str, Any]:
         """The supervisor's next line; raises OSError, with an errno if no run has begun."""
@@ -3063,75 +3133,6 @@ def is_reachable(path: str, uid: int, gid: int | None) -> bool:
     return True
 
 
-def hidden_and_kept(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
-    """What functions do not see, or have of their own; and what is shown again of that.
-
-    A directory that holds this file or the settings is hidden as a whole, unless it is one of the
-    system's: then that file alone is. Shown is what holds `needed`, and what resolves names.
-    """
-    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
-    for file in map(os.path.realpath, filter(None, (FILE, settings))):
-        parts = Path(file).parts
-        is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
-        found.append(file if is_system else os.path.dirname(file))
-    hidden = sorted({path for path in found if os.path.exists(path) and not os.path.islink(path)})
-    resolver = os.path.realpath("/etc/resolv.conf")
-    if os.path.dirname(resolver) != "/run":
-        resolver = os.path.dirname(resolver)
-    kept = {path for path in ("/run/nscd", resolver) if path.startswith("/run/")}
-    for path in {*needed, *map(os.path.realpath, needed)}:
-        covers = [cover for cover in hidden if path.startswith(f"{cover}/")]
-        if covers:
-            cover = max(covers, key=len)
-            kept.add(os.path.join(cover, os.path.relpath(path, cover).partition("/")[0]))
-    return hidden, sorted(filter(os.path.exists, kept))
-
-
-def refuse_metadata(first_uid: int, last_uid: int) -> list[int]:
-    """Have the kernel refuse the instance metadata to these uids; raises OSError.
-
-    It does while a descriptor returned is open (bpf(2); Linux 5.7, cgroup v2). A routing rule
-    would not do: a socket that is bound to a device goes past it.
-    """
-    mounts = re.findall(rb"(?m)^(?:\S+ ){4}(\S+) .* - cgroup2 ", read_proc("/proc/self/mountinfo"))
-    if not mounts:
-        raise OSError(errno.ENOENT, "there is no cgroup v2 here")
-    ipv4, ipv6 = (socket.inet_pton(family, address) for family, address in METADATA.items())
-    mapped = bytes(10) + b"\xff\xff" + ipv4
-    bpf = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, -1)
-    group, links = os.open(mounts[0], os.O_RDONLY), []
-    # BPF_CGROUP_INET4_CONNECT and 6, and where struct bpf_sock_addr has the address
-    for kind, offset, addresses in (10, 4, [ipv4]), (11, 8, [ipv6, mapped]):
-        code = ctypes.create_string_buffer(_refusal(addresses, offset, first_uid, last_uid))
-        license_text = ctypes.create_string_buffer(b"GPL")
-        load = struct.pack("=IIQQ44xI", 18, len(code) // 8, ctypes.addressof(code),
-                           ctypes.addressof(license_text), kind)
-        program = kernel("syscall", bpf, 5, load, len(load))
-        attach = struct.pack("=IIII", program, group, kind, 0)
-        links.append(kernel("syscall", bpf, 28, attach, len(attach)))
-        os.close(program)
-    os.close(group)
-    return links
-
-
-def _refusal(addresses: list[bytes], offset: int, first_uid: int, last_uid: int) -> bytes:
-    """A BPF program that refuses these addresses to these uids (kernel.org: BPF instruction set)"""
-
-    def step(code: int, registers: int = 0, jump: int = 0, value: int = 0) -> bytes:
-        return struct.pack("=BBhi", code, registers, jump, value)
-
-    program = step(0xBF, 0x16)  # r6 = r1, the context
-    for address in addresses:
-        words = struct.unpack(f"={len(address) // 4}i", address)
-        for number, word in enumerate(words):
-            program += step(0x61, 0x60, offset + 4 * number)  # r0 = its word
-            program += step(0x56, 0, 2 * (len(words) - number - 1) + 6, word)  # another: go on
-        program += step(0x85, value=15) + step(0xBC)  # r0 = bpf_get_current_uid_gid(), its half
-        program += step(0xA5, 0, 3, first_uid) + step(0x25, 0, 2, last_uid)  # below, above: go on
-        program += step(0xB7) + step(0x95)  # return 0: refused
-    return program + step(0xB7, value=1) + step(0x95)
-
-
 class Slots:
     """The machine's side of running: directories, users, programs, and the slots themselves."""
 
@@ -3148,7 +3149,7 @@ class Slots:
                 self.metadata_open = error.strerror
         self.launching = threading.Lock()
         self._launch()
-        self.left_open: list[str] = []  # what functions can do that they should not, in words
+        self.left_open: list[str] = []  # that of all slots
         self.base, self.lock = make_task_dir(settings, log)
         self.uid_locks: list[socket.socket] = []
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
@@ -3740,7 +3741,7 @@ def machine(settings: Settings, log: Log) -> Iterator[Slots]:
             raise GiveUp(f"no function can be run here: {error} (where agent.execution.network "
                          "none is refused, start the agent as root)") from None
         slot.drop()  # an idle agent has no supervisor
-        found = slots.left_open = list(slot.open)
+        found = slots.left_open = list(slot.left_open)
         if settings.metadata == "refuse" and settings.network == "host" and slots.metadata_open:
             found.append(f"functions reach the instance metadata, and with it this machine's role "
                          f"({slots.metadata_open}): refuse them {METADATA[socket.AF_INET]} by a "
@@ -3753,7 +3754,7 @@ def machine(settings: Settings, log: Log) -> Iterator[Slots]:
         yield slots
 
 
-def serve(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
+def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
     """Run an agent on SQS, or on a folder; raises GiveUp."""
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
@@ -3842,7 +3843,7 @@ def demo(settings: Settings, log: Log) -> None:
                     "runtime": runtime, "s3Key": f"{function_id}.zip",
                     "timeoutMs": timeout_ms, "memoryMb": 64}
             (folder / "queue" / f"{function_id}.json").write_text(json.dumps(task))
-        serve(settings, log, folder, drain=True)
+        run_agent(settings, log, folder, drain=True)
 
 
 class Check:
@@ -4005,7 +4006,7 @@ def main(argv: list[str]) -> int:
         if args.demo:
             demo(settings, log)
         else:
-            serve(settings, log, args.local, args.drain)
+            run_agent(settings, log, args.local, args.drain)
         return 0
     except ConfigError as error:
         for line in str(error).splitlines():
