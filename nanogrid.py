@@ -1498,9 +1498,9 @@ class CodeCache:
 
     def _refresh(self, key: tuple[str, str, str], task: Task, old: Package | None) -> Package:
         """Ask the source: the old package if that is still right, else the new one, taken in."""
-        asked = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=self.directory) as making:
-            archive, place = Path(making, "zip"), Path(making, "code")
+        asked, name = time.monotonic(), self.directory / os.urandom(8).hex()
+        archive, place = name.with_suffix(".zip"), name.with_suffix(".part")
+        try:
             etag, confirmed = self.source.get(task, old.etag if old else "", archive)
             if old and etag == old.etag:
                 old.asked, old.confirmed = asked, confirmed
@@ -1509,7 +1509,10 @@ class CodeCache:
             unpack(archive, place)
             entry = find_entry(place, task.runtime)
             size = sum(one.lstat().st_size for one in place.rglob("*"))
-            package = Package(place.rename(f"{making}.code"), etag, entry, size, asked, confirmed)
+            package = Package(place.rename(name), etag, entry, size, asked, confirmed)
+        finally:
+            archive.unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
         with self.lock:
             self.packages[key] = package
             gone = [old] if old else []
@@ -3258,6 +3261,26 @@ class Slots:
             lock.close()
         raise GiveUp(f"no uid of {FIRST_UID} to {LAST_UID} is free; lower execution.concurrency")
 
+    def try_out(self) -> None:
+        """Make a slot's room once, and say what it leaves open to functions; raises GiveUp."""
+        slot, settings = self.all[0], self.settings
+        try:
+            slot.connect()
+        except OSError as error:
+            raise GiveUp(f"no function can be run here: {error} (where agent.execution.network "
+                         "none is refused, start the agent as root)") from None
+        slot.drop()  # an idle agent has no supervisor
+        found = self.left_open = list(slot.left_open)
+        if settings.metadata == "refuse" and settings.network == "host" and self.metadata_open:
+            found.append(f"functions reach the instance metadata, and with it this machine's role "
+                         f"({self.metadata_open}): refuse them {METADATA[socket.AF_INET]} by a "
+                         "firewall, or set agent.execution.network to none")
+        if slot.place.uid is None:
+            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
+            found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
+        if found:
+            self.log("WARNING", "; ".join(found))
+
     def program(self, first: str, runtime: str) -> str:
         """What a command of a runtime starts with; raises Ended when this machine lacks it."""
         program = self.programs[runtime] if first == "{program}" else first
@@ -3730,35 +3753,13 @@ def notify(state: str) -> None:
 # --------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def machine(settings: Settings, log: Log) -> Iterator[Slots]:
-    """The slots, until the block ends; says what is left open to functions. Raises GiveUp."""
-    with contextlib.closing(Slots(settings, log)) as slots:
-        slot, place = slots.all[0], slots.all[0].place
-        try:
-            slot.connect()
-        except OSError as error:
-            raise GiveUp(f"no function can be run here: {error} (where agent.execution.network "
-                         "none is refused, start the agent as root)") from None
-        slot.drop()  # an idle agent has no supervisor
-        found = slots.left_open = list(slot.left_open)
-        if settings.metadata == "refuse" and settings.network == "host" and slots.metadata_open:
-            found.append(f"functions reach the instance metadata, and with it this machine's role "
-                         f"({slots.metadata_open}): refuse them {METADATA[socket.AF_INET]} by a "
-                         "firewall, or set agent.execution.network to none")
-        if place.uid is None:
-            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
-            found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
-        if found:
-            log("WARNING", "; ".join(found))
-        yield slots
-
-
 def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
     """Run an agent on SQS, or on a folder; raises GiveUp."""
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
-    with machine(settings, log) as slots:
+    with contextlib.closing(Slots(settings, log)) as slots:
+        clients = None if folder else make_clients(settings)  # while the launcher starts
+        slots.try_out()
         if folder:
             try:
                 queue, source = FolderQueue(folder, log), FolderCode(folder)
@@ -3766,7 +3767,6 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
             except OSError as error:
                 raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
         else:
-            clients = make_clients(settings)
             queue, source = SqsQueue(clients, settings, log), S3Code(clients.s3, log)
             results = AwsResults(clients, settings, log)
             metrics = CloudWatchMetrics(clients.cloudwatch, settings, log)
@@ -3792,7 +3792,8 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
              "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
     given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
     report = Report()
-    with machine(replace(settings, concurrency=1), log) as slots:
+    with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
+        slots.try_out()
         slot, target = slots.all[0], slots.base / "code" / "invoked"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slot.cancel())
@@ -3928,7 +3929,8 @@ class Check:
 
     def _sandbox(self) -> str:
         """Each runtime and what functions can reach; what a trial run says. Raises GiveUp."""
-        with machine(replace(self.settings, concurrency=1), self.log) as slots:
+        with contextlib.closing(Slots(replace(self.settings, concurrency=1), self.log)) as slots:
+            slots.try_out()
             for name, runtime in RUNTIMES.items():
                 if slots.programs[name] or getattr(self.settings, name):
                     with self.of(f"runtime {name}") as is_ok:
