@@ -2594,7 +2594,7 @@ LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
 FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
 DISK_LOOK_SECONDS = 0.25  # how often it looks at a run's disk
 SHARE = re.compile(rb"^Pss: +(\d+)", re.MULTILINE)
-MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *", re.MULTILINE)  # then its path
+MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+) *(.*)$", re.MULTILINE)  # inode, path
 
 
 class Watch:
@@ -2607,9 +2607,9 @@ class Watch:
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
         self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
-        # When last looked exactly: bytes of all together, and of each (0: of /dev/shm and the like).
+        # When last looked exactly: the bytes of all together, and those of each (_sizes).
         self.together, self.sizes = 0, {}
-        self.unnamed: Counter[int] = Counter()  # when last looked: device -> bytes (open_unnamed)
+        self.unnamed: dict[tuple[int, int], int] = {}  # when last looked (unnamed_files)
 
     def wait(self, done: int) -> str:
         """How the run ends: exit (`done` is readable), timeout, oom, disk, or released by the agent."""
@@ -2641,8 +2641,8 @@ class Watch:
         if now >= self.next_disk_look:
             began = time.monotonic()
             size, count = disk_usage(self.supervisor.workspace.on_disk, self.job.files)
-            self.unnamed = open_unnamed(self.supervisor.run_pids())
-            size += self.unnamed[os.stat(place.directory).st_dev]
+            self.unnamed = unnamed_files(self.supervisor.run_pids())
+            size += self._unnamed_bytes({os.stat(place.directory).st_dev})
             if size > self.job.disk_mb * MIB or count > self.job.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
@@ -2673,53 +2673,64 @@ class Watch:
         running = [pid for pid in pids if held > cap and read_proc(
             f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
         signal_all(running, signal.SIGSTOP)
-        self.unnamed = open_unnamed(pids)
+        self.unnamed = unnamed_files(pids)
         self.sizes = self._sizes(pids)
         # A read of a process waits until that one, if it is in a fork, has its turn on a processor:
         # beside five hundred others that took 20 seconds. What is left at the deadline is not read.
         in_time = itertools.takewhile(lambda _: time.monotonic() < self.deadline, pids)
-        held = self.together = (resident_together(in_time, self.sizes[0])
-                                or sum(self.sizes.values()))  # a process that cannot be read
+        # Where none could be read, the bound stands.
+        held = self.together = self._resident_together(in_time) or sum(self.sizes.values())
         signal_all(running, signal.SIGCONT)
         self.largest = max(self.largest, held)
         return held
 
     def _sizes(self, pids: list[int]) -> dict[int, int]:
-        """The resident bytes of each process, shared pages in each; 0: what any of them may map.
+        """pid -> its resident bytes; a page that is shared counts in each process that has it.
 
-        That is /dev/shm, System V's IPC, and files in memory that have no name.
+        Under 0, which is no pid, are the bytes that any of them may have mapped, once: /dev/shm,
+        System V's IPC, and files in memory that have no name.
         """
-        room = self.supervisor.room
         sizes = {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE
                  for pid in pids}
-        return {0: room.shm_bytes() + sum(size for device, size in self.unnamed.items()
-                                          if device not in room.devices), **sizes}
+        room = self.supervisor.room
+        in_memory = {device for device, _ in self.unnamed} - room.devices
+        return {0: room.shm_bytes() + self._unnamed_bytes(in_memory), **sizes}
+
+    def _unnamed_bytes(self, devices: Collection[int]) -> int:
+        return sum(size for (device, _), size in self.unnamed.items() if device in devices)
+
+    def _resident_together(self, pids: Iterable[int]) -> int:
+        """The resident bytes of these processes, shared pages once; walks their page tables.
+
+        What they have mapped of /dev/shm and the like counts under 0 of `sizes` already.
+        """
+        total = shm = self.sizes[0]
+        counted = (os.fsencode(SHM), b"/SYSV") if SHM in self.supervisor.room.own else ()
+        inodes = {inode for _, inode in self.unnamed}
+        for pid in pids:
+            # smaps_rollup has one entry, of all mappings.
+            content = read_proc(f"/proc/{pid}/{'smaps' if shm else 'smaps_rollup'}")
+            entries = MAPPING.split(content)[1:]
+            for inode, path, entry in zip(entries[::3], entries[1::3], entries[2::3]):
+                is_memfd = path.startswith(b"/memfd:") and int(inode) in inodes
+                if not is_memfd and not path.startswith(counted):
+                    total += int(SHARE.search(entry)[1]) * 1024
+        return total
 
 
-def open_unnamed(pids: list[int]) -> Counter[int]:
-    """Device -> bytes there of the files that these hold open and that have no name."""
+def unnamed_files(pids: list[int]) -> dict[tuple[int, int], int]:
+    """(device, inode) -> bytes of the files without a name that these have open, or mapped.
+
+    What is mapped only root may see (proc(5), map_files).
+    """
     found = {}
-    for path in [path for pid in pids for path in glob.glob(f"/proc/{pid}/fd/*")]:
+    for path in [path for pid in pids for kind in ("fd", "map_files")
+                 for path in glob.glob(f"/proc/{pid}/{kind}/*")]:
         with contextlib.suppress(OSError):
             status = os.stat(path)
             if stat.S_ISREG(status.st_mode) and not status.st_nlink:
                 found[status.st_dev, status.st_ino] = status.st_blocks * 512
-    sizes: Counter[int] = Counter()
-    for (device, _), size in found.items():
-        sizes[device] += size
-    return sizes
-
-
-def resident_together(pids: Iterable[int], shm: int) -> int:
-    """The resident bytes of these processes, shared pages once, and `shm` bytes that any may map.
-
-    Walks their page tables; what they have mapped of /dev/shm and the like is in `shm` already.
-    """
-    name = "smaps" if shm else "smaps_rollup"  # the latter has one entry, of all mappings
-    entries = (entry for pid in pids
-               for entry in MAPPING.split(read_proc(f"/proc/{pid}/{name}"))[1:])
-    return shm + 1024 * sum(int(SHARE.search(entry)[1]) for entry in entries
-                            if not entry.startswith((os.fsencode(SHM), b"/memfd:", b"/SYSV")))
+    return found
 
 
 def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:

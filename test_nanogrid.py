@@ -2951,6 +2951,16 @@ except OSError:
 import os, time
 for _ in range(12): os.write(os.memfd_create("x"), bytes(64 << 20))
 time.sleep(60)
+=== a memory file that is mapped and closed, beside a file in the shared memory | memoryMb=128 timeoutMs=120000 | status=oom
+import os, time
+open("/dev/shm/x", "w").write("x")
+libc.mmap.restype = ctypes.c_void_p
+fd = os.memfd_create("x")
+os.ftruncate(fd, 700 << 20)
+at = libc.mmap(None, ctypes.c_size_t(700 << 20), 3, 1, fd, ctypes.c_long(0))
+os.close(fd)
+ctypes.memset(at, 1, 700 << 20)
+time.sleep(60)
 === segments of System V that nobody has attached | memoryMb=128 timeoutMs=120000 | status=oom
 import time
 for _ in range(12):
@@ -2968,6 +2978,15 @@ for _ in range(5):
     fd = os.open("x", os.O_CREAT | os.O_WRONLY)
     os.unlink("x")
     os.write(fd, bytes(32 << 20))
+time.sleep(60)
+=== a file on disk that has no name, and is mapped and closed | timeoutMs=120000 root | status=failed reason=disk
+import os, time
+libc.mmap.restype = ctypes.c_void_p
+fd = os.open("x", os.O_CREAT | os.O_RDWR)
+os.unlink("x")
+os.write(fd, bytes(100 << 20))
+libc.mmap(None, ctypes.c_size_t(100 << 20), 3, 1, fd, ctypes.c_long(0))
+os.close(fd)
 time.sleep(60)
 === all that lies in the machine's places for files of a moment | timeoutMs=120000 | status=failed reason=disk
 import time
