@@ -76,7 +76,8 @@ FILE = os.path.abspath(__file__)
 MIB = 1024 * 1024
 PAGE = resource.getpagesize()
 LIBC = ctypes.CDLL(None, use_errno=True)
-MAX_TIMEOUT_MS = 43_200_000  # 12 hours: SQS keeps no message in flight for longer
+LONGEST_LEASE_SECONDS = 43_200  # SQS keeps no message in flight for longer than 12 hours
+MAX_TIMEOUT_MS = LONGEST_LEASE_SECONDS * 1000  # the most that a message may ask for
 
 
 # --- What ends the agent, or a message's turn ---
@@ -509,11 +510,15 @@ _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone s
 
 
 class Runtime(NamedTuple):
-    """How to run a runtime. A new one needs a Setting, and its words for no memory in REFUSED."""
+    """How to run a runtime.
+
+    A new one needs a field of its name in Settings, and in REFUSED its words for no memory.
+    """
     aliases: tuple[str, ...]
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
-    commands: dict[str, tuple[str, ...]]  # by entry, the first that is there; {program}: as found
-    compiled: dict[str, tuple[str, ...]]  # by entry: the compiler's command, which makes `main`
+    # By entry, the first of these files that the zip has at its top; {program}: as it was found.
+    commands: dict[str, tuple[str, ...]]
+    compiled: dict[str, tuple[str, ...]]  # the compiler's command, which makes `main`
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
@@ -1006,16 +1011,15 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
 # Queue: where messages come from; SQS, or a folder
 # --------------------------------------------------------------------------------------------
 #
-# Both have receive(), held_until(), end(), is_empty() and close(). From its receive to its end a
-# message is held: its lease is kept alive.
+# What the agent asks of either: receive(), held_until(), end(), is_empty() and close(). From its
+# receive to its end a message is held: its lease is kept alive.
 
 CHANGE_NEEDS = "sqs:ChangeMessageVisibility"
 QUEUE_NEEDS = "sqs:ReceiveMessage, sqs:DeleteMessage and sqs:GetQueueAttributes"
-LONGEST_LEASE_SECONDS = MAX_TIMEOUT_MS // 1000  # from the receive, whatever was extended since
 BATCH = 10  # entries of one SQS batch request
 DELIVERY_SECONDS = 0.1  # how often what is due is sent
 ATTRIBUTES_SECONDS = 300  # how often the queue's own visibility timeout is looked at
-ERROR_DELAY_SECONDS = 10  # after the first receive; four times that after each further one
+ERROR_DELAY_SECONDS = 10  # until what ended as error is visible; x 4 for each further receive
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
 
 
@@ -1026,13 +1030,13 @@ class Message:
     id: str
     body: str
     receive_count: int
-    sent: float  # seconds since the epoch, by the queue's clock
+    sent: float  # the first time, in seconds since the epoch by the queue's clock
     handle: Any = None  # SQS's receipt handle; of a folder, what unlocks the file at its end
+    # From here on times are time.monotonic()'s. But for this one all is of SQS alone.
     received: float = field(default_factory=time.monotonic)
-    # The rest is of SQS alone; the times are time.monotonic()'s.
     ends: float = math.inf  # when SQS makes it visible again
     beat: float = math.inf  # when to have SQS put that off
-    last: float = math.inf  # from then on it does not
+    last: float = math.inf  # LONGEST_LEASE_SECONDS after the receive: it is put off no further
     aim: str = "keep"  # until its turn has ended: then delete or return, or lost before that
     delay: int = 0  # of a return: seconds until the message is visible again
 
@@ -1048,7 +1052,7 @@ class SqsQueue:
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: not tried yet
         self.lock = threading.Lock()
         self.sending = threading.Lock()  # so that one fault is said once
-        self.held: dict[str, Message] = {}  # as it was received last
+        self.held: dict[str, Message] = {}  # by id, each as it was received last
         self.finished: OrderedDict[str, None] = OrderedDict()
         self.is_closing = False
         changing = Fault(log, "extending or giving back messages")
@@ -1103,7 +1107,10 @@ class SqsQueue:
         return message
 
     def end(self, message: Message, status: str, result: object) -> None:
-        """Have a message deleted that succeeded; have any other given back, or leave it."""
+        """Have a message deleted, made visible again, or leave it until its lease runs out.
+
+        ok: deleted. rejected, released: visible at once; error: after a delay. Others are left.
+        """
         with self.lock:
             held = self.held[message.id]
             if status == "ok":
@@ -1118,10 +1125,13 @@ class SqsQueue:
                 delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
                 held.delay = int(min(delay, held.last - time.monotonic()))
 
-    def held_until(self, message: Message, needed: float = 0) -> float:
-        """When the message will no longer be ours; tries once to put that off if it is `needed`."""
+    def held_until(self, message: Message, until: float = 0) -> float:
+        """When the message will no longer be ours; inf: its lease is kept alive.
+
+        Where it ends before `until`, it is extended once, to see whether that is permitted.
+        """
         held = self.held[message.id]
-        if self.may_change is None and held.ends - 1 < needed:
+        if self.may_change is None and held.ends - 1 < until:
             with self.sending:
                 self._send("keep", [held])
         return held.ends - 1 if held.aim == "lost" or self.may_change is False else math.inf
@@ -1322,7 +1332,7 @@ class FolderQueue:
                 write_json(self.dead, f"{name[:-5]}.result.json", result)
             os.rename(f"{self.running}/{name}", f"{self.dead}/{name}")
 
-    def held_until(self, message: Message, needed: float = 0) -> float:
+    def held_until(self, message: Message, until: float = 0) -> float:
         """Never: a lock lasts as long as its holder."""
         return math.inf
 
@@ -1369,7 +1379,7 @@ def write_json(directory: str, name: str, value: object) -> None:
 # --------------------------------------------------------------------------------------------
 
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
-CACHE_BYTES = 8 * 1024 * MIB  # packages in no use are dropped beyond this, oldest use first
+CACHE_BYTES = 8 * 1024 * MIB  # beyond it packages go that no run uses, longest unused first
 BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
                 "that does not exist looks like this, too)")
 
@@ -1385,11 +1395,11 @@ class Package:
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
-    users: int = 1  # the runs that need it, and the cache until it is replaced
+    users: int = 1  # the cache, until it has another, and each run that needs it
     used: float = 0.0
 
     @property
-    def built(self) -> Path:
+    def built_path(self) -> Path:
         """Where it stands with its program compiled."""
         return self.path.with_suffix(".built")
 
@@ -1493,7 +1503,7 @@ class CodeCache:
         with self.lock:
             package.users -= 1
         if not package.users:
-            for path in (package.path, package.built):
+            for path in (package.path, package.built_path):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _refresh(self, key: tuple[str, str, str], task: Task, old: Package | None) -> Package:
@@ -1819,10 +1829,11 @@ def reopen(path: str) -> None:
 
 
 def hidden_and_kept(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
-    """What functions do not see, or have of their own; and what is shown again of that.
+    """(hidden, kept): the paths that a room covers, and those below them that it shows again.
 
     A directory that holds this file or the settings is hidden as a whole, unless it is one of the
-    system's: then that file alone is. Shown is what holds `needed`, and what resolves names.
+    system's: then that file alone is. Kept is what holds `needed`, and what resolves names. All
+    else of the machine stays to be seen.
     """
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
     for file in map(os.path.realpath, filter(None, (FILE, settings))):
@@ -1955,32 +1966,34 @@ class Room:
         place, flags = self.place, MS_NOSUID | MS_NODEV
         self.files = [path for path in place.hidden if not os.path.isdir(path)]
         here = os.open(place.directory, os.O_PATH)  # its path may be covered soon
-        # The kernel lets nobody rename or remove a mount point, but a plain directory above it. So
-        # the first part of a kept path below its cover becomes a mount point, too.
+        # A mount point cannot be renamed or removed, but a plain directory above it can. So the
+        # first part of a kept path below its cover becomes a mount point, too.
         kept: dict[str, int] = {}
-        covers: set[str] = set()
+        to_cover: set[str] = set()
         for path in place.kept:
             if above := [one for one in place.hidden if path.startswith(f"{one}/")]:
                 kept[path] = os.open(path, os.O_PATH)
-                covers.add("/".join(path.split("/")[:min(above).count("/") + 2]))
-        covers.difference_update(kept)
+                to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
+        to_cover.difference_update(kept)
+        covered = []
         if place.uid is None:
             self._try("functions may change modes and times of all files of this user", self._close)
-        for path in sorted({*place.hidden, *covers}):
+        for path in sorted({*place.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
                 reopen(path)
-            elif path in covers or os.path.isdir(path):
+            elif path in to_cover or os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
                 mount("room", path, "tmpfs", flags, mode)
-                covers.add(path)
+                covered.append(path)
         for path, fd in kept.items():
             self._show(path, fd)
             os.close(fd)
         os.close(here)
-        for path in covers - {SHM}:
-            mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
+        for path in covered:
+            if path != SHM:
+                mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in place.hidden}
         # Its input, script and outputs are made anew for each run, for next to nothing here: a
         # file system on disk searches past all inodes that were freed of late.
@@ -2016,8 +2029,8 @@ class Room:
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
 
-        Whom a uid of its own keeps apart already is kept from mounts in a user namespace of its
-        own alone: whoever handles any right to files is refused all of those.
+        A slot with a uid of its own needs no rules for files. It gets the one right MAY_REFER: who
+        is under any rule for files may mount nothing, not even in a user namespace that it makes.
         """
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
         is_other = self.place.uid is not None
@@ -2391,8 +2404,8 @@ class ReadyPython(Helper):
 
 # --- The supervisor: one run from its workspace to its outcome ---
 
-# A program that failed says, last of all, that it was refused memory: the kernel keeps no count of
-# refusals, and these are the runtimes' own words for one.
+# A run that failed ends as oom when the end of its stderr matches this. The kernel keeps no count of
+# the allocations that it refuses, so these are the runtimes' own words for one.
 REFUSED = re.compile(
     r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
     r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
@@ -2754,13 +2767,15 @@ def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------
 
 RECENT = 20  # runs of a function whose peaks make its recommendation
-# S3 takes keys of 1,024 bytes of UTF-8; requestId may have 128, which leaves as many for s3Prefix.
-LONGEST_OUTPUT = 768
+LONGEST_OUTPUT = 768  # of the 1,024 bytes of S3's keys; requestId and s3Prefix may have 128 each
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a message's turn; up to `reason` the pairs of the REPORT line, in order."""
+    """What is known of a message's turn.
+
+    The fields up to `reason` are the pairs of the REPORT line, in this order.
+    """
 
     request_id: str | None = None
     function_id: str | None = None
@@ -2772,7 +2787,7 @@ class Report:
     memory_mb: int | None = None
     timeout_ms: int | None = None
     receive_count: int = 1
-    start: str | None = None
+    start: str | None = None  # warm or cold
     reason: str | None = None
     text: str = ""  # for the log: what went wrong, where, what to do
     stdout: str = ""
@@ -3120,7 +3135,7 @@ class Slot:
                 self.connection, self.pid = None, 0
 
     def cancel(self) -> None:
-        """End the run, and let no other begin."""
+        """End the run, as `released`: its message is given back. No other begins."""
         with self.lock, contextlib.suppress(OSError):
             self.cancelled = True
             if self.connection:
@@ -3302,7 +3317,10 @@ class Slots:
         return program
 
     def job(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> Job:
-        """The run of a task, or of its compiler; raises Ended when its program is missing."""
+        """What runs `package.entry`, or compiles it if it is a source; raises Ended.
+
+        All commands are made here.
+        """
         runtime = RUNTIMES[task.runtime]
         first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
         program = self.program(first, task.runtime)
@@ -3319,7 +3337,7 @@ class Slots:
         """The package with its program compiled, once; raises Ended with the compiler's words."""
         if package.entry not in RUNTIMES[task.runtime].compiled:
             return package
-        built = Package(package.built, package.etag, "main")
+        built = Package(package.built_path, package.etag, "main")
         with package.lock:
             if built.path.exists():
                 return built
@@ -3469,7 +3487,8 @@ class Agent:
     def _attend(self, poller: threading.Thread) -> None:
         """Wait for the end; begin the shutdown when a signal comes, and keep systemd informed."""
         watchdog, deadline = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6, math.inf
-        while poller.is_alive() or self.turns:  # a download that hangs holds no message
+        # A slot's thread may hang in a download, whose message was released: none is waited for.
+        while poller.is_alive() or self.turns:
             period = 0.05 if self.stopping else min(5.0, watchdog or 5.0)
             select.select([self.wake], [], [], period)
             read_nonblocking(self.wake)
@@ -3939,7 +3958,7 @@ class Check:
             is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
 
     def _sandbox(self) -> str:
-        """Each runtime and what functions can reach; what a trial run says. Raises GiveUp."""
+        """Say a line for each runtime and the metadata; the sandbox's text. Raises GiveUp."""
         with contextlib.closing(Slots(replace(self.settings, concurrency=1), self.log)) as slots:
             slots.try_out()
             for name, runtime in RUNTIMES.items():
