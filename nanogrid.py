@@ -2306,8 +2306,7 @@ class Helper:
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
-        if self.place.uid is None:
-            signal_all([self.pid], signal.SIGCONT)  # a run may have stopped it
+        signal_all([self.pid], signal.SIGCONT)  # a run of its uid may have stopped it
         if not select.select([self.channel], [], [], seconds)[0]:
             raise ConnectionError("what forks the functions does not answer")
         if answer := self.channel.recv(1000):

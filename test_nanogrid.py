@@ -2280,6 +2280,17 @@ finally:
     assert 128 < held_mib <= 2 * 128 + 256
 
 
+@pytest.mark.skipif(not ROOT, reason="where slots have no uid of their own it could stop what is not the slot's")
+def test_a_run_that_stops_its_fork_shell_does_not_stop_the_next(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=1)
+    grid.put({"run.sh": "for ((pid = $$ - 300; pid < $$; pid++)); do kill -STOP $pid && echo stopped; done 2>/dev/null; true"},
+             "cpp", "stopper", "stopper")
+    grid.put({"run.sh": "echo fine"}, "cpp", "next", "next")
+    grid.run()
+    assert "stopped" in grid["stopper"]["stdout"] and grid["next"]["stdout"] == "fine\n", (grid["stopper"], grid["next"])
+    assert "does not answer" not in grid.log, grid.log[-2000:]
+
+
 # ---------------------------------------------------------------- nothing outlives its run
 
 # Each row leaves a process behind that would tell the witness so when the test says that it is over.
