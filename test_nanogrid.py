@@ -2284,10 +2284,10 @@ finally:
 def test_a_run_that_stops_its_fork_shell_does_not_stop_the_next(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=1)
     grid.put({"run.sh": "for ((pid = $$ - 300; pid < $$; pid++)); do kill -STOP $pid && echo stopped; done 2>/dev/null; true"},
-             "cpp", "stopper", "stopper")
-    grid.put({"run.sh": "echo fine"}, "cpp", "next", "next")
+             "cpp", "first", "first")
+    grid.put({"run.sh": "echo fine"}, "cpp", "second", "second")
     grid.run()
-    assert "stopped" in grid["stopper"]["stdout"] and grid["next"]["stdout"] == "fine\n", (grid["stopper"], grid["next"])
+    assert "stopped" in grid["first"]["stdout"] and grid["second"]["stdout"] == "fine\n", (grid["first"], grid["second"])
     assert "does not answer" not in grid.log, grid.log[-2000:]
 
 
