@@ -23,7 +23,7 @@ The parts of this file, in order:
     Queue         owns messages and leases, of SQS or of a folder; never looks into a message
     Code          fetches, unpacks and keeps zips; never runs them
     Run           launcher, supervisors, their rooms and workspaces; never speaks to AWS
-    Measure       looks at a run, reads its output and says when it must end; never ends it
+    Measure       looks at a run, reads its output and says when it must end; kills nothing
     Report        says and stores what became of a turn, and the metric; never touches the queue
     Agent         slots, the loop and the shutdown; the only one that knows all the others
     Command line  --config, --local, --demo, --check, --invoke
@@ -1396,7 +1396,7 @@ class Package:
     confirmed: float = 0.0  # the source's own time when it said so
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 1  # the cache, until it has another, and each run that needs it
-    used: float = 0.0
+    used: float = 0.0  # time.monotonic() of the last get()
 
     @property
     def built_path(self) -> Path:
@@ -1977,7 +1977,8 @@ class Room:
         to_cover.difference_update(kept)
         covered = []
         if place.uid is None:
-            self._try("functions may change modes and times of all files of this user", self._close)
+            self._try("functions may change modes and times of all files of this user",
+                      self._make_read_only)
         for path in sorted({*place.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
@@ -2005,7 +2006,7 @@ class Room:
             self.queues = queues
 
     @staticmethod
-    def _close() -> None:
+    def _make_read_only() -> None:
         """Have all the machine's mounts be read-only, but for /proc (mount_setattr(2), Linux 5.12).
 
         Landlock keeps no one from chmod(2), chown(2), utime(2) and setxattr(2), and cannot tell
@@ -2065,7 +2066,7 @@ class Room:
             mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
             self.shm_limits = limits
         nothing = f"{self.place.directory}/nothing"
-        for path in self.files:  # one that is replaced has no cover
+        for path in self.files:  # one that was replaced by a rename is not covered any more
             if os.path.exists(path) and not os.path.samefile(path, nothing):
                 mount(nothing, path, "", MS_BIND)
 
@@ -2527,7 +2528,7 @@ class Supervisor:
             os._exit(0)
 
     def end_run(self, helpers: Iterable[str] = ()) -> None:
-        """Nothing of a run outlives it: daemons, other sessions, stopped ones; nor `helpers`."""
+        """Kill all that is left of a run, daemons and other sessions too, and these `helpers`."""
         self._close(helpers)
         if self.run_pids():
             self._kill_user()
@@ -2605,7 +2606,7 @@ def answer_to(agent: socket.socket, answer: dict[str, Any]) -> None:
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
 FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
 DISK_LOOK_SECONDS = 0.25  # how often it looks at a run's disk
-SHARE = re.compile(rb"^Pss: +(\d+)", re.MULTILINE)
+PSS = re.compile(rb"^Pss: +(\d+)", re.MULTILINE)  # proc(5): a page's share, by how many have it
 MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+) *(.*)$", re.MULTILINE)  # inode, path
 
 
@@ -2726,7 +2727,7 @@ class Watch:
             for inode, path, entry in zip(entries[::3], entries[1::3], entries[2::3]):
                 is_memfd = path.startswith(b"/memfd:") and int(inode) in inodes
                 if not is_memfd and not path.startswith(counted):
-                    total += int(SHARE.search(entry)[1]) * 1024
+                    total += int(PSS.search(entry)[1]) * 1024
         return total
 
 
@@ -3356,7 +3357,8 @@ class Slots:
             with self.fault.watched(), open(fd, "rb") as program:
                 shutil.rmtree(part, ignore_errors=True)
                 shutil.copytree(package.path, part, symlinks=True, copy_function=os.link)
-                with open(part / "main", "wb") as copy:
+                (part / "main").unlink(missing_ok=True)  # the zip's own, which is a link to it
+                with open(part / "main", "xb") as copy:
                     shutil.copyfileobj(program, copy)
                 os.chmod(part / "main", 0o755)
                 os.rename(part, built.path)
@@ -3655,7 +3657,7 @@ class Agent:
         os.write(self.waker, b"\n")
 
     def _begin(self, turn: Turn, slot: Slot) -> bool:
-        """Whether the slot's turn is still its own, which no shutdown takes from now on."""
+        """Mark the turn as begun, which no shutdown gives back; False if one has done so already."""
         with self.lock:
             turn.begun = self.turns.get(slot) is turn
             return turn.begun
