@@ -2732,13 +2732,12 @@ class Watch:
 
 
 def unnamed_files(pids: list[int]) -> dict[tuple[int, int], int]:
-    """(device, inode) -> bytes of the files without a name that these have open, or mapped.
+    """(device, inode) -> bytes of the files without a name that these have open.
 
-    What is mapped only root may see (proc(5), map_files).
+    Not those that are only mapped: to list these waits for a process that is in a fork (_held).
     """
     found = {}
-    for path in [path for pid in pids for kind in ("fd", "map_files")
-                 for path in glob.glob(f"/proc/{pid}/{kind}/*")]:
+    for path in [path for pid in pids for path in glob.glob(f"/proc/{pid}/fd/*")]:
         with contextlib.suppress(OSError):
             status = os.stat(path)
             if stat.S_ISREG(status.st_mode) and not status.st_nlink:

@@ -2990,15 +2990,6 @@ for _ in range(5):
     os.unlink("x")
     os.write(fd, bytes(32 << 20))
 time.sleep(60)
-=== a file on disk that has no name, and is mapped and closed | timeoutMs=120000 root | status=failed reason=disk
-import os, time
-libc.mmap.restype = ctypes.c_void_p
-fd = os.open("x", os.O_CREAT | os.O_RDWR)
-os.unlink("x")
-os.write(fd, bytes(100 << 20))
-libc.mmap(None, ctypes.c_size_t(100 << 20), 3, 1, fd, ctypes.c_long(0))
-os.close(fd)
-time.sleep(60)
 === all that lies in the machine's places for files of a moment | timeoutMs=120000 | status=failed reason=disk
 import time
 open("/tmp/big", "wb").write(bytes(40 << 20))
