@@ -2279,7 +2279,10 @@ class Helper:
         """In the new child: user, limits, and descriptors 0, 1, 2, … from `files` alone."""
         if self.place.uid is None and not os.getuid():
             kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
-        os.setpgid(0, 0)  # of the supervisor's session, or it could not give the function a group
+        # The kernel shares the processors between sessions first (sched(7), autogroup): a function
+        # in its supervisor's could starve it. In the shell's it is in the shell's process group,
+        # too, which a function may end: the next run then has another shell.
+        os.setsid()
         for name, value in self.place.limits.items():
             # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
             # door must not be refused.
@@ -2326,9 +2329,6 @@ class ForkShell(Helper):
     """A shell that forks what is exec'd (FORK_SHELL says why)."""
 
     def __init__(self, room: Room, env: dict[str, str]):
-        # The kernel shares the processors between sessions first (sched(7), autogroup): a function
-        # in its supervisor's could starve it. setsid(1) costs 0.7 ms; a shell has no such word.
-        self.session = [path] if (path := shutil.which("setsid")) else []
         gate, self.gate = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
         super().__init__(room, [room.place.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
@@ -2343,7 +2343,7 @@ class ForkShell(Helper):
                  f"cd {work}", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(job.env[name])}"
                    for name in RUN_ENV if name in job.env),
-                 (f"exec {shlex.join([*self.session, *job.command])} <{feed}/stdin "
+                 (f"exec {shlex.join(job.command)} <{feed}/stdin "
                   f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&-")]
         with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write("\n".join((*lines, "")))
@@ -2353,8 +2353,6 @@ class ForkShell(Helper):
             answer += self.receive()
         child = int(answer)
         self.done = os.pidfd_open(child)  # Linux 5.3
-        if not self.session:
-            os.setpgid(child, child)
         started = time.monotonic()
         os.write(self.gate, b"\n")
         return child, started

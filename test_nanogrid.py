@@ -2479,9 +2479,13 @@ for name in ("environ", "mem", "maps"):
 === a session and a process group of its own | | stdout=True_True
 import os
 print(os.getpid() == os.getsid(0), os.getpid() == os.getpgid(0), sep="_")
-=== a session and a process group of a shell's own | cpp
+=== a shell is not in the session that its supervisor leads | cpp
 read -r pid name state parent group session rest </proc/$$/stat
-[ "$pid $pid $pid" = "$$ $group $session" ] || { cat /proc/$$/stat; exit 1; }
+[ "$session" != "$parent" ] && [ "$group" != "$parent" ] || { cat /proc/$$/stat; exit 1; }
+=== a shell ends its process group but itself | cpp | stdout=fine
+trap : TERM; sleep 60 & kill 0; wait; echo -n fine
+=== the next run has one again | cpp | stdout=fine
+echo -n fine
 === the standard streams can be opened again | cpp | stdout=in_out
 echo -n in_ > /dev/stdout; echo out >> /proc/self/fd/1; echo err > /dev/stderr; cat /dev/stdin
 === a terminal is out of reach
