@@ -2280,8 +2280,9 @@ class Helper:
         if self.place.uid is None and not os.getuid():
             kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
         # The kernel shares the processors between sessions first (sched(7), autogroup): a function
-        # in its supervisor's could starve it. In the shell's it is in the shell's process group,
-        # too, which a function may end: the next run then has another shell.
+        # in its supervisor's session could starve it. So a helper leads one of its own. What is
+        # exec'd stays in it and in the helper's process group. It may end both: the next run then
+        # has another helper.
         os.setsid()
         for name, value in self.place.limits.items():
             # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
