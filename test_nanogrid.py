@@ -3030,7 +3030,7 @@ def hoards(grids, user):
     """One slot: after each hoarder comes a run that finds nothing of it."""
     need_room(user)
     grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXDISKMB=64, EXECUTION_MAXFILES=5000)
-    for n, (name, case) in enumerate(HOARDS.items()):
+    for name, case in HOARDS.items():
         grid.put({"main.py": HOARD_HEAD + case.files["main.py"]}, request_id=slug(name), function_id=slug(name), **case.task)
         grid.put({"main.py": NOTHING_LEFT}, request_id=f"after-{slug(name)}", function_id="after")
     return grid.run()
