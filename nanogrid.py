@@ -3115,7 +3115,8 @@ class Slot:
 
     SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
 
-    def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket], fault: Fault):
+    def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket],
+                 fault: Fault):
         self.spec, self.supervisor, self.fault = spec, supervisor, fault
         self.own = f"{spec.directory}/own"
         self.output = f"{self.own}/output"
@@ -3140,7 +3141,8 @@ class Slot:
                 self.drop(kill=True)
                 if error.errno in MACHINE_AWAY:
                     raise
-                raise Ended(Outcome("error", "launcher", f"no function can be run: {error}")) from None
+                text = f"no function can be run: {error}"
+                raise Ended(Outcome("error", "launcher", text)) from None
             except (OSError, RunLost) as error:  # what it did to its supervisor, it may do again
                 self.drop(kill=True)
                 raise Ended(Outcome("error", "launcher", "what ran the function was lost "
