@@ -91,17 +91,38 @@ class GiveUp(Exception):
     """The agent cannot go on; str() says why and what to do. Exit status 1."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a message's turn came to; None and "" where that is not known."""
+
+    status: str  # ok, failed, timeout, oom, rejected, released, error
+    reason: str | None = None  # one word
+    text: str = ""  # for the log: what went wrong, where, what to do
+    exit_code: int | None = None
+    duration_millis: int | None = None
+    peak_memory_bytes: int | None = None
+    start: str | None = None  # warm or cold
+    started_at: float | None = None  # seconds since the epoch
+    stdout: str = ""
+    stderr: str = ""
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+
+
 class Ended(Exception):
-    """A message's turn ends with these fields of its Report; str() says what and what to do."""
+    """A message's turn ends; str() says why, and what to do.
 
-    def __init__(self, **known: Any):
-        super().__init__(known.get("text", known["status"]))
-        self.fields = known
+    `known` holds those fields of its Report that a task that is wrong has right.
+    """
+
+    def __init__(self, outcome: Outcome, known: Mapping[str, Any] | None = None):
+        super().__init__(outcome.text or outcome.status)
+        self.outcome, self.known = outcome, known or {}
 
 
-def rejected(reason: str, text: str, **known: Any) -> Ended:
+def rejected(reason: str, text: str, known: Mapping[str, Any] | None = None) -> Ended:
     """The end of a task that is wrong, or whose zip is: it never runs."""
-    return Ended(status="rejected", reason=reason, text=text, **known)
+    return Ended(Outcome("rejected", reason, text), known)
 
 
 class Outage(Exception):
@@ -160,15 +181,18 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
     return _YamlReader(text, name).tree
 
 
+Keys = tuple[str, ...]  # from the top of the file to an entry
+
+
 class _YamlReader:
     """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
     def __init__(self, text: str, name: str):
         self.name, self.number = name, 0  # of the line that is being read
         self.tree: dict[str, Any] = {}
-        self.entries: dict[tuple, tuple[int, dict[str, Any]]] = {}
-        blocks: list[tuple[int, tuple, Any]] = []  # (indent, path, map or list), innermost last
-        below: tuple | None = ()  # the path whose block may begin in this line
+        self.entries: dict[Keys, tuple[int, dict[str, Any]]] = {}
+        blocks: list[tuple[int, Keys, Any]] = []  # (indent, path, map or list), innermost last
+        below: Keys | None = ()  # the path whose block may begin in this line
         for indent, body in self.content(text.removeprefix("\ufeff")):
             item = _ITEM.match(body)
             if below == ():
@@ -179,7 +203,8 @@ class _YamlReader:
             elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
                 if len(below) > 50:
                     self.fail("nested too deep; use at most 50 levels")
-                blocks[-1][2][below[-1]] = block = [] if item else {}
+                block: Any = [] if item else {}
+                blocks[-1][2][below[-1]] = block
                 blocks.append((indent, below, block))
             while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
                               and isinstance(blocks[-1][2], list)):
@@ -188,7 +213,7 @@ class _YamlReader:
                 self.fail("indented unlike its siblings, or text that goes on from the line above; "
                           "give them one indent, and write a value in its key's line")
             _, path, block = blocks[-1]
-            if isinstance(block, list):
+            if item and isinstance(block, list):
                 block.append(self.scalar(body[item.end():]))
                 below = None
             else:
@@ -203,7 +228,8 @@ class _YamlReader:
         for self.number, line in enumerate(text.split("\n"), 1):  # splitlines() takes U+2028, too
             line = line.removesuffix("\r")
             if bad := _FORBIDDEN.search(line):
-                self.fail(f"the character U+{ord(bad[0]):04X} is not YAML; take it out, or escape it")
+                self.fail(f"the character U+{ord(bad[0]):04X} is not YAML; take it out, "
+                          "or escape it")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
                 self.fail(_REFUSED[body[0]])
@@ -215,7 +241,7 @@ class _YamlReader:
                 begun = True
                 yield len(line) - len(body), body.rstrip(" ")
 
-    def entry(self, body: str, path: tuple, block: dict[str, Any]) -> tuple | None:
+    def entry(self, body: str, path: Keys, block: dict[str, Any]) -> Keys | None:
         """Read a line of a map; the path of its key, if nothing stands behind it."""
         key, _, rest = self.token(body)
         if not (colon := _COLON.match(rest)):
@@ -244,7 +270,7 @@ class _YamlReader:
 
     def token(self, text: str) -> tuple[str, bool, str]:
         """What the token at the start of `text` says; is it plain (else quoted); the rest."""
-        def character(escape: re.Match) -> str:
+        def character(escape: re.Match[str]) -> str:
             digits = escape[1] or escape[2] or escape[3]
             code = int(digits, 16) if digits else ord(_ESCAPES.get(escape[4], "\ud800"))
             if 0xD800 <= code <= 0xDFFF or code > 0x10FFFF:
@@ -386,7 +412,8 @@ SETTINGS = tuple(one.metadata["row"]._replace(field=one.name)
                  for one in fields(Settings) if one.metadata)
 _REQUIRED = {"region", "queue_url", "code_bucket"}
 _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
-_HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
+_HELD_AS: dict[str, Callable[[Any], Any]] = {
+    "user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
 _ROWS = {tuple(row.path.split(".")): row for row in SETTINGS}
 _SECTIONS = {keys[:depth] for keys in _ROWS for depth in range(1, len(keys))}
 
@@ -419,7 +446,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     return Settings(**values), warnings
 
 
-def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], list[str]]:
+def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list[str]]:
     """{path of keys, () for the file: (value, FILE:LINE)}; what is wrong with keys; warnings."""
     try:
         reader = _YamlReader(path.read_bytes().decode(), str(path))
@@ -429,7 +456,7 @@ def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], lis
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    written: dict[tuple, tuple[Any, str]] = {(): (reader.tree, f"{path}:1")}
+    written: dict[Keys, tuple[Any, str]] = {(): (reader.tree, f"{path}:1")}
     problems, warnings = [], []
     for keys, (line, block) in reader.entries.items():
         if keys[:-1] in _ROWS or keys[:-1] not in written:
@@ -476,7 +503,8 @@ def _faults(row: Setting, value: Any) -> list[str]:
         if type(value) is int:
             advice = row.why or f"{row.low} to {row.high} are allowed"
     else:
-        fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
+        fits = (isinstance(value, str) and value.isprintable()
+                and re.fullmatch(pattern, value) is not None)
         advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
     return [] if fits else [f"is {shown(value)}; {advice}"]
 
@@ -574,7 +602,7 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
     if wrong:
         raise rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
-                       **{REPORTED[name]: right[name] for name in REPORTED if name in right})
+                       {REPORTED[name]: right[name] for name in REPORTED if name in right})
     return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
                 right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
 
@@ -676,9 +704,10 @@ def unpack(archive: Path, target: Path) -> list[str]:
             # behind a name it would not, if that name is a link.
             parts = [part for part in link.split("/") if part not in ("", ".")]
             ups = parts.count("..")
-            if link[:1] in ("", "/") or "\0" in link or ups > path.count("/") or ".." in parts[ups:]:
-                raise _bad(member, f"is a link to {shown(link, in_json=True)}; it must be relative, "
-                                   "stay inside and have '..' only at its beginning")
+            leaves = ups > path.count("/") or ".." in parts[ups:]
+            if leaves or link[:1] in ("", "/") or "\0" in link:
+                raise _bad(member, f"is a link to {shown(link, in_json=True)}; it must be "
+                                   "relative, stay inside and have '..' only at its beginning")
             (target / path).symlink_to(link)
         return files
 
@@ -691,8 +720,8 @@ class _Archive(io.FileIO):
             raise zipfile.BadZipFile(f"it points to byte {offset}, which it cannot have")
         return super().seek(offset, whence)
 
-    def read(self, size: int = -1) -> bytes:
-        if size > MAX_DIRECTORY:
+    def read(self, size: int | None = -1) -> bytes:
+        if size and size > MAX_DIRECTORY:
             raise zipfile.BadZipFile(f"its directory claims {size} bytes")
         return super().read(size)
 
@@ -769,7 +798,7 @@ def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
 
 
 def find_entry(target: Path, runtime: str) -> str:
-    """The file, or link to one, that `runtime` starts with in an unpacked zip; or Ended("entry")."""
+    """The file, or link to one, that `runtime` starts with in a zip; or Ended("entry")."""
     names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
     hint = ""
     for name in names:
@@ -869,7 +898,7 @@ class Fault:
 
     @contextlib.contextmanager
     def watched(self, goes_on: bool = False) -> Iterator[None]:
-        """Note how a block ends; an OSError that may pass becomes an Outage, or none if `goes_on`."""
+        """Note how a block ends: an OSError that may pass is an Outage, or none if `goes_on`."""
         try:
             yield
         except OSError as error:
@@ -1431,11 +1460,11 @@ class S3Code:
         elif code == "NoSuchKey":
             raise rejected("key", f"{where} does not exist; upload it, or correct s3Key")
         elif code == "NoSuchBucket":
-            raise Ended(status="error", reason="bucket", text=f"{where}: {error}; check "
-                        "agent.s3.codeBucket, or s3Bucket in the message")
+            raise Ended(Outcome("error", "bucket", f"{where}: {error}; check "
+                                "agent.s3.codeBucket, or s3Bucket in the message"))
         elif error:
-            raise Ended(status="error", reason="permission" if is_denied(error) else "s3",
-                        text=f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}")
+            raise Ended(Outcome("error", "permission" if is_denied(error) else "s3",
+                                f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}"))
         else:
             self._download(answer, target, where)
             known = answer["ETag"]
@@ -1552,7 +1581,6 @@ READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
 NICER = 5  # functions give way to the agent, whose leases must not be late
-RUN_ENV = ("REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS")  # what differs from run to run
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
 
@@ -1607,7 +1635,7 @@ def fork_each(channel=3):
         pid = 0
         while pid != child:  # clone(CLONE_PARENT) makes others its children
             pid, status, usage = os.wait4(-1, 0)
-        os.write(channel, marshal.dumps((status, usage.ru_maxrss), 2))
+        os.write(channel, marshal.dumps(("ended", status, usage.ru_maxrss), 2))
 
 def become(channel, request):
     """Turn this fork into the process of the request; its global names and its code."""
@@ -1629,7 +1657,7 @@ def become(channel, request):
         os.environ[name] = value
         sys.modules["posix"].environ[name.encode()] = os.fsencode(value)
     # From here on the time is the function's.
-    os.write(channel, marshal.dumps((os.getpid(), time.monotonic()), 2))
+    os.write(channel, marshal.dumps(("begun", os.getpid(), time.monotonic()), 2))
     os.close(channel)
     path = os.getcwd() + "/main.py"
     for name in set(sys.path_importer_cache).difference(looked_at):
@@ -1711,9 +1739,20 @@ sys.exit(status)
 '''
 
 
+# --- What crosses from the agent to the launcher and back ---
+#
+# The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
+# supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
+# supervisor answers each with OUTCOME, NOT_BEGUN or LOST. Each is a line of JSON; what is said back
+# has its kind under "kind". What is fixed for a slot is in SlotSpec, what is fixed when a helper
+# starts is in RunSpec.helper, and what belongs to one run alone is in the rest of RunSpec.
+
+READY, OUTCOME, NOT_BEGUN, LOST = "ready", "outcome", "not begun", "lost"
+
+
 @dataclass(frozen=True)
-class Place:
-    """Where a slot runs, as whom, and what it sees: what the agent tells the launcher of it."""
+class SlotSpec:
+    """What is fixed for a slot: where it runs, as whom, and what it sees of the machine."""
 
     directory: str
     uid: int | None  # None: as the agent's own user
@@ -1724,16 +1763,17 @@ class Place:
     limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
     network: str  # host or none
     hidden: tuple[str, ...]  # directories and files of the machine that functions do not see
-    kept: tuple[str, ...]  # what they need of what lies there
+    shown: tuple[str, ...]  # what they need of what lies there
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     """One run, as the agent asks a supervisor for it."""
 
     command: tuple[str, ...]
-    warm: str  # the interpreter to keep ready for it; "" for none
-    env: dict[str, str]
+    interpreter: str  # the one to keep ready for it; "" for none
+    helper_env: dict[str, str]  # all that a helper starts with: nothing of a run, nor of a task
+    env: dict[str, str]  # what this run has besides
     package: str  # directory with the code
     input: str
     timeout_ms: int
@@ -1741,6 +1781,14 @@ class Job:
     disk_mb: int
     files: int
     tee: bool = False  # pass the outputs through as they come
+
+
+class NotBegun(OSError):
+    """A part of the machine failed before the function had begun: the run can be tried again."""
+
+
+class RunLost(Exception):
+    """What ran the function was lost with it: the function may have done anything by then."""
 
 
 def kernel(name: str, *arguments: Any) -> int:
@@ -1828,11 +1876,11 @@ def reopen(path: str) -> None:
     mount("none", path, "", MS_REMOUNT | MS_BIND | os.statvfs(path).f_flag & MS_KEPT)
 
 
-def hidden_and_kept(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(hidden, kept): the paths that a room covers, and those below them that it shows again.
+def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(hidden, shown): the paths that a room covers, and those below them that it shows again.
 
     A directory that holds this file or the settings is hidden as a whole, unless it is one of the
-    system's: then that file alone is. Kept is what holds `needed`, and what resolves names. All
+    system's: then that file alone is. Shown is what holds `needed`, and what resolves names. All
     else of the machine stays to be seen.
     """
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
@@ -1844,13 +1892,13 @@ def hidden_and_kept(settings: Path | None, needed: Iterable[str]) -> tuple[list[
     resolver = os.path.realpath("/etc/resolv.conf")
     if os.path.dirname(resolver) != "/run":
         resolver = os.path.dirname(resolver)
-    kept = {path for path in ("/run/nscd", resolver) if path.startswith("/run/")}
+    shown = {path for path in ("/run/nscd", resolver) if path.startswith("/run/")}
     for path in {*needed, *map(os.path.realpath, needed)}:
         covers = [cover for cover in hidden if path.startswith(f"{cover}/")]
         if covers:
             cover = max(covers, key=len)
-            kept.add(os.path.join(cover, os.path.relpath(path, cover).partition("/")[0]))
-    return hidden, sorted(filter(os.path.exists, kept))
+            shown.add(os.path.join(cover, os.path.relpath(path, cover).partition("/")[0]))
+    return hidden, sorted(filter(os.path.exists, shown))
 
 
 def refuse_metadata(first_uid: int, last_uid: int) -> list[int]:
@@ -1901,21 +1949,21 @@ def _refusal(addresses: list[bytes], offset: int, first_uid: int, last_uid: int)
 class Room:
     """What a slot sees of the machine: made once, for its supervisor and all that it forks.
 
-    What the kernel does not give is left out; `left_open` has the words for what functions can do then.
+    What the kernel does not give is left out; `gaps` says what functions can do then.
     """
 
-    def __init__(self, place: Place):
-        self.place, self.feed = place, f"{place.directory}/feed"
-        self.left_open: list[str] = []
+    def __init__(self, spec: SlotSpec):
+        self.spec, self.feed = spec, f"{spec.directory}/feed"
+        self.gaps: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
         self.files: list[str] = []  # that are hidden
         self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
         self.ruleset = -1
         for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
-            os.makedirs(f"{place.directory}/{name}", exist_ok=True)
+            os.makedirs(f"{spec.directory}/{name}", exist_ok=True)
             if name in OWN_TMP.values():
-                sweep(f"{place.directory}/{name}")
+                sweep(f"{spec.directory}/{name}")
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
@@ -1926,18 +1974,18 @@ class Room:
                 self._try("functions see other users' processes in /proc", lambda: mount(
                     "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
         # What lies on these is counted where it is: on disk, or in /dev/shm.
-        self.devices = {os.stat(path).st_dev for path in (place.directory, *self.own)}
+        self.devices = {os.stat(path).st_dev for path in (spec.directory, *self.own)}
         os.makedirs(f"{self.feed}/out", exist_ok=True)
-        self._try("functions may use the machine's abstract sockets" if place.uid is not None else
+        self._try("functions may use the machine's abstract sockets" if spec.uid is not None else
                   "functions may write and signal whatever this user may", self._make_ruleset)
 
     def _try(self, effect: str, step: Callable[[], None]) -> bool:
         try:
             step()
         except OSError as error:
-            if step == self._unshare and self.place.network == "none":
+            if step == self._unshare and self.spec.network == "none":
                 raise  # who asked for no network gets none, or no run
-            self.left_open.append(f"{effect} ({error.filename}: {error.strerror})")
+            self.gaps.append(f"{effect} ({error.filename}: {error.strerror})")
             return False
         return True
 
@@ -1954,7 +2002,7 @@ class Room:
                                ("gid_map", f"{group} {group} 1")):
                 Path("/proc/self", name).write_text(text)
             kernel("prctl", PR_SET_DUMPABLE, 0)
-        no_network = CLONE_NEWNET if self.place.network == "none" else 0
+        no_network = CLONE_NEWNET if self.spec.network == "none" else 0
         kernel("unshare", CLONE_NEWNS | CLONE_NEWIPC | no_network)
         mount("none", "/", "", MS_REC | MS_SLAVE)  # what is mounted here is not seen outside
         if no_network:
@@ -1963,23 +2011,23 @@ class Room:
 
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
-        place, flags = self.place, MS_NOSUID | MS_NODEV
-        self.files = [path for path in place.hidden if not os.path.isdir(path)]
-        here = os.open(place.directory, os.O_PATH)  # its path may be covered soon
+        spec, flags = self.spec, MS_NOSUID | MS_NODEV
+        self.files = [path for path in spec.hidden if not os.path.isdir(path)]
+        here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
         # A mount point cannot be renamed or removed, but a plain directory above it can. So the
         # first part of a kept path below its cover becomes a mount point, too.
         kept: dict[str, int] = {}
         to_cover: set[str] = set()
-        for path in place.kept:
-            if above := [one for one in place.hidden if path.startswith(f"{one}/")]:
+        for path in spec.shown:
+            if above := [one for one in spec.hidden if path.startswith(f"{one}/")]:
                 kept[path] = os.open(path, os.O_PATH)
                 to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
         to_cover.difference_update(kept)
         covered = []
-        if place.uid is None:
+        if spec.uid is None:
             self._try("functions may change modes and times of all files of this user",
                       self._make_read_only)
-        for path in sorted({*place.hidden, *to_cover}):
+        for path in sorted({*spec.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
                 reopen(path)
@@ -1995,7 +2043,7 @@ class Room:
         for path in covered:
             if path != SHM:
                 mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
-        self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in place.hidden}
+        self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
         # Its input, script and outputs are made anew for each run, for next to nothing here: a
         # file system on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
@@ -2024,7 +2072,7 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
-        if path == f"{self.place.directory}/own":
+        if path == f"{self.spec.directory}/own":
             reopen(path)
 
     def _make_ruleset(self) -> None:
@@ -2034,18 +2082,18 @@ class Room:
         is under any rule for files may mount nothing, not even in a user namespace that it makes.
         """
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
-        is_other = self.place.uid is not None
+        is_other = self.spec.uid is not None
         if version < 2:  # it would let no file be moved to another directory
             raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
         if version < 6:
-            self.left_open.append("functions may use the machine's abstract sockets" + (
+            self.gaps.append("functions may use the machine's abstract sockets" + (
                 "" if is_other else " and signal this user's processes"))
         change = MAY_WRITE | MAY_REFER | MAY_CHANGE | (MAY_TRUNCATE if version >= 3 else 0)
         rules = {"/": MAY_REFER}
         if not is_other:
             devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
             # Without mounts of its own it needs the machine's /dev/shm: semaphores lie there.
-            mine = [*(f"{self.place.directory}/own/{name}" for name in OWN),
+            mine = [*(f"{self.spec.directory}/own/{name}" for name in OWN),
                     *filter(os.path.isdir, (*(self.own or [SHM]), self.queues))]
             rules = dict.fromkeys((f"{self.feed}/out", *devices), MAY_WRITE)
             rules.update(dict.fromkeys(mine, change))
@@ -2065,7 +2113,7 @@ class Room:
         if SHM in self.own and limits != self.shm_limits:
             mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
             self.shm_limits = limits
-        nothing = f"{self.place.directory}/nothing"
+        nothing = f"{self.spec.directory}/nothing"
         for path in self.files:  # one that was replaced by a rename is not covered any more
             if os.path.exists(path) and not os.path.samefile(path, nothing):
                 mount(nothing, path, "", MS_BIND)
@@ -2135,13 +2183,13 @@ class Workspace:
     links, and those that are still there stay. Else all is removed, and copied again.
     """
 
-    def __init__(self, place: Place, room: Room):
-        self.place, self.room = place, room
-        own = f"{place.directory}/own"
+    def __init__(self, spec: SlotSpec, room: Room):
+        self.spec, self.room = spec, room
+        own = f"{spec.directory}/own"
         self.work, *self.emptied = [f"{own}/{name}" for name in OWN]
         self.tidied = {own: OWN, **room.own}  # path -> names that stay there
-        self.on_disk = [own, *(f"{place.directory}/{name}" for name in OWN_TMP.values())]
-        self.linked = place.uid not in (None, os.getuid())
+        self.on_disk = [own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
+        self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy
         self.is_tidy = False
 
@@ -2204,7 +2252,7 @@ class Workspace:
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
         if self.linked:
-            os.chown(path, self.place.uid, self.place.gid)
+            os.chown(path, self.spec.uid, self.spec.gid)
         os.chmod(path, mode)
 
 
@@ -2258,7 +2306,7 @@ class Helper:
     def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
                  files: list[int]):
         """Exec argv with `files` as its descriptors, but for 3, its end of the channel."""
-        self.room, self.place = room, room.place
+        self.room, self.spec = room, room.spec
         self.runs = 0
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         files[3:3] = [theirs.detach()]
@@ -2277,14 +2325,14 @@ class Helper:
 
     def _confine(self, files: list[int]) -> None:
         """In the new child: user, limits, and descriptors 0, 1, 2, … from `files` alone."""
-        if self.place.uid is None and not os.getuid():
+        if self.spec.uid is None and not os.getuid():
             kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
         # The kernel shares the processors between sessions first (sched(7), autogroup): a function
         # in its supervisor's session could starve it. So a helper leads one of its own. What is
         # exec'd stays in it and in the helper's process group. It may end both: the next run then
         # has another helper.
         os.setsid()
-        for name, value in self.place.limits.items():
+        for name, value in self.spec.limits.items():
             # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
             # door must not be refused.
             if name != "RLIMIT_NPROC":
@@ -2301,13 +2349,13 @@ class Helper:
         os.closerange(len(files), 1024)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        if self.place.uid is not None and not self.privileged:
+        if self.spec.uid is not None and not self.privileged:
             with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
                 for capability in range(64):
                     kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
-            os.setgroups(self.place.groups)
-            os.setresgid(*[self.place.gid] * 3)
-            os.setresuid(*[self.place.uid] * 3)  # takes all capabilities, too
+            os.setgroups(self.spec.groups)
+            os.setresgid(*[self.spec.gid] * 3)
+            os.setresuid(*[self.spec.uid] * 3)  # takes all capabilities, too
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
@@ -2332,19 +2380,18 @@ class ForkShell(Helper):
     def __init__(self, room: Room, env: dict[str, str]):
         gate, self.gate = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
-        super().__init__(room, [room.place.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
+        super().__init__(room, [room.spec.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
                          env, "/", [null, null, null, gate])
 
-    def start(self, job: Job, data_bytes: int) -> tuple[int, float]:
-        """Start the job; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
-        feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.place.directory}/own/work")
-        processes = self.place.limits["RLIMIT_NPROC"]
+    def start(self, run: RunSpec, data_bytes: int) -> tuple[int, float]:
+        """Start the run; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
+        feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.spec.directory}/own/work")
+        processes = self.spec.limits["RLIMIT_NPROC"]
         lines = [f"ulimit -d {data_bytes // 1024}",
                  f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}",  # bash; dash
                  f"cd {work}", "unset PWD OLDPWD SHLVL",
-                 *(f"export {name}={shlex.quote(job.env[name])}"
-                   for name in RUN_ENV if name in job.env),
-                 (f"exec {shlex.join(job.command)} <{feed}/stdin "
+                 *(f"export {name}={shlex.quote(value)}" for name, value in run.env.items()),
+                 (f"exec {shlex.join(run.command)} <{feed}/stdin "
                   f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&-")]
         with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write("\n".join((*lines, "")))
@@ -2375,7 +2422,7 @@ class ReadyPython(Helper):
     privileged = True
 
     def __init__(self, room: Room, env: dict[str, str], interpreter: str):
-        directory = os.path.dirname(room.place.shell)
+        directory = os.path.dirname(room.spec.shell)
         null = os.open(os.devnull, os.O_RDWR)
         unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
         super().__init__(room, [interpreter, "main.py"], env, directory, [null, output, output])
@@ -2383,28 +2430,29 @@ class ReadyPython(Helper):
         self.done = self.channel.fileno()
         self.receive(30)
 
-    def start(self, job: Job, data_bytes: int) -> tuple[int, float]:
-        """Start the job; its pid, a child of the interpreter, and when. Raises ConnectionError."""
+    def start(self, run: RunSpec, data_bytes: int) -> tuple[int, float]:
+        """Start the run; its pid, a child of the interpreter, and when. Raises ConnectionError."""
         self.runs += 1
-        processes = self.place.limits["RLIMIT_NPROC"]
+        processes = self.spec.limits["RLIMIT_NPROC"]
         self.channel.send(marshal.dumps({
-            "directory": self.place.directory, "uid": self.place.uid, "gid": self.place.gid,
-            "groups": self.place.groups, "env": {name: job.env[name] for name in RUN_ENV},
+            "directory": self.spec.directory, "uid": self.spec.uid, "gid": self.spec.gid,
+            "groups": self.spec.groups, "env": run.env,
             "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
-        begun = marshal.loads(self.receive())
-        if not isinstance(begun[1], float):
+        kind, child, started = marshal.loads(self.receive())
+        if kind != "begun":
             raise ConnectionError("the function's process ended before it began")
-        return begun
+        return child, started
 
     def wait(self, child: int) -> tuple[int, int]:
         """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
-        return marshal.loads(self.receive())
+        _, status, peak_kib = marshal.loads(self.receive())
+        return status, peak_kib
 
 
 # --- The supervisor: one run from its workspace to its outcome ---
 
-# A run that failed ends as oom when the end of its stderr matches this. The kernel keeps no count of
-# the allocations that it refuses, so these are the runtimes' own words for one.
+# A run that failed ends as oom when the end of its stderr matches this. The kernel keeps no count
+# of the allocations that it refuses, so these are the runtimes' own words for one.
 REFUSED = re.compile(
     r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
     r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
@@ -2414,53 +2462,53 @@ REFUSED = re.compile(
 class Supervisor:
     """One slot: runs its jobs, one at a time."""
 
-    def __init__(self, place: Place, agent: socket.socket, life: int):
-        self.place, self.agent = place, agent
+    def __init__(self, spec: SlotSpec, agent: socket.socket, life: int):
+        self.spec, self.agent = spec, agent
         self.life = life  # ends with the launcher
-        self.room = Room(place)
-        self.workspace = Workspace(place, self.room)
+        self.room = Room(spec)
+        self.workspace = Workspace(spec, self.room)
         self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
         self.unready = ""  # an interpreter that could not be made ready
         self.begun = False  # whether the function of the run has begun
-        for name, value in place.limits.items():
+        for name, value in spec.limits.items():
             hard = resource.getrlimit(getattr(resource, name))[1]
-            place.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            spec.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
 
     def work(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
-        answer_to(self.agent, {"pid": os.getpid(), "left_open": self.room.left_open})
+        answer(self.agent, READY, pid=os.getpid(), gaps=self.room.gaps)
         requests = self.agent.makefile("r", encoding="utf-8")
         while (self.life not in select.select([self.agent, self.life], [], [])[0]
                and (line := requests.readline())):
             self.begun = False
             try:
-                answer = self.run(Job(**json.loads(line)))
-                answer["is_last"] = self.room.has_ipc()  # which ends with its namespace
+                outcome = self.run(RunSpec(**json.loads(line)))
+                # What is left of IPC ends with its namespace, and that with its supervisor.
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc())
             except OSError as error:  # ConnectionError is one
                 self.end_run(self.helpers)
                 # A helper that does not answer is as if it could not be forked.
                 number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-                answer = {"errno": number, "text": str(error), "begun": self.begun}
-            answer_to(self.agent, answer)
+                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
 
-    def run(self, job: Job) -> dict[str, Any]:
-        """One run; the fields of its Report that are known here. Raises OSError."""
-        self.room.begin(job.memory_mb, job.files)
-        self.workspace.prepare(job.package, job.input)
-        outputs = [Output(f"{self.room.feed}/{name}", fd if job.tee else 0)
+    def run(self, run: RunSpec) -> Outcome:
+        """One run, to its end. Raises OSError."""
+        self.room.begin(run.memory_mb, run.files)
+        self.workspace.prepare(run.package, run.input)
+        outputs = [Output(f"{self.room.feed}/{name}", fd if run.tee else 0)
                    for fd, name in enumerate(OUTPUTS, 1)]
         try:
-            helper, start = self._helper(job)
+            helper, start = self._helper(run)
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
-            child, started = helper.start(job, max(3 * job.memory_mb,
-                                                   2 * job.memory_mb + 192) * MIB)
+            child, started = helper.start(run, max(3 * run.memory_mb,
+                                                   2 * run.memory_mb + 192) * MIB)
             self.begun = True
             started_at = time.time() - (time.monotonic() - started)
-            watch = Watch(self, job, outputs, started)
+            watch = Watch(self, run, outputs, started)
             end = watch.wait(helper.done)
             duration = time.monotonic() - started
             if end != "exit":  # leaving the status of its first process to be taken
@@ -2473,33 +2521,33 @@ class Supervisor:
         peak = max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
         if end == "exit":
-            end = "oom" if peak > job.memory_mb * MIB else "failed" if code else "ok"
+            end = "oom" if peak > run.memory_mb * MIB else "failed" if code else "ok"
             if end == "failed" and (REFUSED.search(texts[1][-2000:])
-                                    or self.room.shm_bytes() >= job.memory_mb * MIB):
+                                    or self.room.shm_bytes() >= run.memory_mb * MIB):
                 end = "oom"
-        return {"status": "failed" if end == "disk" else end,
-                "reason": "disk" if end == "disk" else None, "exit_code": code,
-                "peak_memory_bytes": peak, "duration_millis": round(duration * 1000),
-                "start": start, "started_at": started_at, "stdout": texts[0], "stderr": texts[1],
-                "stdout_bytes": outputs[0].count, "stderr_bytes": outputs[1].count}
+        return Outcome(
+            "failed" if end == "disk" else end, reason="disk" if end == "disk" else None,
+            exit_code=code, peak_memory_bytes=peak, duration_millis=round(duration * 1000),
+            start=start, started_at=started_at, stdout=texts[0], stderr=texts[1],
+            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count)
 
-    def _helper(self, job: Job) -> tuple[ForkShell | ReadyPython, str]:
-        """What starts this job, made if need be, and whether that is a warm or a cold start."""
+    def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
+        """What starts this run, made if need be, and whether that is a warm or a cold start."""
         self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
             os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
-        base = {name: value for name, value in job.env.items() if name not in RUN_ENV}
-        if job.warm and job.warm != self.unready:
-            ready = self.helpers.get(job.warm)
+        if run.interpreter and run.interpreter != self.unready:
+            ready = self.helpers.get(run.interpreter)
             if ready and ready.runs < READY_RUNS:
                 return ready, "warm"
-            self._close([job.warm])
+            self._close([run.interpreter])
             try:
-                ready = self.helpers[job.warm] = ReadyPython(self.room, base, job.warm)
+                ready = self.helpers[run.interpreter] = ReadyPython(
+                    self.room, run.helper_env, run.interpreter)
                 return ready, "cold"
             except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
-                self.unready = job.warm
+                self.unready = run.interpreter
         if "" not in self.helpers:
-            self.helpers[""] = ForkShell(self.room, base)
+            self.helpers[""] = ForkShell(self.room, run.helper_env)
         return self.helpers[""], "cold"
 
     def _close(self, names: Iterable[str]) -> None:
@@ -2514,14 +2562,14 @@ class Supervisor:
 
     def _kill_user(self) -> None:
         """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
-        if not self.place.own_uid:
+        if not self.spec.own_uid:
             return
         if killer := os.fork():
             os.waitpid(killer, 0)
             self._close([""])
             return
         try:
-            os.setresuid(*[self.place.uid] * 3)
+            os.setresuid(*[self.spec.uid] * 3)
             os.kill(-1, signal.SIGKILL)
         finally:
             os._exit(0)
@@ -2569,7 +2617,7 @@ def launch(control: socket.socket) -> None:
                     supervisors[pidfd] = pid
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
-                    answer_to(agent, {"errno": error.errno, "text": str(error)})
+                    answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
             os.waitpid(supervisors.pop(pidfd), 0)
@@ -2585,17 +2633,17 @@ def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int
             os.close(other)
         os.setsid()
         kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
-        Supervisor(Place(**json.loads(message)), agent, life).work()
+        Supervisor(SlotSpec(**json.loads(message)), agent, life).work()
     except OSError as error:
-        answer_to(agent, {"errno": error.errno, "text": str(error)})
+        answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
     finally:
         os._exit(0)
 
 
-def answer_to(agent: socket.socket, answer: dict[str, Any]) -> None:
+def answer(agent: socket.socket, kind: str, **content: Any) -> None:
     """Send the agent one line; one that has gone needs none."""
     with contextlib.suppress(ConnectionError):
-        agent.sendall(json.dumps(answer).encode() + b"\n")
+        agent.sendall(json.dumps({"kind": kind, **content}).encode() + b"\n")
 
 
 # --------------------------------------------------------------------------------------------
@@ -2612,10 +2660,10 @@ MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+) *(.*)$", re.MULTI
 class Watch:
     """Looks after a run until it ends or must be ended."""
 
-    def __init__(self, supervisor: Supervisor, job: Job, outputs: list[Output], started: float):
-        self.supervisor, self.job = supervisor, job
+    def __init__(self, supervisor: Supervisor, run: RunSpec, outputs: list[Output], started: float):
+        self.supervisor, self.run = supervisor, run
         self.outputs = {output.fd: output for output in outputs}
-        self.deadline = started + job.timeout_ms / 1000
+        self.deadline = started + run.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
         self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
@@ -2624,7 +2672,7 @@ class Watch:
         self.unnamed: dict[tuple[int, int], int] = {}  # when last looked (unnamed_files)
 
     def wait(self, done: int) -> str:
-        """How the run ends: exit (`done` is readable), timeout, oom, disk, or released by the agent."""
+        """How the run ends: exit (`done` is readable), timeout, oom, disk, or released."""
         agent, life = self.supervisor.agent.fileno(), self.supervisor.life
         poll = select.poll()
         for fd in (done, agent, life, *self.outputs):
@@ -2647,15 +2695,15 @@ class Watch:
 
     def _look(self, now: float) -> str:
         """Whether the run is over its memory or its disk; "" when it is not."""
-        cap, place = self.job.memory_mb * MIB, self.supervisor.place
+        cap, spec = self.run.memory_mb * MIB, self.supervisor.spec
         if self._held(cap) > cap:
             return "oom"
         if now >= self.next_disk_look:
             began = time.monotonic()
-            size, count = disk_usage(self.supervisor.workspace.on_disk, self.job.files)
+            size, count = disk_usage(self.supervisor.workspace.on_disk, self.run.files)
             self.unnamed = unnamed_files(self.supervisor.run_pids())
-            size += self._unnamed_bytes({os.stat(place.directory).st_dev})
-            if size > self.job.disk_mb * MIB or count > self.job.files:
+            size += self._unnamed_bytes({os.stat(spec.directory).st_dev})
+            if size > self.run.disk_mb * MIB or count > self.run.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
             self.next_disk_look = now + max(DISK_LOOK_SECONDS, min(10 * (now - began), 3.0))
@@ -2770,39 +2818,45 @@ LONGEST_OUTPUT = 768  # of the 1,024 bytes of S3's keys; requestId and s3Prefix 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a message's turn.
-
-    The fields up to `reason` are the pairs of the REPORT line, in this order.
-    """
+    """Whose message it was, and what its turn came to."""
 
     request_id: str | None = None
     function_id: str | None = None
     runtime: str | None = None
-    status: str = "error"
-    exit_code: int | None = None
-    duration_millis: int | None = None
-    peak_memory_bytes: int | None = None
     memory_mb: int | None = None
     timeout_ms: int | None = None
     receive_count: int = 1
-    start: str | None = None  # warm or cold
-    reason: str | None = None
-    text: str = ""  # for the log: what went wrong, where, what to do
-    stdout: str = ""
-    stderr: str = ""
-    stdout_bytes: int = 0
-    stderr_bytes: int = 0
-    started_at: float | None = None  # seconds since the epoch
+    outcome: Outcome = Outcome("error")
+
+    def ended(self, error: Exception) -> Report:
+        """This report when an error ends the turn; what was said of the run before stays known."""
+        if isinstance(error, Ended):
+            kept = {name: value for name, value in vars(error.outcome).items() if value}
+            return replace(self, **error.known, outcome=replace(self.outcome, **kept))
+        reason, text = "agent", f"{type(error).__name__}: {error}"
+        if isinstance(error, Outage):
+            reason, text = error.reason, str(error)
+        return replace(self, outcome=replace(
+            self.outcome, status="error", reason=reason, text=text))
 
     def pairs(self) -> dict[str, Any]:
         """The pairs of the REPORT line."""
-        return {key: getattr(self, name) for name, key in _REPORT_KEYS.items()
-                if name != "reason" or self.reason}
+        outcome = self.outcome
+        pairs = {
+            "requestId": self.request_id, "functionId": self.function_id, "runtime": self.runtime,
+            "status": outcome.status, "exitCode": outcome.exit_code,
+            "durationMillis": outcome.duration_millis,
+            "peakMemoryBytes": outcome.peak_memory_bytes, "memoryMb": self.memory_mb,
+            "timeoutMs": self.timeout_ms, "receiveCount": self.receive_count,
+            "start": outcome.start}
+        if outcome.reason:
+            pairs["reason"] = outcome.reason
+        return pairs
 
     def result(self, names: list[str], peaks: Collection[int]) -> dict[str, Any]:
         """The content of result.json, with the output files' names and the function's peaks."""
-        begin = self.started_at
-        end = begin and begin + (self.duration_millis or 0) / 1000
+        outcome, begin = self.outcome, self.outcome.started_at
+        end = begin and begin + (outcome.duration_millis or 0) / 1000
         wanted = words = None
         if peaks and self.memory_mb is not None:
             largest = max(peaks) / MIB
@@ -2812,31 +2866,25 @@ class Report:
                       "memoryMb fits")
             words = (f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of "
                      f"{self.memory_mb}: {advice}.")
-        return {**self.pairs(), "success": self.status == "ok", "stdout": self.stdout,
-                "stderr": self.stderr or self.text, "stdoutBytes": self.stdout_bytes,
-                "stderrBytes": self.stderr_bytes, "startedAt": begin and iso(begin),
+        return {**self.pairs(), "success": outcome.status == "ok", "stdout": outcome.stdout,
+                "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
+                "stderrBytes": outcome.stderr_bytes, "startedAt": begin and iso(begin),
                 "finishedAt": end and iso(end), "outputFiles": names,
                 "recommendedMemoryMb": wanted, "optimizationTip": words}
 
     def write(self, log: Log, label: str) -> None:
         """Log the function's kept output, each line after `label`, and the REPORT line."""
-        lines = []
-        for stream, text in (("stdout", self.stdout), ("stderr", self.stderr)):
+        lines, outcome = [], self.outcome
+        for stream, text in (("stdout", outcome.stdout), ("stderr", outcome.stderr)):
             for line in text.removesuffix("\n").split("\n") if text else ():
                 said, pairs = f"[{label}] {stream}: {line}", {}
                 if log.json:
                     said, pairs = line, {"requestId": label, "stream": stream}
                 lines.append(log.line("INFO", said, pairs))
-        if self.text:
-            level = "ERROR" if self.status == "error" else "WARNING"
-            lines.append(log.line(level, f"[{label}] {self.status}: {self.text}", {}))
+        if outcome.text:
+            level = "ERROR" if outcome.status == "error" else "WARNING"
+            lines.append(log.line(level, f"[{label}] {outcome.status}: {outcome.text}", {}))
         log.write([*lines, log.line("INFO", "REPORT", self.pairs())])
-
-
-# field -> its key in the REPORT line, named as in messages: request_id is requestId
-_REPORT_KEYS = {
-    one.name: re.sub("_(.)", lambda found: found[1].upper(), one.name)
-    for one in itertools.takewhile(lambda one: one.name != "text", fields(Report))}
 
 
 def summary(reports: Iterable[Report]) -> str:
@@ -2847,10 +2895,10 @@ def summary(reports: Iterable[Report]) -> str:
     width = max([8, *map(len, runs)])
     lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
-        good = sum(each.status == "ok" for each in mine)
-        spent = [each.duration_millis or 0 for each in mine if each.start] or [0]
-        peak, cap = max(((each.peak_memory_bytes / MIB, each.memory_mb) for each in mine
-                         if each.peak_memory_bytes), default=(0, 0))
+        good = sum(each.outcome.status == "ok" for each in mine)
+        spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
+        peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
+                         if each.outcome.peak_memory_bytes), default=(0, 0))
         bar = "#" * round(min(1.0, peak / (cap or 1)) * 20)
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
                      f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
@@ -2864,7 +2912,7 @@ def output_files(slot: Slot) -> tuple[list[str], int]:
     A file that is not its own counts only if anybody may read it: it could be a hard link to
     something that the function may not. Also how many entries have names that cannot be stored.
     """
-    found, unnamed, uid = [], 0, slot.place.uid
+    found, unnamed, uid = [], 0, slot.spec.uid
     with slot.fault.watched():
         pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
         for relative in pending:
@@ -2939,8 +2987,8 @@ class AwsResults:
         if error and passes(error):
             raise Outage(fault, "output", error)
         if error:
-            raise Ended(status="error", reason="output", text="the result cannot be stored: "
-                        + remedy(error, needs, arguments.get("QueueUrl")))
+            raise Ended(Outcome("error", "output", "the result cannot be stored: "
+                                + remedy(error, needs, arguments.get("QueueUrl"))))
         fault.worked()
 
 
@@ -2956,10 +3004,11 @@ class FolderMetrics:
 
     def put(self, report: Report) -> None:
         """Append the run's peak; a disk that is full loses it, and ends no job."""
-        if report.peak_memory_bytes is None:
+        peak_bytes = report.outcome.peak_memory_bytes
+        if peak_bytes is None:
             return
         line = json.dumps({"timestamp": iso(time.time()), "namespace": self.settings.namespace,
-                           "metricName": "PeakMemoryBytes", "value": report.peak_memory_bytes,
+                           "metricName": "PeakMemoryBytes", "value": peak_bytes,
                            "unit": "Bytes", "dimensions": {"FunctionId": report.function_id,
                                                            "Runtime": report.runtime}})
         with self.lock, self.fault.watched(goes_on=True):
@@ -2991,11 +3040,12 @@ class CloudWatchMetrics:
 
     def put(self, report: Report) -> None:
         """Keep what is to be said of a turn for the next flush."""
-        if report.peak_memory_bytes is not None:
+        peak_bytes = report.outcome.peak_memory_bytes
+        if peak_bytes is not None:
             self._keep([(("PeakMemoryBytes", "Bytes", ("FunctionId", report.function_id),
-                          ("Runtime", report.runtime)), float(report.peak_memory_bytes))])
+                          ("Runtime", report.runtime)), float(peak_bytes))])
         if self.settings.count_runs:
-            self._keep([(("Runs", "Count", ("Status", report.status)), 1.0)])
+            self._keep([(("Runs", "Count", ("Status", report.outcome.status)), 1.0)])
 
     def _keep(self, values: list[tuple[tuple, float]], first: bool = False) -> None:
         """Have these wait for the next flush, before or after the others; the oldest may go."""
@@ -3061,40 +3111,45 @@ UNSTORED = 1000  # results that are kept for the return of their messages
 
 
 class Slot:
-    """A place where one function runs at a time, and the connection to its supervisor."""
+    """Where one function runs at a time, and the connection to its supervisor."""
 
     SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
 
-    def __init__(self, place: Place, supervisor: Callable[[Place], socket.socket], fault: Fault):
-        self.place, self.supervisor, self.fault = place, supervisor, fault
-        self.own = f"{place.directory}/own"
+    def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket],
+                 fault: Fault):
+        self.spec, self.supervisor, self.fault = spec, supervisor, fault
+        self.own = f"{spec.directory}/own"
         self.output = f"{self.own}/output"
         self.lock = threading.RLock()
         self.connection: socket.socket | None = None
         self.pid = 0
-        self.left_open: list[str] = []  # what functions can do here that they should not, in words
+        self.gaps: list[str] = []  # what functions can do here that they should not, in words
         self.cancelled = False
 
-    def run(self, job: Job) -> dict[str, Any]:
-        """The fields of a run's Report; raises Ended, and Outage if it has not begun."""
+    def run(self, run: RunSpec) -> Outcome:
+        """One run, to its end; raises Ended, and Outage if it has not begun."""
         with self.fault.watched():
             try:
                 with self.lock:
                     if self.cancelled:
-                        return {"status": "released"}
+                        return Outcome("released")
                     self.connect()
-                self.connection.settimeout(job.timeout_ms / 1000 + self.SPARE_SECONDS)
-                self.connection.sendall(json.dumps(vars(job)).encode() + b"\n")
+                self.connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
+                self.connection.sendall(json.dumps(vars(run)).encode() + b"\n")
                 answer = self._answer()
-            except OSError as error:  # what a function did to its supervisor, it may do again
+            except NotBegun as error:
                 self.drop(kill=True)
                 if error.errno in MACHINE_AWAY:
                     raise
-                raise Ended(status="error", reason="launcher", text="what ran the function was "
-                            f"lost ({error!r}); it may have killed it") from None
-            if answer.pop("is_last"):
+                text = f"no function can be run: {error}"
+                raise Ended(Outcome("error", "launcher", text)) from None
+            except (OSError, RunLost) as error:  # what it did to its supervisor, it may do again
+                self.drop(kill=True)
+                raise Ended(Outcome("error", "launcher", "what ran the function was lost "
+                                    f"({error}); it may have killed it")) from None
+            if answer["is_spent"]:
                 self.drop()
-            return answer
+            return Outcome(**answer["outcome"])
 
     def connect(self) -> None:
         """Have a supervisor; one that ended while it was idle is replaced. Raises OSError."""
@@ -3104,22 +3159,22 @@ class Slot:
             if idle.poll(0):
                 self.drop()
         if self.connection is None:
-            self.connection = self.supervisor(self.place)
+            self.connection = self.supervisor(self.spec)
             self.connection.settimeout(self.SPARE_SECONDS)
             self.answers = self.connection.makefile("rb")
             answer = self._answer()
-            self.pid, self.left_open = answer["pid"], answer["left_open"]
+            self.pid, self.gaps = answer["pid"], answer["gaps"]
 
     def _answer(self) -> dict[str, Any]:
-        """The supervisor's next line; raises OSError, with an errno if no run has begun."""
+        """What the supervisor says next; raises NotBegun, RunLost and OSError."""
         line = self.answers.readline()
         if not line.endswith(b"\n"):
-            raise ConnectionError("end of file")
-        answer = json.loads(line)
-        if answer.get("begun"):
-            raise OSError(answer["text"])
-        if "errno" in answer:
-            raise OSError(answer["errno"], answer["text"])
+            raise RunLost("its supervisor ended")
+        answer: dict[str, Any] = json.loads(line)
+        if answer["kind"] == LOST:
+            raise RunLost(answer["text"])
+        if answer["kind"] == NOT_BEGUN:
+            raise NotBegun(answer["errno"], answer["text"])
         return answer
 
     def drop(self, kill: bool = False) -> None:
@@ -3167,16 +3222,16 @@ class Slots:
         self.settings, self.log = settings, log
         self.fault = Fault(log, "starting functions")
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
-        self.metadata_open = "their uid is not theirs alone"  # why functions reach it
+        self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
         is_refused = settings.metadata == "refuse" and settings.network == "host"
         if is_refused and settings.run_as is None and can_become(FIRST_UID):
             try:
-                self.guards, self.metadata_open = refuse_metadata(FIRST_UID, LAST_UID), ""
+                self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
             except OSError as error:
-                self.metadata_open = error.strerror
+                self.metadata_gap = error.strerror
         self.launching = threading.Lock()
         self._launch()
-        self.left_open: list[str] = []  # that of all slots
+        self.gaps: list[str] = []  # that of all slots
         self.base, self.lock = make_task_dir(settings, log)
         self.uid_locks: list[socket.socket] = []
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
@@ -3196,9 +3251,9 @@ class Slots:
         uid, _, _, private = users[0]
         # All slots' tasks count for one user, where each has no uid of its own.
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
-        self.hidden, self.kept = hidden_and_kept(settings.file, [
+        self.hidden, self.shown = hidden_and_shown(settings.file, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
-        self.all = [Slot(self._place(number, *user), self.supervisor, self.fault)
+        self.all = [Slot(self._spec(number, *user), self.supervisor, self.fault)
                     for number, user in enumerate(users)]
 
     def _launch(self) -> None:
@@ -3211,15 +3266,15 @@ class Slots:
                 [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno())],
                 env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
-    def supervisor(self, place: Place) -> socket.socket:
-        """A connection to a new supervisor for this place; raises OSError."""
+    def supervisor(self, spec: SlotSpec) -> socket.socket:
+        """A connection to a new supervisor of this slot; raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs, self.launching:
             if (code := self.launcher.poll()) is not None:
                 self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
                 self._end_launcher()
                 self._launch()
-            socket.send_fds(self.control, [json.dumps(vars(place)).encode()], [theirs.fileno()])
+            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()], [theirs.fileno()])
         return ours
 
     def _end_launcher(self) -> None:
@@ -3227,9 +3282,9 @@ class Slots:
         self.launcher.wait()
         end_descendants()
 
-    def _place(self, number: int, uid: int | None, gid: int | None, groups: tuple[int, ...],
-               private: bool) -> Place:
-        """The place of a slot, with its directory made."""
+    def _spec(self, number: int, uid: int | None, gid: int | None, groups: tuple[int, ...],
+               private: bool) -> SlotSpec:
+        """What is fixed for a slot, with its directory made."""
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
         os.mknod(directory / "nothing", 0)  # what is mounted over a file that is hidden
@@ -3246,8 +3301,8 @@ class Slots:
             ours = [self.base / "code", self.shell, self.base / "main.py", directory,
                     directory / "own"]
             hidden = sorted({*hidden, str(self.base)})
-        return Place(str(directory), uid, gid, groups, private, str(self.shell), limits,
-                     self.settings.network, tuple(hidden), (*self.kept, *map(str, ours)))
+        return SlotSpec(str(directory), uid, gid, groups, private, str(self.shell), limits,
+                     self.settings.network, tuple(hidden), (*self.shown, *map(str, ours)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
@@ -3294,12 +3349,12 @@ class Slots:
             raise GiveUp(f"no function can be run here: {error} (where agent.execution.network "
                          "none is refused, start the agent as root)") from None
         slot.drop()  # an idle agent has no supervisor
-        found = self.left_open = list(slot.left_open)
-        if settings.metadata == "refuse" and settings.network == "host" and self.metadata_open:
+        found = self.gaps = list(slot.gaps)
+        if settings.metadata == "refuse" and settings.network == "host" and self.metadata_gap:
             found.append(f"functions reach the instance metadata, and with it this machine's role "
-                         f"({self.metadata_open}): refuse them {METADATA[socket.AF_INET]} by a "
+                         f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
                          "firewall, or set agent.execution.network to none")
-        if slot.place.uid is None:
+        if slot.spec.uid is None:
             why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
             found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
         if found:
@@ -3310,11 +3365,11 @@ class Slots:
         program = self.programs[runtime] if first == "{program}" else first
         if not program or program[0] == "/" and not os.path.exists(program):
             names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
-            raise Ended(status="error", reason="runtime", text=f"this machine has no {names} that "
-                        f"a function can run; install it, or name it in agent.runtimes.{runtime}")
+            raise Ended(Outcome("error", "runtime", f"this machine has no {names} that a function "
+                                f"can run; install it, or name it in agent.runtimes.{runtime}"))
         return program
 
-    def job(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> Job:
+    def run_spec(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> RunSpec:
         """What runs `package.entry`, or compiles it if it is a source; raises Ended.
 
         All commands are made here.
@@ -3322,14 +3377,15 @@ class Slots:
         runtime = RUNTIMES[task.runtime]
         first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
         program = self.program(first, task.runtime)
-        env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
-               "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output,
-               "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
+        helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
+                      "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
+        env = {"REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
         is_warm = task.runtime == "python" and self.settings.warm_start
-        return Job((program, *rest), program if is_warm else "", env, str(package.path),
-                   task.input.decode("utf-8", "surrogateescape"), task.timeout_ms, task.memory_mb,
-                   self.settings.max_disk_mb, self.settings.max_files, tee)
+        return RunSpec((program, *rest), program if is_warm else "", helper_env, env,
+                       str(package.path), task.input.decode("utf-8", "surrogateescape"),
+                       task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
+                       self.settings.max_files, tee)
 
     def compile(self, task: Task, package: Package, slot: Slot) -> Package:
         """The package with its program compiled, once; raises Ended with the compiler's words."""
@@ -3340,17 +3396,19 @@ class Slots:
             if built.path.exists():
                 return built
             limited = replace(task, input=b"", timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
-            answer = slot.run(self.job(limited, package, slot))
-            if answer["status"] == "released":
-                raise Ended(**answer)
+            outcome = slot.run(self.run_spec(limited, package, slot))
+            if outcome.status == "released":
+                raise Ended(outcome)
             fd = -1
-            if answer["status"] == "ok":
+            if outcome.status == "ok":
                 with contextlib.suppress(OSError):
                     fd = os.open(f"{slot.own}/work/main", os.O_RDONLY | os.O_NOFOLLOW)
             if fd < 0:
-                ended = f"{answer['status']}, exit status {answer['exit_code']}"
-                raise rejected("compile", f"{package.entry} does not compile ({ended})", **{
-                    name: value for name, value in answer.items() if name.startswith("std")})
+                ended = f"{outcome.status}, exit status {outcome.exit_code}"
+                raise Ended(replace(
+                    outcome, status="rejected", reason="compile", exit_code=None, start=None,
+                    duration_millis=None, peak_memory_bytes=None, started_at=None,
+                    text=f"{package.entry} does not compile ({ended})"))
             part = package.path.with_suffix(".part")
             with self.fault.watched(), open(fd, "rb") as program:
                 shutil.rmtree(part, ignore_errors=True)
@@ -3604,7 +3662,7 @@ class Agent:
                                "visibility timeout; raise it, or grant sqs:ChangeMessageVisibility")
             turn.task, turn.memory_mb = task, task.memory_mb
         except Exception as error:  # noqa: BLE001  # its batch's other messages have their turn
-            turn.report = replace(turn.report, **failure(error))
+            turn.report = turn.report.ended(error)
         with self.lock:
             if not self.stopping:
                 self.waiting.append(turn)
@@ -3634,9 +3692,9 @@ class Agent:
         while turn := self._next(slot):
             started = time.monotonic()
             try:
-                turn.report = replace(turn.report, **self._run(turn, slot))
+                turn.report = replace(turn.report, outcome=self._run(turn, slot))
             except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
-                turn.report = replace(turn.report, **failure(error))
+                turn.report = turn.report.ended(error)
             if not self._begin(turn, slot):
                 return
             self._store(turn)
@@ -3648,33 +3706,34 @@ class Agent:
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
                 # What fails for all takes messages more slowly, not to send them all to the DLQ.
-                is_sick = turn.report.status == "error" and turn.report.reason != "runtime"
+                outcome = turn.report.outcome
+                is_sick = outcome.status == "error" and outcome.reason != "runtime"
                 self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2)) * is_sick
                 self.hold_until = time.monotonic() + self.sick_seconds
                 (self.tasks if self.waiting else self.space).notify()
         os.write(self.waker, b"\n")
 
     def _begin(self, turn: Turn, slot: Slot) -> bool:
-        """Mark the turn as begun, which no shutdown gives back; False if one has done so already."""
+        """Mark the turn as begun, which no shutdown gives back; False if one has already."""
         with self.lock:
             turn.begun = self.turns.get(slot) is turn
             return turn.begun
 
-    def _run(self, turn: Turn, slot: Slot) -> dict[str, Any]:
-        """From the code to the end of the run: fields of its report. Raises Ended and Outage."""
+    def _run(self, turn: Turn, slot: Slot) -> Outcome:
+        """From the code to the end of the run; raises Ended and Outage."""
         task, key = turn.task, (turn.message.id, turn.message.body)
         if old := self.unstored.pop(key, None):
             turn.directory, turn.names, turn.ran_before = old.directory, old.names, True
-            return {**vars(old.report), "receive_count": turn.message.receive_count}
+            return old.report.outcome
         if not task:
-            return {}
+            return turn.report.outcome
         package = self._patiently(turn, lambda: self.code.get(task, turn.message))
         try:
             built = self._patiently(turn, lambda: self.slots.compile(task, package, slot))
-            job = self.slots.job(task, built, slot)
+            run = self.slots.run_spec(task, built, slot)
             if not self._begin(turn, slot):
-                raise Ended(status="released")
-            found = self._patiently(turn, lambda: slot.run(job))
+                raise Ended(Outcome("released"))
+            outcome = self._patiently(turn, lambda: slot.run(run))
         finally:
             self.code.release(package)
         turn.directory = slot.output
@@ -3682,7 +3741,7 @@ class Agent:
         if unnamed:
             self.log("WARNING", f"[{task.request_id}] {unnamed} entries of $OUTPUT_DIR left out: "
                                 f"paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json")
-        return found
+        return outcome
 
     def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
         """What `step` returns, tried again while what it needs is away; the message is held.
@@ -3703,7 +3762,7 @@ class Agent:
                 pass
             turn.is_held = False
             if self.stopping:
-                raise Ended(status="released")
+                raise Ended(Outcome("released"))
 
     def _store(self, turn: Turn) -> None:
         """Keep a turn's result and output files, or have its report say why they cannot be.
@@ -3713,10 +3772,11 @@ class Agent:
         report = turn.report
         with self.lock:
             peaks = self.peaks(report.function_id)
-            if report.peak_memory_bytes is not None and not turn.ran_before:
-                peaks.append(report.peak_memory_bytes)
+            peak_bytes = report.outcome.peak_memory_bytes
+            if peak_bytes is not None and not turn.ran_before:
+                peaks.append(peak_bytes)
             turn.result = report.result(turn.names, list(peaks))
-        if not report.request_id or report.status == "released":
+        if not report.request_id or report.outcome.status == "released":
             return
         try:
             self._patiently(turn, lambda: self.results.put(turn.result, turn.directory, turn.names))
@@ -3724,9 +3784,9 @@ class Agent:
                 with contextlib.suppress(OSError):
                     remove(turn.directory)
         except Exception as error:  # noqa: BLE001  # as in _work
-            turn.report = replace(report, **failure(error))
+            turn.report = report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
-            if not turn.directory or turn.report.status == "released":
+            if not turn.directory or turn.report.outcome.status == "released":
                 return
             with contextlib.suppress(OSError):  # no room: then it runs again
                 if not turn.ran_before:
@@ -3740,32 +3800,24 @@ class Agent:
 
     def _settle(self, turn: Turn) -> None:
         """Say how a turn ended, count it, and let go of its message."""
-        report = turn.report
+        report, status = turn.report, turn.report.outcome.status
         report.write(self.log, report.request_id or turn.message.id)
-        # What ran before was measured then: its values are published already.
-        self.metrics.put(replace(report, peak_memory_bytes=None) if turn.ran_before else report)
+        if not turn.ran_before:  # else its values are published already
+            self.metrics.put(report)
         try:
-            self.queue.end(turn.message, report.status, turn.result)
+            self.queue.end(turn.message, status, turn.result)
         except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
             self.log("ERROR", f"[{turn.message.id}] cannot be put away: {error}")
         with self.lock:
-            self.counts[report.status] += 1
+            self.counts[status] += 1
             if self.drain:
-                self.drained.append(replace(report, stdout="", stderr="", text=""))
+                outcome = replace(report.outcome, stdout="", stderr="", text="")
+                self.drained.append(replace(report, outcome=outcome))
 
     def _release(self, turn: Turn) -> None:
         """Give a message back that was not started."""
-        turn.report = replace(turn.report, status="released", reason=None, text="")
+        turn.report = replace(turn.report, outcome=Outcome("released"))
         self._settle(turn)
-
-
-def failure(error: Exception) -> dict[str, Any]:
-    """The fields of the report of a turn that this error ends."""
-    if isinstance(error, Ended):
-        return error.fields
-    if isinstance(error, Outage):
-        return {"status": "error", "reason": error.reason, "text": str(error)}
-    return {"status": "error", "reason": "agent", "text": f"{type(error).__name__}: {error}"}
 
 
 def notify(state: str) -> None:
@@ -3838,15 +3890,16 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
                 target.mkdir()
                 unpack(path, target)
             package = Package(target, "", find_entry(target, task.runtime))
-            job = slots.job(task, slots.compile(task, package, slot), slot, tee=True)
-            report = replace(report, **slot.run(job))
+            run = slots.run_spec(task, slots.compile(task, package, slot), slot, tee=True)
+            report = replace(report, outcome=slot.run(run))
         except (Ended, Outage) as error:
-            report = replace(report, **failure(error))
+            report = report.ended(error)
     log.least = 0
-    if report.text:
-        log("ERROR", f"{report.status}: {report.text}\n{report.stderr}".strip())
+    outcome = report.outcome
+    if outcome.text:
+        log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
     log("INFO", "REPORT", **report.pairs())
-    return 0 if report.status == "ok" else 1
+    return 0 if outcome.status == "ok" else 1
 
 
 DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself, source
@@ -3969,22 +4022,22 @@ class Check:
                         "function can run; its tasks end as error")
             slot, place, address = slots.all[0], slots.base / "code/trial", METADATA[socket.AF_INET]
             place.mkdir(mode=0o755)
-            reach = "" if slots.metadata_open else f"exec 3<>/dev/tcp/{address}/80\n"
+            reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
             (place / "run.sh").write_text(f"{reach}test -w .\n")
             task = Task("check", "check", "cpp", "", "", 10_000, 64, b"")
-            report = Report(**slot.run(slots.job(task, Package(place, "", "run.sh"), slot)))
+            outcome = slot.run(slots.run_spec(task, Package(place, "", "run.sh"), slot))
             if reach:
                 with self.of("instance metadata") as is_ok:
-                    if "not permitted" not in report.stderr:
-                        raise GiveUp(f"{address} is not refused to functions ({report.stderr}): "
+                    if "not permitted" not in outcome.stderr:
+                        raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
                                      "close it by a firewall, or set agent.execution.network none")
                     is_ok(f"{address} is refused to functions")
-            if report.status != "ok":
-                raise GiveUp(f"a trial run ended {report.status} ({report.text or report.stderr})")
-            who = "the agent's own user" if slot.place.uid is None else f"uid {slot.place.uid}"
-            peak = report.peak_memory_bytes
+            if outcome.status != "ok":
+                raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
+            who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
+            peak = outcome.peak_memory_bytes
             return "; ".join((f"a trial run ended ok, as {who}, with a peak of {peak} bytes",
-                              *slots.left_open))
+                              *slots.gaps))
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -1067,8 +1067,7 @@ def parse(any_bucket=False, **fields):
 
 def known(caught) -> dict:
     """What a refusal knows of the task beside why it was refused."""
-    return {name: value for name, value in caught.value.fields.items()
-            if name not in ("status", "reason", "text")}
+    return dict(caught.value.known)
 
 
 def test_a_task_with_its_defaults():
@@ -1128,7 +1127,7 @@ def test_a_wrong_field_is_named_with_its_value(name, value):
     text = rf"^{name} is [ -~]{{1,80}}; it must be [ -~]+\Z"
     with pytest.raises(ng.Ended, match=text) as caught:
         parse(**{name: value})
-    assert caught.value.fields["reason"] == "task"
+    assert caught.value.outcome.reason == "task"
     assert known(caught) == {
         ng.REPORTED[key]: found for key, found in {**TASK, "timeoutMs": 10_000,
                                                    "memoryMb": 128}.items()
@@ -1139,13 +1138,13 @@ def test_a_wrong_field_is_named_with_its_value(name, value):
 def test_a_missing_field_is_named(name):
     with pytest.raises(ng.Ended, match=f"^{name} is missing; it must be ") as caught:
         ng.parse_task(json.dumps({k: v for k, v in TASK.items() if k != name}), SETTINGS)
-    assert caught.value.fields["reason"] == "task" and "DIR/code" not in str(caught.value)
+    assert caught.value.outcome.reason == "task" and "DIR/code" not in str(caught.value)
 
 
 def test_every_wrong_field_is_named_at_once():
     with pytest.raises(ng.Ended, match="requestId is 'a/b'.*; memoryMb is 5000; ") as caught:
         parse(requestId="a/b", memoryMb=5000, runtime="node", timeoutMs=7)
-    assert caught.value.fields["reason"] == "task"
+    assert caught.value.outcome.reason == "task"
     assert known(caught) == {"function_id": "team/hello:v1", "runtime": "nodejs", "timeout_ms": 7,
                              "memory_mb": 5000}
 
@@ -1158,7 +1157,7 @@ def test_every_wrong_field_is_named_at_once():
 def test_what_this_agent_does_not_allow_has_its_own_reason(fields, reason, text):
     with pytest.raises(ng.Ended, match=text) as caught:
         parse(**fields)
-    assert caught.value.fields["reason"] == reason
+    assert caught.value.outcome.reason == reason
 
 
 @pytest.mark.parametrize("unset", [None, ""])
@@ -1166,7 +1165,7 @@ def test_without_a_code_bucket_a_task_must_name_its_own(unset):
     settings = types.SimpleNamespace(**{**vars(SETTINGS), "code_bucket": unset})
     with pytest.raises(ng.Ended, match="s3Bucket is ''; it must be one of more ") as caught:
         ng.parse_task(json.dumps(TASK), settings)
-    assert caught.value.fields["reason"] == "bucket"
+    assert caught.value.outcome.reason == "bucket"
     assert ng.parse_task(json.dumps(TASK), settings, any_bucket=True).bucket == ""
 
 
@@ -1175,7 +1174,7 @@ def test_a_folder_takes_any_bucket_and_only_keys_below_it():
     for key in ("/a", "a//b", "a/", "../a", "a/../../b", "a/..", "./a", "."):
         with pytest.raises(ng.Ended, match="s3Key is .* below DIR/code") as caught:
             parse(any_bucket=True, s3Key=key)
-        assert caught.value.fields["reason"] == "task"
+        assert caught.value.outcome.reason == "task"
     with pytest.raises(ng.Ended, match="s3Bucket is 7"):
         parse(any_bucket=True, s3Bucket=7)
 
@@ -1197,7 +1196,7 @@ def body(more):
 def test_a_message_that_is_no_json_object(text, what):
     with pytest.raises(ng.Ended, match=f"(?i)^the message is [ -~]*{what}") as caught:
         ng.parse_task(text, SETTINGS)
-    assert caught.value.fields["reason"] == "task" and not known(caught)
+    assert caught.value.outcome.reason == "task" and not known(caught)
     assert len(str(caught.value)) < 300
 
 
@@ -1347,7 +1346,7 @@ REFUSED = {
 def test_a_zip_is_refused(unpack, data, what):
     with pytest.raises(ng.Ended, match=r"^[ -~]+\Z") as caught:
         unpack(data)
-    assert caught.value.fields["reason"] == "zip"
+    assert caught.value.outcome.reason == "zip"
     assert what in str(caught.value)
     assert len(str(caught.value)) < 400
 
@@ -1509,7 +1508,7 @@ def test_damaged_bytes_are_rejected_or_read_and_never_a_crash(unpack, sample):
         try:
             unpack(bytes(data))
         except ng.Ended as error:
-            assert error.fields["reason"] == "zip"
+            assert error.outcome.reason == "zip"
             rejected += 1
     assert rejected > 100
 
@@ -1522,7 +1521,7 @@ def test_a_damaged_end_record_is_rejected_or_read(unpack, at, byte):
     try:
         unpack(bytes(data))
     except ng.Ended as error:
-        assert error.fields["reason"] == "zip"
+        assert error.outcome.reason == "zip"
 
 
 # --- Entry files -----------------------------------------------------------------------------
@@ -1553,7 +1552,7 @@ def test_no_entry(unpack, runtime, members, text):
     unpack(bundle(*members))
     with pytest.raises(ng.Ended, match=text) as caught:
         ng.find_entry(unpack.target, runtime)
-    assert caught.value.fields["reason"] == "entry"
+    assert caught.value.outcome.reason == "entry"
 
 
 def test_a_link_to_a_file_is_an_entry(unpack):
@@ -3030,7 +3029,7 @@ def hoards(grids, user):
     """One slot: after each hoarder comes a run that finds nothing of it."""
     need_room(user)
     grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXDISKMB=64, EXECUTION_MAXFILES=5000)
-    for n, (name, case) in enumerate(HOARDS.items()):
+    for name, case in HOARDS.items():
         grid.put({"main.py": HOARD_HEAD + case.files["main.py"]}, request_id=slug(name), function_id=slug(name), **case.task)
         grid.put({"main.py": NOTHING_LEFT}, request_id=f"after-{slug(name)}", function_id="after")
     return grid.run()
