@@ -1721,6 +1721,7 @@ try:
 except SystemExit as error:
     status = 0 if error.code is None else error.code
     if type(status) is not int or not 0 <= status <= 255:
+        del names, code  # else they outlive the interpreter, and are not finalized
         raise
 except BaseException as error:
     # What the interpreter prints begins at the function's own frame. Python 3.9 and 3.10 keep the

@@ -4362,9 +4362,24 @@ death = ctypes.c_int(-1); libc.prctl(2, ctypes.byref(death)); print(death.value 
 PROGRAMS["input"].task["input"] = PROGRAMS["stdin in every way"].task["input"] = "naïve"
 for _name in ("stdin reopened", "stdin of a child"):
     PROGRAMS[_name].task["input"] = {"a": [1, 2]}
-PROGRAMS.update({f"sys.exit {n}: {kind}": Case({"main.py": f"import sys\nprint('before')\nsys.exit({kind})\n"}, "python", {}, {}, None)
-                 for n, kind in enumerate(("", "None", "0", "3", "256", "-1", "True", "False", "'text'", "''", "'é\\udcff'", "b'x'",
-                              "object", "(1, 2)", "1.5", "2 ** 31", "2 ** 70", "-2 ** 70", "[]", "ValueError('x')"))})
+# Every way out flushes what is open and runs what is to run when a thing goes.
+HELD = """import enum, os, sys
+class Status(enum.IntEnum): NONE, SOME = 0, 7
+class Held:
+    write = staticmethod(os.write)
+    def __del__(self): self.write(1, b"gone ")
+held = Held()
+kept = open("/dev/stdout", "a")
+kept.write("flushed ")
+print("before ", flush=True)
+"""
+PROGRAMS.update({
+    f"way out {n}: {way}": Case({"main.py": HELD + way}, "python", {}, {}, None, unordered=True)
+    for n, way in enumerate((
+        "sys.exit()", "1 / 0", "raise SystemExit", "__import__('unittest').main()", *map("sys.exit({})".format, (
+            "None", "0", "3", "256", "-1", "True", "False", "'text'", "''", "'é\\udcff'", "b'x'",
+            "object", "(1, 2)", "1.5", "2 ** 31", "2 ** 70", "-2 ** 70", "[]", "ValueError('x')",
+            "Status.NONE", "Status.SOME"))))})
 PROGRAMS.update({name: Case({"main.py": source}, "python", {}, {}, None) for name, source in {
     "latin-1 without a cookie": b"print('caf\xe9')\n",
     "latin-1 with a cookie": b"# -*- coding: latin-1 -*-\nprint('caf\xe9')\n1/0 # \xe9\n",
