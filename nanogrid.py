@@ -788,8 +788,8 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
             ("\0" in name, "has a NUL in its name; rename it"),
-            ("\\" in name, "has a backslash in its name, as old Windows tools write for '/'; zip it "
-             "again with the Explorer, 7-Zip or Python's shutil.make_archive"),
+            ("\\" in name, "has a backslash in its name, as old Windows tools write it for '/'; " +
+             "zip it again with the Explorer, 7-Zip or Python's shutil.make_archive"),
             (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
