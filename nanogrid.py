@@ -669,6 +669,8 @@ MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less ro
 MAX_PART_BYTES = 255               # NAME_MAX
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
+BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip or "
+                    "Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
 # Extra fields (APPNOTE.TXT 4.5), which unzip reads, too: where the seconds are in those of times
 UNICODE_NAME, TIMES = 0x7075, {0x5455: 1, 0x5855: 4}
@@ -776,8 +778,9 @@ def _check_size(members: list[zipfile.ZipInfo]) -> None:
                 folders[f"{first}/{deeper[0]}"] += weight
         largest = [f"{shown(name, in_json=True)} {math.ceil(weight / unit)}"
                    for name, weight in folders.most_common(4)]
-        raise rejected("zip", f"the zip has {math.ceil(sum(weights) / unit)} {what}; {limit // unit} "
-                              f"are allowed; the largest folders: {', '.join(largest)}")
+        total = math.ceil(sum(weights) / unit)
+        raise rejected("zip", f"the zip has {total} {what}; {limit // unit} are allowed; the "
+                              f"largest folders: {', '.join(largest)}")
 
 
 def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
@@ -788,8 +791,7 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
             ("\0" in name, "has a NUL in its name; rename it"),
-            ("\\" in name, "has a backslash in its name, as old Windows tools write it for '/'; " +
-             "zip it again with the Explorer, 7-Zip or Python's shutil.make_archive"),
+            ("\\" in name, f"has a backslash in its name, {BACKSLASH_ADVICE}"),
             (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
