@@ -663,14 +663,19 @@ def _why(error: Exception) -> str:
 
 # --- Zips: checked, unpacked, and the file that a run starts with ---
 
-MAX_UNPACKED = 250 * MIB           # of the zip itself, too; AWS Lambda's limit on a function's code
-MAX_MEMBERS = 10_000
+MAX_UNPACKED = 1024 * MIB          # of the zip itself, too; torch unpacks to 951
+MAX_MEMBERS = 50_000
 MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names imply
-MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
+MAX_DIRECTORY = 400 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
 MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less room for our part
 MAX_PART_BYTES = 255               # NAME_MAX
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
-_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
+_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
+BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
+                    "or Python's shutil.make_archive")
+UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
+# Extra fields (APPNOTE.TXT 4.5), which unzip reads, too: where the seconds are in those of times
+UNICODE_NAME, TIMES = 0x7075, {0x5455: 1, 0x5855: 4}
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -678,8 +683,9 @@ _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplement
 def unpack(archive: Path, target: Path) -> list[str]:
     """Unpack a zip into the new or empty folder `target`; the sorted paths of its regular files.
 
-    Modes are 0755 for folders and what is executable, else 0644. Raises Ended("zip"); nothing is
-    written outside of `target`, which the caller removes then. An OSError is the machine's.
+    Modes are 0755 for folders and what is executable, else 0644; files keep their times, as those
+    of shipped .pyc must. Raises Ended("zip"); nothing is written outside of `target`, which the
+    caller removes then. An OSError is the machine's.
     """
     with _Archive(archive) as source:
         try:
@@ -692,16 +698,20 @@ def unpack(archive: Path, target: Path) -> list[str]:
         for path in folders:
             (target / path).mkdir(exist_ok=True)
             (target / path).chmod(0o755)
-        left = MAX_UNPACKED
+        has_modes = any(map(_mode, bundle.infolist()))
         for path in files:
             member = tree[path][1]
+            is_program = _mode(member) & 0o111 or path == "main" and not has_modes
             with open(target / path, "xb") as file:
-                file.writelines(_content(bundle, member, left))
-                os.fchmod(file.fileno(), 0o755 if _mode(member) & 0o111 else 0o644)
-                left -= file.tell()
+                file.writelines(_content(bundle, member))
+                file.flush()
+                os.fchmod(file.fileno(), 0o755 if is_program else 0o644)
+                os.utime(file.fileno(), (_modified(member),) * 2)
         for path in links:  # last, so that nothing can be written through one
             member = tree[path][1]
-            link = os.fsdecode(b"".join(_content(bundle, member, MAX_NAME_BYTES)))
+            if member.file_size > MAX_NAME_BYTES:
+                raise _bad(member, f"is a link of over {MAX_NAME_BYTES} bytes; make it shorter")
+            link = os.fsdecode(b"".join(_content(bundle, member)))
             # A link's parents are real folders, so that '..' at its beginning goes where it says;
             # behind a name it would not, if that name is a link.
             parts = [part for part in link.split("/") if part not in ("", ".")]
@@ -730,17 +740,19 @@ class _Archive(io.FileIO):
 
 def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, tuple[str, Any]]:
     """Each path of a zip of `size` bytes: its kind, and its member (None: names imply it)."""
-    if not 1 <= len(members) <= MAX_MEMBERS:
-        raise rejected("zip", f"the zip has {len(members)} members; it may have 1 to {MAX_MEMBERS}")
+    if not members:
+        raise rejected("zip", "the zip has no members; zip the function's files")
+    _check_size(members)
     if sum(member.compress_size for member in members) > size:
         raise rejected("zip", "members of the zip share their bytes, as in a zip bomb")
     tree: dict[str, tuple[str, Any]] = {"": ("folder", None)}
     for member in members:
         path, kind = _checked(member)
-        if path in tree and tree[path][1]:
-            raise _bad(member, "stands twice in the zip; leave one out")
-        if path in tree and kind != "folder":
+        known, other = tree.get(path, (kind, None))
+        if known != kind and "folder" in (known, kind):
             raise _bad(member, "is both a file and a folder; rename one")
+        if other and kind != "folder":
+            raise _bad(member, "stands twice in the zip; leave one out")
         tree[path] = kind, member
         while (path := path.rpartition("/")[0]) not in tree:
             tree[path] = "folder", None
@@ -752,17 +764,38 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, tuple[str, Any
     return tree
 
 
+def _check_size(members: list[zipfile.ZipInfo]) -> None:
+    """Refuse a zip that is too large, by the names of the folders that make it so."""
+    for limit, unit, what, weights in (
+            (MAX_MEMBERS, 1, "members", [1 for _ in members]),
+            # zipfile unpacks no more of a member than this
+            (MAX_UNPACKED, MIB, "MiB unpacked", [member.file_size for member in members])):
+        if sum(weights) <= limit:
+            continue
+        folders: Counter[str] = Counter()
+        for member, weight in zip(members, weights):
+            first, *deeper = _name(member).split("/")[:-1] or ["."]
+            folders[first] += weight
+            if deeper:
+                folders[f"{first}/{deeper[0]}"] += weight
+        largest = [f"{shown(name, in_json=True)} {math.ceil(weight / unit)}"
+                   for name, weight in folders.most_common(4)]
+        total = math.ceil(sum(weights) / unit)
+        raise rejected("zip", f"the zip has {total} {what}; {limit // unit} are allowed; the "
+                              f"largest folders: {', '.join(largest)}")
+
+
 def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
     """A member's path below the target ("": the target itself) and kind; Ended if it may not be."""
-    name, method = member.filename, member.compress_type
+    name, method = _name(member), member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
     too_long = len(name.encode()) > MAX_NAME_BYTES or any(
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
-            (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
-             "has a control character in its name; rename it"),
+            ("\0" in name, "has a NUL in its name; rename it"),
+            ("\\" in name, f"has a backslash in its name, {BACKSLASH_ADVICE}"),
             (_OUTSIDE.search(name),
-             "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
+             "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
             (member.flag_bits & 0x1, "is encrypted; zip it without a password"),
             # a read of 600 bytes of bzip2 can take a gigabyte: zipfile sets no bound to it
@@ -776,20 +809,49 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
     return "/".join(parts), kind
 
 
+def _name(member: zipfile.ZipInfo) -> str:
+    """Its whole name, which is UTF-8 where it can be, for many a tool does not set the flag."""
+    if member.flag_bits & UTF8_NAME:
+        return member.orig_filename
+    stored = member.orig_filename.encode("cp437")  # what zipfile reads as that
+    again = _extra(member, UNICODE_NAME)
+    if again[1:5] == struct.pack("<L", zlib.crc32(stored)):
+        stored = again[5:]
+    try:
+        return stored.decode()
+    except UnicodeDecodeError:
+        return member.orig_filename
+
+
 def _mode(member: zipfile.ZipInfo) -> int:
     """Its file mode, where Unix or macOS made the zip (APPNOTE.TXT 4.4.2)."""
     return member.external_attr >> 16 if member.create_system in (3, 19) else 0
 
 
-def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
-    """The member's bytes in pieces; Ended when they are corrupt or more than `most`."""
+def _modified(member: zipfile.ZipInfo) -> float:
+    """When it was changed, in seconds since the epoch."""
+    for kind, start in TIMES.items():
+        if len(_extra(member, kind)) >= start + 4:
+            return struct.unpack_from("<l", _extra(member, kind), start)[0]
+    return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
+
+
+def _extra(member: zipfile.ZipInfo, kind: int) -> bytes:
+    """What an extra field of this kind holds; b"" when there is none."""
+    start, extra = 0, member.extra
+    while start + 4 <= len(extra):
+        found, size = struct.unpack_from("<HH", extra, start)
+        start += 4 + size
+        if found == kind:
+            return extra[start - size:start]
+    return b""
+
+
+def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The member's bytes in pieces; Ended when they are corrupt."""
     try:
         with bundle.open(member) as stream:
             while piece := stream.read(65536):
-                most -= len(piece)
-                if most < 0:
-                    raise _bad(member, f"is too large: a zip may unpack to {MAX_UNPACKED} bytes, "
-                                       f"a link to {MAX_NAME_BYTES}")
                 yield piece
     except _CORRUPT as error:
         raise _bad(member, f"is corrupt: {_why(error)}; zip it again") from None
@@ -1725,6 +1787,7 @@ try:
 except SystemExit as error:
     status = 0 if error.code is None else error.code
     if type(status) is not int or not 0 <= status <= 255:
+        del names, code  # else they outlive the interpreter, and are not finalized
         raise
 except BaseException as error:
     # What the interpreter prints begins at the function's own frame. Python 3.9 and 3.10 keep the
@@ -2308,7 +2371,7 @@ class Workspace:
         self.tidied = {own: OWN, **room.own}  # path -> names that stay there
         self.on_disk = [own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
-        self.put = os.link if self.linked else shutil.copy
+        self.put = os.link if self.linked else shutil.copy2
         self.is_tidy = False
 
     def prepare(self, package: str, text: str) -> None:
