@@ -2004,7 +2004,7 @@ def _divide(top: str, slots: int, processes: int) -> None:
         offered = Path(path, "cgroup.controllers").read_text().split()
         if missing := {"memory", "pids", "cpu"}.difference(offered):
             names = " and ".join(sorted(missing))
-            raise OSError(errno.ENOENT, f"it has no controller for {names}", path)
+            raise OSError(errno.ENOENT, f"this one has no controller for {names}", path)
         Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
     if is_delegated:
         Path(top, "agent/cpu.weight").write_text(str(AGENT_WEIGHT))
@@ -2635,14 +2635,15 @@ class ReadyPython(Helper):
 
 # A run that failed ends as oom when the end of its stderr matches these, the runtimes' own words
 # for an allocation that was refused. Some size their heap by the cap, and say when that is full.
-HEAP_FULL = r"(?m)^(.*JavaScript heap out of memory|.*OutOfMemoryError: Java heap space)"
+HEAP_FULL = re.compile(r"JavaScript heap out of memory|OutOfMemoryError: Java heap space")
 # Without a cgroup the kernel refuses what is beyond RLIMIT_DATA, and keeps no count of it.
-REFUSED = HEAP_FULL[:-1] + (
-    r"|MemoryError\b|numpy\S*MemoryError\b"
-    r"|terminate called after throwing an instance of 'std::bad_alloc'"
-    r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*Cannot allocate memory"
-    r"|RangeError: Array buffer allocation failed|memory allocation of \d+ bytes failed"
-    r"|.*failed to allocate memory \(NoMemoryError\)|Out of memory( in perl.*|!)$)")
+REFUSED = re.compile(
+    r"(?m)^(MemoryError\b|numpy\S*MemoryError\b|terminate called after throwing an instance of "
+    r"'std::bad_alloc'|fatal error: runtime: (out of memory|cannot allocate memory)"
+    r"|.*Cannot allocate memory|memory allocation of \d+ bytes failed|.*OutOfMemoryError"
+    r"|(\[FATAL\]|.*:) failed to allocate memory|Out of memory(!| in perl))")
+# Node.js says this of more than there can ever be, too.
+NO_BUFFER = "RangeError: Array buffer allocation failed"
 
 
 def allowed(limits: Mapping[str, int]) -> dict[str, int]:
@@ -2718,7 +2719,7 @@ class Supervisor:
         cap, peak = run.memory_mb * MIB, max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
         if end == "exit":
-            end = self._verdict(code, texts[1], peak > cap)
+            end = self._verdict(code, texts[1][-2000:], peak, cap)
         elif end == "oom" and self.cgroup:
             peak = min(peak, cap)
         return Outcome(
@@ -2731,18 +2732,19 @@ class Supervisor:
         """What a run's own processes are limited to where no cgroup does it."""
         if self.cgroup:
             return {}
-        # Thread stacks and calloc count as data and are free until touched. So the limit is several
-        # times the cap: it stops what outruns the watcher.
-        data_mb = max(3 * run.memory_mb, 2 * run.memory_mb + 192)
+        # Thread stacks, heaps and calloc count as data and are free until touched. So the limit is
+        # several times the cap, enough for 60 threads or a JVM. It stops what outruns the watcher.
+        data_mb = 4 * run.memory_mb + 512
         return allowed({"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.processes})
 
-    def _verdict(self, code: int, stderr: str, is_over: bool) -> str:
+    def _verdict(self, code: int, stderr: str, peak: int, cap: int) -> str:
         """What a run came to that ended by itself."""
-        if is_over and not self.cgroup:  # the watcher saw it too late
-            return "oom"
-        if code and re.search(HEAP_FULL if self.cgroup else REFUSED, stderr[-2000:]):
-            return "oom"
-        return "failed" if code else "ok"
+        is_full = bool(HEAP_FULL.search(stderr))
+        if not self.cgroup:
+            if peak > cap:  # the watcher came too late
+                return "oom"
+            is_full |= bool(REFUSED.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
+        return "ok" if not code else "oom" if is_full else "failed"
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
