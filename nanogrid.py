@@ -1114,8 +1114,14 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     elif is_denied(error):
         policy = re.search(r"because no (.*? policy)|explicit deny in an? (.*? policy)", str(error))
         advice = f"grant {needs}" + (f" in the {policy[1] or policy[2]}" if policy else "")
+    elif "Bucket" in code:
+        advice = "check the bucket's name: agent.s3.codeBucket, agent.output.bucket, s3Bucket"
+    elif code in ("PermanentRedirect", "IllegalLocationConstraintException"):
+        advice = "the bucket is in another region; use one in agent.aws.region"
+    elif code.isdigit():
+        advice = "AWS words no error like this; check agent.aws.endpointUrl"
     else:
-        advice = "see what AWS says of it"
+        advice = "AWS will answer so again; change what it names"
     return f"{error}; {advice}"
 
 
@@ -1542,11 +1548,9 @@ class S3Code:
             raise Outage(self.fault, "s3", f"{where}: {error}")
         elif code == "NoSuchKey":
             raise rejected("key", f"{where} does not exist; upload it, or correct s3Key")
-        elif code == "NoSuchBucket":
-            raise Ended(Outcome("error", "bucket", f"{where}: {error}; check "
-                                "agent.s3.codeBucket, or s3Bucket in the message"))
         elif error:
-            raise Ended(Outcome("error", "permission" if is_denied(error) else "s3",
+            reason = "permission" if is_denied(error) else "bucket" if "Bucket" in code else "s3"
+            raise Ended(Outcome("error", reason,
                                 f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}"))
         else:
             self._download(answer, target, where)
@@ -2896,6 +2900,8 @@ def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
 # Report: what is said and kept of a message's turn
 # --------------------------------------------------------------------------------------------
 
+MOST_LINES = 100  # of each end of a stream in the log
+PIECE_BYTES = 8192  # of a line of the log: journald breaks those over 48 KiB (its LineMax=)
 RECENT = 20  # runs of a function whose peaks make its recommendation
 LONGEST_OUTPUT = 768  # of the 1,024 bytes of S3's keys; requestId and s3Prefix may have 128 each
 
@@ -2958,17 +2964,45 @@ class Report:
 
     def write(self, log: Log, label: str) -> None:
         """Log the function's kept output, each line after `label`, and the REPORT line."""
-        lines, outcome = [], self.outcome
-        for stream, text in (("stdout", outcome.stdout), ("stderr", outcome.stderr)):
-            for line in text.removesuffix("\n").split("\n") if text else ():
-                said, pairs = f"[{label}] {stream}: {line}", {}
-                if log.json:
-                    said, pairs = line, {"requestId": label, "stream": stream}
-                lines.append(log.line("INFO", said, pairs))
+        outcome, lines, pairs = self.outcome, [], self.pairs()
+        lines += said_by_function(log, label, "stdout", outcome.stdout, outcome.stdout_bytes)
+        lines += said_by_function(log, label, "stderr", outcome.stderr, outcome.stderr_bytes)
         if outcome.text:
             level = "ERROR" if outcome.status == "error" else "WARNING"
             lines.append(log.line(level, f"[{label}] {outcome.status}: {outcome.text}", {}))
-        log.write([*lines, log.line("INFO", "REPORT", self.pairs())])
+        if self.request_id is None:  # it could not be read: what else would name it?
+            pairs["messageId"] = re.sub(r"\s", "_", label)
+        log.write([*lines, log.line("INFO", "REPORT", pairs)])
+
+
+def said_by_function(log: Log, label: str, stream: str, text: str, count: int) -> list[str]:
+    """A function's output as lines of the log, of which it may not take much: the ends of many.
+
+    `count` is of the bytes that it wrote, also of those which were not kept.
+    """
+    lines, notes = text.removesuffix("\n").split("\n") if text else [], []
+    first, last = lines[:MOST_LINES], lines[MOST_LINES:]
+    if (left_out := len(last) - MOST_LINES) > 0:
+        last = last[-MOST_LINES:]
+        note = f"[{label}] {left_out} lines of {stream} are left out here"
+        if count > 2 * KEPT_BYTES:
+            note += f", and {count - 2 * KEPT_BYTES} bytes that were not kept"
+        notes = [log.line("INFO", note, {})]
+    return [*(piece for line in first for piece in in_pieces(log, label, stream, line)), *notes,
+            *(piece for line in last for piece in in_pieces(log, label, stream, line))]
+
+
+def in_pieces(log: Log, label: str, stream: str, line: str) -> list[str]:
+    """A line of output as one of the log, or as several of at most PIECE_BYTES."""
+    if log.json:
+        said = log.line("INFO", line, {"requestId": label, "stream": stream})
+    else:
+        said = log.line("INFO", f"[{label}] {stream}: {line}", {})
+    if len(said.encode("utf-8", "backslashreplace")) <= PIECE_BYTES:
+        return [said]
+    middle = len(line) // 2
+    return [piece for half in (line[:middle], line[middle:])
+            for piece in in_pieces(log, label, stream, half)]
 
 
 def summary(reports: Iterable[Report]) -> str:
@@ -3819,6 +3853,7 @@ class Agent:
             run = self.slots.run_spec(task, built, slot)
             if not self._begin(turn, slot):
                 raise Ended(Outcome("released"))
+            self.log("DEBUG", f"[{task.request_id}] a run of {task.function_id} starts")
             outcome = self._patiently(turn, lambda: slot.run(run))
         finally:
             self.code.release(package)

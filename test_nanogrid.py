@@ -7171,7 +7171,8 @@ GRANTED = {  # what the advice of each call names
     "DeleteMessageBatch": "sqs:DeleteMessage", "ChangeMessageVisibilityBatch": "sqs:ChangeMessageVisibility",
     "SendMessage": "sqs:SendMessage", "GetObject": "s3:GetObject", "PutObject": "s3:PutObject",
     "PutMetricData": "cloudwatch:PutMetricData"}
-WAITS, SAYS = "", "see what AWS says of it"
+WAITS, SAYS = "", "AWS will answer so again; change what it names"
+NO_BUCKET, NO_REGION = "check the bucket's name: agent.s3.codeBucket, ", "use one in agent.aws.region"
 NOT_ACCEPTED, KMS_KEY = "AWS does not accept the credentials", "kms:Decrypt on the key"
 
 
@@ -7251,16 +7252,17 @@ AWS_ERRORS = [
         (400, "KMS.DisabledException", "", KMS_KEY, "s3 denied", "arn:aws:kms:r:1:key/k is disabled."),
         (400, "KMS.NotFoundException", "", KMS_KEY, "s3 denied", "Key 'arn:aws:kms:r:1:key/k' does not exist"),
         (400, "ThrottlingException", "", WAITS, "kms", KMS_RATE),
-        (404, "NoSuchBucket", "", "check agent.s3.codeBucket|" + SAYS, "s3 model",
+        (404, "NoSuchBucket", "", NO_BUCKET, "s3 model",
          "The specified bucket does not exist"),
         (403, "AllAccessDisabled", "", SAYS, "s3 model", "All access to this Amazon S3 resource has been disabled."),
         (403, "AccountProblem", "", SAYS, "s3 model", "There is a problem with your account."),
         (403, "NotSignedUp", "", SAYS, "s3 model", "Your account is not signed up for the Amazon S3 service."),
-        (400, "InvalidBucketName", "", SAYS, "s3 model", "The specified bucket is not valid."),
+        (400, "InvalidBucketName", "", NO_BUCKET, "s3 model", "The specified bucket is not valid."),
         (405, "MethodNotAllowed", "", SAYS, "s3 model", "The specified method is not allowed."),
-        (301, "PermanentRedirect", "", SAYS, "s3 billing",
+        (404, "404", "", "check agent.aws.endpointUrl", "s3 model", "Not Found"),
+        (301, "PermanentRedirect", "", NO_REGION, "s3 billing",
          "The bucket you are attempting to access must be addressed using the specified endpoint."),
-        (400, "IllegalLocationConstraintException", "", SAYS, "s3 billing",
+        (400, "IllegalLocationConstraintException", "", NO_REGION, "s3 billing",
          "You are attempting to access a bucket from a different Region than where the bucket exists."),
         (403, "InvalidAccessKeyId", "", NOT_ACCEPTED, "s3 model",
          "The AWS Access Key Id you provided does not exist in our records."),
@@ -7435,7 +7437,7 @@ def test_aws_error_is_waited_out_or_explained_with_its_own_words(
     text, waits = party.meet(call)
     assert words in text, text
     beside = text.partition(words)[2] if words else text
-    advised = re.search("grant|check|see what|kms:|upload", beside)
+    advised = re.search("grant|check|change what|use one|kms:|upload", beside)
     if says == WAITS:
         assert waits and not advised, text
     else:
@@ -8453,6 +8455,65 @@ def test_setup_uses_nothing_that_bash_3_lacks():
         "a name that runs into a letter": r"\$\w+[^\x00-\x7f]"}
     text = SETUP.read_text()
     assert [name for name, pattern in newer.items() if re.search(pattern, text, re.MULTILINE)] == []
+
+
+# --------------------------------------------------------------------------------------------
+# Log
+# --------------------------------------------------------------------------------------------
+
+NUMBERED = [f"line {number}" for number in range(1, 302)]
+# output: (text, bytes that there were, what the log has of it)
+SAID = {
+    "nothing": ("", 0, []),
+    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", 0, NUMBERED[:200]),
+    "one more": ("\n".join(NUMBERED[:201]), 0, [
+        *NUMBERED[:100], "1 lines of stdout are left out here", *NUMBERED[101:201]]),
+    "more than was kept": ("\n".join(NUMBERED), 2 * ng.KEPT_BYTES + 7, [
+        *NUMBERED[:100], "101 lines of stdout are left out here, and 7 bytes that were not kept", *NUMBERED[201:]]),
+    "a long line": ("x" * 60_000, 0, ["x" * 60_000]),
+    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, 0, ["\0" * 9000 + "\U0001f642" * 9000]),
+}
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("output", SAID)
+def test_log_has_the_ends_of_an_output_in_pieces_of_8_kib(output, form):
+    text, count, wanted = SAID[output]
+    log = Heard()
+    log.json = form == "json"
+    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text, stdout_bytes=count)).write(log, "r-1")
+    *lines, report = log.lines
+    assert "REPORT" in report and max([0, *(len(line.encode()) for line in lines)]) <= 8192
+    said = []
+    for line in lines:
+        if form == "json":
+            entry = json.loads(line)
+            said.append(entry["message"])
+            assert entry.get("requestId", "r-1") == "r-1"
+        else:
+            said.append(re.fullmatch(r"\S+ INFO \[r-1\] (.*)\n", line, re.DOTALL)[1])
+    if form == "text":
+        said = [line.removeprefix("stdout: ").replace("\\x00", "\0") for line in said]
+    said = [line.removeprefix("[r-1] ") for line in said]
+    assert said == wanted if len(wanted) != 1 else len(said) > 1 and "".join(said) == wanted[0]
+
+
+def test_log_says_at_debug_when_a_run_starts():
+    with local_site() as folder:
+        request_id = local_job(folder, "r-debug")
+        with local(folder, "--drain", "--log-level", "debug") as agent:
+            assert agent.end() == 0
+        assert re.search(rf"DEBUG \[{request_id}\] a run of .* starts\n(.*\n)*.* REPORT ", agent.log), agent.log
+
+
+def test_report_of_what_cannot_be_read_has_the_message_s_id():
+    with local_site() as folder:
+        (folder.path / "queue" / "no task.json").write_text("{")
+        with local(folder, "--drain") as agent:
+            assert agent.end() == 0
+        report = reports(agent.log)[-1]
+        assert (report["requestId"], report["messageId"]) == ("-", "no_task.json"), agent.log
+        assert report["status"] == "rejected"
 
 
 # --------------------------------------------------------------------------------------------
