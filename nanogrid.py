@@ -2991,7 +2991,7 @@ def output_files(slot: Slot) -> tuple[list[str], int, int]:
     hard link to something that the function may not.
     """
     found, size, left_out, uid = [], 0, 0, slot.spec.uid
-    pending = [""] if stat.S_ISDIR(os.lstat(slot.output).st_mode) else []
+    pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
     for relative in pending:
         try:
             entries = list(os.scandir(os.path.join(slot.output, relative)))

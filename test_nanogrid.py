@@ -2557,6 +2557,38 @@ def test_a_function_is_confined(confined, name):
     check(confined, name, CONFINED[name])
 
 
+@pytest.mark.skipif(not ROOT, reason="only root gives every slot a uid of its own")
+def test_agents_have_uids_of_their_own_whatever_a_function_takes(grids):
+    """Each uid has a locked file that root alone opens; names in the abstract space are anybody's."""
+    first, second = grids("root", EXECUTION_CONCURRENCY=1), grids("root", EXECUTION_CONCURRENCY=1)
+    squat = """
+import os, socket, time
+taken = [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(600)]
+for number, one in enumerate(taken):
+    try:
+        one.bind(f"\\0nanogrid-uid-{60600 + number}")
+    except OSError:
+        pass
+print(os.getuid(), flush=True)
+time.sleep(100)
+"""
+    first.put({"main.py": squat}, request_id="squat", timeoutMs=100000)
+    second.put({"main.py": "import os; print(os.getuid())"}, request_id="other")
+    with Agent("--local", first.path, "--log-level", "DEBUG", python=PYTHON, env=first.env) as agent:
+        agent.wait_for("squat.*start")
+        uid = int(second.run()["other"]["stdout"])
+        assert not os.path.exists(f"/run/nanogrid/uid-{uid}"), "a lock that outlives its agent"
+        assert uid not in {os.stat(path).st_uid for path in first.base.glob("agent-*/slot0/own/work")}
+
+
+@pytest.mark.parametrize("name", ["root", "0"])
+def test_functions_never_run_as_root(grids, user, name):
+    grid = grids(user, EXECUTION_RUNAS=name)
+    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        assert agent.end() == 1
+    assert "runAs" in agent.log and len(agent.log.splitlines()) == 1, agent.log
+
+
 def test_the_log_says_once_what_an_ordinary_user_cannot_have(confined):
     warnings = re.findall(r"^\S+ WARN\w* .*not started as root.*$", confined.log, re.MULTILINE)
     assert len(warnings) == (0 if confined.user == "root" else 1), warnings
@@ -3601,10 +3633,10 @@ os.chdir(os.environ["OUTPUT_DIR"])
 open("near.txt", "w").write("near")
 open(b"no-utf-8-\\xff", "w").close()
 os.mkdir("result.json")
-for depth in range(2000):
+for depth in range(500):
     os.mkdir("nested")
     os.chdir("nested")
-    if depth in (50, 1000, 1999):
+    if depth in (50, 200, 499):
         open("file.txt", "w").write(f"at {depth}")
 """
 
@@ -3620,6 +3652,100 @@ def test_outputs_too_deep_for_a_key_are_left_out_and_said(grids, user):
     kept = grid.path / "results" / "deep"
     assert [(kept / name).read_text() for name in names] == ["near", "at 50"]
     assert re.search(r" WARNING \[deep\] 3 .*OUTPUT_DIR", grid.log), grid.log
+
+
+# What is stored of $OUTPUT_DIR: copies of the bytes, and nothing of the source is changed.
+OUTPUTS = table(r"""
+=== names that are the result's own | | stored=.result.json.part/x,plain
+for name in ("result.json", ".result.json.part"):
+    os.mkdir(name)
+    open(name + "/x", "w").close()
+open("plain", "w").close()
+=== names of an earlier receive | | stored=a,b/c
+open("a", "w").close()
+os.mkdir("b")
+open("b/c", "w").close()
+=== links, and what they lead to | | stored=mine,same
+open("mine", "w").close()
+os.link("mine", "same")
+os.symlink("/etc/hostname", "link")
+os.symlink("/etc", "folder")
+os.mkfifo("fifo")
+=== files with holes count in full | | status=failed reason=disk exitCode=0 stored=
+for name in "abc":
+    os.truncate(os.open(name, os.O_CREAT | os.O_RDWR), 20 << 20)
+=== one file by many names counts by each | | status=failed reason=disk exitCode=0 stored=
+os.truncate(os.open("a", os.O_CREAT | os.O_RDWR), 20 << 20)
+os.link("a", "b"), os.link("a", "c")
+=== a file of its package | | stored=main.py
+os.rename(work + "/main.py", "main.py")
+=== a file of its package again | | stored=main.py
+os.rename(work + "/main.py", "main.py")
+""")
+OUTPUT_HEAD = """
+import os
+work = os.getcwd()
+os.chdir(os.environ["OUTPUT_DIR"])
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXDISKMB=50)
+    earlier = grid.path / "results" / slug("names of an earlier receive")
+    for name in ("a/b", "b"):
+        (earlier / name).parent.mkdir(parents=True, exist_ok=True)
+        (earlier / name).write_text("of an earlier receive")
+    if ROOT and user == "ordinary":
+        subprocess.run(["chown", "-R", f"{ORDINARY}:{ORDINARY}", earlier.parent], check=True)
+    for name, case in OUTPUTS.items():
+        function_id = "moves itself" if "package" in name else name
+        grid.put({"main.py": OUTPUT_HEAD + case.files["main.py"]}, request_id=slug(name), function_id=slug(function_id))
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_is_stored_of_an_output(outputs, name):
+    expect = dict(OUTPUTS[name].expect)
+    stored = expect.pop("stored").split(",")
+    result = check(outputs, name, OUTPUTS[name]._replace(expect=expect))
+    assert result["outputFiles"] == list(filter(None, stored))
+    kept = outputs.path / "results" / slug(name)
+    assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if not path.is_dir()) == sorted(
+        ["result.json", *result["outputFiles"]]), "what the result names is what is there"
+    assert not any(path.is_symlink() for path in kept.rglob("*"))
+
+
+def test_nothing_but_results_is_where_they_are(outputs):
+    assert not [name for name in os.listdir(outputs.path / "results") if name.startswith(".")]
+
+
+# What no look can list, or finds gone: files below paths over PATH_MAX, those that come and go.
+DISKS = table(r"""
+=== bytes below a path that is too long | | status=failed reason=disk
+for _ in range(20):
+    os.mkdir("d" * 250), os.chdir("d" * 250)
+os.posix_fallocate(os.open("f", os.O_CREAT | os.O_RDWR), 0, 80 << 20)
+time.sleep(60)
+=== files below a path that is too long | | status=failed reason=disk
+for _ in range(20):
+    os.mkdir("d" * 250), os.chdir("d" * 250)
+for n in range(3000): open(str(n), "w").close()
+time.sleep(60)
+=== files that come and go | timeoutMs=3000 | status=timeout
+while True:
+    os.close(os.open("file", os.O_CREAT)), os.unlink("file")
+""")
+
+
+def test_what_cannot_be_listed_is_over_the_limit_and_what_has_gone_is_no_error(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=3, EXECUTION_MAXDISKMB=50, EXECUTION_MAXFILES=2000)
+    for name, case in DISKS.items():
+        source = "import os, time\nos.chdir(os.environ['TMPDIR'])\n" + case.files["main.py"]
+        grid.put({"main.py": source}, request_id=slug(name), function_id=slug(name), **case.task)
+    grid.run()
+    for name, case in DISKS.items():
+        check(grid, name, case)
 
 
 def test_small_files_without_end_are_bounded(grids, user):
