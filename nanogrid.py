@@ -181,39 +181,65 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
     return _YamlReader(text, name).tree
 
 
+@dataclass
+class _Block:
+    """A map or a list whose lines are being read."""
+
+    indent: int
+    path: tuple[str, ...]  # of keys, from the top
+    content: Any
+
+
 class _YamlReader:
     """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
     def __init__(self, text: str, name: str):
         self.name, self.number = name, 0  # of the line that is being read
         self.tree: dict[str, Any] = {}
-        self.entries: dict[tuple, tuple[int, dict[str, Any]]] = {}
-        blocks: list[tuple[int, tuple, Any]] = []  # (indent, path, map or list), innermost last
-        below: tuple | None = ()  # the path whose block may begin in this line
+        self.entries: dict[tuple[str, ...], tuple[int, dict[str, Any]]] = {}
+        self.blocks: list[_Block] = []  # that are open, the innermost last
+        self.opening: tuple[str, ...] | None = ()  # the path whose block may begin in this line
         for indent, body in self.content(text.removeprefix("\ufeff")):
+            if self.opening == () and body[0] == "{" and _EMPTY.fullmatch(body):
+                self.opening = None  # no block is open: no further line fits
+                continue
             item = _ITEM.match(body)
-            if below == ():
-                below = None
-                if body[0] == "{" and _EMPTY.fullmatch(body):
-                    continue  # no block is open: no further line fits
-                blocks.append((indent, (), self.tree))
-            elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
-                if len(below) > 50:
-                    self.fail("nested too deep; use at most 50 levels")
-                blocks[-1][2][below[-1]] = block = [] if item else {}
-                blocks.append((indent, below, block))
-            while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
-                              and isinstance(blocks[-1][2], list)):
-                blocks.pop()  # also a list at its key's own indent
-            if not blocks or indent != blocks[-1][0]:
-                self.fail("indented unlike its siblings, or text that goes on from the line above; "
-                          "give them one indent, and write a value in its key's line")
-            _, path, block = blocks[-1]
-            if isinstance(block, list):
-                block.append(self.scalar(body[item.end():]))
-                below = None
+            self.open_block(indent, bool(item))
+            self.close_blocks(indent, bool(item))
+            block = self.blocks[-1]
+            if item and isinstance(block.content, list):
+                block.content.append(self.scalar(body[item.end():]))
+                self.opening = None
             else:
-                below = self.entry(body, path, block)
+                self.opening = self.entry(body, block)
+
+    def open_block(self, indent: int, is_item: bool) -> None:
+        """Begin the document's map, or the block of the key above, if this is its first line."""
+        path = self.opening
+        if path is None:
+            return
+        if path == ():
+            self.blocks.append(_Block(indent, (), self.tree))
+            return
+        above = self.blocks[-1]
+        if indent > above.indent or is_item and indent == above.indent:
+            if len(path) > 50:
+                self.fail("nested too deep; use at most 50 levels")
+            content: Any = [] if is_item else {}
+            above.content[path[-1]] = content
+            self.blocks.append(_Block(indent, path, content))
+
+    def close_blocks(self, indent: int, is_item: bool) -> None:
+        """End the blocks that this line does not belong to; a list may stand at its key's indent."""
+        while self.blocks:
+            block = self.blocks[-1]
+            ends_list = isinstance(block.content, list) and not is_item
+            if indent > block.indent or indent == block.indent and not ends_list:
+                break
+            self.blocks.pop()
+        if not self.blocks or indent != self.blocks[-1].indent:
+            self.fail("indented unlike its siblings, or text that goes on from the line above; "
+                      "give them one indent, and write a value in its key's line")
 
     def fail(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.name}:{self.number}: {problem}")
@@ -236,20 +262,20 @@ class _YamlReader:
                 begun = True
                 yield len(line) - len(body), body.rstrip(" ")
 
-    def entry(self, body: str, path: tuple, block: dict[str, Any]) -> tuple | None:
+    def entry(self, body: str, block: _Block) -> tuple[str, ...] | None:
         """Read a line of a map; the path of its key, if nothing stands behind it."""
         key, _, rest = self.token(body)
         if not (colon := _COLON.match(rest)):
             self.fail(f"{shown(body)} is no `key: value`; write a space after the colon, and a "
                       "value in its key's line")
-        text, here = rest[colon.end():], (*path, key)
+        text, here = rest[colon.end():], (*block.path, key)
         if here in self.entries:
             self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one")
-        self.entries[here] = self.number, block
+        self.entries[here] = self.number, block.content
         if empty := _EMPTY.fullmatch(text):
-            block[key] = [] if empty[1][0] == "[" else {}
+            block.content[key] = [] if empty[1][0] == "[" else {}
         else:
-            block[key] = self.scalar(text)
+            block.content[key] = self.scalar(text)
         return None if text else here
 
     def scalar(self, text: str) -> Any:
