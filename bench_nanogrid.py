@@ -529,7 +529,7 @@ def rate_rows(bench: Bench, how: str, command: list, bound: float, measure, cpu_
     before, (first, agent), after = bench.xargs(command), measure(), bench.xargs(command)
     wall_s, cpu_s = (before.wall_s + after.wall_s) / 2, (before.cpu_s + after.cpu_s) / 2
     yield Row(f"{how}, jobs/s", f"{1 / agent.wall_s:.0f}/s",
-              f"xargs -P{SLOTS} {' '.join(Path(word).name for word in command)}: {1 / wall_s:.0f}/s",
+              f"xargs -P{SLOTS} {' '.join(Path(one).name for one in command)}: {1 / wall_s:.0f}/s",
               wall_s / agent.wall_s, bound, at_least=True,
               note=f"halves {1 / first.wall_s:.0f}/s, {1 / agent.wall_s:.0f}/s"
               + ("" if agree(first, agent) else ": NOT STEADY"))
@@ -757,8 +757,8 @@ def duration(bench: Bench):
 # --- command line -------------------------------------------------------------------------------
 
 FIGURES = {figure.__name__: figure for figure in (
-    start, python_local, python_sqs, cpp_local, agents, latency, package, idle, idle_local, requests,
-    depth, peak, duration)}
+    start, python_local, python_sqs, cpp_local, agents, latency, package, idle, idle_local,
+    requests, depth, peak, duration)}
 
 
 def rows_of(bench: Bench, name: str):

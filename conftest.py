@@ -1,4 +1,4 @@
-"""What a run of the tests is told and tells: --slow, what one worker runs, which tools were missing."""
+"""What a run of the tests is told and tells: --slow, what one worker runs, what was not run."""
 from __future__ import annotations
 
 import collections
@@ -14,8 +14,8 @@ SHARED = ("trials", "started", "runs", "escaped", "leftovers", "confined", "room
 TESTS = Path(__file__).with_name("test_nanogrid.py").read_text()
 SHARES = {test: first for test, first in re.findall(r"^def (test_\w+)\((\w+)", TESTS, re.MULTILINE)
           if first in SHARED}
-# Tool to the tests that were skipped for want of it, in the order in which they were.
-MISSING: dict[str, list[str]] = collections.defaultdict(list)
+# Reason to the tests that were skipped for it, in the order in which they were.
+NOT_RUN: dict[str, list[str]] = collections.defaultdict(list)
 
 
 def name_of(nodeid: str) -> str:
@@ -27,13 +27,9 @@ def pytest_addoption(parser):
                      help="also run the tests that take long or much of the machine")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long or much of the machine; needs --slow")
-
-
 def pytest_collection_modifyitems(config, items):
-    slow = [] if config.getoption("slow") else [one for one in items if one.get_closest_marker("slow")]
-    if slow:
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and not config.getoption("slow"):
         config.hook.pytest_deselected(items=slow)
         items[:] = [one for one in items if one not in slow]
     if hasattr(config, "workerinput"):
@@ -62,16 +58,13 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report):
     """Under xdist, too, the process that writes the summary sees every report."""
-    reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ""
-    if tool := re.search(r"(\S+) is not installed", reason):
-        MISSING[tool[1]].append(name_of(report.nodeid).replace("test_", "", 1).replace("_", " "))
+    if report.skipped and isinstance(report.longrepr, tuple):
+        name = name_of(report.nodeid).replace("test_", "", 1).replace("_", " ")
+        NOT_RUN[report.longrepr[2].replace("Skipped: ", "")].append(name)
 
 
 def pytest_terminal_summary(terminalreporter):
-    if MISSING:
-        said = []
-        for tool, tests in MISSING.items():
-            first, *more = dict.fromkeys(tests)
-            also = f", and {len(more)} more" if more else ""
-            said.append(f"{tool} (would have tested: {first}{also})")
-        terminalreporter.write_line("Missing here: " + "; ".join(said))
+    for reason, tests in NOT_RUN.items():
+        first, *more = dict.fromkeys(tests)
+        also = f", and {len(more)} more" if more else ""
+        terminalreporter.write_line(f"Not run here: {reason} (would have tested: {first}{also})")

@@ -181,12 +181,15 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
     return _YamlReader(text, name).tree
 
 
+Keys = tuple[str, ...]  # from the top of the file to an entry
+
+
 @dataclass
 class _Block:
     """A map or a list whose lines are being read."""
 
     indent: int
-    path: tuple[str, ...]  # of keys, from the top
+    path: Keys
     content: Any
 
 
@@ -196,9 +199,9 @@ class _YamlReader:
     def __init__(self, text: str, name: str):
         self.name, self.number = name, 0  # of the line that is being read
         self.tree: dict[str, Any] = {}
-        self.entries: dict[tuple[str, ...], tuple[int, dict[str, Any]]] = {}
+        self.entries: dict[Keys, tuple[int, dict[str, Any]]] = {}
         self.blocks: list[_Block] = []  # that are open, the innermost last
-        self.opening: tuple[str, ...] | None = ()  # the path whose block may begin in this line
+        self.opening: Keys | None = ()  # the path whose block may begin in this line
         for indent, body in self.content(text.removeprefix("\ufeff")):
             if self.opening == () and body[0] == "{" and _EMPTY.fullmatch(body):
                 self.opening = None  # no block is open: no further line fits
@@ -250,7 +253,8 @@ class _YamlReader:
         for self.number, line in enumerate(text.split("\n"), 1):  # splitlines() takes U+2028, too
             line = line.removesuffix("\r")
             if bad := _FORBIDDEN.search(line):
-                self.fail(f"the character U+{ord(bad[0]):04X} is not YAML; take it out, or escape it")
+                self.fail(f"the character U+{ord(bad[0]):04X} is not YAML; take it out, "
+                          "or escape it")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
                 self.fail(_REFUSED[body[0]])
@@ -262,7 +266,7 @@ class _YamlReader:
                 begun = True
                 yield len(line) - len(body), body.rstrip(" ")
 
-    def entry(self, body: str, block: _Block) -> tuple[str, ...] | None:
+    def entry(self, body: str, block: _Block) -> Keys | None:
         """Read a line of a map; the path of its key, if nothing stands behind it."""
         key, _, rest = self.token(body)
         if not (colon := _COLON.match(rest)):
@@ -291,7 +295,7 @@ class _YamlReader:
 
     def token(self, text: str) -> tuple[str, bool, str]:
         """What the token at the start of `text` says; is it plain (else quoted); the rest."""
-        def character(escape: re.Match) -> str:
+        def character(escape: re.Match[str]) -> str:
             digits = escape[1] or escape[2] or escape[3]
             code = int(digits, 16) if digits else ord(_ESCAPES.get(escape[4], "\ud800"))
             if 0xD800 <= code <= 0xDFFF or code > 0x10FFFF:
@@ -433,7 +437,8 @@ SETTINGS = tuple(one.metadata["row"]._replace(field=one.name)
                  for one in fields(Settings) if one.metadata)
 _REQUIRED = {"region", "queue_url", "code_bucket"}
 _FALLBACKS = {"region": ("AWS_REGION", "AWS_DEFAULT_REGION"), "endpoint_url": ("AWS_ENDPOINT_URL",)}
-_HELD_AS = {"user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
+_HELD_AS: dict[str, Callable[[Any], Any]] = {
+    "user": str, "buckets": tuple, "prefix": lambda text: text.strip("/")}
 _ROWS = {tuple(row.path.split(".")): row for row in SETTINGS}
 _SECTIONS = {keys[:depth] for keys in _ROWS for depth in range(1, len(keys))}
 
@@ -466,7 +471,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     return Settings(**values), warnings
 
 
-def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], list[str]]:
+def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list[str]]:
     """{path of keys, () for the file: (value, FILE:LINE)}; what is wrong with keys; warnings."""
     try:
         reader = _YamlReader(path.read_bytes().decode(), str(path))
@@ -476,7 +481,7 @@ def _from_file(path: Path) -> tuple[dict[tuple, tuple[Any, str]], list[str], lis
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    written: dict[tuple, tuple[Any, str]] = {(): (reader.tree, f"{path}:1")}
+    written: dict[Keys, tuple[Any, str]] = {(): (reader.tree, f"{path}:1")}
     problems, warnings = [], []
     for keys, (line, block) in reader.entries.items():
         if keys[:-1] in _ROWS or keys[:-1] not in written:
@@ -523,7 +528,8 @@ def _faults(row: Setting, value: Any) -> list[str]:
         if type(value) is int:
             advice = row.why or f"{row.low} to {row.high} are allowed"
     else:
-        fits = isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)
+        fits = (isinstance(value, str) and value.isprintable()
+                and re.fullmatch(pattern, value) is not None)
         advice = advice if isinstance(value, (str, dict, list)) else "put it in quotes"
     return [] if fits else [f"is {shown(value)}; {advice}"]
 
@@ -723,9 +729,10 @@ def unpack(archive: Path, target: Path) -> list[str]:
             # behind a name it would not, if that name is a link.
             parts = [part for part in link.split("/") if part not in ("", ".")]
             ups = parts.count("..")
-            if link[:1] in ("", "/") or "\0" in link or ups > path.count("/") or ".." in parts[ups:]:
-                raise _bad(member, f"is a link to {shown(link, in_json=True)}; it must be relative, "
-                                   "stay inside and have '..' only at its beginning")
+            leaves = ups > path.count("/") or ".." in parts[ups:]
+            if leaves or link[:1] in ("", "/") or "\0" in link:
+                raise _bad(member, f"is a link to {shown(link, in_json=True)}; it must be "
+                                   "relative, stay inside and have '..' only at its beginning")
             (target / path).symlink_to(link)
         return files
 
@@ -738,8 +745,8 @@ class _Archive(io.FileIO):
             raise zipfile.BadZipFile(f"it points to byte {offset}, which it cannot have")
         return super().seek(offset, whence)
 
-    def read(self, size: int = -1) -> bytes:
-        if size > MAX_DIRECTORY:
+    def read(self, size: int | None = -1) -> bytes:
+        if size and size > MAX_DIRECTORY:
             raise zipfile.BadZipFile(f"its directory claims {size} bytes")
         return super().read(size)
 
@@ -816,7 +823,7 @@ def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
 
 
 def find_entry(target: Path, runtime: str) -> str:
-    """The file, or link to one, that `runtime` starts with in an unpacked zip; or Ended("entry")."""
+    """The file, or link to one, that `runtime` starts with in a zip; or Ended("entry")."""
     names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
     hint = ""
     for name in names:
@@ -916,7 +923,7 @@ class Fault:
 
     @contextlib.contextmanager
     def watched(self, goes_on: bool = False) -> Iterator[None]:
-        """Note how a block ends; an OSError that may pass becomes an Outage, or none if `goes_on`."""
+        """Note how a block ends: an OSError that may pass is an Outage, or none if `goes_on`."""
         try:
             yield
         except OSError as error:
@@ -1967,7 +1974,7 @@ def _refusal(addresses: list[bytes], offset: int, first_uid: int, last_uid: int)
 class Room:
     """What a slot sees of the machine: made once, for its supervisor and all that it forks.
 
-    What the kernel does not give is left out; `gaps` has the words for what functions can do then.
+    What the kernel does not give is left out; `gaps` says what functions can do then.
     """
 
     def __init__(self, spec: SlotSpec):
@@ -2469,8 +2476,8 @@ class ReadyPython(Helper):
 
 # --- The supervisor: one run from its workspace to its outcome ---
 
-# A run that failed ends as oom when the end of its stderr matches this. The kernel keeps no count of
-# the allocations that it refuses, so these are the runtimes' own words for one.
+# A run that failed ends as oom when the end of its stderr matches this. The kernel keeps no count
+# of the allocations that it refuses, so these are the runtimes' own words for one.
 REFUSED = re.compile(
     r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
     r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
@@ -2690,7 +2697,7 @@ class Watch:
         self.unnamed: dict[tuple[int, int], int] = {}  # when last looked (unnamed_files)
 
     def wait(self, done: int) -> str:
-        """How the run ends: exit (`done` is readable), timeout, oom, disk, or released by the agent."""
+        """How the run ends: exit (`done` is readable), timeout, oom, disk, or released."""
         agent, life = self.supervisor.agent.fileno(), self.supervisor.life
         poll = select.poll()
         for fd in (done, agent, life, *self.outputs):
@@ -3133,7 +3140,8 @@ class Slot:
 
     SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
 
-    def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket], fault: Fault):
+    def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket],
+                 fault: Fault):
         self.spec, self.supervisor, self.fault = spec, supervisor, fault
         self.own = f"{spec.directory}/own"
         self.output = f"{self.own}/output"
@@ -3158,7 +3166,8 @@ class Slot:
                 self.drop(kill=True)
                 if error.errno in MACHINE_AWAY:
                     raise
-                raise Ended(Outcome("error", "launcher", f"no function can be run: {error}")) from None
+                text = f"no function can be run: {error}"
+                raise Ended(Outcome("error", "launcher", text)) from None
             except (OSError, RunLost) as error:  # what it did to its supervisor, it may do again
                 self.drop(kill=True)
                 raise Ended(Outcome("error", "launcher", "what ran the function was lost "
@@ -3730,7 +3739,7 @@ class Agent:
         os.write(self.waker, b"\n")
 
     def _begin(self, turn: Turn, slot: Slot) -> bool:
-        """Mark the turn as begun, which no shutdown gives back; False if one has done so already."""
+        """Mark the turn as begun, which no shutdown gives back; False if one has already."""
         with self.lock:
             turn.begun = self.turns.get(slot) is turn
             return turn.begun

@@ -3029,7 +3029,7 @@ def hoards(grids, user):
     """One slot: after each hoarder comes a run that finds nothing of it."""
     need_room(user)
     grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXDISKMB=64, EXECUTION_MAXFILES=5000)
-    for n, (name, case) in enumerate(HOARDS.items()):
+    for name, case in HOARDS.items():
         grid.put({"main.py": HOARD_HEAD + case.files["main.py"]}, request_id=slug(name), function_id=slug(name), **case.task)
         grid.put({"main.py": NOTHING_LEFT}, request_id=f"after-{slug(name)}", function_id="after")
     return grid.run()
@@ -8420,22 +8420,24 @@ def check_metric(url: str, peak_bytes: int):
 
 
 # --------------------------------------------------------------------------------------------
-# README
+# README.md and docs/
 # --------------------------------------------------------------------------------------------
 #
-# README.md's commands and examples, run as they stand there; an emulator is AWS.
+# Their commands and examples, run as they stand there; an emulator is AWS.
 
 
-README = Path(__file__).with_name("README.md")
-TEXT = README.read_text()
-
+ROOT = Path(__file__).parent
+PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+TEXT = "\n".join(PAGES.values())
+UNIT = ROOT / "nanogrid.service"
 
 # The fenced blocks that stand behind a comment `<!-- test: NAME -->`, by name.
-BLOCKS = dict(re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
+MARKED = re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+BLOCKS = dict(MARKED)
 
 
 def sh(script: str, cwd: Path, env=None, seconds=180, **options) -> subprocess.CompletedProcess:
-    """Run lines of the README in bash, with this Python as theirs; every line must succeed."""
+    """Run lines of the pages in bash, with this Python as theirs; every line must succeed."""
     script = script.replace("python3 nanogrid.py", f"{shlex.quote(sys.executable)} {MODULE}")
     ended = subprocess.run(["bash", "-euc", script], cwd=cwd, env={**os.environ, **(env or {})},  # noqa: PLW1510
                            capture_output=True, text=True, timeout=seconds, **options)
@@ -8451,20 +8453,34 @@ def alike(text: str) -> str:
 # --- The text itself
 
 
-def test_links_in_the_page_lead_to_headings():
-    headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
-                for title in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)}
-    wanted = set(re.findall(r"\]\(#([^)]+)\)", TEXT))
-    assert wanted and wanted <= headings
+def test_links_lead_to_files_and_headings():
+    dead = []
+    for page, text in PAGES.items():
+        links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text)
+        assert links
+        for path, anchor in links:
+            there = (page.parent / path).resolve() if path else page
+            titles = re.findall(r"^#+ (.*)$", PAGES.get(there, ""), re.MULTILINE)
+            anchors = [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]
+            if not there.is_file() or anchor and anchor not in anchors:
+                dead.append((page.name, path, anchor))
+    assert dead == []
 
 
 def test_every_command_is_run_by_a_test():
     """All but the line for the tests, which .ci/run runs, and the script's, which has its own tests."""
     found = re.findall(r"^(?:<!-- test: ([^\n]+) -->\n)?```sh\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-    unnamed = [text.split()[0] for name, text in found if not name]
-    assert len(found) >= 12 and unnamed == ["python3", "./setup_resources.sh"], unnamed
+    unnamed = {text.split()[0] for name, text in found if not name}
+    assert len(found) >= 12 and unnamed == {"python3", "./setup_resources.sh"}, unnamed
+    assert len(MARKED) == len(BLOCKS)  # no name twice
     tests = Path(__file__).read_text()
     assert [name for name in BLOCKS if f'"{name}"' not in tests and "total/" not in name] == []
+
+
+def test_pages_are_short_and_so_are_their_lines():
+    assert len(PAGES[ROOT / "README.md"].splitlines()) <= 260
+    prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in prose.splitlines() if len(line) > 120 and line[0] != "|"] == []
 
 
 def test_settings_that_it_names_exist():
@@ -8483,7 +8499,7 @@ GUIDE_COMMENTS = [
 
 
 def test_application_yml_example_has_every_setting_with_its_default_and_a_word_on_it():
-    text = README.with_name("application.yml.example").read_text()
+    text = (ROOT / "application.yml.example").read_text()
     for row in ng.SETTINGS:
         value = ng.parse_yaml(text)
         for key in row.path.split("."):
@@ -8497,7 +8513,7 @@ def test_application_yml_example_has_every_setting_with_its_default_and_a_word_o
 
 
 def test_application_yml_example_loads_but_for_the_account_id(tmp_path):
-    text = README.with_name("application.yml.example").read_text()
+    text = (ROOT / "application.yml.example").read_text()
     [problem] = problems(tmp_path, text)
     assert "still holds YOUR_ACCOUNT_ID" in problem
     settings, warnings = load(tmp_path, text.replace("queueUrl: https://sqs.ap-northeast-2.amazonaws.com/"
@@ -8548,6 +8564,13 @@ def test_message_and_result_have_these_fields(folder):
     assert alike(result["optimizationTip"]) == alike(shown["optimizationTip"])
 
 
+def test_a_task_of_your_own_from_a_folder(tmp_path):
+    (tmp_path / "total").mkdir()
+    (tmp_path / "total" / "main.py").write_text(BLOCKS["total/main.py"])
+    said = sh(BLOCKS["local"], tmp_path).stdout
+    assert '"status": "ok"' in said and said.endswith("2")  # count.txt
+
+
 # --- Commands for the machine
 
 
@@ -8565,7 +8588,7 @@ def test_three_commands_install_it(tmp_path):
     here.mkdir()
     (host / "units").mkdir(parents=True)
     files = {"nanogrid.py": MODULE.read_text(), "application.yml": "agent:\n",
-             "nanogrid.service": BLOCKS["unit"]}
+             "nanogrid.service": UNIT.read_text()}
     for name, text in files.items():
         (here / name).write_text(text)
     tool(tools / "scp", f'[ "${{!#}}" = ec2-user@HOST: ] && cp "${{@:1:$#-1}}" {host}')
@@ -8588,10 +8611,10 @@ def test_three_commands_install_it(tmp_path):
 
 @pytest.mark.parametrize("agents", [1, 4])
 def test_unit_is_one_that_systemd_takes(tmp_path, agents):
-    """As it stands, and as the template that the README's command makes of it."""
+    """As it stands, and as the template that the command for several makes of it."""
     need("systemd-analyze")
     unit = tmp_path / "nanogrid.service"
-    unit.write_text(BLOCKS["unit"].replace("/opt/nanogrid/venv/bin/python", sys.executable))
+    unit.write_text(UNIT.read_text().replace("/opt/nanogrid/venv/bin/python", sys.executable))
     if agents > 1:
         tool(tmp_path / "bin" / "ssh", f'[ "$1" = ec2-user@HOST ] && cd {tmp_path} && exec bash -euc "$2"')
         tool(tmp_path / "bin" / "sudo", 'exec "$@"')
@@ -8627,7 +8650,7 @@ def test_the_cloudwatch_agent_reads_the_log_that_is_written():
 
 
 def test_unit_waits_for_longer_than_a_shutdown_takes():
-    seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", BLOCKS["unit"], re.MULTILINE)[1])
+    seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)[1])
     settings = ng.Settings()
     assert seconds > settings.shutdown_grace_seconds + settings.wait_time_seconds
 
@@ -8645,13 +8668,13 @@ def test_rules_that_close_the_instance_metadata_to_a_user(tmp_path):
 
 
 class Shell:
-    """A folder with the files that the README's lines name, and an emulator of its own as AWS."""
+    """A folder with the files that the lines of the pages name, and an emulator of its own as AWS."""
 
     def __init__(self, url: str, path: Path):
         self.url, self.path = url, path
         # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
         tool(path / "bin" / "aws", f'exec {shutil.which("aws")} --endpoint-url {url} "$@"')
-        shutil.copy(README.with_name("application.yml.example"), path)
+        shutil.copy(ROOT / "application.yml.example", path)
         (path / "policy.json").write_text(BLOCKS["policy.json"])
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url, "AWS_PAGER": "",
                     "PATH": f"{path / 'bin'}:{os.environ['PATH']}"}
@@ -8691,6 +8714,20 @@ def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
         Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes")["Metrics"]
     assert {each["Name"]: each["Value"] for each in metric["Dimensions"]} == {
         "FunctionId": "hello-python", "Runtime": "python"}
+
+
+@pytest.mark.slow
+def test_from_the_cli_to_an_agent_of_its_own_environment(shell, tmp_path):
+    shell.run(BLOCKS["cli"] + BLOCKS["send"])
+    install, check, start = BLOCKS["agent"].splitlines()
+    assert "pip install boto3" in install
+    python = f"{shlex.quote(sys.executable)} {MODULE}"
+    for line, more in ((check, " || true"), (start, " --drain")):  # an emulator has no metadata to refuse
+        said = shell.run(line.partition("#")[0].replace(".venv/bin/python nanogrid.py", python) + more,
+                         AGENT_SQS_WAITTIMESECONDS="1", AGENT_TASKBASEDIR=str(tmp_path / "task"))
+        assert re.search("^ok    (queue|bucket|CloudWatch)", said.stdout, re.MULTILINE) or "|" not in more
+    assert "stdout: Result: 42" in said.stderr and reports(said.stderr)[0]["status"] == "ok"
+    assert "Successfully published 1 values" in said.stderr
 
 
 @pytest.mark.slow
