@@ -71,6 +71,10 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+# Python 3.7 and older show this line as the one that they cannot read.
+if (running := sys.version_info) < (3, 9):  # NanoGrid needs Python 3.9 or newer
+    sys.exit(f"NanoGrid needs Python 3.9 or newer; this is Python {running[0]}.{running[1]}")
+
 __version__ = "1.0.0"
 FILE = os.path.abspath(__file__)
 MIB = 1024 * 1024
@@ -340,7 +344,8 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "region": (r"(?!.*[0-9][a-z]$)[a-z0-9-]+", "write a region such as ap-northeast-2"),
     "url": (_URL, "write a URL that begins with https:// or http://"),
     "queue": (_URL, "write the queue's URL, as SQS shows it under Details"),
-    "bucket": (r"[A-Za-z0-9._-]{3,255}", "write the bucket's bare name, no ARN, no s3:// URL"),
+    "bucket": (r"[A-Za-z0-9._-]{3,255}",
+               "write the bucket's bare name, 3 characters or more, no ARN, no s3:// URL"),
     "network": ("host|none", "write host or none"),
     "metadata": ("refuse|allow", "write refuse or allow"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
@@ -450,6 +455,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
     written, problems, warnings = _from_file(path) if path else ({}, [], [])
+    _look_at_names(environ, problems, warnings)
     values: dict[str, Any] = {"file": path}
     for keys, row in _ROWS.items():
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
@@ -477,7 +483,8 @@ def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list
         reader = _YamlReader(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
-                          "application.yml.example there, or name another with --config") from None
+                          "application.yml.example there, or name another with --config. Without "
+                          "settings --demo shows what this is, and --help the rest") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
@@ -499,6 +506,20 @@ def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list
             nearest = known[get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
     return written, problems, warnings
+
+
+def _look_at_names(environ: Mapping[str, str], problems: list[str], warnings: list[str]) -> None:
+    """Add what is wrong with the names of variables AGENT_..., and which are passed over."""
+    known = [row.variable for row in SETTINGS]
+    for name in sorted(environ):
+        dotted = name.lower().replace("_", ".") + "."
+        if not name.startswith("AGENT_") or re.sub("(?<=BUCKETS)_[0-9]+$", "", name) in known:
+            continue
+        if dotted.startswith(tuple(f"{section.lower()}." for section in _SPRING_ONLY)):
+            warnings.append(f"{name} is for the Spring Boot agent; passed over")
+        else:
+            nearest = get_close_matches(name, known, 1, 0)[0]
+            problems.append(f"{name}: is no setting; the nearest is {nearest}")
 
 
 def _from_variable(name: str, row: Setting, environ: Mapping[str, str]) -> Any:
@@ -686,14 +707,19 @@ def _why(error: Exception) -> str:
 
 # --- Zips: checked, unpacked, and the file that a run starts with ---
 
-MAX_UNPACKED = 250 * MIB           # of the zip itself, too; AWS Lambda's limit on a function's code
-MAX_MEMBERS = 10_000
+MAX_UNPACKED = 1024 * MIB          # of the zip itself, too; torch unpacks to 951
+MAX_MEMBERS = 50_000
 MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names imply
-MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
+MAX_DIRECTORY = 400 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
 MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less room for our part
 MAX_PART_BYTES = 255               # NAME_MAX
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
-_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
+_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
+BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
+                    "or Python's shutil.make_archive")
+UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
+# Extra fields (APPNOTE.TXT 4.5), which unzip reads, too: where the seconds are in those of times
+UNICODE_NAME, TIMES = 0x7075, {0x5455: 1, 0x5855: 4}
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -701,8 +727,9 @@ _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplement
 def unpack(archive: Path, target: Path) -> list[str]:
     """Unpack a zip into the new or empty folder `target`; the sorted paths of its regular files.
 
-    Modes are 0755 for folders and what is executable, else 0644. Raises Ended("zip"); nothing is
-    written outside of `target`, which the caller removes then. An OSError is the machine's.
+    Modes are 0755 for folders and what is executable, else 0644; files keep their times, as those
+    of shipped .pyc must. Raises Ended("zip"); nothing is written outside of `target`, which the
+    caller removes then. An OSError is the machine's.
     """
     with _Archive(archive) as source:
         try:
@@ -715,16 +742,20 @@ def unpack(archive: Path, target: Path) -> list[str]:
         for path in folders:
             (target / path).mkdir(exist_ok=True)
             (target / path).chmod(0o755)
-        left = MAX_UNPACKED
+        has_modes = any(map(_mode, bundle.infolist()))
         for path in files:
             member = tree[path][1]
+            is_program = _mode(member) & 0o111 or path == "main" and not has_modes
             with open(target / path, "xb") as file:
-                file.writelines(_content(bundle, member, left))
-                os.fchmod(file.fileno(), 0o755 if _mode(member) & 0o111 else 0o644)
-                left -= file.tell()
+                file.writelines(_content(bundle, member))
+                file.flush()
+                os.fchmod(file.fileno(), 0o755 if is_program else 0o644)
+                os.utime(file.fileno(), (_modified(member),) * 2)
         for path in links:  # last, so that nothing can be written through one
             member = tree[path][1]
-            link = os.fsdecode(b"".join(_content(bundle, member, MAX_NAME_BYTES)))
+            if member.file_size > MAX_NAME_BYTES:
+                raise _bad(member, f"is a link of over {MAX_NAME_BYTES} bytes; make it shorter")
+            link = os.fsdecode(b"".join(_content(bundle, member)))
             # A link's parents are real folders, so that '..' at its beginning goes where it says;
             # behind a name it would not, if that name is a link.
             parts = [part for part in link.split("/") if part not in ("", ".")]
@@ -753,17 +784,19 @@ class _Archive(io.FileIO):
 
 def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, tuple[str, Any]]:
     """Each path of a zip of `size` bytes: its kind, and its member (None: names imply it)."""
-    if not 1 <= len(members) <= MAX_MEMBERS:
-        raise rejected("zip", f"the zip has {len(members)} members; it may have 1 to {MAX_MEMBERS}")
+    if not members:
+        raise rejected("zip", "the zip has no members; zip the function's files")
+    _check_size(members)
     if sum(member.compress_size for member in members) > size:
         raise rejected("zip", "members of the zip share their bytes, as in a zip bomb")
     tree: dict[str, tuple[str, Any]] = {"": ("folder", None)}
     for member in members:
         path, kind = _checked(member)
-        if path in tree and tree[path][1]:
-            raise _bad(member, "stands twice in the zip; leave one out")
-        if path in tree and kind != "folder":
+        known, other = tree.get(path, (kind, None))
+        if known != kind and "folder" in (known, kind):
             raise _bad(member, "is both a file and a folder; rename one")
+        if other and kind != "folder":
+            raise _bad(member, "stands twice in the zip; leave one out")
         tree[path] = kind, member
         while (path := path.rpartition("/")[0]) not in tree:
             tree[path] = "folder", None
@@ -775,17 +808,38 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, tuple[str, Any
     return tree
 
 
+def _check_size(members: list[zipfile.ZipInfo]) -> None:
+    """Refuse a zip that is too large, by the names of the folders that make it so."""
+    for limit, unit, what, weights in (
+            (MAX_MEMBERS, 1, "members", [1 for _ in members]),
+            # zipfile unpacks no more of a member than this
+            (MAX_UNPACKED, MIB, "MiB unpacked", [member.file_size for member in members])):
+        if sum(weights) <= limit:
+            continue
+        folders: Counter[str] = Counter()
+        for member, weight in zip(members, weights):
+            first, *deeper = _name(member).split("/")[:-1] or ["."]
+            folders[first] += weight
+            if deeper:
+                folders[f"{first}/{deeper[0]}"] += weight
+        largest = [f"{shown(name, in_json=True)} {math.ceil(weight / unit)}"
+                   for name, weight in folders.most_common(4)]
+        total = math.ceil(sum(weights) / unit)
+        raise rejected("zip", f"the zip has {total} {what}; {limit // unit} are allowed; the "
+                              f"largest folders: {', '.join(largest)}")
+
+
 def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
     """A member's path below the target ("": the target itself) and kind; Ended if it may not be."""
-    name, method = member.filename, member.compress_type
+    name, method = _name(member), member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
     too_long = len(name.encode()) > MAX_NAME_BYTES or any(
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
-            (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
-             "has a control character in its name; rename it"),
+            ("\0" in name, "has a NUL in its name; rename it"),
+            ("\\" in name, f"has a backslash in its name, {BACKSLASH_ADVICE}"),
             (_OUTSIDE.search(name),
-             "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
+             "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
             (member.flag_bits & 0x1, "is encrypted; zip it without a password"),
             # a read of 600 bytes of bzip2 can take a gigabyte: zipfile sets no bound to it
@@ -799,20 +853,49 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
     return "/".join(parts), kind
 
 
+def _name(member: zipfile.ZipInfo) -> str:
+    """Its whole name, which is UTF-8 where it can be, for many a tool does not set the flag."""
+    if member.flag_bits & UTF8_NAME:
+        return member.orig_filename
+    stored = member.orig_filename.encode("cp437")  # what zipfile reads as that
+    again = _extra(member, UNICODE_NAME)
+    if again[1:5] == struct.pack("<L", zlib.crc32(stored)):
+        stored = again[5:]
+    try:
+        return stored.decode()
+    except UnicodeDecodeError:
+        return member.orig_filename
+
+
 def _mode(member: zipfile.ZipInfo) -> int:
     """Its file mode, where Unix or macOS made the zip (APPNOTE.TXT 4.4.2)."""
     return member.external_attr >> 16 if member.create_system in (3, 19) else 0
 
 
-def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
-    """The member's bytes in pieces; Ended when they are corrupt or more than `most`."""
+def _modified(member: zipfile.ZipInfo) -> float:
+    """When it was changed, in seconds since the epoch."""
+    for kind, start in TIMES.items():
+        if len(_extra(member, kind)) >= start + 4:
+            return struct.unpack_from("<l", _extra(member, kind), start)[0]
+    return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
+
+
+def _extra(member: zipfile.ZipInfo, kind: int) -> bytes:
+    """What an extra field of this kind holds; b"" when there is none."""
+    start, extra = 0, member.extra
+    while start + 4 <= len(extra):
+        found, size = struct.unpack_from("<HH", extra, start)
+        start += 4 + size
+        if found == kind:
+            return extra[start - size:start]
+    return b""
+
+
+def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The member's bytes in pieces; Ended when they are corrupt."""
     try:
         with bundle.open(member) as stream:
             while piece := stream.read(65536):
-                most -= len(piece)
-                if most < 0:
-                    raise _bad(member, f"is too large: a zip may unpack to {MAX_UNPACKED} bytes, "
-                                       f"a link to {MAX_NAME_BYTES}")
                 yield piece
     except _CORRUPT as error:
         raise _bad(member, f"is corrupt: {_why(error)}; zip it again") from None
@@ -1746,6 +1829,7 @@ try:
 except SystemExit as error:
     status = 0 if error.code is None else error.code
     if type(status) is not int or not 0 <= status <= 255:
+        del names, code  # else they outlive the interpreter, and are not finalized
         raise
 except BaseException as error:
     # What the interpreter prints begins at the function's own frame. Python 3.9 and 3.10 keep the
@@ -2215,7 +2299,7 @@ class Workspace:
         self.tidied = {own: OWN, **room.own}  # path -> names that stay there
         self.on_disk = [own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
-        self.put = os.link if self.linked else shutil.copy
+        self.put = os.link if self.linked else shutil.copy2
         self.is_tidy = False
 
     def prepare(self, package: str, text: str) -> None:
@@ -2916,7 +3000,10 @@ def summary(reports: Iterable[Report]) -> str:
     """The table that ends --drain: a line for each function."""
     runs: defaultdict[str, list[Report]] = defaultdict(list)
     for report in reports:
-        runs[report.function_id or "-"].append(report)
+        if report.outcome.start or report.outcome.status != "released":
+            runs[report.function_id or "-"].append(report)
+    if not runs:
+        return "no task was run: nothing waited in the queue"
     width = max([8, *map(len, runs)])
     lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
@@ -2924,10 +3011,8 @@ def summary(reports: Iterable[Report]) -> str:
         spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
         peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
                          if each.outcome.peak_memory_bytes), default=(0, 0))
-        bar = "#" * round(min(1.0, peak / (cap or 1)) * 20)
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
-                     f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
-                     f"{peak:.1f} of {cap} MiB")
+                     f"{statistics.median(spent):10.0f} {max(spent):8}  {peak:.1f} of {cap} MiB")
     return "\n".join(lines)
 
 
@@ -3043,7 +3128,7 @@ class FolderMetrics:
     def close(self) -> None:
         """Say how many there were."""
         if self.count:
-            self.log("INFO", f"Successfully published {self.count} values to {self.path}")
+            self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
 class CloudWatchMetrics:
@@ -3590,7 +3675,8 @@ class Agent:
     def _begin_stop(self) -> None:
         """Stop polling; give back what was not started."""
         grace = self.settings.shutdown_grace_seconds
-        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s")
+        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s; "
+                         "a second signal stops at once")
         notify("STOPPING=1")
         with self.lock:
             preparing = [slot for slot, turn in self.turns.items() if not turn.begun]
@@ -3860,7 +3946,9 @@ def notify(state: str) -> None:
 
 
 def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
-    """Run an agent on SQS, or on a folder; raises GiveUp."""
+    """Run an agent on SQS, or on a folder; raises GiveUp and ConfigError."""
+    if folder and not folder.is_dir():
+        raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
     with contextlib.closing(Slots(settings, log)) as slots:
@@ -3934,6 +4022,12 @@ DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself,
     "hello-cpp": ("cpp", 60_000, '#include <cstdio>\nint main() { std::puts("Hello from C++"); }'),
 }
 
+DEMO_END = """
+hungry-python and sleepy-python were meant to fail: one takes more than its 64 MiB (oom), the other
+longer than its 500 ms (timeout). A task that fails is tried three times. The demo's files are gone.
+Next, a function of your own: put a main.py into a folder, and run it by
+    python3 nanogrid.py --invoke FOLDER"""
+
 
 def demo(settings: Settings, log: Log) -> None:
     """Run sample functions from a fresh folder: one is hungry for memory, one oversleeps."""
@@ -3952,6 +4046,8 @@ def demo(settings: Settings, log: Log) -> None:
                     "timeoutMs": timeout_ms, "memoryMb": 64}
             (folder / "queue" / f"{function_id}.json").write_text(json.dumps(task))
         run_agent(settings, log, folder, drain=True)
+        is_whole = not os.listdir(folder / "queue")
+    say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
 class Check:
@@ -4068,24 +4164,46 @@ class Check:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="nanogrid.py", description="NanoGrid: your own Lambda on one machine, in one file.")
+        prog="nanogrid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="NanoGrid: your own Lambda on one machine, in one file.\n"
+                    "It takes tasks from the SQS queue that the settings name until it is stopped.",
+        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: the\n"
+               "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
+               "settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
-                        help="the settings (default: application.yml)")
+                        help="the settings (default: application.yml in the current directory)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--local", metavar="DIR", type=Path,
-                      help="a folder stands in for SQS, S3 and CloudWatch")
-    mode.add_argument("--demo", action="store_true", help="run sample functions and show a summary")
-    mode.add_argument("--invoke", metavar="PATH", help="run one function from a zip or a folder")
-    parser.add_argument("--drain", action="store_true", help="end when the queue is empty")
-    parser.add_argument("--check", action="store_true", help="say what is usable, change nothing")
+                      help="a folder stands in for SQS, S3 and CloudWatch; it must exist, settings "
+                           "need not (default: SQS)")
+    mode.add_argument("--demo", action="store_true",
+                      help="run sample functions from a fresh folder, without settings or AWS "
+                           "(default: no)")
+    mode.add_argument("--invoke", metavar="PATH",
+                      help="run one function here and now from a zip or a folder; its input is "
+                           "standard input (default: no)")
+    parser.add_argument("--drain", action="store_true",
+                        help="end when the queue is empty, with a table of what ran (default: run "
+                             "until SIGTERM or SIGINT)")
+    parser.add_argument("--check", action="store_true",
+                        help="say, a line each, what is usable; change nothing (default: no)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", default="python")
-    one.add_argument("--timeout-ms", type=int)
-    one.add_argument("--memory-mb", type=int)
-    one.add_argument("--function-id", default="invoke")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text")
-    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper)
-    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}")
+    one.add_argument("--runtime", default="python",
+                     help="python, cpp, nodejs or go (default: python)")
+    one.add_argument("--timeout-ms", type=int, metavar="MS",
+                     help="its time limit (default: execution.defaultTimeoutMs, "
+                          f"{Settings.default_timeout_ms})")
+    one.add_argument("--memory-mb", type=int, metavar="MB",
+                     help="its memory cap (default: execution.defaultMemoryMb, "
+                          f"{Settings.default_memory_mb})")
+    one.add_argument("--function-id", default="invoke", metavar="ID",
+                     help="its name in the REPORT line (default: invoke)")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text",
+                        help="of the lines on standard error (default: text)")
+    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,
+                        help="the least that is logged (default: INFO)")
+    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}",
+                        help="say which version this is, and exit")
     return parser
 
 
@@ -4101,7 +4219,8 @@ def main(argv: list[str]) -> int:
         return 1
     local = bool(args.local or args.demo or args.invoke)
     path = args.config or Path("application.yml")
-    if args.config is None and (args.demo or args.invoke or args.local and not path.exists()):
+    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
+    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
         path = None
     try:
         settings, warnings = load_settings(path, os.environ, local)
