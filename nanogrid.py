@@ -237,7 +237,7 @@ class _YamlReader:
             self.blocks.append(_Block(indent, path, content))
 
     def close_blocks(self, indent: int, is_item: bool) -> None:
-        """End the blocks that this line does not belong to; a list may stand at its key's indent."""
+        """End the blocks this line is not of; a list may stand at the indent of its key."""
         while self.blocks:
             block = self.blocks[-1]
             ends_list = isinstance(block.content, list) and not is_item
