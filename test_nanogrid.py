@@ -1455,7 +1455,7 @@ def test_local_needs_nothing_of_aws_and_does_not_look_at_its_variables(tmp_path)
 
 def test_a_wrong_value_in_the_file_does_not_matter_where_the_environment_wins(tmp_path):
     text = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID").replace("Seconds: 20", "Seconds: 99")
-    environ = {"AGENT_SQS_QUEUEURL": QUEUE, "AGENT_SQS_WAITTIMESECONDS": " 5", "AGENT_NO_SUCH": "1"}
+    environ = {"AGENT_SQS_QUEUEURL": QUEUE, "AGENT_SQS_WAITTIMESECONDS": " 5"}
     assert load(tmp_path, text, environ)[0].wait_time_seconds == 5
 
 
@@ -1530,7 +1530,7 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("arn:aws:s3:::bucket", "bare name"), ("bucket/key", "bare name"),
         ("20251130", "put it in quotes"),
         ("true", "is true; put it in quotes"), ("[]", "is a list; write the bucket's"),
-        ("' b '", "bare name"),
+        ("' b '", "bare name"), ("b", "is 'b'; write the bucket's bare name, 3 characters or more"),
         ("${BUCKET}", "write what Spring would put there, or set AGENT_S3_CODEBUCKET"),
         ('"bu\\ncket"', r"'bu\ncket'")]),
     ("agent:\n  s3:\n    allowedBuckets: one", 3, "is 'one'; write a list"),
@@ -1628,6 +1628,23 @@ def test_problems_of_the_environment_name_the_variable():
         "AGENT_S3_ALLOWEDBUCKETS",
         "AGENT_EXECUTION_WARMSTART", "AGENT_EXECUTION_MAXFILES"]
     assert max(map(len, found)) < 250
+
+
+@pytest.mark.parametrize("name, problem", [
+    ("AGENT_SQS_QUEUE_URL", "is no setting; the nearest is AGENT_SQS_QUEUEURL"),
+    ("AGENT_QUEUEURL_0", "is no setting; the nearest is AGENT_"),
+    ("AGENT_", "is no setting; the nearest is AGENT_"),
+    ("AGENT_WARMPOOLS_ENABLED", "is no setting; the nearest is AGENT_"),
+    ("AGENT_WARMPOOL_ENABLED", None), ("AGENT_REDIS", None), ("AGENTS", None), ("MY_AGENT_X", None)])
+def test_variables_that_are_no_settings(name, problem):
+    """An error that names the nearest; those of the Spring Boot agent are passed over with a warning."""
+    if problem:
+        with pytest.raises(ng.ConfigError, match=f"^{name}: {problem}"):
+            ng.load_settings(None, {**ENOUGH, name: ""}, local=False)
+    else:
+        _, warnings = ng.load_settings(None, {**ENOUGH, name: "1"}, local=False)
+        spring = [f"{name} is for the Spring Boot agent; passed over"]
+        assert warnings == (spring if name.startswith("AGENT_") else [])
 
 
 @pytest.mark.parametrize("text, lines", [
@@ -6722,6 +6739,7 @@ def test_drain_ends_with_a_table_when_the_queue_is_empty(moto):
 def test_drain_of_an_empty_queue_ends(moto):
     with site(moto) as aws, start(aws, "--drain", wait=1) as agent:
         assert agent.end() == 0
+        assert agent.out == "no task was run: nothing waited in the queue\n"
 
 
 NOTHING = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": "/nonexistent",
@@ -6857,7 +6875,7 @@ NO_FOLDERS = {"missing": ("rm -r .", "No such file"),
 @pytest.mark.parametrize("trouble", NO_FOLDERS)
 @pytest.mark.parametrize("flag", ["--check", "--drain"])
 def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
-    """As an ordinary user, whom permissions bind; `--drain` makes a folder that is not there."""
+    """As an ordinary user, whom permissions bind; a folder that is not there is wrong usage."""
     grid = grids("ordinary")
     change, words = NO_FOLDERS[trouble]
     subprocess.run(["sh", "-c", change.format(grid.path).replace(" .", f" {grid.path}")],
@@ -6865,11 +6883,10 @@ def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
     before = sorted(grid.path.rglob("*"))
     with grid.agent(flag, cwd="/") as agent:
         status = agent.end()
-    if (trouble, flag) == ("missing", "--drain"):
-        assert status == 0
-        return
     said = agent.out + agent.log
-    assert status == 1 and re.search(words, said) and "Traceback" not in said, said
+    is_usage = (trouble, flag) in (("missing", "--drain"), ("a file", "--drain"))
+    words = "there is no such folder; make it" if is_usage else words
+    assert status == 1 + is_usage and re.search(words, said) and "Traceback" not in said, said
     assert sum("FAIL" in line or " ERROR " in line for line in said.splitlines()) == 1, said
     assert sorted(grid.path.rglob("*")) == before
 
@@ -7349,7 +7366,7 @@ class Party:
         except (ng.Outage, ng.GiveUp) as error:
             return str(error), isinstance(error, ng.Outage)
         except ng.Ended as error:
-            return error.fields["text"], False
+            return error.outcome.text, False
         text, = log.lines
         return text, True
 
@@ -7393,7 +7410,7 @@ class Party:
 
     def PutMetricData(self, log):
         metrics = ng.CloudWatchMetrics(self.clients.cloudwatch, self.settings, log)
-        metrics.put(ng.Report(function_id="f", runtime="python", peak_memory_bytes=1))
+        metrics.put(ng.Report(function_id="f", runtime="python", outcome=ng.Outcome("ok", peak_memory_bytes=1)))
         metrics.close()
 
 
@@ -8421,6 +8438,55 @@ def test_setup_uses_nothing_that_bash_3_lacks():
 
 
 # --------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------
+
+
+def test_without_settings_it_names_the_demo_and_the_help(tmp_path):
+    with Agent(cwd=tmp_path) as agent:
+        assert agent.end() == 2
+    [line] = agent.log.splitlines()
+    assert re.search("ERROR application.yml:1: .*application.yml.example.* --demo .* --help", line)
+
+
+def test_the_environment_alone_will_do_for_settings(tmp_path):
+    with Agent("--check", cwd=tmp_path, env={"AGENT_SQS_QUEUEURL": "x"}) as agent:
+        assert agent.end() == 2
+    assert "agent.aws.region is missing" in agent.log and "AGENT_SQS_QUEUEURL: " in agent.log
+
+
+def test_help_says_what_each_flag_is_for_and_its_default():
+    text = ng.arguments().format_help()
+    for action in ng.arguments()._actions:
+        flag = action.option_strings[-1]
+        assert action.help and flag in text
+        assert flag in ("--help", "--version") or "(default: " in action.help, flag
+    assert re.search(r"(?s)exit status: 0 done.* 1 could not go on.* 2 wrong usage", text)
+
+
+def test_a_python_that_is_too_old_is_told_in_one_line_which_is_needed():
+    """3.7 and older cannot read the file: what they print of it is the line that says so."""
+    old = sorted(Path("~/.pyenv/versions").expanduser().glob("3.[678].*/bin/python3"))
+    if not old:
+        pytest.skip("no Python older than 3.9 here")
+    for python in old:
+        ended = subprocess.run([python, MODULE, "--demo"], capture_output=True, text=True, timeout=180, check=False)
+        assert ended.returncode == 1 and ended.stdout == "" and "Traceback" not in ended.stderr
+        assert sum("NanoGrid needs Python 3.9 or newer" in line for line in ended.stderr.splitlines()) == 1
+        assert len(ended.stderr.splitlines()) == (1 if "/3.8." in str(python) else 4)
+
+
+def test_a_demo_that_is_stopped_lists_nothing_that_never_ran():
+    with Agent("--demo", env={"AGENT_EXECUTION_CONCURRENCY": "1"}) as demo:
+        demo.wait_for("stdout: Hello from NanoGrid")
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.end() == 0
+    assert "a second signal stops at once" in demo.log
+    assert "hello-python" in demo.out and "sleepy-python " not in demo.out, demo.out
+    assert demo.out.endswith("The demo was stopped before its end.\n")
+
+
+# --------------------------------------------------------------------------------------------
 # The guide, from the shell
 # --------------------------------------------------------------------------------------------
 #
@@ -8585,6 +8651,7 @@ def test_application_yml_example_loads_but_for_the_account_id(tmp_path):
 def test_demo_prints_what_is_shown(tmp_path):
     ended = sh(BLOCKS["demo"], tmp_path)
     lines = [alike(line) for line in (ended.stderr + ended.stdout).splitlines()]
+    assert "/tmp" not in ended.stderr + ended.stdout  # where its files were, which are gone
     has_compiler = any(map(shutil.which, ng.RUNTIMES["cpp"].programs))
     for shown in BLOCKS["demo output"].splitlines():
         if not has_compiler and re.search(r"cpp|C\+\+", shown):
