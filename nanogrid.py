@@ -69,7 +69,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 # Python 3.7 and older show this line as the one that they cannot read.
 if (running := sys.version_info) < (3, 9):  # NanoGrid needs Python 3.9 or newer
@@ -188,6 +188,15 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
 Keys = tuple[str, ...]  # from the top of the file to an entry
 
 
+@dataclass
+class _Block:
+    """A map or a list whose lines are being read."""
+
+    indent: int
+    path: Keys
+    content: Any
+
+
 class _YamlReader:
     """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
@@ -195,33 +204,49 @@ class _YamlReader:
         self.name, self.number = name, 0  # of the line that is being read
         self.tree: dict[str, Any] = {}
         self.entries: dict[Keys, tuple[int, dict[str, Any]]] = {}
-        blocks: list[tuple[int, Keys, Any]] = []  # (indent, path, map or list), innermost last
-        below: Keys | None = ()  # the path whose block may begin in this line
+        self.blocks: list[_Block] = []  # that are open, the innermost last
+        self.opening: Keys | None = ()  # the path whose block may begin in this line
         for indent, body in self.content(text.removeprefix("\ufeff")):
+            if self.opening == () and body[0] == "{" and _EMPTY.fullmatch(body):
+                self.opening = None  # no block is open: no further line fits
+                continue
             item = _ITEM.match(body)
-            if below == ():
-                below = None
-                if body[0] == "{" and _EMPTY.fullmatch(body):
-                    continue  # no block is open: no further line fits
-                blocks.append((indent, (), self.tree))
-            elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
-                if len(below) > 50:
-                    self.fail("nested too deep; use at most 50 levels")
-                block: Any = [] if item else {}
-                blocks[-1][2][below[-1]] = block
-                blocks.append((indent, below, block))
-            while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
-                              and isinstance(blocks[-1][2], list)):
-                blocks.pop()  # also a list at its key's own indent
-            if not blocks or indent != blocks[-1][0]:
-                self.fail("indented unlike its siblings, or text that goes on from the line above; "
-                          "give them one indent, and write a value in its key's line")
-            _, path, block = blocks[-1]
-            if item and isinstance(block, list):
-                block.append(self.scalar(body[item.end():]))
-                below = None
+            self.open_block(indent, bool(item))
+            self.close_blocks(indent, bool(item))
+            block = self.blocks[-1]
+            if item and isinstance(block.content, list):
+                block.content.append(self.scalar(body[item.end():]))
+                self.opening = None
             else:
-                below = self.entry(body, path, block)
+                self.opening = self.entry(body, block)
+
+    def open_block(self, indent: int, is_item: bool) -> None:
+        """Begin the document's map, or the block of the key above, if this is its first line."""
+        path = self.opening
+        if path is None:
+            return
+        if path == ():
+            self.blocks.append(_Block(indent, (), self.tree))
+            return
+        above = self.blocks[-1]
+        if indent > above.indent or is_item and indent == above.indent:
+            if len(path) > 50:
+                self.fail("nested too deep; use at most 50 levels")
+            content: Any = [] if is_item else {}
+            above.content[path[-1]] = content
+            self.blocks.append(_Block(indent, path, content))
+
+    def close_blocks(self, indent: int, is_item: bool) -> None:
+        """End the blocks this line is not of; a list may stand at the indent of its key."""
+        while self.blocks:
+            block = self.blocks[-1]
+            ends_list = isinstance(block.content, list) and not is_item
+            if indent > block.indent or indent == block.indent and not ends_list:
+                break
+            self.blocks.pop()
+        if not self.blocks or indent != self.blocks[-1].indent:
+            self.fail("indented unlike its siblings, or text that goes on from the line above; "
+                      "give them one indent, and write a value in its key's line")
 
     def fail(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.name}:{self.number}: {problem}")
@@ -245,20 +270,20 @@ class _YamlReader:
                 begun = True
                 yield len(line) - len(body), body.rstrip(" ")
 
-    def entry(self, body: str, path: Keys, block: dict[str, Any]) -> Keys | None:
+    def entry(self, body: str, block: _Block) -> Keys | None:
         """Read a line of a map; the path of its key, if nothing stands behind it."""
         key, _, rest = self.token(body)
         if not (colon := _COLON.match(rest)):
             self.fail(f"{shown(body)} is no `key: value`; write a space after the colon, and a "
                       "value in its key's line")
-        text, here = rest[colon.end():], (*path, key)
+        text, here = rest[colon.end():], (*block.path, key)
         if here in self.entries:
             self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one")
-        self.entries[here] = self.number, block
+        self.entries[here] = self.number, block.content
         if empty := _EMPTY.fullmatch(text):
-            block[key] = [] if empty[1][0] == "[" else {}
+            block.content[key] = [] if empty[1][0] == "[" else {}
         else:
-            block[key] = self.scalar(text)
+            block.content[key] = self.scalar(text)
         return None if text else here
 
     def scalar(self, text: str) -> Any:
@@ -1483,7 +1508,7 @@ def read_nonblocking(fd: int) -> bytes:
         return b""
 
 
-def write_json(directory: str, name: str, value: object) -> None:
+def write_json(directory: str | Path, name: str, value: object) -> None:
     """Write a file that is there whole or not at all."""
     content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     part = f"{directory}/.{name}.part"
@@ -1666,6 +1691,7 @@ class CodeCache:
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
+UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
 OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
@@ -2352,12 +2378,14 @@ class Output:
     """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
 
     def __init__(self, path: str, tee: int):
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        # Opened for writing, too, it never ends: a function may close its outputs and open them
+        # again (fifo(7)).
+        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
         self.tee, self.count = tee, 0
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
-        """Take what is there now; False at the end of the stream."""
+        """Take what is there now; False when that is nothing."""
         chunk = read_nonblocking(self.fd)
         if self.tee:
             write_all(self.tee, chunk)
@@ -2688,12 +2716,13 @@ def launch(control: socket.socket) -> None:
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
     supervisors: dict[int, int] = {}  # pidfd -> pid
+    locks: dict[int, list[int]] = {}  # pidfd -> what locks the uid of its slot
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
         ready = {fd for fd, _ in poll.poll()}
         if control.fileno() in ready:
-            message, fds, _, _ = socket.recv_fds(control, 65536, 1)
+            message, fds, _, _ = socket.recv_fds(control, 65536, 2)
             if not message:
                 break
             with socket.socket(fileno=fds[0]) as agent:
@@ -2702,7 +2731,7 @@ def launch(control: socket.socket) -> None:
                     if not pid:
                         supervise(agent, life, message, (control.fileno(), held, *supervisors))
                     pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid
+                    supervisors[pidfd], locks[pidfd] = pid, fds[1:]
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
@@ -2711,6 +2740,8 @@ def launch(control: socket.socket) -> None:
             os.waitpid(supervisors.pop(pidfd), 0)
             os.close(pidfd)
             end_descendants(others=supervisors.values())  # what it left, when it was itself killed
+            for lock in locks.pop(pidfd):
+                os.close(lock)
     end_descendants()
 
 
@@ -2777,8 +2808,7 @@ class Watch:
             if agent in ready:
                 return "released"
             for fd in ready:
-                if not self.outputs[fd].read():
-                    poll.unregister(fd)
+                self.outputs[fd].read()
         return "timeout"
 
     def _look(self, now: float) -> str:
@@ -2881,18 +2911,27 @@ def unnamed_files(pids: list[int]) -> dict[tuple[int, int], int]:
 
 
 def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
-    """(bytes, files) below these directories; stops counting beyond `most_files`."""
+    """(bytes, files) below these directories; stops counting beyond `most_files`.
+
+    What cannot be listed, for its path is too long or its mode closed, is more than that.
+    """
     size = count = 0
     pending = list(paths)
     while pending and count <= most_files:
-        with contextlib.suppress(OSError):  # it changes while we look
-            for entry in os.scandir(pending.pop()):
-                count += 1
+        try:
+            entries = list(os.scandir(pending.pop()))
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+                count += most_files + 1
+            continue  # it has gone while we look, or the look failed
+        count += len(entries)
+        for entry in entries:
+            with contextlib.suppress(OSError):
                 if is_folder(entry):
                     pending.append(entry.path)
                 else:
                     status = entry.stat(follow_symlinks=False)
-                    size += status.st_blocks * 512 // status.st_nlink
+                    size += status.st_blocks * 512 // max(1, status.st_nlink)
     return size, count
 
 
@@ -3025,31 +3064,51 @@ def summary(reports: Iterable[Report]) -> str:
     return "\n".join(lines)
 
 
-def output_files(slot: Slot) -> tuple[list[str], int]:
-    """The regular files a run left in $OUTPUT_DIR, as relative names; raises Outage.
+def output_files(slot: Slot) -> tuple[list[str], int, int]:
+    """(names, bytes, left out) of the regular files a run left in $OUTPUT_DIR; raises Outage.
 
-    A file that is not its own counts only if anybody may read it: it could be a hard link to
-    something that the function may not. Also how many entries have names that cannot be stored.
+    The names are relative, the bytes their full size, holes too. Left out is what cannot be listed
+    or stored. A file that is not the run's own counts only if anybody may read it: it could be a
+    hard link to something that the function may not.
     """
-    found, unnamed, uid = [], 0, slot.spec.uid
-    with slot.fault.watched():
-        pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
-        for relative in pending:
-            for entry in os.scandir(os.path.join(slot.output, relative)):
-                name = os.path.join(relative, entry.name)
-                status = entry.stat(follow_symlinks=False)
-                text = name.encode("utf-8", "ignore")
-                is_kept = text == os.fsencode(name) != b"result.json"
-                if not is_kept or len(text) > LONGEST_OUTPUT:
-                    unnamed += 1
-                elif is_folder(entry):
-                    pending.append(name)
-                    if uid is None:
-                        os.chmod(entry.path, 0o700)
-                elif stat.S_ISREG(status.st_mode) and (
-                        uid is None or status.st_uid == uid or status.st_mode & 0o004):
-                    found.append(name)
-    return sorted(found), unnamed
+    found, size, left_out, uid = [], 0, 0, slot.spec.uid
+    pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
+    for relative in pending:
+        try:
+            entries = list(os.scandir(os.path.join(slot.output, relative)))
+        except PermissionError:  # of mode 000, and not read by root
+            left_out += 1
+            continue
+        for entry in entries:
+            name = os.path.join(relative, entry.name)
+            status = entry.stat(follow_symlinks=False)
+            text = name.encode("utf-8", "ignore")
+            is_named = text == os.fsencode(name) != b"result.json"
+            if not is_named or len(text) > LONGEST_OUTPUT:
+                left_out += 1
+            elif is_folder(entry):
+                pending.append(name)
+            elif stat.S_ISREG(status.st_mode) and (
+                    uid is None or status.st_uid == uid or status.st_mode & 0o004):
+                found.append(name)
+                size += status.st_size
+    return sorted(found), size, left_out
+
+
+def open_output(directory: str, name: str) -> BinaryIO:
+    """A regular file below a directory, open for reading; follows no link. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
+    for part in name.split("/"):
+        above, flags = fd, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(part, flags, dir_fd=above)
+        finally:
+            os.close(above)
+    file = open(fd, "rb")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise FileNotFoundError(errno.ENOENT, "no regular file", name)
+    return file
 
 
 class FolderResults:
@@ -3059,19 +3118,25 @@ class FolderResults:
         self.root, self.fault = root / "results", Fault(log, f"storing results in {root}")
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
-        """Keep a result, and the files `names` that are moved out of `directory`; raises Outage."""
-        target = f"{self.root}/{result['requestId']}"
+        """Keep a result, and copies of the files `names` of `directory`; raises Outage.
+
+        They are there as a whole or not at all, in the place of those of an earlier receive.
+        """
+        target = self.root / result["requestId"]
         with self.fault.watched():
-            os.makedirs(target, exist_ok=True)
-            for name in names:
-                source, copy = os.path.join(directory, name), Path(target, name)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if os.path.lexists(source):  # else an earlier try has moved it
-                    shutil.move(source, copy)
-                if os.geteuid() == 0:
-                    os.chown(copy, 0, 0)
-                os.chmod(copy, 0o644)
-            write_json(target, "result.json", result)
+            self.root.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.root) as part:
+                new = Path(part, "new")
+                new.mkdir()
+                write_json(new, "result.json", result)
+                for name in names:
+                    copy = new / name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    with open_output(directory, name) as source, open(copy, "xb") as file:
+                        shutil.copyfileobj(source, file)
+                if os.path.lexists(target):
+                    os.rename(target, f"{part}/old")
+                os.rename(new, target)
 
 
 class AwsResults:
@@ -3092,8 +3157,7 @@ class AwsResults:
                 self._send, self.bucket, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
                 self.clients.s3.put_object, Bucket=bucket)
             for name in names:
-                fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
-                with open(fd, "rb") as body:
+                with open_output(directory, name) as body:
                     put(Key=prefix + name, Body=body)
             put(Key=f"{prefix}result.json", Body=text.encode(), ContentType="application/json")
         if url := self.settings.output_queue_url:
@@ -3352,7 +3416,10 @@ class Slots:
         self._launch()
         self.gaps: list[str] = []  # that of all slots
         self.base, self.lock = make_task_dir(settings, log)
-        self.uid_locks: list[socket.socket] = []
+        can_lock = os.access(UID_LOCKS, os.W_OK) or os.access("/run", os.W_OK)
+        self.lock_directory = UID_LOCKS if can_lock else str(self.base.parent)
+        self.files = contextlib.ExitStack()
+        self.uid_locks: dict[int, int] = {}  # uid -> descriptor of its locked file
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
         self.shell = self.base / "sh"
         # Its user may not read it, so that the kernel lets none of that user's processes trace it
@@ -3393,7 +3460,9 @@ class Slots:
                 self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
                 self._end_launcher()
                 self._launch()
-            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()], [theirs.fileno()])
+            locks = [lock for uid, lock in self.uid_locks.items() if uid == spec.uid]
+            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()],
+                            [theirs.fileno(), *locks])
         return ours
 
     def _end_launcher(self) -> None:
@@ -3437,6 +3506,9 @@ class Slots:
             if not name.isdecimal():
                 raise GiveUp(f"agent.execution.runAs is {name}; here is no such user") from None
             uid, gid, groups = int(name), int(name), ()
+        if uid == 0:
+            raise GiveUp(f"agent.execution.runAs is {name}: functions would own this machine; name "
+                         "another user, or leave runAs out for a uid of each slot's own")
         if can_become(uid):
             return uid, gid, groups, False
         if uid != os.geteuid():
@@ -3445,18 +3517,21 @@ class Slots:
         return None, None, (), False
 
     def _free_uid(self) -> int:
-        """A uid that nobody has, for as long as this agent lives (an abstract socket's name)."""
+        """A uid that nobody has, and that no other agent of this machine takes.
+
+        A file that only root may open is locked for it. The launcher has it, too: it may still be
+        ending what runs under that uid when this agent has been killed.
+        """
         for uid in range(FIRST_UID + len(self.uid_locks), LAST_UID + 1):
-            lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                lock.bind(f"\0nanogrid-uid-{uid}")
+            path = f"{self.lock_directory}/uid-{uid}"
+            with contextlib.suppress(KeyError):
                 pwd.getpwuid(uid)
-            except KeyError:
-                self.uid_locks.append(lock)
+                continue
+            with contextlib.suppress(OSError):  # another agent's
+                os.makedirs(self.lock_directory, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_NOFOLLOW, 0o600))
+                self.uid_locks[uid] = self.files.enter_context(locked(path)).fileno()
                 return uid
-            except OSError:  # another agent's
-                pass
-            lock.close()
         raise GiveUp(f"no uid of {FIRST_UID} to {LAST_UID} is free; lower execution.concurrency")
 
     def try_out(self) -> None:
@@ -3542,7 +3617,12 @@ class Slots:
     def close(self) -> None:
         """End all that runs, and remove all that was made on disk."""
         self._end_launcher()
+        for uid in self.uid_locks:
+            os.unlink(f"{self.lock_directory}/uid-{uid}")
+        self.files.close()
         with contextlib.suppress(OSError):  # another agent's may be there
+            os.rmdir(self.lock_directory)
+        with contextlib.suppress(OSError):
             sweep(self.base, ["lock"])
             remove(self.base)
             self.base.parent.rmdir()
@@ -3858,10 +3938,22 @@ class Agent:
         finally:
             self.code.release(package)
         turn.directory = slot.output
-        turn.names, unnamed = self._patiently(turn, lambda: output_files(slot))
-        if unnamed:
-            self.log("WARNING", f"[{task.request_id}] {unnamed} entries of $OUTPUT_DIR left out: "
-                                f"paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json")
+        return self._list_outputs(turn, slot, outcome)
+
+    def _list_outputs(self, turn: Turn, slot: Slot, outcome: Outcome) -> Outcome:
+        """Have the turn name the run's output files; `outcome`, or what too many make of it."""
+        settings = self.settings
+        turn.names, size, left_out = output_files(slot)
+        if left_out:
+            self.log("WARNING", f"[{turn.report.request_id}] {left_out} entries of $OUTPUT_DIR "
+                                f"left out: paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no "
+                                "result.json, no closed directory")
+        if size > settings.max_disk_mb * MIB or len(turn.names) > settings.max_files:
+            text = (f"$OUTPUT_DIR has {len(turn.names)} files of {size / MIB:.0f} MiB with their "
+                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            turn.names = []
+            if outcome.status in ("ok", "failed"):
+                return replace(outcome, status="failed", reason="disk", text=text)
         return outcome
 
     def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
@@ -4019,6 +4111,8 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             report = report.ended(error)
     log.least = 0
     outcome = report.outcome
+    if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
+        write_all(2, b"\n")  # what follows begins a line of its own
     if outcome.text:
         log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
     log("INFO", "REPORT", **report.pairs())
