@@ -69,7 +69,11 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+# Python 3.7 and older show this line as the one that they cannot read.
+if (running := sys.version_info) < (3, 9):  # NanoGrid needs Python 3.9 or newer
+    sys.exit(f"NanoGrid needs Python 3.9 or newer; this is Python {running[0]}.{running[1]}")
 
 __version__ = "1.0.0"
 FILE = os.path.abspath(__file__)
@@ -184,6 +188,15 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
 Keys = tuple[str, ...]  # from the top of the file to an entry
 
 
+@dataclass
+class _Block:
+    """A map or a list whose lines are being read."""
+
+    indent: int
+    path: Keys
+    content: Any
+
+
 class _YamlReader:
     """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
@@ -191,33 +204,49 @@ class _YamlReader:
         self.name, self.number = name, 0  # of the line that is being read
         self.tree: dict[str, Any] = {}
         self.entries: dict[Keys, tuple[int, dict[str, Any]]] = {}
-        blocks: list[tuple[int, Keys, Any]] = []  # (indent, path, map or list), innermost last
-        below: Keys | None = ()  # the path whose block may begin in this line
+        self.blocks: list[_Block] = []  # that are open, the innermost last
+        self.opening: Keys | None = ()  # the path whose block may begin in this line
         for indent, body in self.content(text.removeprefix("\ufeff")):
+            if self.opening == () and body[0] == "{" and _EMPTY.fullmatch(body):
+                self.opening = None  # no block is open: no further line fits
+                continue
             item = _ITEM.match(body)
-            if below == ():
-                below = None
-                if body[0] == "{" and _EMPTY.fullmatch(body):
-                    continue  # no block is open: no further line fits
-                blocks.append((indent, (), self.tree))
-            elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
-                if len(below) > 50:
-                    self.fail("nested too deep; use at most 50 levels")
-                block: Any = [] if item else {}
-                blocks[-1][2][below[-1]] = block
-                blocks.append((indent, below, block))
-            while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
-                              and isinstance(blocks[-1][2], list)):
-                blocks.pop()  # also a list at its key's own indent
-            if not blocks or indent != blocks[-1][0]:
-                self.fail("indented unlike its siblings, or text that goes on from the line above; "
-                          "give them one indent, and write a value in its key's line")
-            _, path, block = blocks[-1]
-            if item and isinstance(block, list):
-                block.append(self.scalar(body[item.end():]))
-                below = None
+            self.open_block(indent, bool(item))
+            self.close_blocks(indent, bool(item))
+            block = self.blocks[-1]
+            if item and isinstance(block.content, list):
+                block.content.append(self.scalar(body[item.end():]))
+                self.opening = None
             else:
-                below = self.entry(body, path, block)
+                self.opening = self.entry(body, block)
+
+    def open_block(self, indent: int, is_item: bool) -> None:
+        """Begin the document's map, or the block of the key above, if this is its first line."""
+        path = self.opening
+        if path is None:
+            return
+        if path == ():
+            self.blocks.append(_Block(indent, (), self.tree))
+            return
+        above = self.blocks[-1]
+        if indent > above.indent or is_item and indent == above.indent:
+            if len(path) > 50:
+                self.fail("nested too deep; use at most 50 levels")
+            content: Any = [] if is_item else {}
+            above.content[path[-1]] = content
+            self.blocks.append(_Block(indent, path, content))
+
+    def close_blocks(self, indent: int, is_item: bool) -> None:
+        """End the blocks this line is not of; a list may stand at the indent of its key."""
+        while self.blocks:
+            block = self.blocks[-1]
+            ends_list = isinstance(block.content, list) and not is_item
+            if indent > block.indent or indent == block.indent and not ends_list:
+                break
+            self.blocks.pop()
+        if not self.blocks or indent != self.blocks[-1].indent:
+            self.fail("indented unlike its siblings, or text that goes on from the line above; "
+                      "give them one indent, and write a value in its key's line")
 
     def fail(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.name}:{self.number}: {problem}")
@@ -241,20 +270,20 @@ class _YamlReader:
                 begun = True
                 yield len(line) - len(body), body.rstrip(" ")
 
-    def entry(self, body: str, path: Keys, block: dict[str, Any]) -> Keys | None:
+    def entry(self, body: str, block: _Block) -> Keys | None:
         """Read a line of a map; the path of its key, if nothing stands behind it."""
         key, _, rest = self.token(body)
         if not (colon := _COLON.match(rest)):
             self.fail(f"{shown(body)} is no `key: value`; write a space after the colon, and a "
                       "value in its key's line")
-        text, here = rest[colon.end():], (*path, key)
+        text, here = rest[colon.end():], (*block.path, key)
         if here in self.entries:
             self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one")
-        self.entries[here] = self.number, block
+        self.entries[here] = self.number, block.content
         if empty := _EMPTY.fullmatch(text):
-            block[key] = [] if empty[1][0] == "[" else {}
+            block.content[key] = [] if empty[1][0] == "[" else {}
         else:
-            block[key] = self.scalar(text)
+            block.content[key] = self.scalar(text)
         return None if text else here
 
     def scalar(self, text: str) -> Any:
@@ -315,7 +344,8 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "region": (r"(?!.*[0-9][a-z]$)[a-z0-9-]+", "write a region such as ap-northeast-2"),
     "url": (_URL, "write a URL that begins with https:// or http://"),
     "queue": (_URL, "write the queue's URL, as SQS shows it under Details"),
-    "bucket": (r"[A-Za-z0-9._-]{3,255}", "write the bucket's bare name, no ARN, no s3:// URL"),
+    "bucket": (r"[A-Za-z0-9._-]{3,255}",
+               "write the bucket's bare name, 3 characters or more, no ARN, no s3:// URL"),
     "network": ("host|none", "write host or none"),
     "metadata": ("refuse|allow", "write refuse or allow"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
@@ -427,6 +457,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
     written, problems, warnings = _from_file(path) if path else ({}, [], [])
+    _look_at_names(environ, problems, warnings)
     values: dict[str, Any] = {"file": path}
     for keys, row in _ROWS.items():
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
@@ -454,7 +485,8 @@ def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list
         reader = _YamlReader(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
-                          "application.yml.example there, or name another with --config") from None
+                          "application.yml.example there, or name another with --config. Without "
+                          "settings --demo shows what this is, and --help the rest") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
@@ -476,6 +508,20 @@ def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list
             nearest = known[get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
     return written, problems, warnings
+
+
+def _look_at_names(environ: Mapping[str, str], problems: list[str], warnings: list[str]) -> None:
+    """Add what is wrong with the names of variables AGENT_..., and which are passed over."""
+    known = [row.variable for row in SETTINGS]
+    for name in sorted(environ):
+        dotted = name.lower().replace("_", ".") + "."
+        if not name.startswith("AGENT_") or re.sub("(?<=BUCKETS)_[0-9]+$", "", name) in known:
+            continue
+        if dotted.startswith(tuple(f"{section.lower()}." for section in _SPRING_ONLY)):
+            warnings.append(f"{name} is for the Spring Boot agent; passed over")
+        else:
+            nearest = get_close_matches(name, known, 1, 0)[0]
+            problems.append(f"{name}: is no setting; the nearest is {nearest}")
 
 
 def _from_variable(name: str, row: Setting, environ: Mapping[str, str]) -> Any:
@@ -1095,8 +1141,14 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     elif is_denied(error):
         policy = re.search(r"because no (.*? policy)|explicit deny in an? (.*? policy)", str(error))
         advice = f"grant {needs}" + (f" in the {policy[1] or policy[2]}" if policy else "")
+    elif "Bucket" in code:
+        advice = "check the bucket's name: agent.s3.codeBucket, agent.output.bucket, s3Bucket"
+    elif code in ("PermanentRedirect", "IllegalLocationConstraintException"):
+        advice = "the bucket is in another region; use one in agent.aws.region"
+    elif code.isdigit():
+        advice = "AWS words no error like this; check agent.aws.endpointUrl"
     else:
-        advice = "see what AWS says of it"
+        advice = "AWS will answer so again; change what it names"
     return f"{error}; {advice}"
 
 
@@ -1458,7 +1510,7 @@ def read_nonblocking(fd: int) -> bytes:
         return b""
 
 
-def write_json(directory: str, name: str, value: object) -> None:
+def write_json(directory: str | Path, name: str, value: object) -> None:
     """Write a file that is there whole or not at all."""
     content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     part = f"{directory}/.{name}.part"
@@ -1523,11 +1575,9 @@ class S3Code:
             raise Outage(self.fault, "s3", f"{where}: {error}")
         elif code == "NoSuchKey":
             raise rejected("key", f"{where} does not exist; upload it, or correct s3Key")
-        elif code == "NoSuchBucket":
-            raise Ended(Outcome("error", "bucket", f"{where}: {error}; check "
-                                "agent.s3.codeBucket, or s3Bucket in the message"))
         elif error:
-            raise Ended(Outcome("error", "permission" if is_denied(error) else "s3",
+            reason = "permission" if is_denied(error) else "bucket" if "Bucket" in code else "s3"
+            raise Ended(Outcome("error", reason,
                                 f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}"))
         else:
             self._download(answer, target, where)
@@ -1643,6 +1693,7 @@ class CodeCache:
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
+UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
 OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
@@ -2445,12 +2496,14 @@ class Output:
     """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
 
     def __init__(self, path: str, tee: int):
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        # Opened for writing, too, it never ends: a function may close its outputs and open them
+        # again (fifo(7)).
+        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
         self.tee, self.count = tee, 0
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
-        """Take what is there now; False at the end of the stream."""
+        """Take what is there now; False when that is nothing."""
         chunk = read_nonblocking(self.fd)
         if self.tee:
             write_all(self.tee, chunk)
@@ -2808,13 +2861,14 @@ def launch(control: socket.socket, cgroups: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
-    supervisors: dict[int, tuple[int, str]] = {}  # pidfd -> pid, cgroup of its slot
+    # pidfd -> pid; its slot's cgroup; what locks the uid of its slot
+    supervisors: dict[int, tuple[int, str, list[int]]] = {}
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
         ready = {fd for fd, _ in poll.poll()}
         if control.fileno() in ready:
-            message, fds, _, _ = socket.recv_fds(control, 65536, 1)
+            message, fds, _, _ = socket.recv_fds(control, 65536, 2)
             if not message:
                 break
             with socket.socket(fileno=fds[0]) as agent:
@@ -2824,19 +2878,22 @@ def launch(control: socket.socket, cgroups: str) -> None:
                     if not pid:
                         supervise(agent, life, spec, (control.fileno(), held, *supervisors))
                     pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid, spec.cgroup
+                    supervisors[pidfd] = pid, spec.cgroup, fds[1:]
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
-            pid, cgroup = supervisors.pop(pidfd)
+            pid, cgroup, locks = supervisors.pop(pidfd)
             os.waitpid(pid, 0)
             os.close(pidfd)
-            # What it left, when it was itself killed
-            if cgroup:
-                Path(cgroup, "cgroup.kill").write_text("1")
-            end_descendants(others=[pid for pid, _ in supervisors.values()])
+            # What it left, when it was itself killed; the next of its slot empties the cgroup itself.
+            if cgroup and cgroup not in [other for _, other, _ in supervisors.values()]:
+                with contextlib.suppress(OSError):
+                    Path(cgroup, "cgroup.kill").write_text("1")
+            end_descendants(others=[pid for pid, _, _ in supervisors.values()])
+            for lock in locks:
+                os.close(lock)
     remove_cgroups(cgroups)  # ends all runs; the agent may have been killed, and cannot do it
     end_descendants()
 
@@ -2899,8 +2956,7 @@ class Watch:
             if agent in ready:
                 return "released"
             for fd in ready:
-                if not self.outputs[fd].read():
-                    poll.unregister(fd)
+                self.outputs[fd].read()
         return "timeout"
 
     def _look(self, now: float) -> str:
@@ -2948,18 +3004,27 @@ def parent_of(pid: int) -> int:
 
 
 def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
-    """(bytes, files) below these directories; stops counting beyond `most_files`."""
+    """(bytes, files) below these directories; stops counting beyond `most_files`.
+
+    What cannot be listed, for its path is too long or its mode closed, is more than that.
+    """
     size = count = 0
     pending = list(paths)
     while pending and count <= most_files:
-        with contextlib.suppress(OSError):  # it changes while we look
-            for entry in os.scandir(pending.pop()):
-                count += 1
+        try:
+            entries = list(os.scandir(pending.pop()))
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+                count += most_files + 1
+            continue  # it has gone while we look, or the look failed
+        count += len(entries)
+        for entry in entries:
+            with contextlib.suppress(OSError):
                 if is_folder(entry):
                     pending.append(entry.path)
                 else:
                     status = entry.stat(follow_symlinks=False)
-                    size += status.st_blocks * 512 // status.st_nlink
+                    size += status.st_blocks * 512 // max(1, status.st_nlink)
     return size, count
 
 
@@ -2967,6 +3032,8 @@ def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
 # Report: what is said and kept of a message's turn
 # --------------------------------------------------------------------------------------------
 
+MOST_LINES = 100  # of each end of a stream in the log
+PIECE_BYTES = 8192  # of a line of the log: journald breaks those over 48 KiB (its LineMax=)
 RECENT = 20  # runs of a function whose peaks make its recommendation
 LONGEST_OUTPUT = 768  # of the 1,024 bytes of S3's keys; requestId and s3Prefix may have 128 each
 
@@ -3029,24 +3096,55 @@ class Report:
 
     def write(self, log: Log, label: str) -> None:
         """Log the function's kept output, each line after `label`, and the REPORT line."""
-        lines, outcome = [], self.outcome
-        for stream, text in (("stdout", outcome.stdout), ("stderr", outcome.stderr)):
-            for line in text.removesuffix("\n").split("\n") if text else ():
-                said, pairs = f"[{label}] {stream}: {line}", {}
-                if log.json:
-                    said, pairs = line, {"requestId": label, "stream": stream}
-                lines.append(log.line("INFO", said, pairs))
+        outcome, lines, pairs = self.outcome, [], self.pairs()
+        lines += said_by_function(log, label, "stdout", outcome.stdout, outcome.stdout_bytes)
+        lines += said_by_function(log, label, "stderr", outcome.stderr, outcome.stderr_bytes)
         if outcome.text:
             level = "ERROR" if outcome.status == "error" else "WARNING"
             lines.append(log.line(level, f"[{label}] {outcome.status}: {outcome.text}", {}))
-        log.write([*lines, log.line("INFO", "REPORT", self.pairs())])
+        if self.request_id is None:  # it could not be read: what else would name it?
+            pairs["messageId"] = re.sub(r"\s", "_", label)
+        log.write([*lines, log.line("INFO", "REPORT", pairs)])
+
+
+def said_by_function(log: Log, label: str, stream: str, text: str, count: int) -> list[str]:
+    """A function's output as lines of the log, of which it may not take much: the ends of many.
+
+    `count` is of the bytes that it wrote, also of those which were not kept.
+    """
+    lines, notes = text.removesuffix("\n").split("\n") if text else [], []
+    first, last = lines[:MOST_LINES], lines[MOST_LINES:]
+    if (left_out := len(last) - MOST_LINES) > 0:
+        last = last[-MOST_LINES:]
+        note = f"[{label}] {left_out} lines of {stream} are left out here"
+        if count > 2 * KEPT_BYTES:
+            note += f", and {count - 2 * KEPT_BYTES} bytes that were not kept"
+        notes = [log.line("INFO", note, {})]
+    return [*(piece for line in first for piece in in_pieces(log, label, stream, line)), *notes,
+            *(piece for line in last for piece in in_pieces(log, label, stream, line))]
+
+
+def in_pieces(log: Log, label: str, stream: str, line: str) -> list[str]:
+    """A line of output as one of the log, or as several of at most PIECE_BYTES."""
+    if log.json:
+        said = log.line("INFO", line, {"requestId": label, "stream": stream})
+    else:
+        said = log.line("INFO", f"[{label}] {stream}: {line}", {})
+    if len(said.encode("utf-8", "backslashreplace")) <= PIECE_BYTES:
+        return [said]
+    middle = len(line) // 2
+    return [piece for half in (line[:middle], line[middle:])
+            for piece in in_pieces(log, label, stream, half)]
 
 
 def summary(reports: Iterable[Report]) -> str:
     """The table that ends --drain: a line for each function."""
     runs: defaultdict[str, list[Report]] = defaultdict(list)
     for report in reports:
-        runs[report.function_id or "-"].append(report)
+        if report.outcome.start or report.outcome.status != "released":
+            runs[report.function_id or "-"].append(report)
+    if not runs:
+        return "no task was run: nothing waited in the queue"
     width = max([8, *map(len, runs)])
     lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
@@ -3054,38 +3152,56 @@ def summary(reports: Iterable[Report]) -> str:
         spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
         peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
                          if each.outcome.peak_memory_bytes), default=(0, 0))
-        bar = "#" * round(min(1.0, peak / (cap or 1)) * 20)
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
-                     f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
-                     f"{peak:.1f} of {cap} MiB")
+                     f"{statistics.median(spent):10.0f} {max(spent):8}  {peak:.1f} of {cap} MiB")
     return "\n".join(lines)
 
 
-def output_files(slot: Slot) -> tuple[list[str], int]:
-    """The regular files a run left in $OUTPUT_DIR, as relative names; raises Outage.
+def output_files(slot: Slot) -> tuple[list[str], int, int]:
+    """(names, bytes, left out) of the regular files a run left in $OUTPUT_DIR; raises Outage.
 
-    A file that is not its own counts only if anybody may read it: it could be a hard link to
-    something that the function may not. Also how many entries have names that cannot be stored.
+    The names are relative, the bytes their full size, holes too. Left out is what cannot be listed
+    or stored. A file that is not the run's own counts only if anybody may read it: it could be a
+    hard link to something that the function may not.
     """
-    found, unnamed, uid = [], 0, slot.spec.uid
-    with slot.fault.watched():
-        pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
-        for relative in pending:
-            for entry in os.scandir(os.path.join(slot.output, relative)):
-                name = os.path.join(relative, entry.name)
-                status = entry.stat(follow_symlinks=False)
-                text = name.encode("utf-8", "ignore")
-                is_kept = text == os.fsencode(name) != b"result.json"
-                if not is_kept or len(text) > LONGEST_OUTPUT:
-                    unnamed += 1
-                elif is_folder(entry):
-                    pending.append(name)
-                    if uid is None:
-                        os.chmod(entry.path, 0o700)
-                elif stat.S_ISREG(status.st_mode) and (
-                        uid is None or status.st_uid == uid or status.st_mode & 0o004):
-                    found.append(name)
-    return sorted(found), unnamed
+    found, size, left_out, uid = [], 0, 0, slot.spec.uid
+    pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
+    for relative in pending:
+        try:
+            entries = list(os.scandir(os.path.join(slot.output, relative)))
+        except PermissionError:  # of mode 000, and not read by root
+            left_out += 1
+            continue
+        for entry in entries:
+            name = os.path.join(relative, entry.name)
+            status = entry.stat(follow_symlinks=False)
+            text = name.encode("utf-8", "ignore")
+            is_named = text == os.fsencode(name) != b"result.json"
+            if not is_named or len(text) > LONGEST_OUTPUT:
+                left_out += 1
+            elif is_folder(entry):
+                pending.append(name)
+            elif stat.S_ISREG(status.st_mode) and (
+                    uid is None or status.st_uid == uid or status.st_mode & 0o004):
+                found.append(name)
+                size += status.st_size
+    return sorted(found), size, left_out
+
+
+def open_output(directory: str, name: str) -> BinaryIO:
+    """A regular file below a directory, open for reading; follows no link. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
+    for part in name.split("/"):
+        above, flags = fd, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(part, flags, dir_fd=above)
+        finally:
+            os.close(above)
+    file = open(fd, "rb")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise FileNotFoundError(errno.ENOENT, "no regular file", name)
+    return file
 
 
 class FolderResults:
@@ -3095,19 +3211,25 @@ class FolderResults:
         self.root, self.fault = root / "results", Fault(log, f"storing results in {root}")
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
-        """Keep a result, and the files `names` that are moved out of `directory`; raises Outage."""
-        target = f"{self.root}/{result['requestId']}"
+        """Keep a result, and copies of the files `names` of `directory`; raises Outage.
+
+        They are there as a whole or not at all, in the place of those of an earlier receive.
+        """
+        target = self.root / result["requestId"]
         with self.fault.watched():
-            os.makedirs(target, exist_ok=True)
-            for name in names:
-                source, copy = os.path.join(directory, name), Path(target, name)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if os.path.lexists(source):  # else an earlier try has moved it
-                    shutil.move(source, copy)
-                if os.geteuid() == 0:
-                    os.chown(copy, 0, 0)
-                os.chmod(copy, 0o644)
-            write_json(target, "result.json", result)
+            self.root.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.root) as part:
+                new = Path(part, "new")
+                new.mkdir()
+                write_json(new, "result.json", result)
+                for name in names:
+                    copy = new / name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    with open_output(directory, name) as source, open(copy, "xb") as file:
+                        shutil.copyfileobj(source, file)
+                if os.path.lexists(target):
+                    os.rename(target, f"{part}/old")
+                os.rename(new, target)
 
 
 class AwsResults:
@@ -3128,8 +3250,7 @@ class AwsResults:
                 self._send, self.bucket, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
                 self.clients.s3.put_object, Bucket=bucket)
             for name in names:
-                fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
-                with open(fd, "rb") as body:
+                with open_output(directory, name) as body:
                     put(Key=prefix + name, Body=body)
             put(Key=f"{prefix}result.json", Body=text.encode(), ContentType="application/json")
         if url := self.settings.output_queue_url:
@@ -3173,7 +3294,7 @@ class FolderMetrics:
     def close(self) -> None:
         """Say how many there were."""
         if self.count:
-            self.log("INFO", f"Successfully published {self.count} values to {self.path}")
+            self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
 class CloudWatchMetrics:
@@ -3395,7 +3516,10 @@ class Slots:
         self._launch()
         self.gaps: list[str] = []  # that of all slots
         self.base, self.lock = make_task_dir(settings, log)
-        self.uid_locks: list[socket.socket] = []
+        can_lock = os.access(UID_LOCKS, os.W_OK) or os.access("/run", os.W_OK)
+        self.lock_directory = UID_LOCKS if can_lock else str(self.base.parent)
+        self.files = contextlib.ExitStack()
+        self.uid_locks: dict[int, int] = {}  # uid -> descriptor of its locked file
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
         self.shell = self.base / "sh"
         # Its user may not read it, so that the kernel lets none of that user's processes trace it
@@ -3437,7 +3561,9 @@ class Slots:
                 self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
                 self._end_launcher()
                 self._launch()
-            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()], [theirs.fileno()])
+            locks = [lock for uid, lock in self.uid_locks.items() if uid == spec.uid]
+            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()],
+                            [theirs.fileno(), *locks])
         return ours
 
     def _end_launcher(self) -> None:
@@ -3476,6 +3602,9 @@ class Slots:
             if not name.isdecimal():
                 raise GiveUp(f"agent.execution.runAs is {name}; here is no such user") from None
             uid, gid, groups = int(name), int(name), ()
+        if uid == 0:
+            raise GiveUp(f"agent.execution.runAs is {name}: functions would own this machine; name "
+                         "another user, or leave runAs out for a uid of each slot's own")
         if can_become(uid):
             return uid, gid, groups, False
         if uid != os.geteuid():
@@ -3484,18 +3613,21 @@ class Slots:
         return None, None, (), False
 
     def _free_uid(self) -> int:
-        """A uid that nobody has, for as long as this agent lives (an abstract socket's name)."""
+        """A uid that nobody has, and that no other agent of this machine takes.
+
+        A file that only root may open is locked for it. The launcher has it, too: it may still be
+        ending what runs under that uid when this agent has been killed.
+        """
         for uid in range(FIRST_UID + len(self.uid_locks), LAST_UID + 1):
-            lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                lock.bind(f"\0nanogrid-uid-{uid}")
+            path = f"{self.lock_directory}/uid-{uid}"
+            with contextlib.suppress(KeyError):
                 pwd.getpwuid(uid)
-            except KeyError:
-                self.uid_locks.append(lock)
+                continue
+            with contextlib.suppress(OSError):  # another agent's
+                os.makedirs(self.lock_directory, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_NOFOLLOW, 0o600))
+                self.uid_locks[uid] = self.files.enter_context(locked(path)).fileno()
                 return uid
-            except OSError:  # another agent's
-                pass
-            lock.close()
         raise GiveUp(f"no uid of {FIRST_UID} to {LAST_UID} is free; lower execution.concurrency")
 
     def try_out(self) -> None:
@@ -3593,7 +3725,12 @@ class Slots:
         """End all that runs, and remove all that was made for it."""
         self._end_launcher()
         remove_cgroups(self.cgroups)
+        for uid in self.uid_locks:
+            os.unlink(f"{self.lock_directory}/uid-{uid}")
+        self.files.close()
         with contextlib.suppress(OSError):  # another agent's may be there
+            os.rmdir(self.lock_directory)
+        with contextlib.suppress(OSError):
             sweep(self.base, ["lock"])
             remove(self.base)
             self.base.parent.rmdir()
@@ -3735,7 +3872,8 @@ class Agent:
     def _begin_stop(self) -> None:
         """Stop polling; give back what was not started."""
         grace = self.settings.shutdown_grace_seconds
-        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s")
+        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s; "
+                         "a second signal stops at once")
         notify("STOPPING=1")
         with self.lock:
             preparing = [slot for slot, turn in self.turns.items() if not turn.begun]
@@ -3903,14 +4041,27 @@ class Agent:
             run = self.slots.run_spec(task, built, slot)
             if not self._begin(turn, slot):
                 raise Ended(Outcome("released"))
+            self.log("DEBUG", f"[{task.request_id}] a run of {task.function_id} starts")
             outcome = self._patiently(turn, lambda: slot.run(run))
         finally:
             self.code.release(package)
         turn.directory = slot.output
-        turn.names, unnamed = self._patiently(turn, lambda: output_files(slot))
-        if unnamed:
-            self.log("WARNING", f"[{task.request_id}] {unnamed} entries of $OUTPUT_DIR left out: "
-                                f"paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json")
+        return self._list_outputs(turn, slot, outcome)
+
+    def _list_outputs(self, turn: Turn, slot: Slot, outcome: Outcome) -> Outcome:
+        """Have the turn name the run's output files; `outcome`, or what too many make of it."""
+        settings = self.settings
+        turn.names, size, left_out = output_files(slot)
+        if left_out:
+            self.log("WARNING", f"[{turn.report.request_id}] {left_out} entries of $OUTPUT_DIR "
+                                f"left out: paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no "
+                                "result.json, no closed directory")
+        if size > settings.max_disk_mb * MIB or len(turn.names) > settings.max_files:
+            text = (f"$OUTPUT_DIR has {len(turn.names)} files of {size / MIB:.0f} MiB with their "
+                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            turn.names = []
+            if outcome.status in ("ok", "failed"):
+                return replace(outcome, status="failed", reason="disk", text=text)
         return outcome
 
     def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
@@ -4005,7 +4156,9 @@ def notify(state: str) -> None:
 
 
 def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
-    """Run an agent on SQS, or on a folder; raises GiveUp."""
+    """Run an agent on SQS, or on a folder; raises GiveUp and ConfigError."""
+    if folder and not folder.is_dir():
+        raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
     with contextlib.closing(Slots(settings, log)) as slots:
@@ -4066,6 +4219,8 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             report = report.ended(error)
     log.least = 0
     outcome = report.outcome
+    if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
+        write_all(2, b"\n")  # what follows begins a line of its own
     if outcome.text:
         log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
     log("INFO", "REPORT", **report.pairs())
@@ -4078,6 +4233,12 @@ DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself,
     "sleepy-python": ("python", 500, "import time\nprint('good night', flush=True)\ntime.sleep(9)"),
     "hello-cpp": ("cpp", 60_000, '#include <cstdio>\nint main() { std::puts("Hello from C++"); }'),
 }
+
+DEMO_END = """
+hungry-python and sleepy-python were meant to fail: one takes more than its 64 MiB (oom), the other
+longer than its 500 ms (timeout). A task that fails is tried three times. The demo's files are gone.
+Next, a function of your own: put a main.py into a folder, and run it by
+    python3 nanogrid.py --invoke FOLDER"""
 
 
 def demo(settings: Settings, log: Log) -> None:
@@ -4097,6 +4258,8 @@ def demo(settings: Settings, log: Log) -> None:
                     "timeoutMs": timeout_ms, "memoryMb": 64}
             (folder / "queue" / f"{function_id}.json").write_text(json.dumps(task))
         run_agent(settings, log, folder, drain=True)
+        is_whole = not os.listdir(folder / "queue")
+    say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
 class Check:
@@ -4213,24 +4376,46 @@ class Check:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="nanogrid.py", description="NanoGrid: your own Lambda on one machine, in one file.")
+        prog="nanogrid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="NanoGrid: your own Lambda on one machine, in one file.\n"
+                    "It takes tasks from the SQS queue that the settings name until it is stopped.",
+        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: the\n"
+               "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
+               "settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
-                        help="the settings (default: application.yml)")
+                        help="the settings (default: application.yml in the current directory)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--local", metavar="DIR", type=Path,
-                      help="a folder stands in for SQS, S3 and CloudWatch")
-    mode.add_argument("--demo", action="store_true", help="run sample functions and show a summary")
-    mode.add_argument("--invoke", metavar="PATH", help="run one function from a zip or a folder")
-    parser.add_argument("--drain", action="store_true", help="end when the queue is empty")
-    parser.add_argument("--check", action="store_true", help="say what is usable, change nothing")
+                      help="a folder stands in for SQS, S3 and CloudWatch; it must exist, settings "
+                           "need not (default: SQS)")
+    mode.add_argument("--demo", action="store_true",
+                      help="run sample functions from a fresh folder, without settings or AWS "
+                           "(default: no)")
+    mode.add_argument("--invoke", metavar="PATH",
+                      help="run one function here and now from a zip or a folder; its input is "
+                           "standard input (default: no)")
+    parser.add_argument("--drain", action="store_true",
+                        help="end when the queue is empty, with a table of what ran (default: run "
+                             "until SIGTERM or SIGINT)")
+    parser.add_argument("--check", action="store_true",
+                        help="say, a line each, what is usable; change nothing (default: no)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", default="python")
-    one.add_argument("--timeout-ms", type=int)
-    one.add_argument("--memory-mb", type=int)
-    one.add_argument("--function-id", default="invoke")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text")
-    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper)
-    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}")
+    one.add_argument("--runtime", default="python",
+                     help="python, cpp, nodejs or go (default: python)")
+    one.add_argument("--timeout-ms", type=int, metavar="MS",
+                     help="its time limit (default: execution.defaultTimeoutMs, "
+                          f"{Settings.default_timeout_ms})")
+    one.add_argument("--memory-mb", type=int, metavar="MB",
+                     help="its memory cap (default: execution.defaultMemoryMb, "
+                          f"{Settings.default_memory_mb})")
+    one.add_argument("--function-id", default="invoke", metavar="ID",
+                     help="its name in the REPORT line (default: invoke)")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text",
+                        help="of the lines on standard error (default: text)")
+    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,
+                        help="the least that is logged (default: INFO)")
+    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}",
+                        help="say which version this is, and exit")
     return parser
 
 
@@ -4246,7 +4431,8 @@ def main(argv: list[str]) -> int:
         return 1
     local = bool(args.local or args.demo or args.invoke)
     path = args.config or Path("application.yml")
-    if args.config is None and (args.demo or args.invoke or args.local and not path.exists()):
+    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
+    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
         path = None
     try:
         settings, warnings = load_settings(path, os.environ, local)
