@@ -390,9 +390,19 @@ def _share(whole: int) -> int:
     return max(1, whole // int(text))
 
 
-def _admitted_mb(whole: int) -> int:
-    """What functions may declare of that much memory; the rest is the system's and the agent's."""
-    return whole - max(256, whole // 10)
+def _admitted_mb() -> int:
+    """The memory that functions may declare together; the rest is the system's and the agent's.
+
+    It is of the machine's, or of the least memory.max that holds for this process.
+    """
+    whole = os.sysconf("SC_PHYS_PAGES") * PAGE
+    with contextlib.suppress(OSError):
+        root, path = cgroup_root(), own_cgroup()
+        while path.startswith(root):
+            limit = read_proc(f"{path}/memory.max").strip()
+            whole = min(whole, int(limit)) if limit.isdigit() else whole
+            path = os.path.dirname(path)
+    return whole // MIB - max(256, whole // MIB // 10)
 
 
 @dataclass(frozen=True)
@@ -410,7 +420,7 @@ class Settings:
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count",
-                         lambda: _share(_admitted_mb(usable_memory_mb())))
+                         lambda: _share(_admitted_mb()))
     default_timeout_ms: int = _at(
         "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
         f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
@@ -1984,91 +1994,55 @@ def own_cgroup() -> str:
     return os.path.join(cgroup_root(), os.fsdecode(found[1]) if found else "").rstrip("/")
 
 
-def usable_memory_mb() -> int:
-    """The machine's memory in MiB; less where a memory.max above this process says so."""
-    least = os.sysconf("SC_PHYS_PAGES") * PAGE
-    with contextlib.suppress(OSError):
-        root, path = cgroup_root(), own_cgroup()
-        while path.startswith(root):
-            limit = read_proc(f"{path}/memory.max").strip()
-            least = min(least, int(limit) if limit.isdigit() else least)
-            path = os.path.dirname(path)
-    return least // MIB
+def make_cgroups(slots: int, processes: int) -> str:
+    """The directory in which slot0, slot1, … are now, a cgroup each; raises OSError.
 
-
-def make_cgroups(slots: int, processes: int) -> tuple[str, int]:
-    """(directory, lock): where slot0, slot1, … are now; raises OSError.
-
-    They are made in this service's own cgroup where systemd delegated that to it (Delegate=), or
-    where a container has no other. Else in one of their own at the top.
+    It is this service's own where systemd delegated that (Delegate=), or a container has no other.
+    Elsewhere one is made at the top, named after this process.
     """
     root, top = cgroup_root(), own_cgroup()
     is_delegated = any(name.endswith(".delegate") for name in os.listxattr(top))
     if is_delegated or top == root and os.path.exists(f"{root}/cgroup.type"):
-        lock = os.open(top, os.O_RDONLY)
-        # What has processes of its own hands no controller down.
         os.makedirs(f"{top}/agent", exist_ok=True)
+        # What has processes of its own hands no controller down.
         Path(top, "agent/cgroup.procs").write_text("0")
     else:
-        for old in glob.glob(f"{root}/nanogrid-*"):
-            if (lock := lock_cgroup(old)) >= 0:  # its agent was killed
+        names = f"{root}/nanogrid-{os.stat('/proc/self/ns/pid').st_ino}-"
+        for old in glob.glob(f"{names}*"):
+            if not os.path.exists(f"/proc/{old[len(names):]}"):  # its agent was killed
                 remove_cgroups(old)
-                os.close(lock)
-        top, lock = _make_top(root)
+        top = f"{names}{os.getpid()}"
+        os.makedirs(top, exist_ok=True)
     try:
         _divide(top, slots, processes)
     except OSError:
         remove_cgroups(top)
-        os.close(lock)
         raise
-    return top, lock
-
-
-def _make_top(root: str) -> tuple[str, int]:
-    """A cgroup at the top, and its lock; another agent that starts now may remove the first."""
-    while True:
-        top = f"{root}/nanogrid-{os.urandom(4).hex()}"
-        os.mkdir(top)
-        os.chmod(top, 0o711)  # functions find their own cgroup below it, but cannot lock it
-        if (lock := lock_cgroup(top)) >= 0:
-            return top, lock
-
-
-def lock_cgroup(top: str) -> int:
-    """A lock on a cgroup, which nobody else removes then; -1 when another has it, or it is gone."""
-    lock = -1
-    with contextlib.suppress(OSError):
-        lock = os.open(top, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.stat(top)
-        return lock
-    if lock >= 0:
-        os.close(lock)
-    return -1
+    return top
 
 
 def _divide(top: str, slots: int, processes: int) -> None:
     """Make the slots' cgroups; raises OSError."""
     os.stat(f"{top}/cgroup.kill")  # Linux 5.14
-    is_delegated = os.path.exists(f"{top}/agent")
-    for path in [top] if is_delegated else [os.path.dirname(top), top]:
-        offered = Path(path, "cgroup.controllers").read_text().split()
-        if missing := {"memory", "pids", "cpu"}.difference(offered):
+    weighed, weight, dividing = f"{top}/agent", AGENT_WEIGHT, [top]
+    if not os.path.exists(weighed):
+        weighed, weight, dividing = top, SLOTS_WEIGHT, [os.path.dirname(top), top]
+    for path in dividing:
+        missing = {"memory", "pids", "cpu"}.difference(
+            Path(path, "cgroup.controllers").read_text().split())
+        if missing:
             names = " and ".join(sorted(missing))
             raise OSError(errno.ENOENT, f"this one has no controller for {names}", path)
         Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
-    if is_delegated:
-        Path(top, "agent/cpu.weight").write_text(str(AGENT_WEIGHT))
-    else:
-        Path(top, "cpu.weight").write_text(str(SLOTS_WEIGHT))
-    for number in range(slots):
-        slot = Path(top, f"slot{number}")
+    Path(weighed, "cpu.weight").write_text(str(weight))
+    for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
-        slot.chmod(0o755)  # a runtime that sizes itself by its cgroup reads it
         (slot / "pids.max").write_text(str(processes))
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
+        for path in (top, slot):  # a runtime that sizes itself by its cgroup reads it
+            os.chmod(path, 0o755)
 
 
 def empty_cgroup(path: str) -> None:
@@ -2085,9 +2059,7 @@ def empty_cgroup(path: str) -> None:
 
 
 def remove_cgroups(top: str) -> None:
-    """Remove the slots' cgroups with all that runs in them, and what was made for them, if any."""
-    if not top:
-        return
+    """Remove the slots' cgroups with all that runs in them, and what was made for them."""
     for slot in glob.glob(f"{top}/slot*"):
         with contextlib.suppress(OSError):
             empty_cgroup(slot)
@@ -2894,7 +2866,8 @@ def launch(control: socket.socket, cgroups: str) -> None:
             end_descendants(others=[pid for pid, _, _ in supervisors.values()])
             for lock in locks:
                 os.close(lock)
-    remove_cgroups(cgroups)  # ends all runs; the agent may have been killed, and cannot do it
+    if cgroups:
+        remove_cgroups(cgroups)  # the agent may have been killed
     end_descendants()
 
 
@@ -3500,8 +3473,7 @@ class Slots:
         self.cgroups, self.cgroup_gap = "", "not started as root"
         if not os.geteuid():
             try:
-                self.cgroups, self.cgroup_lock = make_cgroups(
-                    settings.concurrency, settings.max_processes)
+                self.cgroups = make_cgroups(settings.concurrency, settings.max_processes)
             except OSError as error:
                 self.cgroup_gap = f"{error.strerror}: {error.filename or 'cgroup2'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
@@ -3724,7 +3696,8 @@ class Slots:
     def close(self) -> None:
         """End all that runs, and remove all that was made for it."""
         self._end_launcher()
-        remove_cgroups(self.cgroups)
+        if self.cgroups:
+            remove_cgroups(self.cgroups)
         for uid in self.uid_locks:
             os.unlink(f"{self.lock_directory}/uid-{uid}")
         self.files.close()
