@@ -86,14 +86,20 @@ ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
 USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
 
 
+def patient(seconds: float) -> float:
+    """What takes `seconds` at most on an idle machine may take so long on this one, as busy as it is."""
+    busy = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return max(seconds, min(600.0, seconds * busy))
+
+
 def until(condition, seconds=180.0, what="condition"):
-    """Return the first true value of condition(); fail when `seconds` pass without one."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """Return the first true value of condition(); fail when patient(seconds) pass without one."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < patient(seconds):
         if value := condition():
             return value
         time.sleep(0.02)
-    raise AssertionError(f"{what} did not come within {seconds} s")
+    raise AssertionError(f"{what} did not come within {time.monotonic() - begun:.0f} s")
 
 
 def need(*programs: str, found=shutil.which) -> None:
@@ -201,7 +207,7 @@ class Agent:
 
     def end(self, seconds: float = 180) -> int:
         """The exit status; the log is complete when this returns."""
-        status = self.process.wait(seconds)
+        status = self.process.wait(patient(seconds))
         for reader in self._readers:
             reader.join(60)
         return status
@@ -617,7 +623,7 @@ def client_of(url: str, service: str):
                         aws_access_key_id="testing", aws_secret_access_key="testing")
 
 
-# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message)
+# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message), see as_aws()
 REFUSALS = {
     "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
     "status 503": (503, "ServiceUnavailable", "ServiceUnavailable", "Service is unavailable"),
@@ -674,23 +680,9 @@ def cbor(texts: dict[str, str]) -> bytes:
     return bytes((0xA0 + len(texts),)) + b"".join(coded)
 
 
-def proxy_refusal(fault: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of an AWS error in the protocol of the request."""
-    status, code, s3_code, message = REFUSALS[fault]
-    error = {"__type": f"com.amazon.coral.service#{code}", "message": message}
-    if "X-Amz-Target" in headers:
-        return status, {"Content-Type": "application/x-amz-json-1.0"}, json.dumps(error).encode()
-    if "Smithy-Protocol" in headers:
-        kind = {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
-        return status, kind, cbor(error)
-    xml = f"<Error><Code>{s3_code}</Code><Message>{message}</Message></Error>"
-    if b"Action=" in body:
-        xml = f"<ErrorResponse>{xml.replace(s3_code, code)}</ErrorResponse>"
-    return status, {"Content-Type": "application/xml"}, xml.encode()
-
-
 def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str) -> bytes:
-    """An error as AWS's own services answer it, from the status line to the last byte.
+    """An error as AWS's own services answer it, from the status line to the last byte; `twin` is
+    its query-compatible code, if any.
 
     SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
     S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
@@ -729,6 +721,20 @@ def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str
             "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\n\r\n").encode() + content
 
 
+def aws_refusal(fault: str, headers, body: bytes) -> tuple | None:
+    """as_aws()'s arguments for a fault of REFUSALS."""
+    if fault not in REFUSALS:
+        return None
+    status, code, s3_code, message = REFUSALS[fault]
+    is_s3 = not ("X-Amz-Target" in headers or "Smithy-Protocol" in headers or b"Action=" in body)
+    return status, s3_code if is_s3 else code, "", message
+
+
+def head_of(answer: bytes) -> bytes:
+    """What answers a HEAD: all but the body."""
+    return answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+
 class ProxyHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 300
@@ -738,11 +744,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
         operation = operation_of(self.command, self.path, self.headers, body)
         signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
         rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
-        if rule and rule.said:
-            return self.wfile.write(as_aws(self.headers, body, *rule.said))
         fault = rule.fault if rule else ""
-        if fault in REFUSALS:
-            return self.answer(*proxy_refusal(fault, self.headers, body))
+        if said := rule and (rule.said or aws_refusal(fault, self.headers, body)):
+            content = as_aws(self.headers, body, *said)
+            return self.wfile.write(content if self.command != "HEAD" else head_of(content))
         if fault == "reset":
             self.server.proxy.closing.wait(rule.seconds)
             return self.reset()
@@ -5979,8 +5984,7 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             taken = time.time()
             said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
-            assert held > 10, f"given up too early\n{agent.log}"
-            assert held < 60, f"given up too late\n{agent.log}"
+            assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
             aws.proxy.heal()
             until_settled(aws, agent)
             assert proxy_runs(aws.path) == {"r1": 1} and not dead(aws)
@@ -6069,24 +6073,27 @@ for _operation in ("PutObject", "SendMessage"):
 
 @trial
 def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
-    """Five are kept at most; four come while a request with five is under way."""
+    """Five are kept at most; four come while a request with some of them is under way."""
     prefix = [sys.executable, "-c", PATCHED.format("ng.CloudWatchMetrics.MOST_KEPT = 5")]
     with site(moto) as aws:
-        aws.proxy.fail("PutMetricData", "reset", seconds=3)
-        with start(aws, prefix=prefix, metrics={"flushSeconds": 3}) as agent:
+        aws.proxy.fail("PutMetricData", "reset", seconds=1)
+        with start(aws, prefix=prefix, metrics={"flushSeconds": 1}) as agent:
             for number in range(5):
                 job(aws, f"r{number}", function_id=aws.name)
             until(lambda: aws.proxy.count("PutMetricData"), what="a request to CloudWatch")
             for number in range(5, 9):
                 job(aws, f"r{number}", function_id=aws.name)
             until_settled(aws, agent)
-            agent.wait_for("publishing metrics to CloudWatch failed")
+            # All nine have come. Each request is made three times, so one of the next six is the
+            # first of a new one, which holds all that is kept.
+            before = aws.proxy.count("PutMetricData")
+            until(lambda: aws.proxy.count("PutMetricData") >= before + 6, what="another request")
             aws.proxy.heal()
-            agent.wait_for("publishing metrics to CloudWatch works again")
-            until(lambda: metric_values(aws, aws.name), what="values")
+            agent.wait_for(r"Successfully published 5 values to CloudWatch \(4 older ones")
             agent.stop()
         assert len(reports(agent.log)) == 9 and metric_values(aws, aws.name) == 5
-        assert "Successfully published 5 values to CloudWatch (4 older ones" in agent.log
+        assert agent.log.count("publishing metrics to CloudWatch failed") == 1
+        assert agent.log.count("publishing metrics to CloudWatch works again") == 1
 
 
 @trial
@@ -6416,10 +6423,10 @@ def lost_lease_is_said_and_its_result_is_not_deleted(moto):
 
 @trial
 def without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
-    with site(moto, visibility=15) as aws, start(aws) as agent:
+    with site(moto, visibility=20) as aws, start(aws) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
         for number in range(3):
-            job(aws, f"fits{number}", timeoutMs=8000)
+            job(aws, f"fits{number}", timeoutMs=12000)
             job(aws, f"long{number}", timeoutMs=60000)
         until_settled(aws, agent, 3, 180)
         agent.stop()
@@ -6703,7 +6710,7 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
 def test_run_that_is_let_go_of_before_it_begins_is_released():
     slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
     slot.cancel()
-    assert slot.run(ng.Job((), "", {}, "", "", 1, 1, 1, 1)) == {"status": "released"}
+    assert slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)) == ng.Outcome("released")
 
 
 @trial
@@ -7565,7 +7572,7 @@ class AsAws(BaseHTTPRequestHandler):
         if not said:
             content = b'{"Attributes": {"VisibilityTimeout": "30"}}'
             said = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
-        self.wfile.write(said.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.command == "HEAD" else said)
+        self.wfile.write(head_of(said) if self.command == "HEAD" else said)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
