@@ -2085,10 +2085,10 @@ class Cgroup:
 
     def begin(self, cap_mb: int) -> None:
         """Set the cap of the next run; raises OSError."""
+        self.before = self._kills()
         if cap_mb != self.cap_mb:
             Path(self.path, "memory.max").write_text(str(cap_mb * MIB))
             self.cap_mb = cap_mb
-        self.before = self._kills()
 
     def held(self) -> int:
         """The bytes that the run holds now. Page cache is none of it: it gives way at the cap."""
@@ -2702,26 +2702,35 @@ class Supervisor:
         requests = self.agent.makefile("r", encoding="utf-8")
         while (self.life not in select.select([self.agent, self.life], [], [])[0]
                and (line := requests.readline())):
-            self.begun = False
+            self.begun, run = False, RunSpec(**json.loads(line))
             try:
-                outcome = self.run(RunSpec(**json.loads(line)))
+                outcome = self.run(run)
                 # What is left of IPC ends with its namespace, and that with its supervisor.
                 answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc())
             except OSError as error:  # ConnectionError is one
-                with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
-                    self.end_run(self.helpers)
-                # A helper that does not answer is as if it could not be forked.
-                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
+                self._fail(run, error)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
 
+    def _fail(self, run: RunSpec, error: OSError) -> None:
+        """End a run that cannot go on, and say what it came to."""
+        with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+            self.end_run(self.helpers)
+        if self.cgroup and self.cgroup.was_full():  # its cap is less than what its start takes
+            outcome = Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0,
+                              peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
+            answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=True)
+            return
+        # A helper that does not answer is as if it could not be forked.
+        number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+        answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
+
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end. Raises OSError."""
-        self.room.begin(run.memory_mb, run.files)
         if self.cgroup:
             self.cgroup.begin(run.memory_mb)
+        self.room.begin(run.memory_mb, run.files)
         self.workspace.prepare(run.package, run.input)
         outputs = [Output(f"{self.room.feed}/{name}", fd if run.tee else 0)
                    for fd, name in enumerate(OUTPUTS, 1)]
