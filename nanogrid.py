@@ -1470,7 +1470,7 @@ def write_json(directory: str, name: str, value: object) -> None:
 # --------------------------------------------------------------------------------------------
 
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
-CACHE_BYTES = 8 * 1024 * MIB  # beyond it packages go that no run uses, longest unused first
+CACHE_SHARE = 0.5  # of the disk, less what others have there: beyond it idle packages go
 BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
                 "that does not exist looks like this, too)")
 
@@ -1609,22 +1609,34 @@ class CodeCache:
             place.mkdir(mode=0o755)
             unpack(archive, place)
             entry = find_entry(place, task.runtime)
-            size = sum(one.lstat().st_size for one in place.rglob("*"))
+            size = sum(one.lstat().st_blocks * 512 for one in place.rglob("*"))
             package = Package(place.rename(name), etag, entry, size, asked, confirmed)
         finally:
             archive.unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
         with self.lock:
             self.packages[key] = package
-            gone = [old] if old else []
+        if old:
+            self.release(old)
+        whole = sum(one.size for one in list(self.packages.values()))
+        whole += shutil.disk_usage(self.directory).free
+        self.evict(whole * CACHE_SHARE)
+        return package
+
+    def evict(self, most: float = -1) -> bool:
+        """Remove packages that no run uses, longest unused first, down to `most` bytes; did any go."""
+        gone = []
+        with self.lock:
             size = sum(one.size for one in self.packages.values())
-            for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if size > CACHE_BYTES and one.users == 1 and not self.key_locks[name].locked():
-                    gone.append(self.packages.pop(name))
+            for key, one in sorted(self.packages.items(), key=lambda item: item[1].used):
+                in_use = self.key_locks[key]  # also by get(), until its caller is one of the users
+                if size > most and one.users == 1 and in_use.acquire(blocking=False):
+                    gone.append(self.packages.pop(key))
                     size -= one.size
+                    in_use.release()
         for one in gone:
             self.release(one)
-        return package
+        return bool(gone)
 
 
 # --------------------------------------------------------------------------------------------
@@ -3816,6 +3828,9 @@ class Agent:
             try:
                 return step()
             except Outage as outage:
+                if outage.reason == "disk" and self._make_room(turn):
+                    self.log("INFO", f"{outage}: packages that no run uses were removed")
+                    continue
                 fault, last = outage.fault, min(end, self.queue.held_until(turn.message))
                 again = min(time.monotonic() + fault.failed(outage), last)
                 if time.monotonic() >= last:
@@ -3826,6 +3841,17 @@ class Agent:
             turn.is_held = False
             if self.stopping:
                 raise Ended(Outcome("released"))
+
+    def _make_room(self, turn: Turn) -> bool:
+        """Remove the packages that no run uses, and what idle slots still have of them, as links."""
+        if not self.code.evict():
+            return False
+        with self.lock:  # none of them begins
+            for slot in self.slots.all:
+                if self.turns.get(slot, turn) is turn:
+                    with contextlib.suppress(OSError):
+                        sweep(f"{slot.own}/work")
+        return True
 
     def _store(self, turn: Turn) -> None:
         """Keep a turn's result and output files, or have its report say why they cannot be.

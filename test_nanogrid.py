@@ -5977,6 +5977,50 @@ def full_disk_is_an_error_when_patience_ends_and_the_agent_lives(moto):
 
 
 @trial
+def full_disk_takes_idle_packages_before_any_run_ends_as_error(moto):
+    """16 MiB under taskBaseDir: there is room for one package of 6 and its zip, and not for two."""
+    if not ROOT:
+        pytest.skip("only root mounts a small disk")
+    with site(moto, visibility=60) as aws:
+        task = aws.path / "task"
+        task.mkdir()
+        script = f'mount -t tmpfs -o size=16m,mode=755 none {task} && exec "$@"'
+        prefix = ["unshare", "-m", "sh", "-c", script, "sh"]
+        if subprocess.run([*prefix, "true"], check=False).returncode:
+            pytest.skip("this machine lets root mount no tmpfs")
+        with start(aws, prefix=prefix, execution={"patienceSeconds": 0}) as agent:
+            for name in "abc":
+                aws.put({"main.py": "print(1)", "ballast": os.urandom(6 << 20)}, f"{name}.zip")
+                aws.send(name, key=f"{name}.zip")
+                agent.wait_for(f"REPORT requestId={name} .*status=ok")
+            assert "packages that no run uses were removed" in agent.log
+
+
+def test_the_code_cache_takes_a_share_of_the_disk(folder, monkeypatch):
+    """Packages of 1 MiB, on a disk that has room for 6 with nothing else on it."""
+    def get(name):
+        folder.put({"main.py": "", "ballast": bytes(1020 * 1024)}, s3Key=name)
+        task = ng.Task("r", "f", "python", "", name, 1, 1, b"")
+        return cache.get(task, ng.Message("m", "", 1, time.time()))
+
+    (folder.path / "unpacked").mkdir()
+    cache = ng.CodeCache(ng.FolderCode(folder.path), folder.path / "unpacked", ng.Log())
+    monkeypatch.setattr(ng.shutil, "disk_usage", lambda path: types.SimpleNamespace(
+        free=(6 << 20) - sum(one.size for one in cache.packages.values())))
+    used = get("a")
+    for name in "bcd":
+        cache.release(get(name))
+    assert [key for _, key, _ in cache.packages] == ["a", "c", "d"]
+    cache.release(get("c"))
+    cache.release(get("e"))
+    assert [key for _, key, _ in cache.packages] == ["a", "c", "e"]
+    assert cache.evict() and not cache.evict()
+    assert list(cache.packages.values()) == [used]
+    cache.release(used)
+    assert cache.evict() and not os.listdir(folder.path / "unpacked")
+
+
+@trial
 def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
     """The limit is lowered under a running agent, to less than it has open."""
     metrics = {"flushSeconds": 2}
