@@ -71,6 +71,10 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+# Python 3.7 and older show this line as the one that they cannot read.
+if (running := sys.version_info) < (3, 9):  # NanoGrid needs Python 3.9 or newer
+    sys.exit(f"NanoGrid needs Python 3.9 or newer; this is Python {running[0]}.{running[1]}")
+
 __version__ = "1.0.0"
 FILE = os.path.abspath(__file__)
 MIB = 1024 * 1024
@@ -184,6 +188,15 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
 Keys = tuple[str, ...]  # from the top of the file to an entry
 
 
+@dataclass
+class _Block:
+    """A map or a list whose lines are being read."""
+
+    indent: int
+    path: Keys
+    content: Any
+
+
 class _YamlReader:
     """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
@@ -191,33 +204,49 @@ class _YamlReader:
         self.name, self.number = name, 0  # of the line that is being read
         self.tree: dict[str, Any] = {}
         self.entries: dict[Keys, tuple[int, dict[str, Any]]] = {}
-        blocks: list[tuple[int, Keys, Any]] = []  # (indent, path, map or list), innermost last
-        below: Keys | None = ()  # the path whose block may begin in this line
+        self.blocks: list[_Block] = []  # that are open, the innermost last
+        self.opening: Keys | None = ()  # the path whose block may begin in this line
         for indent, body in self.content(text.removeprefix("\ufeff")):
+            if self.opening == () and body[0] == "{" and _EMPTY.fullmatch(body):
+                self.opening = None  # no block is open: no further line fits
+                continue
             item = _ITEM.match(body)
-            if below == ():
-                below = None
-                if body[0] == "{" and _EMPTY.fullmatch(body):
-                    continue  # no block is open: no further line fits
-                blocks.append((indent, (), self.tree))
-            elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
-                if len(below) > 50:
-                    self.fail("nested too deep; use at most 50 levels")
-                block: Any = [] if item else {}
-                blocks[-1][2][below[-1]] = block
-                blocks.append((indent, below, block))
-            while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
-                              and isinstance(blocks[-1][2], list)):
-                blocks.pop()  # also a list at its key's own indent
-            if not blocks or indent != blocks[-1][0]:
-                self.fail("indented unlike its siblings, or text that goes on from the line above; "
-                          "give them one indent, and write a value in its key's line")
-            _, path, block = blocks[-1]
-            if item and isinstance(block, list):
-                block.append(self.scalar(body[item.end():]))
-                below = None
+            self.open_block(indent, bool(item))
+            self.close_blocks(indent, bool(item))
+            block = self.blocks[-1]
+            if item and isinstance(block.content, list):
+                block.content.append(self.scalar(body[item.end():]))
+                self.opening = None
             else:
-                below = self.entry(body, path, block)
+                self.opening = self.entry(body, block)
+
+    def open_block(self, indent: int, is_item: bool) -> None:
+        """Begin the document's map, or the block of the key above, if this is its first line."""
+        path = self.opening
+        if path is None:
+            return
+        if path == ():
+            self.blocks.append(_Block(indent, (), self.tree))
+            return
+        above = self.blocks[-1]
+        if indent > above.indent or is_item and indent == above.indent:
+            if len(path) > 50:
+                self.fail("nested too deep; use at most 50 levels")
+            content: Any = [] if is_item else {}
+            above.content[path[-1]] = content
+            self.blocks.append(_Block(indent, path, content))
+
+    def close_blocks(self, indent: int, is_item: bool) -> None:
+        """End the blocks this line is not of; a list may stand at the indent of its key."""
+        while self.blocks:
+            block = self.blocks[-1]
+            ends_list = isinstance(block.content, list) and not is_item
+            if indent > block.indent or indent == block.indent and not ends_list:
+                break
+            self.blocks.pop()
+        if not self.blocks or indent != self.blocks[-1].indent:
+            self.fail("indented unlike its siblings, or text that goes on from the line above; "
+                      "give them one indent, and write a value in its key's line")
 
     def fail(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.name}:{self.number}: {problem}")
@@ -241,20 +270,20 @@ class _YamlReader:
                 begun = True
                 yield len(line) - len(body), body.rstrip(" ")
 
-    def entry(self, body: str, path: Keys, block: dict[str, Any]) -> Keys | None:
+    def entry(self, body: str, block: _Block) -> Keys | None:
         """Read a line of a map; the path of its key, if nothing stands behind it."""
         key, _, rest = self.token(body)
         if not (colon := _COLON.match(rest)):
             self.fail(f"{shown(body)} is no `key: value`; write a space after the colon, and a "
                       "value in its key's line")
-        text, here = rest[colon.end():], (*path, key)
+        text, here = rest[colon.end():], (*block.path, key)
         if here in self.entries:
             self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one")
-        self.entries[here] = self.number, block
+        self.entries[here] = self.number, block.content
         if empty := _EMPTY.fullmatch(text):
-            block[key] = [] if empty[1][0] == "[" else {}
+            block.content[key] = [] if empty[1][0] == "[" else {}
         else:
-            block[key] = self.scalar(text)
+            block.content[key] = self.scalar(text)
         return None if text else here
 
     def scalar(self, text: str) -> Any:
@@ -315,7 +344,8 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "region": (r"(?!.*[0-9][a-z]$)[a-z0-9-]+", "write a region such as ap-northeast-2"),
     "url": (_URL, "write a URL that begins with https:// or http://"),
     "queue": (_URL, "write the queue's URL, as SQS shows it under Details"),
-    "bucket": (r"[A-Za-z0-9._-]{3,255}", "write the bucket's bare name, no ARN, no s3:// URL"),
+    "bucket": (r"[A-Za-z0-9._-]{3,255}",
+               "write the bucket's bare name, 3 characters or more, no ARN, no s3:// URL"),
     "network": ("host|none", "write host or none"),
     "metadata": ("refuse|allow", "write refuse or allow"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
@@ -425,6 +455,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
     written, problems, warnings = _from_file(path) if path else ({}, [], [])
+    _look_at_names(environ, problems, warnings)
     values: dict[str, Any] = {"file": path}
     for keys, row in _ROWS.items():
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
@@ -452,7 +483,8 @@ def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list
         reader = _YamlReader(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
-                          "application.yml.example there, or name another with --config") from None
+                          "application.yml.example there, or name another with --config. Without "
+                          "settings --demo shows what this is, and --help the rest") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
@@ -474,6 +506,20 @@ def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list
             nearest = known[get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
     return written, problems, warnings
+
+
+def _look_at_names(environ: Mapping[str, str], problems: list[str], warnings: list[str]) -> None:
+    """Add what is wrong with the names of variables AGENT_..., and which are passed over."""
+    known = [row.variable for row in SETTINGS]
+    for name in sorted(environ):
+        dotted = name.lower().replace("_", ".") + "."
+        if not name.startswith("AGENT_") or re.sub("(?<=BUCKETS)_[0-9]+$", "", name) in known:
+            continue
+        if dotted.startswith(tuple(f"{section.lower()}." for section in _SPRING_ONLY)):
+            warnings.append(f"{name} is for the Spring Boot agent; passed over")
+        else:
+            nearest = get_close_matches(name, known, 1, 0)[0]
+            problems.append(f"{name}: is no setting; the nearest is {nearest}")
 
 
 def _from_variable(name: str, row: Setting, environ: Mapping[str, str]) -> Any:
@@ -2966,7 +3012,10 @@ def summary(reports: Iterable[Report]) -> str:
     """The table that ends --drain: a line for each function."""
     runs: defaultdict[str, list[Report]] = defaultdict(list)
     for report in reports:
-        runs[report.function_id or "-"].append(report)
+        if report.outcome.start or report.outcome.status != "released":
+            runs[report.function_id or "-"].append(report)
+    if not runs:
+        return "no task was run: nothing waited in the queue"
     width = max([8, *map(len, runs)])
     lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
@@ -2974,10 +3023,8 @@ def summary(reports: Iterable[Report]) -> str:
         spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
         peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
                          if each.outcome.peak_memory_bytes), default=(0, 0))
-        bar = "#" * round(min(1.0, peak / (cap or 1)) * 20)
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
-                     f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
-                     f"{peak:.1f} of {cap} MiB")
+                     f"{statistics.median(spent):10.0f} {max(spent):8}  {peak:.1f} of {cap} MiB")
     return "\n".join(lines)
 
 
@@ -3093,7 +3140,7 @@ class FolderMetrics:
     def close(self) -> None:
         """Say how many there were."""
         if self.count:
-            self.log("INFO", f"Successfully published {self.count} values to {self.path}")
+            self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
 class CloudWatchMetrics:
@@ -3640,7 +3687,8 @@ class Agent:
     def _begin_stop(self) -> None:
         """Stop polling; give back what was not started."""
         grace = self.settings.shutdown_grace_seconds
-        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s")
+        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s; "
+                         "a second signal stops at once")
         notify("STOPPING=1")
         with self.lock:
             preparing = [slot for slot, turn in self.turns.items() if not turn.begun]
@@ -3924,7 +3972,9 @@ def notify(state: str) -> None:
 
 
 def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
-    """Run an agent on SQS, or on a folder; raises GiveUp."""
+    """Run an agent on SQS, or on a folder; raises GiveUp and ConfigError."""
+    if folder and not folder.is_dir():
+        raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
     with contextlib.closing(Slots(settings, log)) as slots:
@@ -3998,6 +4048,12 @@ DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself,
     "hello-cpp": ("cpp", 60_000, '#include <cstdio>\nint main() { std::puts("Hello from C++"); }'),
 }
 
+DEMO_END = """
+hungry-python and sleepy-python were meant to fail: one takes more than its 64 MiB (oom), the other
+longer than its 500 ms (timeout). A task that fails is tried three times. The demo's files are gone.
+Next, a function of your own: put a main.py into a folder, and run it by
+    python3 nanogrid.py --invoke FOLDER"""
+
 
 def demo(settings: Settings, log: Log) -> None:
     """Run sample functions from a fresh folder: one is hungry for memory, one oversleeps."""
@@ -4016,6 +4072,8 @@ def demo(settings: Settings, log: Log) -> None:
                     "timeoutMs": timeout_ms, "memoryMb": 64}
             (folder / "queue" / f"{function_id}.json").write_text(json.dumps(task))
         run_agent(settings, log, folder, drain=True)
+        is_whole = not os.listdir(folder / "queue")
+    say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
 class Check:
@@ -4132,24 +4190,46 @@ class Check:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="nanogrid.py", description="NanoGrid: your own Lambda on one machine, in one file.")
+        prog="nanogrid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="NanoGrid: your own Lambda on one machine, in one file.\n"
+                    "It takes tasks from the SQS queue that the settings name until it is stopped.",
+        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: the\n"
+               "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
+               "settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
-                        help="the settings (default: application.yml)")
+                        help="the settings (default: application.yml in the current directory)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--local", metavar="DIR", type=Path,
-                      help="a folder stands in for SQS, S3 and CloudWatch")
-    mode.add_argument("--demo", action="store_true", help="run sample functions and show a summary")
-    mode.add_argument("--invoke", metavar="PATH", help="run one function from a zip or a folder")
-    parser.add_argument("--drain", action="store_true", help="end when the queue is empty")
-    parser.add_argument("--check", action="store_true", help="say what is usable, change nothing")
+                      help="a folder stands in for SQS, S3 and CloudWatch; it must exist, settings "
+                           "need not (default: SQS)")
+    mode.add_argument("--demo", action="store_true",
+                      help="run sample functions from a fresh folder, without settings or AWS "
+                           "(default: no)")
+    mode.add_argument("--invoke", metavar="PATH",
+                      help="run one function here and now from a zip or a folder; its input is "
+                           "standard input (default: no)")
+    parser.add_argument("--drain", action="store_true",
+                        help="end when the queue is empty, with a table of what ran (default: run "
+                             "until SIGTERM or SIGINT)")
+    parser.add_argument("--check", action="store_true",
+                        help="say, a line each, what is usable; change nothing (default: no)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", default="python")
-    one.add_argument("--timeout-ms", type=int)
-    one.add_argument("--memory-mb", type=int)
-    one.add_argument("--function-id", default="invoke")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text")
-    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper)
-    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}")
+    one.add_argument("--runtime", default="python",
+                     help="python, cpp, nodejs or go (default: python)")
+    one.add_argument("--timeout-ms", type=int, metavar="MS",
+                     help="its time limit (default: execution.defaultTimeoutMs, "
+                          f"{Settings.default_timeout_ms})")
+    one.add_argument("--memory-mb", type=int, metavar="MB",
+                     help="its memory cap (default: execution.defaultMemoryMb, "
+                          f"{Settings.default_memory_mb})")
+    one.add_argument("--function-id", default="invoke", metavar="ID",
+                     help="its name in the REPORT line (default: invoke)")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text",
+                        help="of the lines on standard error (default: text)")
+    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,
+                        help="the least that is logged (default: INFO)")
+    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}",
+                        help="say which version this is, and exit")
     return parser
 
 
@@ -4165,7 +4245,8 @@ def main(argv: list[str]) -> int:
         return 1
     local = bool(args.local or args.demo or args.invoke)
     path = args.config or Path("application.yml")
-    if args.config is None and (args.demo or args.invoke or args.local and not path.exists()):
+    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
+    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
         path = None
     try:
         settings, warnings = load_settings(path, os.environ, local)
