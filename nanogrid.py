@@ -718,8 +718,7 @@ _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
 BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
                     "or Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
-# Extra fields (APPNOTE.TXT 4.5), which unzip reads, too: where the seconds are in those of times
-UNICODE_NAME, TIMES = 0x7075, {0x5455: 1, 0x5855: 4}
+TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -855,16 +854,10 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
 
 def _name(member: zipfile.ZipInfo) -> str:
     """Its whole name, which is UTF-8 where it can be, for many a tool does not set the flag."""
-    if member.flag_bits & UTF8_NAME:
-        return member.orig_filename
-    stored = member.orig_filename.encode("cp437")  # what zipfile reads as that
-    again = _extra(member, UNICODE_NAME)
-    if again[1:5] == struct.pack("<L", zlib.crc32(stored)):
-        stored = again[5:]
-    try:
-        return stored.decode()
-    except UnicodeDecodeError:
-        return member.orig_filename
+    with contextlib.suppress(UnicodeDecodeError):
+        if not member.flag_bits & UTF8_NAME:  # zipfile reads such as code page 437
+            return member.orig_filename.encode("cp437").decode()
+    return member.orig_filename
 
 
 def _mode(member: zipfile.ZipInfo) -> int:
@@ -1034,6 +1027,9 @@ LASTING = ("ParamValidationError", "InvalidRegionError", "PermanentRedirect")  #
 LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
 
 
+LEAST_BOTO3 = (1, 34, 101)  # the first whose ReceiveMessage has MessageSystemAttributeNames
+
+
 class Clients(NamedTuple):
     """The clients of one session: `polls` waits for long, which the rest must not."""
     session: Any
@@ -1054,16 +1050,24 @@ def make_clients(settings: Settings) -> Clients:
         import boto3  # not at the top: --local does without, and so does the launcher
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
+        from botocore.session import get_session
     except ImportError:
         raise GiveUp("boto3 is not installed for this Python; run: "
                      f"{sys.executable} -m pip install boto3") from None
+    if tuple(map(int, re.findall("[0-9]+", boto3.__version__)[:3])) < LEAST_BOTO3:
+        least = ".".join(map(str, LEAST_BOTO3))
+        raise GiveUp(f"boto3 is {boto3.__version__}, and must be {least} at least; run: "
+                     f"{sys.executable} -m pip install 'boto3>={least}'")
     if settings.endpoint_url:  # so that AWS_ENDPOINT_URL_SQS and the like win, as boto3 has it
         os.environ["AWS_ENDPOINT_URL"] = settings.endpoint_url
     try:
-        session = boto3.session.Session(region_name=settings.region)
-        if session.get_credentials() is None:
-            raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
-                         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        core = get_session()
+        session = boto3.session.Session(botocore_session=core, region_name=settings.region)
+        check_credentials(session.get_credentials())
+        bundle = core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        if bundle and not os.path.isfile(bundle):
+            raise GiveUp(f"the CA bundle {bundle} is no file; correct AWS_CA_BUNDLE, "
+                         "REQUESTS_CA_BUNDLE or ca_bundle in ~/.aws/config")
 
         def client(service: str, read_seconds: int = 8, attempts: int = 3) -> Any:
             made = session.client(service, config=Config(
@@ -1076,6 +1080,20 @@ def make_clients(settings: Settings) -> Clients:
                        client("sqs", attempts=1), client("sqs"), client("s3"), client("cloudwatch"))
     except (BotoCoreError, OSError, ValueError) as error:  # no such profile, process, URL
         raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
+
+
+def check_credentials(credentials: Any) -> None:
+    """Refuse, by GiveUp, none, and what HTTP cannot send: its error would show them in the log."""
+    from botocore.credentials import RefreshableCredentials
+    if credentials is None:
+        raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
+                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(credentials, RefreshableCredentials):  # a look would ask for them
+        return
+    for name in ("access_key", "secret_key", "token"):
+        if re.search("[^!-~]", getattr(credentials, name) or ""):
+            raise GiveUp(f"the AWS credentials' {name} ({credentials.method}) has a line break or "
+                         "a blank in it; write it again, in one line")
 
 
 def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
@@ -1167,7 +1185,7 @@ class Message:
     id: str
     body: str
     receive_count: int
-    sent: float  # the first time, in seconds since the epoch by the queue's clock
+    sent: float  # the first time, in seconds since the epoch by the queue's clock; inf: not told
     handle: Any = None  # SQS's receipt handle; of a folder, what unlocks the file at its end
     # From here on times are time.monotonic()'s. But for this one all is of SQS alone.
     received: float = field(default_factory=time.monotonic)
@@ -1231,7 +1249,7 @@ class SqsQueue:
         old = self.held.get(key)
         message = self.held[key] = Message(
             key, entry["Body"], int(attributes.get("ApproximateReceiveCount", 1)),
-            int(attributes.get("SentTimestamp", 0)) / 1000, entry["ReceiptHandle"],
+            float(attributes.get("SentTimestamp", math.inf)) / 1000, entry["ReceiptHandle"],
             ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
             last=now + LONGEST_LEASE_SECONDS - 1)
         if key in self.finished:
@@ -1575,7 +1593,7 @@ class S3Code:
                                 f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}"))
         else:
             self._download(answer, target, where)
-            known = answer["ETag"]
+            known = answer.get("ETag") or os.urandom(8).hex()  # none: it is another each time
         self.fault.worked()
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         with contextlib.suppress(TypeError, ValueError):
@@ -1583,15 +1601,22 @@ class S3Code:
         return known, 0.0
 
     def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
-        if answer["ContentLength"] > MAX_UNPACKED:
-            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
+        size = answer.get("ContentLength", 0)
+        for name in {"ETag", "ContentLength"}.difference(answer):
+            self.fault.log("WARNING", f"{where}: the answer has no {name}, as S3's have; look at "
+                                      "what stands in S3's place")
         try:
             with contextlib.closing(answer["Body"]) as body, open(target, "wb") as file:
-                file.writelines(body.iter_chunks(256 * 1024))
+                chunks = body.iter_chunks(256 * 1024)
+                while size <= MAX_UNPACKED and (chunk := next(chunks, b"")):
+                    file.write(chunk)
+                    size = max(size, file.tell())
         except OSError:  # the disk's: botocore's errors, also of a body that is short, are none
             raise
         except Exception as error:  # noqa: BLE001
             raise Outage(self.fault, "s3", f"{where} was cut short: {error}") from None
+        if size > MAX_UNPACKED:
+            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
 
 
 class FolderCode:
@@ -1670,7 +1695,7 @@ class CodeCache:
         return package
 
     def evict(self, most: float = -1) -> bool:
-        """Remove packages that no run uses, longest unused first, down to `most` bytes; did any go."""
+        """Remove packages that no run uses, longest unused first, down to `most` bytes; did any?"""
         gone = []
         with self.lock:
             size = sum(one.size for one in self.packages.values())
@@ -3573,13 +3598,16 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         log("WARNING", f"agent.taskBaseDir is {root}, but {closed[0]} is closed to the functions' "
                        f"users; {usual} is used instead (chmod o+x {closed[0]} opens it)")
         root = usual
-    if root == usual and root.exists() and not os.access(root, os.W_OK):
+    if root == usual and root.exists() and root.stat().st_uid != os.geteuid():
         root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
+    umask = os.umask(0o022)  # functions' users pass through what is made here
     try:
         root.mkdir(mode=0o755, parents=True, exist_ok=True)
         owner = root.lstat()
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
+        if os.statvfs(root).f_flag & os.ST_NOEXEC:
+            raise PermissionError(f"{root} is mounted noexec: no program can run there")
         for old in root.glob("agent-*"):
             with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3593,6 +3621,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     except OSError as error:
         raise GiveUp(f"agent.taskBaseDir {root} cannot be used ({error}); name a directory of the "
                      "agent's own user") from None
+    finally:
+        os.umask(umask)
     return own, lock
 
 
@@ -3710,18 +3740,23 @@ class Agent:
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
         # Imported here, for it brings ssl: 20 ms of the start, and 2 MiB of each process.
-        from urllib.request import Request, urlopen
+        from http.client import HTTPConnection, HTTPException  # which knows of no proxy
         base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
-        latest = f"{base.rstrip('/')}/latest"
+        host = re.sub("^https?://|/.*", "", base)
+        fault = Fault(self.log, "asking EC2 for a spot interruption notice")
         while not self.stopping:
-            with contextlib.suppress(OSError, ValueError):  # HTTPError of 404 is one: no notice
-                with urlopen(Request(f"{latest}/api/token", method="PUT", headers={
-                        "X-aws-ec2-metadata-token-ttl-seconds": "60"}), timeout=2) as answer:
-                    token = answer.read().decode()
-                urlopen(Request(f"{latest}/meta-data/spot/instance-action", headers={
-                    "X-aws-ec2-metadata-token": token}), timeout=2).close()
-                self.log("WARNING", "EC2 will interrupt this spot instance")
-                return os.kill(os.getpid(), signal.SIGTERM)
+            with contextlib.suppress(HTTPException), fault.watched(goes_on=True), \
+                    contextlib.closing(HTTPConnection(host, timeout=2)) as metadata:
+                metadata.request("PUT", "/latest/api/token", headers={
+                    "X-aws-ec2-metadata-token-ttl-seconds": "60"})
+                answer = metadata.getresponse()
+                if answer.status != 200:
+                    raise OSError(f"{host} answers {answer.status}")
+                metadata.request("GET", "/latest/meta-data/spot/instance-action", headers={
+                    "X-aws-ec2-metadata-token": answer.read().decode()})
+                if metadata.getresponse().status == 200:  # 404: no notice
+                    self.log("WARNING", "EC2 will interrupt this spot instance")
+                    return os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
     # The receiving thread.
@@ -3891,7 +3926,7 @@ class Agent:
                 raise Ended(Outcome("released"))
 
     def _make_room(self, turn: Turn) -> bool:
-        """Remove the packages that no run uses, and what idle slots still have of them, as links."""
+        """Remove packages that no run uses, and the links to them that idle slots still have."""
         if not self.code.evict():
             return False
         with self.lock:  # none of them begins
@@ -4233,8 +4268,18 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def start_clean() -> None:
+    """Undo what whoever started this process left of descriptors and signals; exec keeps both."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket would take a closed one's place
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children end without a status
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
+    start_clean()
     if argv[:1] == ["--launcher"]:
         launch(socket.socket(fileno=int(argv[1])))
         return 0
