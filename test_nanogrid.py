@@ -6712,11 +6712,11 @@ class Imds(BaseHTTPRequestHandler):
 
 
 def test_spot_interruption_starts_the_same_shutdown(moto):
-    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.1", 0), Imds) as imds:
+    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.2", 0), Imds) as imds:
         threading.Thread(target=imds.serve_forever, args=(0.05,), daemon=True).start()
         Imds.announced = False
-        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{imds.server_port}",
-               "http_proxy": "http://127.0.0.1:1",  # which would refuse
+        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.2:{imds.server_port}",
+               "http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1",  # it would refuse
                "AGENT_AWS_SPOTINTERRUPTION": "true", "AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}
         with start(aws, env=env) as agent:
             job(aws, sleep=300, timeoutMs=400000)
@@ -6726,7 +6726,7 @@ def test_spot_interruption_starts_the_same_shutdown(moto):
             assert agent.end(90) == 0
         imds.shutdown()
         assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
-        assert not complaints(agent.log.partition("EC2 will")[0]), agent.log
+        assert "notice failed" not in agent.log
 
 
 @slow_trial
@@ -7243,7 +7243,8 @@ UNFIT = {
     "secret": ({"AWS_SECRET_ACCESS_KEY": "NEVERSAID\r"}, r"secret_key \(env\) has a line break"),
     "token": ({"AWS_SESSION_TOKEN": "NEVER SAID"}, r"token \(env\) has a line break or a blank"),
     "bundle": ({"AWS_CA_BUNDLE": "/nonexistent/ca.pem"}, "the CA bundle /nonexistent/ca.pem is no file"),
-    "requests' bundle": ({"REQUESTS_CA_BUNDLE": "/nonexistent/ca.pem"}, "bundle /nonexistent/ca.pem is"),
+    "requests' bundle": ({"AWS_CA_BUNDLE": "", "REQUESTS_CA_BUNDLE": "/nonexistent/ca.pem"},
+                         "bundle /nonexistent/ca.pem is"),
 }
 
 
@@ -7785,9 +7786,10 @@ def test_a_directory_without_exec_is_said_to_be_that(folder):
 
 
 def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(folder):
-    usual = "/tmp/task"
-    prefix = in_mounts("mount -t tmpfs -o mode=1777 none /tmp", f"mkdir {usual}", f"chown 12345 {usual}",
-                       f"cp {MODULE} /tmp/n.py")
+    usual, needed = "/tmp/task", (folder.top, MODULE.parent)
+    prefix = in_mounts("mount --bind /tmp /mnt", "mount -t tmpfs -o mode=1777 none /tmp", *(
+        f"mkdir {one} && mount --bind /mnt/{one.name} {one}" for one in needed if one.parent == Path("/tmp")),
+        f"mkdir {usual}", f"chown 12345 {usual}")
     folder.put({"main.py": "import os; print(os.path.dirname(os.path.dirname(os.environ['HOME'])))"})
     folder.env.pop("AGENT_TASKBASEDIR")
     with Agent("--local", folder.path, "--drain", env=folder.env, prefix=prefix) as agent:
