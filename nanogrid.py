@@ -878,7 +878,7 @@ def _modified(member: zipfile.ZipInfo) -> float:
     """When it was changed, in seconds since the epoch."""
     for kind, start in TIMES.items():
         if len(_extra(member, kind)) >= start + 4:
-            return struct.unpack_from("<l", _extra(member, kind), start)[0]
+            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
     return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
 
 
@@ -1568,9 +1568,9 @@ class S3Code:
         where = f"s3://{task.bucket}/{task.key}"
         answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key,
                                 **({"IfNoneMatch": known} if known else {}))
-        code = error and error_code(error)
+        code = error_code(error) if error else ""
         if error and code in ("304", "NotModified"):
-            answer = error.response
+            answer = getattr(error, "response", {})
         elif error and passes(error):
             raise Outage(self.fault, "s3", f"{where}: {error}")
         elif code == "NoSuchKey":
@@ -1670,9 +1670,9 @@ class CodeCache:
             self.packages[key] = package
             gone = [old] if old else []
             size = sum(one.size for one in self.packages.values())
-            for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if size > CACHE_BYTES and one.users == 1 and not self.key_locks[name].locked():
-                    gone.append(self.packages.pop(name))
+            for other, one in sorted(self.packages.items(), key=lambda item: item[1].used):
+                if size > CACHE_BYTES and one.users == 1 and not self.key_locks[other].locked():
+                    gone.append(self.packages.pop(other))
                     size -= one.size
         for one in gone:
             self.release(one)
@@ -1912,7 +1912,7 @@ class RunLost(Exception):
 
 def kernel(name: str, *arguments: Any) -> int:
     """What a function of the C library answers, such as prctl(2); raises OSError."""
-    answer = getattr(LIBC, name)(*arguments)
+    answer: int = getattr(LIBC, name)(*arguments)
     if answer < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
     return answer
@@ -2161,7 +2161,7 @@ def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list
     else of the machine stays to be seen.
     """
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
-    for file in map(os.path.realpath, filter(None, (FILE, settings))):
+    for file in map(os.path.realpath, (FILE, str(settings or FILE))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
         found.append(file if is_system else os.path.dirname(file))
@@ -2371,7 +2371,7 @@ class Room:
 # --- The workspace: the directories of a slot, made pristine before each run ---
 
 
-def is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a directory, and no link to one."""
     return entry.is_dir(follow_symlinks=False)
 
@@ -2483,8 +2483,9 @@ class Workspace:
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
-        if self.linked:
-            os.chown(path, self.spec.uid, self.spec.gid)
+        uid, gid = self.spec.uid, self.spec.gid
+        if self.linked and uid is not None and gid is not None:
+            os.chown(path, uid, gid)
         os.chmod(path, mode)
 
 
@@ -2583,13 +2584,14 @@ class Helper:
         os.closerange(len(files), 1024)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        if self.spec.uid is not None and not self.privileged:
+        uid, gid = self.spec.uid, self.spec.gid
+        if uid is not None and gid is not None and not self.privileged:
             with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
                 for capability in range(64):
                     kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
             os.setgroups(self.spec.groups)
-            os.setresgid(*[self.spec.gid] * 3)
-            os.setresuid(*[self.spec.uid] * 3)  # takes all capabilities, too
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)  # takes all capabilities, too
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
@@ -2728,7 +2730,7 @@ class Supervisor:
         """Run what the agent asks for until it, or the launcher, is gone."""
         answer(self.agent, READY, pid=os.getpid(), gaps=self.room.gaps)
         requests = self.agent.makefile("r", encoding="utf-8")
-        while (self.life not in select.select([self.agent, self.life], [], [])[0]
+        while (self.life not in select.select([self.agent.fileno(), self.life], [], [])[0]
                and (line := requests.readline())):
             self.begun = False
             try:
@@ -2980,7 +2982,7 @@ class Watch:
             return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
         sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
-        apart = sum(int((content.split() or [0, 0])[1]) * PAGE for content in sizes.values())
+        apart = sum(int((content.split() or [b"0", b"0"])[1]) * PAGE for content in sizes.values())
         # Each alone counts what it shares with others. So that sum is no less than what is asked.
         if len(pids) < 2 or apart <= self.largest:
             return apart
@@ -3297,6 +3299,9 @@ class FolderMetrics:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
+Metric = tuple[str, str, tuple[tuple[str, str], ...]]  # name, unit, (dimension, value) of each
+
+
 class CloudWatchMetrics:
     """PeakMemoryBytes of each run, in batches; with metrics.runs also Runs, one for each turn."""
 
@@ -3306,7 +3311,7 @@ class CloudWatchMetrics:
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        self.values: deque[tuple[tuple, float]] = deque()  # (metric, unit, (dimension, value), ...)
+        self.values: deque[tuple[Metric, float]] = deque()
         self.dropped = 0
         self.fault = Fault(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
@@ -3318,12 +3323,13 @@ class CloudWatchMetrics:
         """Keep what is to be said of a turn for the next flush."""
         peak_bytes = report.outcome.peak_memory_bytes
         if peak_bytes is not None:
-            self._keep([(("PeakMemoryBytes", "Bytes", ("FunctionId", report.function_id),
-                          ("Runtime", report.runtime)), float(peak_bytes))])
+            dimensions = (("FunctionId", str(report.function_id)),
+                          ("Runtime", str(report.runtime)))
+            self._keep([(("PeakMemoryBytes", "Bytes", dimensions), float(peak_bytes))])
         if self.settings.count_runs:
-            self._keep([(("Runs", "Count", ("Status", report.outcome.status)), 1.0)])
+            self._keep([(("Runs", "Count", (("Status", report.outcome.status),)), 1.0)])
 
-    def _keep(self, values: list[tuple[tuple, float]], first: bool = False) -> None:
+    def _keep(self, values: list[tuple[Metric, float]], first: bool = False) -> None:
         """Have these wait for the next flush, before or after the others; the oldest may go."""
         with self.lock:
             self.values.extendleft(values) if first else self.values.extend(values)
@@ -3341,7 +3347,7 @@ class CloudWatchMetrics:
         pause, is_last = float(self.settings.flush_seconds), False
         while not is_last:
             is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
-            groups: defaultdict[tuple, list[float]] = defaultdict(list)
+            groups: defaultdict[Metric, list[float]] = defaultdict(list)
             with self.lock:
                 while self.values:
                     key, value = self.values.popleft()
@@ -3366,8 +3372,8 @@ class CloudWatchMetrics:
                 self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
     @staticmethod
-    def _datum(key: tuple, values: list[float]) -> dict[str, Any]:
-        name, unit, *dimensions = key
+    def _datum(key: Metric, values: list[float]) -> dict[str, Any]:
+        name, unit, dimensions = key
         counts = Counter(values)
         return {"MetricName": name, "Unit": unit, "Values": list(counts),
                 "Counts": list(map(float, counts.values())),
@@ -3409,9 +3415,9 @@ class Slot:
                 with self.lock:
                     if self.cancelled:
                         return Outcome("released")
-                    self.connect()
-                self.connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
-                self.connection.sendall(json.dumps(vars(run)).encode() + b"\n")
+                    connection = self.connect()
+                connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
+                connection.sendall(json.dumps(vars(run)).encode() + b"\n")
                 answer = self._answer()
             except NotBegun as error:
                 self.drop(kill=True)
@@ -3427,8 +3433,8 @@ class Slot:
                 self.drop()
             return Outcome(**answer["outcome"])
 
-    def connect(self) -> None:
-        """Have a supervisor; one that ended while it was idle is replaced. Raises OSError."""
+    def connect(self) -> socket.socket:
+        """To a supervisor; one that ended while it was idle is replaced. Raises OSError."""
         if self.connection:
             idle = select.poll()  # select(2) knows no descriptor over 1,023
             idle.register(self.connection, select.POLLIN)
@@ -3440,6 +3446,7 @@ class Slot:
             self.answers = self.connection.makefile("rb")
             answer = self._answer()
             self.pid, self.gaps = answer["pid"], answer["gaps"]
+        return self.connection
 
     def _answer(self) -> dict[str, Any]:
         """What the supervisor says next; raises NotBegun, RunLost and OSError."""
@@ -3511,7 +3518,7 @@ class Slots:
             try:
                 self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
             except OSError as error:
-                self.metadata_gap = error.strerror
+                self.metadata_gap = error.strerror or str(error)
         self.launching = threading.Lock()
         self._launch()
         self.gaps: list[str] = []  # that of all slots
@@ -3577,7 +3584,7 @@ class Slots:
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
         os.mknod(directory / "nothing", 0)  # what is mounted over a file that is hidden
-        if uid is not None:
+        if uid is not None and gid is not None:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
@@ -3731,8 +3738,8 @@ class Slots:
         with contextlib.suppress(OSError):  # another agent's may be there
             os.rmdir(self.lock_directory)
         with contextlib.suppress(OSError):
-            sweep(self.base, ["lock"])
-            remove(self.base)
+            sweep(str(self.base), ["lock"])
+            remove(str(self.base))
             self.base.parent.rmdir()
 
 
@@ -3768,8 +3775,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         for old in root.glob("agent-*"):
             with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                sweep(old, ["lock"])  # the last to go: what is left by a kill is found again
-                remove(old)
+                sweep(str(old), ["lock"])  # the last to go: what is left by a kill is found again
+                remove(str(old))
         own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
         lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -3820,7 +3827,8 @@ class Agent:
         self.mean_seconds: float | None = None
         self.hold_until = self.sick_seconds = 0.0
         self.fault = Fault(log, "receiving messages")
-        self.peaks = functools.lru_cache(10_000)(lambda function_id: deque(maxlen=RECENT))
+        self.peaks: Callable[[str | None], deque[int]] = functools.lru_cache(10_000)(
+            lambda function_id: deque(maxlen=RECENT))
         self.drain = False
         self.drained: list[Report] = []  # for summary()
         self.counts: Counter[str] = Counter()
