@@ -5390,13 +5390,75 @@ def test_invoke_fails_with_1(invoked, source, args, status):
     assert [report["status"] for report in reports(done.stderr.decode())] == [status], done.stderr
 
 
-@pytest.mark.parametrize("name, args", [
-    ("missing.zip", ["--runtime", "python"]), ("fn.zip", ["--runtime", "cobol"]),
-    ("fn.zip", ["--runtime", "python", "--timeout-ms", "0"]), ("fn.zip", ["--runtime", "cpp"])])
-def test_invoke_says_what_is_wrong(invoked, name, args):
-    done = invoke(invoked, invoked.top / name, *args)
-    assert done.returncode in (1, 2), done
-    assert done.stdout == b"" and b"Traceback" not in done.stderr and done.stderr.strip(), done
+MAIN_PY = {"main.py": "print('python')"}
+# how --invoke is called on a folder of these files: (files, arguments, what it says on standard error)
+INVOKED_WRONGLY = {
+    "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
+    "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
+    "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
+    "no such runtime": (MAIN_PY, "fn --runtime cobol", r"ERROR --runtime cobol: write one of python, cpp, .*\n"),
+    "no time": (MAIN_PY, "fn --timeout-ms 0", r"ERROR rejected: timeoutMs is 0; .*\n.* reason=task\n"),
+    "no entry file": ({"x.py": ""}, "fn", r"ERROR rejected: .* no main.py at its top.*\n.* reason=entry\n"),
+    "two entry files": ({**MAIN_PY, "index.js": ""}, "fn",
+                        r"ERROR --invoke fn: it has index.js and main.py; say by --runtime which of them is meant\n"),
+    "what does not compile": ({"main.cpp": "int main() { return x; }"}, "fn",
+                              r"main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
+                              r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
+    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR --output fn/main.py: .*File exists.*\n"),
+}
+
+
+@pytest.mark.parametrize("trouble", INVOKED_WRONGLY)
+def test_invoke_says_what_is_wrong_and_ends_with_1(tmp_path, trouble):
+    files, args, said = INVOKED_WRONGLY[trouble]
+    if "main.cpp" in files:
+        need("g++")
+    (tmp_path / "fn").mkdir()
+    for name, text in files.items():
+        (tmp_path / "fn" / name).write_text(text)
+    done = subprocess.run([sys.executable, MODULE, "--invoke", *args.split()], cwd=tmp_path, input="", text=True,
+                          capture_output=True, timeout=180, check=False)
+    assert done.returncode == 1, done
+    assert re.fullmatch(rf"(\S+ )?{said}", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("runtime, entry, source", [
+    ("python", "main.py", "print('python')"), ("nodejs", "index.js", "console.log('nodejs')"),
+    ("cpp", "run.sh", "echo cpp")])
+def test_invoke_knows_the_runtime_by_the_only_entry_file(invoked, runtime, entry, source):
+    need(*({"nodejs": ["node"]}.get(runtime, ())))
+    path = invoked.top / "one.zip"
+    path.write_bytes(make_zip({entry: source, "data.py": ""}))
+    done = invoke(invoked, path, "--timeout-ms", "60000")
+    assert done.stdout.decode() == f"{runtime}\n", done.stderr
+    assert reports(done.stderr.decode())[0]["runtime"] == runtime
+
+
+SAYS_AND_LEAVES = """
+import os, sys
+out = os.environ["OUTPUT_DIR"]
+os.mkdir(out + "/sub")
+open(out + "/a.txt", "w").write("a")
+open(out + "/sub/b.txt", "w").write("b")
+print("said", flush=True)
+sys.exit(3)
+"""
+
+
+def test_invoke_keeps_what_the_function_left_where_it_is_told_to(invoked, user):
+    """Beside what is there already; without --output it names what goes."""
+    path, kept = invoked.top / "leaves.zip", Path(tempfile.mkdtemp(dir=invoked.top))
+    path.write_bytes(make_zip({"main.py": SAYS_AND_LEAVES}))
+    kept.chmod(0o777)
+    (kept / "own").write_text("own")
+    done = invoke(invoked, path, "--output", kept, "--timeout-ms", "60000")
+    assert done.returncode == 1 and b"OUTPUT_DIR" not in done.stderr, done.stderr
+    assert [(kept / name).read_text() for name in ("a.txt", "sub/b.txt", "own")] == ["a", "b", "own"]
+    result = json.loads((kept / "result.json").read_text())
+    assert result["outputFiles"] == ["a.txt", "sub/b.txt"] and result["stdout"] == "said\n"
+    assert (result["status"], result["exitCode"], result["success"]) == ("failed", 3, False)
+    done = invoke(invoked, path, "--timeout-ms", "60000")
+    assert b"$OUTPUT_DIR is gone, with a.txt, sub/b.txt; --output DIR keeps it\n" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------
@@ -6969,7 +7031,12 @@ CHECKED = {
         "cloudwatch:PutMetricData", "*", "service control policy")),
         "FAIL  CloudWatch", "grant cloudwatch:PutMetricData in the service control policy"),
     "CloudWatch away": ("PutMetricData", (503, "ServiceUnavailable", "ServiceUnavailable", "Try later."),
-                        "FAIL  CloudWatch", "Try later."),
+                        "FAIL  CloudWatch", "Try later.*check the network, agent.aws.region and agent.aws.endpointUrl"),
+    "results may go": ("None", (0, "", "", ""), "ok    output bucket", "s3:PutObject is not refused\nok    output queue: "),
+    "results may not go": ("PutObject|SendMessageBatch", (403, "AccessDenied", "", "Access Denied"), "FAIL  output bucket",
+                           r"grant s3:PutObject on arn(.*\n)*FAIL  output queue: .*Access Denied; grant sqs:SendMessage"),
+    "no such output bucket": ("PutObject", (404, "NoSuchBucket", "", "The specified bucket does not exist"),
+                              "FAIL  output bucket", "check the bucket's name: .* agent.output.bucket"),
 }
 
 
@@ -6978,10 +7045,55 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check", execution={"metadata": "allow"}) as agent:
+        with start(aws, "--check", execution={"metadata": "allow"},
+                   output={"bucket": aws.bucket, "queueUrl": aws.queue_url}) as agent:
             assert agent.end() == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
+        assert aws.count() == 0 and len(aws.s3.list_objects_v2(Bucket=aws.bucket)["Contents"]) == 1
         assert line.startswith("ok") or said[3] in agent.out
+
+
+# --check of --invoke: (files, arguments, status, what it says)
+CHECKED_FUNCTIONS = {
+    "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
+                   r"ok    runtime python: /\S+, 3\.\d+\.\S+\n(.*metadata.*\n)?ok    sandbox: .*\n"),
+    "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
+    "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
+}
+
+
+@pytest.mark.parametrize("function", CHECKED_FUNCTIONS)
+def test_check_of_a_function_looks_at_what_that_needs(tmp_path, function):
+    files, args, status, said = CHECKED_FUNCTIONS[function]
+    (tmp_path / "fn").mkdir()
+    for name, text in files.items():
+        (tmp_path / "fn" / name).write_text(text)
+    with Agent("--invoke", "fn", "--check", *args.split(), cwd=tmp_path,
+               env={"AGENT_EXECUTION_METADATA": "allow"}) as agent:
+        assert agent.end() == status, agent.out
+    assert re.fullmatch(said, agent.out) and "credentials" not in agent.out, agent.out
+
+
+@pytest.mark.parametrize("runtime, program", [
+    ("python", "/bin/ls"), ("cpp", "/bin/true"), ("nodejs", "/bin/cat"), ("go", "/bin/true")])
+def test_check_starts_each_runtime_for_real(runtime, program):
+    with local_site() as folder:
+        name = f"AGENT_RUNTIMES_{runtime.upper()}"
+        with local(folder, "--check", env={name: program, "AGENT_EXECUTION_METADATA": "allow"}) as agent:
+            assert agent.end() == 1
+    lines = [line for line in agent.out.splitlines() if "runtime " in line]
+    [failed] = [line for line in lines if line.startswith("FAIL")]
+    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* name another in agent.runtimes.", failed)
+    assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
+
+
+def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
+    with site(moto) as aws:
+        aws.env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
+        with start(aws, "--check") as agent:
+            assert agent.end() == 1
+        for name in ("queue", "bucket", "CloudWatch"):
+            assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", agent.out, re.MULTILINE), agent.out
 
 
 def test_check_without_a_dlq_or_an_interpreter(moto):
