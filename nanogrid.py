@@ -871,7 +871,7 @@ def _modified(member: zipfile.ZipInfo) -> float:
     """When it was changed, in seconds since the epoch."""
     for kind, start in TIMES.items():
         if len(_extra(member, kind)) >= start + 4:
-            return struct.unpack_from("<l", _extra(member, kind), start)[0]
+            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
     return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
 
 
@@ -1586,9 +1586,9 @@ class S3Code:
         where = f"s3://{task.bucket}/{task.key}"
         answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key,
                                 **({"IfNoneMatch": known} if known else {}))
-        code = error and error_code(error)
+        code = error_code(error) if error else ""
         if error and code in ("304", "NotModified"):
-            answer = error.response
+            answer = getattr(error, "response", {})
         elif error and passes(error):
             raise Outage(self.fault, "s3", f"{where}: {error}")
         elif code == "NoSuchKey":
@@ -1949,7 +1949,7 @@ class RunLost(Exception):
 
 def kernel(name: str, *arguments: Any) -> int:
     """What a function of the C library answers, such as prctl(2); raises OSError."""
-    answer = getattr(LIBC, name)(*arguments)
+    answer: int = getattr(LIBC, name)(*arguments)
     if answer < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
     return answer
@@ -2198,7 +2198,7 @@ def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list
     else of the machine stays to be seen.
     """
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
-    for file in map(os.path.realpath, filter(None, (FILE, settings))):
+    for file in map(os.path.realpath, (FILE, str(settings or FILE))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
         found.append(file if is_system else os.path.dirname(file))
@@ -2408,7 +2408,7 @@ class Room:
 # --- The workspace: the directories of a slot, made pristine before each run ---
 
 
-def is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a directory, and no link to one."""
     return entry.is_dir(follow_symlinks=False)
 
@@ -2520,8 +2520,9 @@ class Workspace:
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
-        if self.linked:
-            os.chown(path, self.spec.uid, self.spec.gid)
+        uid, gid = self.spec.uid, self.spec.gid
+        if self.linked and uid is not None and gid is not None:
+            os.chown(path, uid, gid)
         os.chmod(path, mode)
 
 
@@ -2620,13 +2621,14 @@ class Helper:
         os.closerange(len(files), 1024)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        if self.spec.uid is not None and not self.privileged:
+        uid, gid = self.spec.uid, self.spec.gid
+        if uid is not None and gid is not None and not self.privileged:
             with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
                 for capability in range(64):
                     kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
             os.setgroups(self.spec.groups)
-            os.setresgid(*[self.spec.gid] * 3)
-            os.setresuid(*[self.spec.uid] * 3)  # takes all capabilities, too
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)  # takes all capabilities, too
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
@@ -2765,7 +2767,7 @@ class Supervisor:
         """Run what the agent asks for until it, or the launcher, is gone."""
         answer(self.agent, READY, pid=os.getpid(), gaps=self.room.gaps)
         requests = self.agent.makefile("r", encoding="utf-8")
-        while (self.life not in select.select([self.agent, self.life], [], [])[0]
+        while (self.life not in select.select([self.agent.fileno(), self.life], [], [])[0]
                and (line := requests.readline())):
             self.begun = False
             try:
@@ -3017,7 +3019,7 @@ class Watch:
             return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
         sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
-        apart = sum(int((content.split() or [0, 0])[1]) * PAGE for content in sizes.values())
+        apart = sum(int((content.split() or [b"0", b"0"])[1]) * PAGE for content in sizes.values())
         # Each alone counts what it shares with others. So that sum is no less than what is asked.
         if len(pids) < 2 or apart <= self.largest:
             return apart
@@ -3241,6 +3243,15 @@ def open_output(directory: str, name: str) -> BinaryIO:
     return file
 
 
+def copy_outputs(directory: str, names: list[str], target: Path) -> None:
+    """Copy a run's output files into another directory; raises OSError."""
+    for name in names:
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with open_output(directory, name) as source, open(copy, "wb") as file:
+            shutil.copyfileobj(source, file)
+
+
 class FolderResults:
     """DIR/results/<requestId>/."""
 
@@ -3259,11 +3270,7 @@ class FolderResults:
                 new = Path(part, "new")
                 new.mkdir()
                 write_json(new, "result.json", result)
-                for name in names:
-                    copy = new / name
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    with open_output(directory, name) as source, open(copy, "xb") as file:
-                        shutil.copyfileobj(source, file)
+                copy_outputs(directory, names, new)
                 if os.path.lexists(target):
                     os.rename(target, f"{part}/old")
                 os.rename(new, target)
@@ -3334,6 +3341,9 @@ class FolderMetrics:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
+Metric = tuple[str, str, tuple[tuple[str, str], ...]]  # name, unit, (dimension, value) of each
+
+
 class CloudWatchMetrics:
     """PeakMemoryBytes of each run, in batches; with metrics.runs also Runs, one for each turn."""
 
@@ -3343,7 +3353,7 @@ class CloudWatchMetrics:
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        self.values: deque[tuple[tuple, float]] = deque()  # (metric, unit, (dimension, value), ...)
+        self.values: deque[tuple[Metric, float]] = deque()
         self.dropped = 0
         self.fault = Fault(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
@@ -3355,12 +3365,13 @@ class CloudWatchMetrics:
         """Keep what is to be said of a turn for the next flush."""
         peak_bytes = report.outcome.peak_memory_bytes
         if peak_bytes is not None:
-            self._keep([(("PeakMemoryBytes", "Bytes", ("FunctionId", report.function_id),
-                          ("Runtime", report.runtime)), float(peak_bytes))])
+            dimensions = (("FunctionId", str(report.function_id)),
+                          ("Runtime", str(report.runtime)))
+            self._keep([(("PeakMemoryBytes", "Bytes", dimensions), float(peak_bytes))])
         if self.settings.count_runs:
-            self._keep([(("Runs", "Count", ("Status", report.outcome.status)), 1.0)])
+            self._keep([(("Runs", "Count", (("Status", report.outcome.status),)), 1.0)])
 
-    def _keep(self, values: list[tuple[tuple, float]], first: bool = False) -> None:
+    def _keep(self, values: list[tuple[Metric, float]], first: bool = False) -> None:
         """Have these wait for the next flush, before or after the others; the oldest may go."""
         with self.lock:
             self.values.extendleft(values) if first else self.values.extend(values)
@@ -3378,7 +3389,7 @@ class CloudWatchMetrics:
         pause, is_last = float(self.settings.flush_seconds), False
         while not is_last:
             is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
-            groups: defaultdict[tuple, list[float]] = defaultdict(list)
+            groups: defaultdict[Metric, list[float]] = defaultdict(list)
             with self.lock:
                 while self.values:
                     key, value = self.values.popleft()
@@ -3403,8 +3414,8 @@ class CloudWatchMetrics:
                 self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
     @staticmethod
-    def _datum(key: tuple, values: list[float]) -> dict[str, Any]:
-        name, unit, *dimensions = key
+    def _datum(key: Metric, values: list[float]) -> dict[str, Any]:
+        name, unit, dimensions = key
         counts = Counter(values)
         return {"MetricName": name, "Unit": unit, "Values": list(counts),
                 "Counts": list(map(float, counts.values())),
@@ -3446,9 +3457,9 @@ class Slot:
                 with self.lock:
                     if self.cancelled:
                         return Outcome("released")
-                    self.connect()
-                self.connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
-                self.connection.sendall(json.dumps(vars(run)).encode() + b"\n")
+                    connection = self.connect()
+                connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
+                connection.sendall(json.dumps(vars(run)).encode() + b"\n")
                 answer = self._answer()
             except NotBegun as error:
                 self.drop(kill=True)
@@ -3464,8 +3475,8 @@ class Slot:
                 self.drop()
             return Outcome(**answer["outcome"])
 
-    def connect(self) -> None:
-        """Have a supervisor; one that ended while it was idle is replaced. Raises OSError."""
+    def connect(self) -> socket.socket:
+        """To a supervisor; one that ended while it was idle is replaced. Raises OSError."""
         if self.connection:
             idle = select.poll()  # select(2) knows no descriptor over 1,023
             idle.register(self.connection, select.POLLIN)
@@ -3477,6 +3488,7 @@ class Slot:
             self.answers = self.connection.makefile("rb")
             answer = self._answer()
             self.pid, self.gaps = answer["pid"], answer["gaps"]
+        return self.connection
 
     def _answer(self) -> dict[str, Any]:
         """What the supervisor says next; raises NotBegun, RunLost and OSError."""
@@ -3548,7 +3560,7 @@ class Slots:
             try:
                 self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
             except OSError as error:
-                self.metadata_gap = error.strerror
+                self.metadata_gap = error.strerror or str(error)
         self.launching = threading.Lock()
         self._launch()
         self.gaps: list[str] = []  # that of all slots
@@ -3614,7 +3626,7 @@ class Slots:
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
         os.mknod(directory / "nothing", 0)  # what is mounted over a file that is hidden
-        if uid is not None:
+        if uid is not None and gid is not None:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
@@ -3758,6 +3770,22 @@ class Slots:
                 os.rename(part, built.path)
             return built
 
+    def outputs(self, slot: Slot, outcome: Outcome, label: str) -> tuple[list[str], Outcome]:
+        """The names of a run's output files, and its outcome, or what too many make of it."""
+        settings = self.settings
+        names, size, left_out = output_files(slot)
+        if left_out:
+            self.log("WARNING", f"[{label}] {left_out} entries of $OUTPUT_DIR left out: paths are "
+                                f"UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json, no closed "
+                                "directory")
+        if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
+            text = (f"$OUTPUT_DIR has {len(names)} files of {size / MIB:.0f} MiB with their "
+                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            names = []
+            if outcome.status in ("ok", "failed"):
+                outcome = replace(outcome, status="failed", reason="disk", text=text)
+        return names, outcome
+
     def close(self) -> None:
         """End all that runs, and remove all that was made for it."""
         self._end_launcher()
@@ -3768,8 +3796,8 @@ class Slots:
         with contextlib.suppress(OSError):  # another agent's may be there
             os.rmdir(self.lock_directory)
         with contextlib.suppress(OSError):
-            sweep(self.base, ["lock"])
-            remove(self.base)
+            sweep(str(self.base), ["lock"])
+            remove(str(self.base))
             self.base.parent.rmdir()
 
 
@@ -3808,8 +3836,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         for old in root.glob("agent-*"):
             with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                sweep(old, ["lock"])  # the last to go: what is left by a kill is found again
-                remove(old)
+                sweep(str(old), ["lock"])  # the last to go: what is left by a kill is found again
+                remove(str(old))
         own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
         lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -3862,7 +3890,8 @@ class Agent:
         self.mean_seconds: float | None = None
         self.hold_until = self.sick_seconds = 0.0
         self.fault = Fault(log, "receiving messages")
-        self.peaks = functools.lru_cache(10_000)(lambda function_id: deque(maxlen=RECENT))
+        self.peaks: Callable[[str | None], deque[int]] = functools.lru_cache(10_000)(
+            lambda function_id: deque(maxlen=RECENT))
         self.drain = False
         self.drained: list[Report] = []  # for summary()
         self.counts: Counter[str] = Counter()
@@ -4093,22 +4122,7 @@ class Agent:
         finally:
             self.code.release(package)
         turn.directory = slot.output
-        return self._list_outputs(turn, slot, outcome)
-
-    def _list_outputs(self, turn: Turn, slot: Slot, outcome: Outcome) -> Outcome:
-        """Have the turn name the run's output files; `outcome`, or what too many make of it."""
-        settings = self.settings
-        turn.names, size, left_out = output_files(slot)
-        if left_out:
-            self.log("WARNING", f"[{turn.report.request_id}] {left_out} entries of $OUTPUT_DIR "
-                                f"left out: paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no "
-                                "result.json, no closed directory")
-        if size > settings.max_disk_mb * MIB or len(turn.names) > settings.max_files:
-            text = (f"$OUTPUT_DIR has {len(turn.names)} files of {size / MIB:.0f} MiB with their "
-                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
-            turn.names = []
-            if outcome.status in ("ok", "failed"):
-                return replace(outcome, status="failed", reason="disk", text=text)
+        turn.names, outcome = self.slots.outputs(slot, outcome, task.request_id)
         return outcome
 
     def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
@@ -4248,42 +4262,74 @@ def say(text: str) -> None:
         write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
-    """Run one function from a zip or a folder; 0 when it ends ok."""
-    path, log = Path(args.invoke), Log(form, "ERROR")
+def own_package(path: Path, target: Path, runtime: str | None) -> tuple[str, Package]:
+    """(runtime, package) of a function in a zip or a folder, copied; raises Ended and GiveUp."""
     if not path.exists():
         raise GiveUp(f"--invoke {path}: there is no such zip or folder")
-    asked = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
-             "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
-    given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-    report = Report()
+    if path.is_dir():
+        shutil.copytree(path, target, symlinks=True)
+        for one in (target, *target.rglob("*")):
+            if not one.is_symlink():
+                one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
+    elif path.suffix == ".zip" or zipfile.is_zipfile(path):
+        target.mkdir()
+        unpack(path, target)
+    else:
+        raise GiveUp(f"--invoke {path}: this is a file, neither a zip nor a folder; name the "
+                     f"folder that it is in: --invoke {path.parent}")
+    if runtime is None:
+        found = {entry: name for name, known in reversed(RUNTIMES.items())
+                 for entry in (*known.commands, *known.compiled) if (target / entry).is_file()}
+        if len(found) > 1:
+            raise GiveUp(f"--invoke {path}: it has {' and '.join(sorted(found))}; say by --runtime "
+                         "which of them is meant")
+        runtime = next(iter(found.values()), "python")
+    if runtime not in _RUNTIME_OF:
+        raise GiveUp(f"--runtime {runtime}: write one of {', '.join(_RUNTIME_OF)}")
+    return runtime, Package(target, "", find_entry(target, _RUNTIME_OF[runtime]))
+
+
+def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
+    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp."""
+    log, keep = Log(form, "ERROR"), args.output
+    report, names = Report(), list[str]()
     with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
         slots.try_out()
-        slot, target = slots.all[0], slots.base / "code" / "invoked"
+        slot = slots.all[0]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slot.cancel())
         try:
-            task = replace(parse_task(json.dumps(asked), settings, any_bucket=True), input=given)
+            runtime, package = own_package(args.invoke, slots.base / "code/invoked", args.runtime)
+            task = parse_task(json.dumps({
+                "requestId": "invoke", "functionId": args.function_id, "runtime": runtime,
+                "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb,
+            }), settings, any_bucket=True)
             report = replace(report, **task.known())
-            if path.is_dir():
-                shutil.copytree(path, target, symlinks=True)
-                for one in (target, *target.rglob("*")):
-                    if not one.is_symlink():
-                        one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
-            else:
-                target.mkdir()
-                unpack(path, target)
-            package = Package(target, "", find_entry(target, task.runtime))
+            has_input = sys.stdin and not sys.stdin.isatty()
+            task = replace(task, input=sys.stdin.buffer.read() if has_input else b"")
             run = slots.run_spec(task, slots.compile(task, package, slot), slot, tee=True)
-            report = replace(report, outcome=slot.run(run))
+            names, outcome = slots.outputs(slot, slot.run(run), task.request_id)
+            report = replace(report, outcome=outcome)
         except (Ended, Outage) as error:
             report = report.ended(error)
+        outcome = report.outcome
+        if keep:
+            try:
+                keep.mkdir(parents=True, exist_ok=True)
+                copy_outputs(slot.output, names, keep)
+                write_json(str(keep), "result.json",
+                           report.result(names, [outcome.peak_memory_bytes or 0]))
+            except OSError as error:
+                raise GiveUp(f"--output {keep}: {error}; name a folder to write to") from None
     log.least = 0
-    outcome = report.outcome
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
+    if outcome.reason == "compile":  # the compiler's own lines, which no run has shown
+        write_all(2, outcome.stderr.encode())
     if outcome.text:
-        log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
+        log("ERROR", f"{outcome.status}: {outcome.text}")
+    if names and not keep:
+        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(names[:9])}; --output DIR keeps it")
     log("INFO", "REPORT", **report.pairs())
     return 0 if outcome.status == "ok" else 1
 
@@ -4323,6 +4369,15 @@ def demo(settings: Settings, log: Log) -> None:
     say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
+TRIALS = {  # runtime: its entry file, which says the version of what runs or compiled it
+    "python": ("main.py", "import sys\nprint('runs', sys.version.split()[0])"),
+    "cpp": ("main.cpp", '#include <cstdio>\nint main() { std::puts("runs " __VERSION__); }'),
+    "nodejs": ("index.js", "console.log('runs', process.version)"),
+    "go": ("main.go", 'package main\nimport "runtime"\n'
+                      'func main() { println("runs", runtime.Version()) }'),
+}
+
+
 class Check:
     """--check: a line for each thing that the agent needs; changes nothing."""
 
@@ -4339,20 +4394,32 @@ class Check:
             self.failed = True
             say(f"FAIL  {name}: {error}")
 
-    def run(self, folder: Path | None) -> int:
+    def run(self, args: argparse.Namespace) -> int:
         """0 when all is usable, else 1."""
-        if folder:
+        if args.local:
             with self.of("folder") as is_ok:
-                found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
-                for one in (folder, *found):
+                found = filter(os.path.lexists, map(args.local.joinpath, FolderQueue.PARTS))
+                for one in (args.local, *found):
                     os.listdir(one)
                     if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
                         raise PermissionError(errno.EACCES, "Permission denied", str(one))
-                is_ok(str(folder))
-        else:
+                is_ok(str(args.local))
+        elif not (args.invoke or args.demo):
             self._aws()
-        with self.of("sandbox") as is_ok:
-            is_ok(self._sandbox())
+        with self.of("sandbox") as is_ok, contextlib.closing(
+                Slots(replace(self.settings, concurrency=1), self.log)) as slots:
+            slots.try_out()
+            names = list(RUNTIMES)
+            if args.invoke:
+                names = []
+                with self.of("function") as is_whole:
+                    name, package = own_package(
+                        args.invoke, slots.base / "code/invoked", args.runtime)
+                    names = [_RUNTIME_OF[name]]
+                    is_whole(f"{args.invoke} begins with {package.entry}, for {names[0]}")
+            for name in names:
+                self._runtime(slots, name)
+            is_ok(self._sandbox(slots))
         return int(self.failed)
 
     def _aws(self) -> None:
@@ -4373,7 +4440,7 @@ class Check:
             answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=url,
                                     AttributeNames=["All"])
             if error:
-                raise GiveUp(remedy(error, QUEUE_NEEDS, url) or str(error))
+                raise self.refused(error, QUEUE_NEEDS, url)
             attributes = answer["Attributes"]
             is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting")
         if attributes:
@@ -4394,44 +4461,78 @@ class Check:
             elif is_denied(error) and "perform: s3:ListBucket" in str(error):
                 is_ok(f"{bucket}: s3:ListBucket is not granted: a missing key is like a refusal")
             else:
-                raise GiveUp(f"{bucket}: {remedy(error, BUCKET_NEEDS.format(bucket)) or error}")
+                raise self.refused(error, BUCKET_NEEDS.format(bucket))
         with self.of("CloudWatch") as is_ok:
             # Nothing to write: who may not write is told so, who may is told that this is nothing.
             _, error = attempt(clients.cloudwatch.put_metric_data, MetricData=[],
                                Namespace=self.settings.namespace)
             if error and not re.search("Parameter|Validation", error_code(error)):
-                raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
+                raise self.refused(error, "cloudwatch:PutMetricData")
             is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
+        if bucket := self.settings.output_bucket:
+            with self.of("output bucket") as is_ok:
+                # A part of an upload that nobody began: refused to who may not write.
+                _, error = attempt(clients.s3.upload_part, Bucket=bucket, Key=key, Body=b"",
+                                   UploadId="none", PartNumber=1)
+                if error and error_code(error) not in ("NoSuchUpload", "500"):  # the latter: moto
+                    raise self.refused(error, f"s3:PutObject on arn:aws:s3:::{bucket}/*")
+                is_ok(f"{bucket}: s3:PutObject is not refused")
+        if url := self.settings.output_queue_url:
+            with self.of("output queue") as is_ok:
+                _, error = attempt(clients.sqs.send_message_batch, QueueUrl=url, Entries=[])
+                if error and not re.search("EmptyBatch|Parameter|Validation", error_code(error)):
+                    raise self.refused(error, "sqs:SendMessage on agent.output.queueUrl", url)
+                is_ok(f"{url} does not refuse a batch of no messages")
 
-    def _sandbox(self) -> str:
-        """Say a line for each runtime and the metadata; the sandbox's text. Raises GiveUp."""
-        with contextlib.closing(Slots(replace(self.settings, concurrency=1), self.log)) as slots:
-            slots.try_out()
-            for name, runtime in RUNTIMES.items():
-                if slots.programs[name] or getattr(self.settings, name):
-                    with self.of(f"runtime {name}") as is_ok:
-                        is_ok(slots.program("{program}", name))
-                else:
-                    say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
-                        "function can run; its tasks end as error")
-            slot, place, address = slots.all[0], slots.base / "code/trial", METADATA[socket.AF_INET]
-            place.mkdir(mode=0o755)
-            reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
-            (place / "run.sh").write_text(f"{reach}test -w .\n")
-            task = Task("check", "check", "cpp", "", "", 10_000, 64, b"")
-            outcome = slot.run(slots.run_spec(task, Package(place, "", "run.sh"), slot))
-            if reach:
-                with self.of("instance metadata") as is_ok:
-                    if "not permitted" not in outcome.stderr:
-                        raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
-                                     "close it by a firewall, or set agent.execution.network none")
-                    is_ok(f"{address} is refused to functions")
-            if outcome.status != "ok":
-                raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
-            who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
-            peak = outcome.peak_memory_bytes
-            return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
-                    f"{slots.isolation()}")
+    @staticmethod
+    def refused(error: Exception, needs: str, url: str | None = None) -> GiveUp:
+        """What AWS says, and what to do; also of what may pass."""
+        return GiveUp(remedy(error, needs, url) or f"{error}; it may pass: if it does not, check "
+                      "the network, agent.aws.region and agent.aws.endpointUrl")
+
+    def _runtime(self, slots: Slots, name: str) -> None:
+        """Say a line for a runtime: a program of its kind is run, and compiled if it is one."""
+        if not slots.programs[name] and not getattr(self.settings, name):
+            return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
+                       "that a function can run; its tasks end as error")
+        with self.of(f"runtime {name}") as is_ok:
+            program, (entry, source) = slots.program("{program}", name), TRIALS[name]
+            try:
+                outcome = self._trial(slots, name, entry, source)
+            except Ended as error:
+                outcome = error.outcome
+            said = outcome.stdout + outcome.stderr
+            if outcome.status != "ok" or not (found := re.fullmatch(r"runs (.*)\n", said)):
+                raise GiveUp(f"{program} does not run {entry} as it should ({outcome.status}: "
+                             f"{shown(said)}); name another in agent.runtimes.{name}")
+            is_ok(f"{program}, {found[1]}")
+
+    def _trial(self, slots: Slots, name: str, entry: str, source: str) -> Outcome:
+        """What a function of our own comes to; raises Ended."""
+        place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
+        place.mkdir(mode=0o755)
+        (place / entry).write_text(source)
+        task = Task("check", "check", name, "", "", 60_000, 512, b"")
+        package = slots.compile(task, Package(place, "", entry), slot)
+        return slot.run(slots.run_spec(task, package, slot))
+
+    def _sandbox(self, slots: Slots) -> str:
+        """Say a line for the metadata; the sandbox's text. Raises GiveUp."""
+        slot, address = slots.all[0], METADATA[socket.AF_INET]
+        reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
+        outcome = self._trial(slots, "cpp", "run.sh", f"{reach}test -w .\n")
+        if reach:
+            with self.of("instance metadata") as is_ok:
+                if "not permitted" not in outcome.stderr:
+                    raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
+                                 "close it by a firewall, or set agent.execution.network none")
+                is_ok(f"{address} is refused to functions")
+        if outcome.status != "ok":
+            raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
+        who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
+        peak = outcome.peak_memory_bytes
+        return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
+                f"{slots.isolation()}")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -4452,17 +4553,19 @@ def arguments() -> argparse.ArgumentParser:
     mode.add_argument("--demo", action="store_true",
                       help="run sample functions from a fresh folder, without settings or AWS "
                            "(default: no)")
-    mode.add_argument("--invoke", metavar="PATH",
+    mode.add_argument("--invoke", metavar="PATH", type=Path,
                       help="run one function here and now from a zip or a folder; its input is "
                            "standard input (default: no)")
     parser.add_argument("--drain", action="store_true",
                         help="end when the queue is empty, with a table of what ran (default: run "
                              "until SIGTERM or SIGINT)")
     parser.add_argument("--check", action="store_true",
-                        help="say, a line each, what is usable; change nothing (default: no)")
+                        help="say, a line each, what is usable; change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", default="python",
-                     help="python, cpp, nodejs or go (default: python)")
+    one.add_argument("--runtime", metavar="NAME",
+                     help="python, cpp, nodejs or go (default: that of its only entry file)")
+    one.add_argument("--output", metavar="DIR", type=Path,
+                     help="keep result.json and what it leaves in $OUTPUT_DIR (default: nothing)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
                      help="its time limit (default: execution.defaultTimeoutMs, "
                           f"{Settings.default_timeout_ms})")
@@ -4511,7 +4614,7 @@ def main(argv: list[str]) -> int:
             log("WARNING", warning)
         if args.check:
             say(f"ok    settings: {path or 'defaults'}")
-            return Check(settings, Log(args.log_format, "ERROR")).run(args.local)
+            return Check(settings, Log(args.log_format, "ERROR")).run(args)
         if args.invoke:
             return invoke(settings, args.log_format, args)
         if args.demo:
