@@ -69,7 +69,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
 # Python 3.7 and older show this line as the one that they cannot read.
 if (running := sys.version_info) < (3, 9):  # NanoGrid needs Python 3.9 or newer
@@ -193,6 +193,15 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
 Keys = tuple[str, ...]  # from the top of the file to an entry
 
 
+@dataclass
+class _Block:
+    """A map or a list whose lines are being read."""
+
+    indent: int
+    path: Keys
+    content: Any
+
+
 class _YamlReader:
     """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
@@ -200,33 +209,49 @@ class _YamlReader:
         self.name, self.number = name, 0  # of the line that is being read
         self.tree: dict[str, Any] = {}
         self.entries: dict[Keys, tuple[int, dict[str, Any]]] = {}
-        blocks: list[tuple[int, Keys, Any]] = []  # (indent, path, map or list), innermost last
-        below: Keys | None = ()  # the path whose block may begin in this line
+        self.blocks: list[_Block] = []  # that are open, the innermost last
+        self.opening: Keys | None = ()  # the path whose block may begin in this line
         for indent, body in self.content(text.removeprefix("\ufeff")):
+            if self.opening == () and body[0] == "{" and _EMPTY.fullmatch(body):
+                self.opening = None  # no block is open: no further line fits
+                continue
             item = _ITEM.match(body)
-            if below == ():
-                below = None
-                if body[0] == "{" and _EMPTY.fullmatch(body):
-                    continue  # no block is open: no further line fits
-                blocks.append((indent, (), self.tree))
-            elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
-                if len(below) > 50:
-                    self.fail("nested too deep; use at most 50 levels")
-                block: Any = [] if item else {}
-                blocks[-1][2][below[-1]] = block
-                blocks.append((indent, below, block))
-            while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
-                              and isinstance(blocks[-1][2], list)):
-                blocks.pop()  # also a list at its key's own indent
-            if not blocks or indent != blocks[-1][0]:
-                self.fail("indented unlike its siblings, or text that goes on from the line above; "
-                          "give them one indent, and write a value in its key's line")
-            _, path, block = blocks[-1]
-            if item and isinstance(block, list):
-                block.append(self.scalar(body[item.end():]))
-                below = None
+            self.open_block(indent, bool(item))
+            self.close_blocks(indent, bool(item))
+            block = self.blocks[-1]
+            if item and isinstance(block.content, list):
+                block.content.append(self.scalar(body[item.end():]))
+                self.opening = None
             else:
-                below = self.entry(body, path, block)
+                self.opening = self.entry(body, block)
+
+    def open_block(self, indent: int, is_item: bool) -> None:
+        """Begin the document's map, or the block of the key above, if this is its first line."""
+        path = self.opening
+        if path is None:
+            return
+        if path == ():
+            self.blocks.append(_Block(indent, (), self.tree))
+            return
+        above = self.blocks[-1]
+        if indent > above.indent or is_item and indent == above.indent:
+            if len(path) > 50:
+                self.fail("nested too deep; use at most 50 levels")
+            content: Any = [] if is_item else {}
+            above.content[path[-1]] = content
+            self.blocks.append(_Block(indent, path, content))
+
+    def close_blocks(self, indent: int, is_item: bool) -> None:
+        """End the blocks this line is not of; a list may stand at the indent of its key."""
+        while self.blocks:
+            block = self.blocks[-1]
+            ends_list = isinstance(block.content, list) and not is_item
+            if indent > block.indent or indent == block.indent and not ends_list:
+                break
+            self.blocks.pop()
+        if not self.blocks or indent != self.blocks[-1].indent:
+            self.fail("indented unlike its siblings, or text that goes on from the line above; "
+                      "give them one indent, and write a value in its key's line")
 
     def fail(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.name}:{self.number}: {problem}")
@@ -250,20 +275,20 @@ class _YamlReader:
                 begun = True
                 yield len(line) - len(body), body.rstrip(" ")
 
-    def entry(self, body: str, path: Keys, block: dict[str, Any]) -> Keys | None:
+    def entry(self, body: str, block: _Block) -> Keys | None:
         """Read a line of a map; the path of its key, if nothing stands behind it."""
         key, _, rest = self.token(body)
         if not (colon := _COLON.match(rest)):
             self.fail(f"{shown(body)} is no `key: value`; write a space after the colon, and a "
                       "value in its key's line")
-        text, here = rest[colon.end():], (*path, key)
+        text, here = rest[colon.end():], (*block.path, key)
         if here in self.entries:
             self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one")
-        self.entries[here] = self.number, block
+        self.entries[here] = self.number, block.content
         if empty := _EMPTY.fullmatch(text):
-            block[key] = [] if empty[1][0] == "[" else {}
+            block.content[key] = [] if empty[1][0] == "[" else {}
         else:
-            block[key] = self.scalar(text)
+            block.content[key] = self.scalar(text)
         return None if text else here
 
     def scalar(self, text: str) -> Any:
@@ -1398,7 +1423,8 @@ class SqsQueue:
 
     def _send(self, action: str, messages: list[Message]) -> bool:
         """Keep, return or delete messages in one request; whether SQS answered."""
-        asked, request, call = time.monotonic(), self.requests[action], self.sqs.delete_message_batch
+        asked, request = time.monotonic(), self.requests[action]
+        call = self.sqs.delete_message_batch
         entries: list[dict[str, Any]] = [
             {"Id": str(n), "ReceiptHandle": message.handle} for n, message in enumerate(messages)]
         if action != "delete":
@@ -1628,7 +1654,7 @@ def read_nonblocking(fd: int) -> bytes:
         return b""
 
 
-def write_json(directory: str, name: str, value: object) -> None:
+def write_json(directory: str | Path, name: str, value: object) -> None:
     """Write a file that is there whole or not at all."""
     content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     part = f"{directory}/{fitted(f'.{name}', '.part')}"
@@ -1890,6 +1916,7 @@ class CodeCache:
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
+UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
 OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
@@ -2055,8 +2082,8 @@ sys.exit(status)
 #
 # The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
 # supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
-# supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of JSON; what is said back
-# has its kind under "kind". What is fixed for a slot is in SlotSpec, what is fixed when a helper
+# supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of
+# JSON; what is said back has its kind under "kind". What is fixed for a slot is in SlotSpec, what is fixed when a helper
 # starts is in RunSpec.helper, and what belongs to one run alone is in the rest of RunSpec.
 
 READY, BEGUN, OUTCOME, NOT_BEGUN, LOST = "ready", "begun", "outcome", "not begun", "lost"
@@ -2576,12 +2603,14 @@ class Output:
     """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
 
     def __init__(self, path: str, tee: int):
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        # Opened for writing, too, it never ends: a function may close its outputs and open them
+        # again (fifo(7)).
+        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
         self.tee, self.count = tee, 0
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
-        """Take what is there now; False at the end of the stream."""
+        """Take what is there now; False when that is nothing."""
         chunk = read_nonblocking(self.fd)
         if self.tee:
             write_all(self.tee, chunk)
@@ -2913,12 +2942,13 @@ def launch(control: socket.socket) -> None:
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
     supervisors: dict[int, int] = {}  # pidfd -> pid
+    locks: dict[int, list[int]] = {}  # pidfd -> what locks the uid of its slot
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
         ready = {fd for fd, _ in poll.poll()}
         if control.fileno() in ready:
-            message, fds, _, _ = socket.recv_fds(control, 65536, 1)
+            message, fds, _, _ = socket.recv_fds(control, 65536, 2)
             if not message:
                 break
             with socket.socket(fileno=fds[0]) as agent:
@@ -2927,7 +2957,7 @@ def launch(control: socket.socket) -> None:
                     if not pid:
                         supervise(agent, life, message, (control.fileno(), held, *supervisors))
                     pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid
+                    supervisors[pidfd], locks[pidfd] = pid, fds[1:]
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
@@ -2936,6 +2966,8 @@ def launch(control: socket.socket) -> None:
             os.waitpid(supervisors.pop(pidfd), 0)
             os.close(pidfd)
             end_descendants(others=supervisors.values())  # what it left, when it was itself killed
+            for lock in locks.pop(pidfd):
+                os.close(lock)
     end_descendants()
 
 
@@ -3002,8 +3034,7 @@ class Watch:
             if agent in ready:
                 return "released"
             for fd in ready:
-                if not self.outputs[fd].read():
-                    poll.unregister(fd)
+                self.outputs[fd].read()
         return "timeout"
 
     def _look(self, now: float) -> str:
@@ -3106,18 +3137,27 @@ def unnamed_files(pids: list[int]) -> dict[tuple[int, int], int]:
 
 
 def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
-    """(bytes, files) below these directories; stops counting beyond `most_files`."""
+    """(bytes, files) below these directories; stops counting beyond `most_files`.
+
+    What cannot be listed, for its path is too long or its mode closed, is more than that.
+    """
     size = count = 0
     pending = list(paths)
     while pending and count <= most_files:
-        with contextlib.suppress(OSError):  # it changes while we look
-            for entry in os.scandir(pending.pop()):
-                count += 1
+        try:
+            entries = list(os.scandir(pending.pop()))
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+                count += most_files + 1
+            continue  # it has gone while we look, or the look failed
+        count += len(entries)
+        for entry in entries:
+            with contextlib.suppress(OSError):
                 if is_folder(entry):
                     pending.append(entry.path)
                 else:
                     status = entry.stat(follow_symlinks=False)
-                    size += status.st_blocks * 512 // status.st_nlink
+                    size += status.st_blocks * 512 // max(1, status.st_nlink)
     return size, count
 
 
@@ -3220,31 +3260,51 @@ def summary(reports: Iterable[Report]) -> str:
     return "\n".join(lines)
 
 
-def output_files(directory: str, uid: int | None, machine: Dependency) -> tuple[list[str], int]:
-    """The regular files a run left in $OUTPUT_DIR, as relative names; raises Outage.
+def output_files(directory: str, uid: int | None) -> tuple[list[str], int, int]:
+    """(names, bytes, left out) of the regular files a run left in $OUTPUT_DIR; raises OSError.
 
-    A file that is not its own counts only if anybody may read it: it could be a hard link to
-    something that the function may not. Also how many entries have names that cannot be stored.
+    The names are relative, the bytes their full size, holes too. Left out is what cannot be listed
+    or stored. A file that is not the run's own counts only if anybody may read it: it could be a
+    hard link to something that the function may not.
     """
-    found, unnamed = [], 0
-    with machine.needed():
-        pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
-        for relative in pending:
-            for entry in os.scandir(os.path.join(directory, relative)):
-                name = os.path.join(relative, entry.name)
-                status = entry.stat(follow_symlinks=False)
-                text = name.encode("utf-8", "ignore")
-                is_kept = text == os.fsencode(name) != b"result.json"
-                if not is_kept or len(text) > LONGEST_OUTPUT:
-                    unnamed += 1
-                elif is_folder(entry):
-                    pending.append(name)
-                    if uid is None:
-                        os.chmod(entry.path, 0o700)
-                elif stat.S_ISREG(status.st_mode) and (
-                        uid is None or status.st_uid == uid or status.st_mode & 0o004):
-                    found.append(name)
-    return sorted(found), unnamed
+    found, size, left_out = [], 0, 0
+    pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
+    for relative in pending:
+        try:
+            entries = list(os.scandir(os.path.join(directory, relative)))
+        except PermissionError:  # of mode 000, and not read by root
+            left_out += 1
+            continue
+        for entry in entries:
+            name = os.path.join(relative, entry.name)
+            status = entry.stat(follow_symlinks=False)
+            text = name.encode("utf-8", "ignore")
+            is_named = text == os.fsencode(name) != b"result.json"
+            if not is_named or len(text) > LONGEST_OUTPUT:
+                left_out += 1
+            elif is_folder(entry):
+                pending.append(name)
+            elif stat.S_ISREG(status.st_mode) and (
+                    uid is None or status.st_uid == uid or status.st_mode & 0o004):
+                found.append(name)
+                size += status.st_size
+    return sorted(found), size, left_out
+
+
+def open_output(directory: str, name: str) -> BinaryIO:
+    """A regular file below a directory, open for reading; follows no link. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
+    for part in name.split("/"):
+        above, flags = fd, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(part, flags, dir_fd=above)
+        finally:
+            os.close(above)
+    file = open(fd, "rb")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise FileNotFoundError(errno.ENOENT, "no regular file", name)
+    return file
 
 
 class Results(Protocol):
@@ -3254,10 +3314,7 @@ class Results(Protocol):
         """Raise the Outage of the last failure while it is not time to try again."""
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
-        """Store a result, and the files `names` of `directory`; raises Ended, Outage and OSError.
-
-        What an earlier try of the same has stored already may be gone from `directory`.
-        """
+        """Store a result, and the files `names` of `directory`; raises Ended, Outage, OSError."""
 
 
 class FolderResults:
@@ -3268,19 +3325,25 @@ class FolderResults:
         self.check = self.disk.check
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
-        """Keep a result, and the files `names` that are moved out of `directory`; raises Outage."""
-        target = f"{self.root}/{result['requestId']}"
+        """Keep a result, and copies of the files `names` of `directory`; raises Outage.
+
+        They are there as a whole or not at all, in the place of those of an earlier receive.
+        """
+        target = self.root / result["requestId"]
         with self.disk.needed():
-            os.makedirs(target, exist_ok=True)
-            for name in names:
-                source, copy = os.path.join(directory, name), Path(target, name)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if os.path.lexists(source):  # else an earlier try has moved it
-                    shutil.move(source, copy)
-                if os.geteuid() == 0:
-                    os.chown(copy, 0, 0)
-                os.chmod(copy, 0o644)
-            write_json(target, "result.json", result)
+            self.root.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.root) as part:
+                new = Path(part, "new")
+                new.mkdir()
+                write_json(new, "result.json", result)
+                for name in names:
+                    copy = new / name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    with open_output(directory, name) as source, open(copy, "xb") as file:
+                        shutil.copyfileobj(source, file)
+                if os.path.lexists(target):
+                    os.rename(target, f"{part}/old")
+                os.rename(new, target)
 
 
 class AwsResults:
@@ -3306,8 +3369,7 @@ class AwsResults:
                 self._send, self.bucket, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
                 self.clients.s3.put_object, Bucket=bucket)
             for name in names:
-                fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
-                with open(fd, "rb") as body:
+                with open_output(directory, name) as body:
                     put(Key=prefix + name, Body=body)
             put(Key=f"{prefix}result.json", Body=text.encode(), ContentType="application/json")
         if url := self.settings.output_queue_url:
@@ -3330,7 +3392,7 @@ class Metrics(Protocol):
     """Where the peaks of runs go."""
 
     def put(self, report: Report) -> None:
-        """Publish the peak of a run, if it had one, with the time at which it ended; now or later."""
+        """Publish, now or later, the peak of a run, and when that ended; there may be none."""
 
     def close(self, is_urgent: Callable[[], bool]) -> None:
         """Publish what is kept; for at most 25 seconds, or one from when that is urgent."""
@@ -3596,7 +3658,10 @@ class Slots:
         self._launch()
         self.gaps: list[str] = []  # that of all slots
         self.base, self.lock = make_task_dir(settings, log)
-        self.uid_locks: list[socket.socket] = []
+        can_lock = os.access(UID_LOCKS, os.W_OK) or os.access("/run", os.W_OK)
+        self.lock_directory = UID_LOCKS if can_lock else str(self.base.parent)
+        self.files = contextlib.ExitStack()
+        self.uid_locks: dict[int, int] = {}  # uid -> descriptor of its locked file
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
         self.shell = self.base / "sh"
         # Its user may not read it, so that the kernel lets none of that user's processes trace it
@@ -3637,7 +3702,9 @@ class Slots:
                 self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
                 self._end_launcher()
                 self._launch()
-            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()], [theirs.fileno()])
+            locks = [lock for uid, lock in self.uid_locks.items() if uid == spec.uid]
+            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()],
+                            [theirs.fileno(), *locks])
         return ours
 
     def _end_launcher(self) -> None:
@@ -3681,6 +3748,9 @@ class Slots:
             if not name.isdecimal():
                 raise GiveUp(f"agent.execution.runAs is {name}; here is no such user") from None
             uid, gid, groups = int(name), int(name), ()
+        if uid == 0:
+            raise GiveUp(f"agent.execution.runAs is {name}: functions would own this machine; name "
+                         "another user, or leave runAs out for a uid of each slot's own")
         if can_become(uid):
             return uid, gid, groups, False
         if uid != os.geteuid():
@@ -3689,18 +3759,21 @@ class Slots:
         return None, None, (), False
 
     def _free_uid(self) -> int:
-        """A uid that nobody has, for as long as this agent lives (an abstract socket's name)."""
+        """A uid that nobody has, and that no other agent of this machine takes.
+
+        A file that only root may open is locked for it. The launcher has it, too: it may still be
+        ending what runs under that uid when this agent has been killed.
+        """
         for uid in range(FIRST_UID + len(self.uid_locks), LAST_UID + 1):
-            lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                lock.bind(f"\0nanogrid-uid-{uid}")
+            path = f"{self.lock_directory}/uid-{uid}"
+            with contextlib.suppress(KeyError):
                 pwd.getpwuid(uid)
-            except KeyError:
-                self.uid_locks.append(lock)
+                continue
+            with contextlib.suppress(OSError):  # another agent's
+                os.makedirs(self.lock_directory, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_NOFOLLOW, 0o600))
+                self.uid_locks[uid] = self.files.enter_context(locked(path)).fileno()
                 return uid
-            except OSError:  # another agent's
-                pass
-            lock.close()
         raise GiveUp(f"no uid of {FIRST_UID} to {LAST_UID} is free; lower execution.concurrency")
 
     def try_out(self) -> None:
@@ -3787,7 +3860,12 @@ class Slots:
     def close(self) -> None:
         """End all that runs, and remove all that was made on disk."""
         self._end_launcher()
+        for uid in self.uid_locks:
+            os.unlink(f"{self.lock_directory}/uid-{uid}")
+        self.files.close()
         with contextlib.suppress(OSError):  # another agent's may be there
+            os.rmdir(self.lock_directory)
+        with contextlib.suppress(OSError):
             sweep(self.base, ["lock"])
             remove(self.base)
             self.base.parent.rmdir()
@@ -4238,6 +4316,7 @@ class Agent:
             turn.has_begun = True
             if self.waiting:
                 self.to_run.notify()  # for its program, which is compiled now
+        self.log("DEBUG", f"[{task.request_id}] a run of {task.function_id} starts")
         outcome = slot.run(run)
         turn.report, turn.is_done = replace(turn.report, outcome=outcome), True
         turn.patience_ends = 0.0
@@ -4248,13 +4327,12 @@ class Agent:
 
     def _finish(self, turn: Turn) -> None:
         """Store a turn's result and end it; what cannot be stored is kept for its return."""
-        ran = turn.report
         try:
             self._store(turn)
         except Exception as error:  # noqa: BLE001  # as in _do
             if self._parks(turn, error):
                 return
-            turn.report = ran.ended(error)
+            ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
             if turn.directory and turn.report.outcome.status != "released":
                 self._keep_unstored(replace(turn, report=ran, package=None))
@@ -4269,10 +4347,9 @@ class Agent:
         if not report.request_id or report.outcome.status == "released":
             return
         if turn.directory and turn.names is None:
-            turn.names, unnamed = output_files(turn.directory, turn.uid, self.slots.machine)
-            if unnamed:
-                self.log("WARNING", f"[{report.request_id}] {unnamed} entries of $OUTPUT_DIR left "
-                         f"out: paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json")
+            with self.slots.machine.needed():
+                self._list_outputs(turn)
+            report = turn.report
         if not turn.result:
             with self.lock:
                 peaks = self.peaks(report.function_id)
@@ -4283,6 +4360,22 @@ class Agent:
         if turn.is_aside:
             with contextlib.suppress(OSError):
                 remove(turn.directory)
+
+    def _list_outputs(self, turn: Turn) -> None:
+        """Have the turn name the run's output files; more of them than it may leave fail it."""
+        settings, outcome = self.settings, turn.report.outcome
+        names, size, left_out = output_files(turn.directory, turn.uid)
+        if left_out:
+            self.log("WARNING", f"[{turn.report.request_id}] {left_out} entries of $OUTPUT_DIR "
+                                f"left out: paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no "
+                                "result.json, no closed directory")
+        if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
+            text = (f"$OUTPUT_DIR has {len(names)} files of {size / MIB:.0f} MiB with their "
+                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            names = []
+            if outcome.status in ("ok", "failed"):
+                outcome = replace(outcome, status="failed", reason="disk", text=text)
+        turn.names, turn.report = names, replace(turn.report, outcome=outcome)
 
     def _parks(self, turn: Turn, error: Exception) -> bool:
         """Whether a turn waits out an error: an outage, while its lease and patience last."""
@@ -4458,6 +4551,8 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             report = report.ended(error)
     log.least = 0
     outcome = report.outcome
+    if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
+        write_all(2, b"\n")  # what follows begins a line of its own
     if outcome.text:
         log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
     log("INFO", "REPORT", **report.pairs())

@@ -1,6 +1,25 @@
 """Tests of NanoGrid, in the order of the module: real processes, real HTTP, real files.
 
-Each part names at its banner what it looks at. Run: python -m pytest
+To add a test, find the part of nanogrid.py that you changed: its tests stand below the same banner.
+
+A new row in a table is mostly enough. What is read or refused: the tables beside `parse_yaml`,
+Settings, Tasks and Zips (REFUSED). A function and how it ends: RUNS; what it may not do: CONFINED;
+what it hides memory or files in: HOARDS; what it leaves behind: ESCAPES; what a warm Python must do
+as a bare one: the tables of "a warm start". An answer of AWS's: AWS_ERRORS. A fault: SCENES and
+OUTAGES. A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py;
+`--- other.py` begins another file. All its rows are one drain, and each is then a test of its result.
+
+Else write a test, for one of these worlds:
+    Agent      nanogrid.py as a process, whose log is read as it comes
+    Folder     --local: `with Folder("ordinary") as folder:`, or the fixture grids(user, SETTING=…)
+    site(moto) SQS, S3 and CloudWatch in an emulator, behind a proxy that fails as it is told to
+    Party      the parts of the agent before answers of AWS's that the test writes
+Functions tell what they did to a witness (`tell`, `marker`): they share no directory with the tests.
+
+Wait with until(), for a condition; never for a time, and assert no time that a busy machine breaks.
+What waits much and works little is a @trial: all of them run at once. What takes over five seconds
+is `slow`; `cgroup` needs a cgroup v2. It must pass as root and as an ordinary user, leave nothing
+behind, and have been seen to fail.
 """
 from __future__ import annotations
 
@@ -58,6 +77,14 @@ sys.path.insert(0, str(MODULE.parent))
 
 import nanogrid as ng
 
+MIB = 1 << 20
+ROOT = os.geteuid() == 0
+# An interpreter that every user reaches: a virtual environment under /root is not.
+PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin") or sys.executable
+# A uid of this session's own, so that no process limit is shared with another test run.
+ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
+USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
+
 
 def until(condition, seconds=180.0, what="condition"):
     """Return the first true value of condition(); fail when `seconds` pass without one."""
@@ -76,6 +103,11 @@ def need(*programs: str, found=shutil.which) -> None:
             (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed here")
 
 
+def slow_but(rows, *quick: str) -> list:
+    """The rows' names as parameters: all but these run with --slow alone."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in rows]
+
+
 def make_zip(files: dict[str, str | bytes], mode: int = 0o644) -> bytes:
     """A zip of `files`; a name that ends in '*' is stored executable, without the star."""
     buffer = io.BytesIO()
@@ -88,15 +120,43 @@ def make_zip(files: dict[str, str | bytes], mode: int = 0o644) -> bytes:
     return buffer.getvalue()
 
 
-def slow_but(rows, *quick: str) -> list:
-    """The rows' names as parameters: all but these run with --slow alone."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in rows]
+# --- Agents and what they log
 
 
-def reports(log: str) -> list[dict[str, str]]:
-    """The REPORT lines of a text log, in order, each as a dict of its pairs."""
-    lines = re.findall(r"^\S+ INFO REPORT (.*)$", log, re.MULTILINE)
-    return [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
+@pytest.fixture(scope="session", autouse=True)
+def module_within_reach():
+    """nanogrid.py where every user can read it: a home directory is often closed to others."""
+    global MODULE
+    kept = MODULE
+    with tempfile.TemporaryDirectory(prefix="nanogrid-module-") as place:
+        os.chmod(place, 0o755)
+        MODULE = Path(shutil.copy(kept, place))
+        yield
+    MODULE = kept
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_at_default():
+    """Started by nohup or by a shell's `&`, the tests' own children would ignore some of these."""
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def as_user(user: str, uid: int = ORDINARY) -> list[str]:
+    """The words before a command that make it run as `user`."""
+    if user != "ordinary" or not ROOT:
+        return []
+    need("setpriv")
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
+
+
+# Runs nanogrid.py with another value for a constant: `python -c … python nanogrid.py ARGUMENTS`.
+PATCHED = """import sys
+sys.path.insert(0, sys.argv[2].rpartition("/")[0])
+import nanogrid as ng
+{}
+sys.exit(ng.main(sys.argv[3:]))"""
 
 
 class Agent:
@@ -159,46 +219,24 @@ class Agent:
         self.end()
 
 
-class Folder:
-    """A directory for --local: put() adds code and a task, run() drains it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.count = 0
-        for name in ("queue", "code"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-
-    def put(self, files=None, runtime="python", function_id="fn", request_id=None, **task) -> str:
-        """Store `files` (a dict, zip bytes, or None to reuse) and queue a task; its requestId."""
-        self.count += 1
-        request_id = request_id or f"r{self.count:05d}"
-        key = task.pop("s3Key", f"{function_id}.zip")
-        if files is not None:
-            data = files if isinstance(files, bytes) else make_zip(files)
-            target = self.path / "code" / key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.with_name("." + target.name).write_bytes(data)
-            target.with_name("." + target.name).rename(target)
-        body = {"requestId": request_id, "functionId": function_id, "runtime": runtime,
-                "s3Key": key, "timeoutMs": 60000, "memoryMb": 256, **task}
-        part = self.path / "queue" / f".{request_id}"
-        part.write_text(json.dumps(body))
-        part.rename(self.path / "queue" / f"{request_id}.json")
-        return request_id
-
-    def drain(self, *args, seconds=600, **kwargs) -> Agent:
-        """Run `--local DIR --drain` to its end; the ended agent, for .log and .out."""
-        with Agent("--local", self.path, "--drain", *args, **kwargs) as agent:
-            agent.status = agent.end(seconds)
-        return agent
-
-    def result(self, request_id: str) -> dict:
-        return json.loads((self.path / "results" / request_id / "result.json").read_text())
+def reports(log: str) -> list[dict[str, str]]:
+    """The REPORT lines of a text log, in order, each as a dict of its pairs."""
+    lines = re.findall(r"^\S+ [A-Z]+ REPORT (.*)$", log, re.MULTILINE)
+    return [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return Folder(tmp_path / "grid")
+def complaints(log: str) -> list[str]:
+    """The log's lines of level WARNING and above, but the one of what the machine leaves open."""
+    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!not started as root|functions ).*$", log,
+                      re.MULTILINE)
+
+
+def mishaps(log: str) -> list[str]:
+    """Those that are not of an emulator which answers late, as it may on a busy machine."""
+    return [line for line in complaints(log) if " timeout on endpoint URL" not in line]
+
+
+# --- Functions that tell what they did
 
 
 class Hearing(StreamRequestHandler):
@@ -241,6 +279,274 @@ def tell_in_bash() -> str:
     """The same for bash."""
     return (f"tell() {{ exec 9<>/dev/tcp/127.0.0.1/{witness()}; echo \"$*\" >&9; read -r answer <&9; "
             "exec 9>&-; }; ")
+
+
+# Has a file for each run, named REQUEST_ID.RANDOM and holding its pid; then as its input says.
+MARKER = """
+import json, os, sys, time
+task = json.load(sys.stdin)
+name = task["marks"] + "/" + os.environ["REQUEST_ID"] + "." + os.urandom(6).hex()
+tell("mark", name, str(os.getpid()))
+time.sleep(task.get("sleep", 0))
+sys.exit(task.get("exit", 0))
+"""
+
+
+def marker() -> dict[str, str]:
+    return {"main.py": with_tell(MARKER)}
+
+
+def marks_in(path: Path) -> list[Path]:
+    """What MARKER has left under `path`, a file for each run."""
+    return [mark for mark in (path / "marks").iterdir() if mark.name[-1] != "~"]
+
+
+def proxy_runs(path: Path) -> Counter:
+    """How often each request id was run, by the marks under `path`."""
+    return Counter(mark.name.partition(".")[0] for mark in marks_in(path))
+
+
+def run_pids(path: Path) -> list[int]:
+    return [int(mark.read_text()) for mark in marks_in(path)]
+
+
+def until_ran(path: Path, request_id: str = "r1", times: int = 1):
+    """Wait until the function of a request has begun."""
+    until(lambda: proxy_runs(path)[request_id] >= times, what=f"a run of {request_id}")
+
+
+# --- Processes, by /proc
+
+
+def stat_of(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on, or None when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def processes() -> dict[int, list[str]]:
+    """Every process by its pid, as stat_of() has it."""
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return {pid: stat for pid in pids if (stat := stat_of(pid))}
+
+
+def family(pid: int) -> list[int]:
+    """`pid` and its living descendants."""
+    found, all_of_them = [pid], processes()
+    for member in found:
+        found += [child for child, stat in all_of_them.items() if int(stat[1]) == member]
+    return found
+
+
+def command_lines() -> dict[int, str]:
+    """What /proc says of every process but zombies: pid and command line."""
+    lines = {}
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            lines[pid] = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace")
+    return lines
+
+
+def resident_below(pid: int) -> int:
+    """Bytes that the processes below `pid` hold, shared pages once."""
+    total = 0
+    for each in family(pid)[1:]:
+        with contextlib.suppress(OSError, TypeError):
+            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
+            total += int(re.search(r"^Pss:\s*(\d+)", rollup, re.MULTILINE)[1]) << 10
+    return total
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time used by the process and its living descendants."""
+    stats = filter(None, map(stat_of, family(pid)))
+    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def alive(pid: int) -> bool:
+    return bool((stat := stat_of(pid)) and stat[0] not in "ZX")
+
+
+def until_gone(pids: list[int], seconds: float = 60):
+    """Wait until none of these processes lives."""
+    until(lambda: not any(map(alive, pids)), seconds, f"the end of {pids}")
+
+
+# --- A folder in place of AWS, and tables of functions
+
+
+@contextlib.contextmanager
+def scratch():
+    """A directory that every user may enter, with a folder `marks` for what the witness hears."""
+    path = Path(tempfile.mkdtemp(prefix="nanogrid-test-"))
+    path.chmod(0o755)
+    (path / "marks").mkdir()
+    try:
+        yield path
+    finally:
+        subprocess.run(["chmod", "-R", "u+rwX", path], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", path], check=True)
+
+
+class Folder:
+    """A directory for --local, whose agents run as `user`: "root", "ordinary" or "me"."""
+
+    def __init__(self, user: str = "me", path: Path | None = None, **settings):
+        self.user, self.count, self.held = user, 0, contextlib.ExitStack()
+        self.scratch = self.top = self.held.enter_context(scratch())
+        self.path, self.base, self.spool = path or self.top / "grid", self.top / "task", self.top / "spool"
+        self.env = {"AGENT_TASKBASEDIR": str(self.base), "AGENT_RUNTIMES_PYTHON": PYTHON,
+                    "HOME": str(self.top), "LANG": "C.UTF-8", "TZ": "Asia/Seoul",
+                    **{f"AGENT_{key}": str(value) for key, value in settings.items()}}
+        places = [self.path, self.path / "queue", self.path / "code", self.base, self.spool]
+        for place in places:
+            place.mkdir(parents=True)
+        for place in (self.top, *places):
+            if ROOT and user == "ordinary":
+                os.chown(place, ORDINARY, ORDINARY)
+            place.chmod(0o777 if place == self.spool else 0o755)
+
+    def remove(self, *_):
+        self.held.close()
+
+    def __enter__(self) -> Folder:
+        return self
+
+    __exit__ = remove
+
+    def put(self, files=None, runtime="python", function_id="fn", request_id=None, **task) -> str:
+        """Store `files` (a dict, zip bytes, or None to reuse) and queue a task; its requestId."""
+        self.count += 1
+        request_id = request_id or f"r{self.count:05d}"
+        key = task.pop("s3Key", f"{function_id}.zip")
+        if files is not None:
+            data = files if isinstance(files, bytes) else make_zip(files)
+            target = self.path / "code" / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.with_name("." + target.name).write_bytes(data)
+            target.with_name("." + target.name).rename(target)
+        body = {"requestId": request_id, "functionId": function_id, "runtime": runtime,
+                "s3Key": key, "timeoutMs": 60000, "memoryMb": 256, **task}
+        part = self.path / "queue" / f".{request_id}"
+        part.write_text(json.dumps(body))
+        part.rename(self.path / "queue" / f"{request_id}.json")
+        return request_id
+
+    def put_all(self, cases: dict[str, Case]):
+        for name, case in cases.items():
+            if case.only in (None, self.user):
+                self.put(case.files, case.runtime, request_id=slug(name), function_id=slug(name), **case.task)
+
+    def agent(self, *args, prefix=(), env=None, **options) -> Agent:
+        """An agent that serves the folder."""
+        return Agent("--local", self.path, *args, **{"python": PYTHON, **options},
+                     env={**self.env, **(env or {})}, prefix=[*as_user(self.user), *prefix])
+
+    def run(self, *args, prefix=(), seconds=600) -> Folder:
+        """Drain the queue; the log is in .log, its reports by requestId in .reports."""
+        with self.agent("--drain", *args, prefix=prefix) as agent:
+            try:
+                status = agent.end(seconds)
+            except subprocess.TimeoutExpired:
+                status = f"none within {seconds} s"
+        self.log, self.reports = agent.log, collections.defaultdict(list)
+        for report in reports(agent.log):
+            self.reports[report["requestId"]].append(report)
+        assert status == 0, agent.log[-5000:]
+        return self
+
+    def result(self, request_id: str) -> dict:
+        return json.loads((self.path / "results" / request_id / "result.json").read_text())
+
+    def __getitem__(self, name: str) -> dict:
+        """The result of a row of a table."""
+        return self.result(slug(name))
+
+
+@pytest.fixture
+def folder():
+    with Folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module", params=USERS)
+def user(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """Makes Folders; all of them are removed when the module's tests are over."""
+    with contextlib.ExitStack() as stack:
+        yield lambda user, **settings: stack.enter_context(Folder(user, **settings))
+
+
+def local_site() -> Folder:
+    """A Folder with MARKER as fn.zip."""
+    folder = Folder()
+    (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
+    return folder
+
+
+def local(folder: Folder, *args, **options) -> Agent:
+    return folder.agent(*args, **options)
+
+
+def local_job(folder: Folder, request_id, sleep=0, exit=0, **task) -> str:
+    """Queue a task for MARKER; its requestId."""
+    told = {"marks": str(folder.scratch / "marks"), "sleep": sleep, "exit": exit}
+    return folder.put(request_id=request_id, input=told, **task)
+
+
+def names(folder: Folder, *parts) -> list[str]:
+    """The visible names in one of the folder's directories; none where it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(name for name in os.listdir(folder.path.joinpath(*parts)) if name[0] != ".")
+    return []
+
+
+Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
+
+
+def pairs(words: list[str]) -> list[list[str]]:
+    return [word.split("=", 1) for word in words if "=" in word]
+
+
+def table(text: str) -> dict[str, Case]:
+    """The functions of a table of text by name; see the top of this file."""
+    cases = {}
+    for part in re.split(r"^=== ", text, flags=re.MULTILINE)[1:]:
+        header, _, body = part.partition("\n")
+        name, task, expect = (re.split(r" *\| *", header) + ["", ""])[:3]
+        words = task.split()
+        runtime = next((word for word in words if word in ("cpp", "nodejs", "go")), "python")
+        entry = {"python": "main.py", "nodejs": "index.js", "go": "main.go", "cpp": "run.sh"}[runtime]
+        chunks = re.split(r"^--- (\S+)\n", body.rstrip("\n") + "\n", flags=re.MULTILINE)
+        files = {entry: chunks[0], **dict(zip(chunks[1::2], chunks[2::2]))}
+        fields = {key: json.loads(value) for key, value in pairs(words)}
+        cases[name] = Case(files, runtime, fields, {"status": "ok", **dict(pairs(expect.split()))},
+                           "root" if "root" in words else None, "unordered" in words)
+    return cases
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def check(grid: Folder, name: str, case: Case) -> dict:
+    """The result of a row, after comparing it with what the row expects (`a/b`: one of them)."""
+    if case.only not in (None, grid.user):
+        pytest.skip("only root gives every slot a uid of its own")
+    result = grid[name]
+    for key, expected in case.expect.items():
+        got = str(result[key]).strip()
+        assert got in expected.split("/"), f"{key} should be {expected}: {json.dumps(result)[:3000]}"
+    return result
+
+
+# --- AWS: an emulator, a proxy that fails by rule, and a site of a test's own
 
 
 def free_port() -> int:
@@ -306,21 +612,299 @@ def moto():
         yield url
 
 
+def client_of(url: str, service: str):
+    """A client of an emulator's."""
+    return boto3.client(service, region_name="ap-northeast-2", endpoint_url=url,
+                        aws_access_key_id="testing", aws_secret_access_key="testing")
+
+
+# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message)
+REFUSALS = {
+    "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
+    "status 503": (503, "ServiceUnavailable", "ServiceUnavailable", "Service is unavailable"),
+    "throttling": (400, "ThrottlingException", "SlowDown", "Rate exceeded"),
+    "expired": (403, "ExpiredTokenException", "ExpiredToken", "The security token is expired"),
+    "denied": (403, "AccessDeniedException", "AccessDenied", "User is not authorized"),
+    "no bucket": (404, "NoSuchBucket", "NoSuchBucket", "The specified bucket does not exist"),
+}
+
+
+@dataclass
+class Rule:
+    """Fails requests of the operations that match `pattern`: `times` of them, or all."""
+    pattern: str
+    fault: str
+    times: int | None = None
+    seconds: float = 0.0
+    said: tuple = ()  # what as_aws() answers
+
+
+@dataclass
+class Seen:
+    """One request as the proxy saw it."""
+    at: float
+    operation: str
+    fault: str
+    path: str
+    body: bytes = field(repr=False)
+    key: str = ""  # the access key id that signed it
+
+
+def operation_of(method: str, path: str, headers, body: bytes) -> str:
+    """The AWS operation of a request, whichever protocol botocore chose for the service."""
+    if target := headers.get("X-Amz-Target"):
+        return target.rpartition(".")[2]
+    if "/operation/" in path:
+        return path.rpartition("/")[2]
+    if headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded"):
+        return urllib.parse.parse_qs(body.decode())["Action"][0]
+    key = urllib.parse.urlsplit(path).path.strip("/").partition("/")[2]
+    return {"GET": "GetObject" if key else "ListObjectsV2", "PUT": "PutObject", "POST": "PutObject",
+            "HEAD": "HeadObject" if key else "HeadBucket", "DELETE": "DeleteObject"}[method]
+
+
+def matches(pattern: str, operation: str) -> bool:
+    """Whether one of the patterns, parted by `|`, matches the operation's name."""
+    return any(fnmatch.fnmatch(operation, part) for part in pattern.split("|"))
+
+
+def cbor(texts: dict[str, str]) -> bytes:
+    """A CBOR map of up to 23 pairs of texts: what an error of CloudWatch is."""
+    coded = [struct.pack(">BH", 0x79, len(text.encode())) + text.encode()
+             for pair in texts.items() for text in pair]
+    return bytes((0xA0 + len(texts),)) + b"".join(coded)
+
+
+def proxy_refusal(fault: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of an AWS error in the protocol of the request."""
+    status, code, s3_code, message = REFUSALS[fault]
+    error = {"__type": f"com.amazon.coral.service#{code}", "message": message}
+    if "X-Amz-Target" in headers:
+        return status, {"Content-Type": "application/x-amz-json-1.0"}, json.dumps(error).encode()
+    if "Smithy-Protocol" in headers:
+        kind = {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
+        return status, kind, cbor(error)
+    xml = f"<Error><Code>{s3_code}</Code><Message>{message}</Message></Error>"
+    if b"Action=" in body:
+        xml = f"<ErrorResponse>{xml.replace(s3_code, code)}</ErrorResponse>"
+    return status, {"Content-Type": "application/xml"}, xml.encode()
+
+
+def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str) -> bytes:
+    """An error as AWS's own services answer it, from the status line to the last byte.
+
+    SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
+    S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
+    CloudWatch: as SQS since botocore 1.42 (its model also offers smithy.io/2.0/additional-specs/
+    protocols/smithy-rpc-v2.html); before, smithy.io/2.0/aws/protocols/aws-query-protocol.html
+    """
+    request_id, more = "66916324-67ca-54bb-a410-3f567a7a0571", ""
+    text = message.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    if target := headers.get("X-Amz-Target"):
+        kind = "application/x-amz-json-1.0"
+        space = "com.amazonaws.sqs" if target.startswith("AmazonSQS.") else "com.amazonaws.cloudwatch"
+        if code.endswith("Exception"):  # of what stands before each service
+            space = "com.amazon.coral.service"
+        content = json.dumps({"__type": f"{space}#{code}", "message": message}).encode()
+    elif "Smithy-Protocol" in headers:
+        kind, more = "application/cbor", "smithy-protocol: rpc-v2-cbor\r\n"
+        content = cbor({"__type": f"com.amazonaws.cloudwatch#{code}", "message": message})
+    elif b"Action=" in body:
+        kind = "text/xml"
+        space = ("https://sts.amazonaws.com/doc/2011-06-15/" if b"AssumeRole" in body else
+                 "http://monitoring.amazonaws.com/doc/2010-08-01/")
+        content = (f'<ErrorResponse xmlns="{space}">\n  <Error>\n'
+                   f"    <Type>Sender</Type>\n    <Code>{twin or code}</Code>\n    <Message>{text}</Message>"
+                   f"\n  </Error>\n  <RequestId>{request_id}</RequestId>\n</ErrorResponse>\n").encode()
+    else:
+        content = (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{text}'
+                   f"</Message><RequestId>4442587FB7D0A2F9</RequestId><HostId>{request_id}</HostId></Error>")
+        return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+                f"x-amz-request-id: 4442587FB7D0A2F9\r\nx-amz-id-2: {request_id}\r\n"
+                "Content-Type: application/xml\r\nTransfer-Encoding: chunked\r\n"
+                "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\nServer: AmazonS3\r\n\r\n"
+                f"{len(content.encode()):x}\r\n{content}\r\n0\r\n\r\n").encode()
+    more += f"x-amzn-query-error: {twin};Sender\r\n" if twin else ""
+    return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\nx-amzn-RequestId: {request_id}\r\n"
+            f"{more}Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n"
+            "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\n\r\n").encode() + content
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 300
+
+    def handle_request(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        operation = operation_of(self.command, self.path, self.headers, body)
+        signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
+        rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
+        if rule and rule.said:
+            return self.wfile.write(as_aws(self.headers, body, *rule.said))
+        fault = rule.fault if rule else ""
+        if fault in REFUSALS:
+            return self.answer(*proxy_refusal(fault, self.headers, body))
+        if fault == "reset":
+            self.server.proxy.closing.wait(rule.seconds)
+            return self.reset()
+        if fault == "black hole":
+            self.server.proxy.closing.wait()
+            return self.reset()
+        if fault == "delay":
+            self.server.proxy.closing.wait(rule.seconds)
+        if fault == "partial":
+            refused, body = split_batch(body)
+        status, headers, content = self.forward(body)
+        if fault == "lost answer":
+            return self.reset()
+        if fault == "late answer":
+            self.server.proxy.closing.wait(rule.seconds)
+        if fault == "partial":
+            content = with_failed(content, refused)
+        if operation == "ReceiveMessage" and status == 200:
+            self.server.proxy.received += json.loads(content or b"{}").get("Messages") or []
+        self.answer(status, headers, content, cut=fault == "truncated")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
+
+    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        backend = http.client.HTTPConnection(self.server.proxy.backend, timeout=300)
+        headers = {**self.headers, "Content-Length": str(len(body)), "Connection": "close"}
+        headers.pop("Expect", None)
+        try:
+            backend.request(self.command, self.path, body, headers)
+            response = backend.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+        finally:
+            backend.close()
+
+    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False):
+        """Send the answer; `cut`: half of it, then end the connection."""
+        length = headers.get("Content-Length") if self.command == "HEAD" else None
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[:len(content) // 2] if cut else content)
+        if cut:
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+    def reset(self):
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.rfile.close()
+        self.connection.close()
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+    def log_message(self, *_):
+        pass
+
+
+def split_batch(body: bytes) -> tuple[list[str], bytes]:
+    """Takes the first half (at least one) of a batch's entries out; their ids, and the rest."""
+    request = json.loads(body)
+    entries = request["Entries"]
+    half = (len(entries) + 1) // 2
+    request["Entries"] = entries[half:]
+    return [entry["Id"] for entry in entries[:half]], json.dumps(request).encode()
+
+
+def with_failed(content: bytes, refused: list[str]) -> bytes:
+    """The answer of a batch with `refused` added to its failed entries."""
+    answer = json.loads(content) if b'"Successful"' in content else {"Successful": []}
+    failed = [{"Id": entry, "SenderFault": False, "Code": "InternalError", "Message": "try again"}
+              for entry in refused]
+    return json.dumps({**answer, "Failed": answer.get("Failed", []) + failed}).encode()
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_):
+        """A client that goes away, or a backend that does, is what these tests are about."""
+
+
+class FaultProxy:
+    """Stands before `url`; `fail("DeleteMessage*", "reset", times=2)` until `heal()`.
+
+    Faults: those of REFUSALS; "reset" (after seconds=); "black hole" (read, never answered, not even after heal());
+    "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
+    reset); "truncated" (half a body); "partial" (half of a batch's entries fail).
+    `requests` is what came, `received` the messages that were given out; `expired` are access keys
+    that are answered as AWS answers expired ones.
+    """
+
+    def __init__(self, url: str):
+        self.backend = urllib.parse.urlsplit(url).netloc
+        self.requests: list[Seen] = []
+        self.received: list[dict] = []
+        self.rules: list[Rule] = []
+        self.expired: set[str] = set()
+        self.closing = threading.Event()
+        self.lock = threading.Lock()
+        self.server = QuietServer(("127.0.0.1", 0), ProxyHandler)
+        self.server.proxy = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fail(self, pattern: str, fault: str, times: int | None = None, seconds: float = 0.0, said=()):
+        with self.lock:
+            self.rules.append(Rule(pattern, fault, times, seconds, said))
+
+    def heal(self):
+        with self.lock:
+            self.rules.clear()
+
+    def take(self, operation: str, path: str, body: bytes, key: str) -> Rule | None:
+        """The rule that this request falls under, used up by one; the request is noted."""
+        with self.lock:
+            found = next((rule for rule in self.rules if rule.times != 0 and (
+                matches(rule.pattern, operation) or matches(rule.pattern, f"{operation} {path}"))),
+                         None)
+            if found and found.times:
+                found.times -= 1
+            found = Rule("*", "expired") if key in self.expired else found
+            fault = found.fault if found else ""
+            self.requests.append(Seen(time.monotonic(), operation, fault, path, body, key))
+            return found
+
+    def count(self, pattern: str, fault: str = "*") -> int:
+        with self.lock:
+            return sum(matches(pattern, seen.operation) and fnmatch.fnmatch(seen.fault, fault)
+                       for seen in self.requests)
+
+
 class Aws:
     """A queue with its DLQ, a bucket and an application.yml of their own, in an emulator."""
 
     def __init__(self, url: str, path: Path, visibility: int = 30, receives: int = 3):
-        import boto3
         self.url, self.path, self.name = url, path, "q-" + os.urandom(4).hex()
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url}
-        options = dict(region_name="ap-northeast-2", endpoint_url=url,  # noqa: C408
-                       aws_access_key_id="testing", aws_secret_access_key="testing")
-        self.sqs, self.s3, self.cloudwatch = (boto3.client(n, **options) for n in ("sqs", "s3", "cloudwatch"))
+        self.sqs, self.s3, self.cloudwatch = (
+            client_of(url, service) for service in ("sqs", "s3", "cloudwatch"))
         self.dlq_url = self.sqs.create_queue(QueueName=self.name + "-dlq")["QueueUrl"]
-        arn = self.sqs.get_queue_attributes(QueueUrl=self.dlq_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        arn = self.sqs.get_queue_attributes(
+            QueueUrl=self.dlq_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         self.queue_url = self.sqs.create_queue(QueueName=self.name, Attributes={
-            "VisibilityTimeout": str(visibility), "ReceiveMessageWaitTimeSeconds": "20",
-            "RedrivePolicy": json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": receives})})["QueueUrl"]
+            "VisibilityTimeout": str(visibility), "ReceiveMessageWaitTimeSeconds": "20", "RedrivePolicy":
+            json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": receives})})["QueueUrl"]
         self.bucket = self.name + "-code"
         self.s3.create_bucket(Bucket=self.bucket,
                               CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
@@ -342,17 +926,69 @@ class Aws:
                 "s3Key": key, "timeoutMs": 60000, "memoryMb": 256, **task}
         return self.sqs.send_message(QueueUrl=self.queue_url, MessageBody=body or json.dumps(task))["MessageId"]
 
-    def count(self, url: str | None = None) -> int:
+    def count(self, url: str | None = None, *states: str) -> int:
         """Messages in a queue (the main one by default), visible or in flight or delayed."""
-        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible",
-                 "ApproximateNumberOfMessagesDelayed"]
+        names = [f"ApproximateNumberOfMessages{state}" for state in states or ("", "NotVisible", "Delayed")]
         got = self.sqs.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=names)["Attributes"]
         return sum(int(got[name]) for name in names)
 
 
-@pytest.fixture
-def aws(moto, tmp_path):
-    return Aws(moto, tmp_path)
+@contextlib.contextmanager
+def site(moto: str, **options):
+    """An Aws of its own whose agents go through a FaultProxy, `aws.proxy`; MARKER is at fn.zip."""
+    with scratch() as path, FaultProxy(moto) as proxy:
+        aws = Aws(moto, path, **options)
+        aws.proxy, aws.prefix = proxy, ()
+        aws.env["AWS_ENDPOINT_URL"] = proxy.url
+        aws.put(marker())
+        yield aws
+
+
+def start(aws: Aws, *args, wait: int = 1, env=None, prefix=None, **sections) -> Agent:
+    """An agent of this site; sections of its settings as dicts: execution={"concurrency": 1}."""
+    extra = ""
+    for name, values in sections.items():
+        extra += f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
+    return Agent("--config", aws.config(extra, wait), *args, env={**aws.env, **(env or {})},
+                 prefix=aws.prefix if prefix is None else prefix)
+
+
+def job(aws: Aws, request_id: str = "r1", sleep: float = 0, exit: int = 0, **task) -> str:
+    """Send a task for MARKER; its message id."""
+    told = {"marks": str(aws.path / "marks"), "sleep": sleep, "exit": exit}
+    return aws.send(request_id, input=told, **task)
+
+
+def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
+    """Wait until the queue is empty and the dead-letter queue holds as many messages."""
+    def settled():  # a message that becomes visible between two counts is in neither: look again
+        return not aws.count() and not aws.count() and dead(aws) == in_dlq
+
+    try:
+        until(settled, seconds, "the end of all messages")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {aws.count()} are in the queue and {dead(aws)} in the DLQ; "
+                             f"the log:\n{agent.log}") from None
+
+
+def visible(aws: Aws, url: str | None = None) -> int:
+    """Messages that a receive would get now."""
+    return aws.count(url, "")
+
+
+def dead(aws: Aws) -> int:
+    """Messages in the dead-letter queue."""
+    return aws.count(aws.dlq_url)
+
+
+def metric_values(aws: Aws, function_id: str) -> float:
+    """How many PeakMemoryBytes values CloudWatch holds for a function, by both dimensions."""
+    got = aws.cloudwatch.get_metric_statistics(
+        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes", Period=86400,
+        StartTime=time.time() - 86400, EndTime=time.time() + 86400, Statistics=["SampleCount"],
+        Dimensions=[{"Name": "FunctionId", "Value": function_id},
+                    {"Name": "Runtime", "Value": "python"}])
+    return sum(point["SampleCount"] for point in got["Datapoints"])
 
 
 # --------------------------------------------------------------------------------------------
@@ -1624,151 +2260,7 @@ def test_a_link_to_a_file_is_an_entry(unpack):
 # Running, measuring, confining
 # --------------------------------------------------------------------------------------------
 #
-# Running, measuring and confining: real functions in real processes, as root and as an ordinary user.
-#
-# The functions stand in tables of text: `=== name | runtime field=JSON | key=expected`, then main.py;
-# `--- other.py` begins another file. A whole table is one drain; each row is then a test of its result.
-
-
-ROOT = os.geteuid() == 0
-# An interpreter that every user reaches: a virtual environment under /root is not.
-PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin") or sys.executable
-# A uid of this session's own, so that no process limit is shared with another test run.
-ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
-USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
-MIB = 1 << 20
-
-
-# ---------------------------------------------------------------- tables of functions
-
-Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
-
-
-def pairs(words: list[str]) -> list[list[str]]:
-    return [word.split("=", 1) for word in words if "=" in word]
-
-
-def table(text: str) -> dict[str, Case]:
-    """The functions of a table of text by name; see the top of this file."""
-    cases = {}
-    for part in re.split(r"^=== ", text, flags=re.MULTILINE)[1:]:
-        header, _, body = part.partition("\n")
-        name, task, expect = (re.split(r" *\| *", header) + ["", ""])[:3]
-        words = task.split()
-        runtime = next((word for word in words if word in ("cpp", "nodejs", "go")), "python")
-        entry = {"python": "main.py", "nodejs": "index.js", "go": "main.go", "cpp": "run.sh"}[runtime]
-        chunks = re.split(r"^--- (\S+)\n", body.rstrip("\n") + "\n", flags=re.MULTILINE)
-        files = {entry: chunks[0], **dict(zip(chunks[1::2], chunks[2::2]))}
-        fields = {key: json.loads(value) for key, value in pairs(words)}
-        cases[name] = Case(files, runtime, fields, {"status": "ok", **dict(pairs(expect.split()))},
-                           "root" if "root" in words else None, "unordered" in words)
-    return cases
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def as_user(user: str, uid: int = ORDINARY) -> list[str]:
-    """The words before a command that make it run as `user`."""
-    if user == "root" or not ROOT:
-        return []
-    need("setpriv")
-    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
-
-
-class Grid(Folder):
-    """A Folder in a place that every user reaches, whose agent runs as `user`."""
-
-    def __init__(self, user: str, **settings):
-        self.top = Path(tempfile.mkdtemp(prefix="nanogrid-test-"))
-        super().__init__(self.top / "grid")
-        self.user, self.base, self.spool = user, self.top / "task", self.top / "spool"
-        for place in (self.base, self.spool):
-            place.mkdir()
-        self.env = {"AGENT_TASKBASEDIR": str(self.base), "AGENT_RUNTIMES_PYTHON": PYTHON,
-                    "HOME": str(self.top), "LANG": "C.UTF-8", "TZ": "Asia/Seoul",
-                    **{f"AGENT_{key}": str(value) for key, value in settings.items()}}
-        for place in (self.top, *self.top.rglob("*")):
-            if ROOT and user == "ordinary":
-                os.chown(place, ORDINARY, ORDINARY)
-            place.chmod(0o755)
-        self.spool.chmod(0o777)
-
-    def put_all(self, cases: dict[str, Case]):
-        for name, case in cases.items():
-            if case.only in (None, self.user):
-                self.put(case.files, case.runtime, request_id=slug(name), function_id=slug(name), **case.task)
-
-    def run(self, *args, prefix=(), seconds=600) -> Grid:
-        """Drain the queue; the log is in .log, its reports by requestId in .reports."""
-        with Agent("--local", self.path, "--drain", *args, python=PYTHON, env=self.env,
-                   prefix=[*as_user(self.user), *prefix]) as agent:
-            try:
-                status = agent.end(seconds)
-            except subprocess.TimeoutExpired:
-                status = f"none within {seconds} s"
-        self.log, self.reports = agent.log, collections.defaultdict(list)
-        for report in reports(agent.log):
-            self.reports[report["requestId"]].append(report)
-        assert status == 0, agent.log[-5000:]
-        return self
-
-    def __getitem__(self, name: str) -> dict:
-        return self.result(slug(name))
-
-    def remove(self):
-        subprocess.run(["chmod", "-R", "u+rwX", self.top], stderr=subprocess.DEVNULL)  # noqa: PLW1510
-        subprocess.run(["rm", "-rf", self.top], check=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def module_within_reach():
-    """nanogrid.py where every user can read it: a home directory is often closed to others."""
-    global MODULE
-    kept = MODULE
-    with tempfile.TemporaryDirectory(prefix="nanogrid-module-") as place:
-        os.chmod(place, 0o755)
-        MODULE = Path(shutil.copy(kept, place))
-        yield
-    MODULE = kept
-
-
-@pytest.fixture(scope="session", autouse=True)
-def signals_at_default():
-    """Started by nohup or by a shell's `&`, the tests' own children would ignore some of these."""
-    for number in (signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="module", params=USERS)
-def user(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def grids():
-    """Makes Grids; all of them are removed when the module's tests are over."""
-    made = []
-
-    def make(user, **settings) -> Grid:
-        made.append(Grid(user, **settings))
-        return made[-1]
-    yield make
-    for grid in made:
-        grid.remove()
-
-
-def check(grid: Grid, name: str, case: Case) -> dict:
-    """The result of a row, after comparing it with what the row expects (`a/b`: one of them)."""
-    if case.only not in (None, grid.user):
-        pytest.skip("only root gives every slot a uid of its own")
-    result = grid[name]
-    for key, expected in case.expect.items():
-        got = str(result[key]).strip()
-        assert got in expected.split("/"), f"{key} should be {expected}: {json.dumps(result)[:3000]}"
-    return result
+# Real functions in real processes, as root and as an ordinary user; most stand in tables.
 
 
 CPP = r"""
@@ -2260,34 +2752,6 @@ def test_a_run_has_its_time_limit_and_not_much_more(timed, name):
     assert 399 <= min(durations) <= 5400, durations  # the best of three takes
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes below `pid`."""
-    children = collections.defaultdict(list)
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stat = Path("/proc", entry, "stat").read_text()
-            except OSError:
-                continue
-            children[int(stat.rpartition(")")[2].split()[1])].append(int(entry))
-    found = [pid]
-    for each in found:
-        found.extend(children[each])
-    return found[1:]
-
-
-def resident_below(pid: int) -> int:
-    """Bytes that the processes below `pid` hold, shared pages once."""
-    total = 0
-    for each in descendants(pid):
-        try:
-            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
-            total += int(re.search(r"^Pss:\s*(\d+)", rollup, re.MULTILINE)[1]) << 10
-        except (OSError, TypeError):
-            continue
-    return total
-
-
 @pytest.mark.skipif(not ROOT, reason="needs root to read the memory of other users' processes")
 def test_a_hog_never_holds_more_than_twice_its_cap_and_256_mib(grids, user):
     """Looked at from outside while it runs, over and over."""
@@ -2296,7 +2760,7 @@ def test_a_hog_never_holds_more_than_twice_its_cap_and_256_mib(grids, user):
     grid.put({"main.py": block}, memoryMb=64, request_id="python")
     for mode in ("hog", "shared"):
         grid.put({"main*": cpp_binary()}, runtime="cpp", function_id="cpp", input=mode, memoryMb=64)
-    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+    with grid.agent("--drain") as agent:
         most = 0
         while agent.process.poll() is None:
             most = max(most, resident_below(agent.process.pid))
@@ -2321,7 +2785,7 @@ finally:
     del held
     tell("mark", mark + ".held", [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """}, request_id="hog", memoryMb=128, timeoutMs=300000)
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user("ordinary")) as agent:
+    with grid.agent() as agent:
         until(lambda: os.path.exists(mark), what="the hog")
         helper = int(stat_of(int(Path(mark).read_text()))[1])
         watcher = int(stat_of(helper)[1])
@@ -2415,17 +2879,6 @@ def started(deadline=time.monotonic() + 100):
 """
 
 
-def command_lines() -> dict[int, str]:
-    """What /proc says of every process but zombies: pid and command line."""
-    lines = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            lines[int(entry)] = Path("/proc", entry, "cmdline").read_text("utf-8", "replace")
-        except OSError:
-            continue
-    return lines
-
-
 @pytest.fixture(scope="module")
 def escaped(grids, user):
     """The agent runs on while the rows are looked at: its own end must not be what cleans up."""
@@ -2435,7 +2888,7 @@ def escaped(grids, user):
         grid.put({"main.py": source}, request_id=slug(name), function_id=slug(name),
                  **{"timeoutMs": 120000, **case.task,
                     "input": [str(grid.spool / slug(name)), str(grid.spool / "over"), tell_in_bash()]})
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+    with grid.agent() as agent:
         takes = sum(1 if case.expect["status"] == "ok" else 3 for case in ESCAPES.values())
         until(lambda: len(reports(agent.log)) == takes, 400, f"{takes} reports")
         ended = time.monotonic()
@@ -2572,6 +3025,38 @@ def confined(grids, user):
 @pytest.mark.parametrize("name", CONFINED)
 def test_a_function_is_confined(confined, name):
     check(confined, name, CONFINED[name])
+
+
+@pytest.mark.skipif(not ROOT, reason="only root gives every slot a uid of its own")
+def test_agents_have_uids_of_their_own_whatever_a_function_takes(grids):
+    """Each uid has a locked file that root alone opens; names in the abstract space are anybody's."""
+    first, second = grids("root", EXECUTION_CONCURRENCY=1), grids("root", EXECUTION_CONCURRENCY=1)
+    squat = """
+import os, socket, time
+taken = [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(600)]
+for number, one in enumerate(taken):
+    try:
+        one.bind(f"\\0nanogrid-uid-{60600 + number}")
+    except OSError:
+        pass
+print(os.getuid(), flush=True)
+time.sleep(100)
+"""
+    first.put({"main.py": squat}, request_id="squat", timeoutMs=100000)
+    second.put({"main.py": "import os; print(os.getuid())"}, request_id="other")
+    with Agent("--local", first.path, "--log-level", "DEBUG", python=PYTHON, env=first.env) as agent:
+        agent.wait_for("squat.*start")
+        uid = int(second.run()["other"]["stdout"])
+        assert not os.path.exists(f"/run/nanogrid/uid-{uid}"), "a lock that outlives its agent"
+        assert uid not in {os.stat(path).st_uid for path in first.base.glob("agent-*/slot0/own/work")}
+
+
+@pytest.mark.parametrize("name", ["root", "0"])
+def test_functions_never_run_as_root(grids, user, name):
+    grid = grids(user, EXECUTION_RUNAS=name)
+    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        assert agent.end() == 1
+    assert "runAs" in agent.log and len(agent.log.splitlines()) == 1, agent.log
 
 
 def test_the_log_says_once_what_an_ordinary_user_cannot_have(confined):
@@ -2807,7 +3292,7 @@ SILENT = {"status": "ok", "stdout": ""}
 class Stage:
     """A grid whose agent has its settings and its file in /opt/nanogrid, on a stage of its own."""
 
-    def __init__(self, grid: Grid):
+    def __init__(self, grid: Folder):
         self.grid, self.top = grid, grid.top / "stage"
         site = self.top / "opt" / "nanogrid"
         for place in (site, self.top / "opt" / "open", self.top / "opt" / "home", self.top / "etc"):
@@ -2963,9 +3448,9 @@ def test_slots_and_processes_of_others_cannot_be_touched(grids, user):
     for me, other in (("a", "b"), ("b", "a")):
         grid.put({"main.py": with_tell(NEIGHBOUR)}, request_id=me, timeoutMs=300000,
                  input=[str(grid.spool), me, other, KEY, user == "root"])
-    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+    with grid.agent("--drain") as agent:
         until(lambda: all((grid.spool / f"{name}.ready").exists() for name in "ab"), what="both runs")
-        above = [agent.process.pid, *descendants(agent.process.pid), os.getpid(), 1]
+        above = [*family(agent.process.pid), os.getpid(), 1]
         (grid.spool / "pids").write_text(json.dumps(above))
         assert agent.end() == 0
     assert len(above) >= 1 + 1 + 2 + 2 + 2 + 2, above
@@ -3316,7 +3801,7 @@ def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     need("ip")
     grid = grids(user)
     with cloud() as (machine, _):
-        with machine.run(Agent, "--local", grid.path, "--check", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
         refused = re.search(r"^ok +instance metadata: 169.254.169.254 is refused", agent.out, re.MULTILINE)
         open_still = re.search(r"^ok +sandbox: .*functions reach the instance metadata", agent.out, re.MULTILINE)
@@ -3366,8 +3851,7 @@ def test_without_a_network_there_is_a_loopback_and_nothing_else(grids, user):
 def test_who_asks_for_no_network_has_none_or_no_run(grids, user):
     grid = grids(user, EXECUTION_NETWORK="none")
     grid.put({"main.py": "print('ran')"})
-    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env,
-               prefix=[*as_user(user), *refusing("unshare")]) as agent:
+    with grid.agent("--drain", prefix=refusing("unshare")) as agent:
         assert agent.end() == 1, agent.log
     assert "agent.execution.network none" in agent.log and "ran" not in agent.log
 
@@ -3618,10 +4102,10 @@ os.chdir(os.environ["OUTPUT_DIR"])
 open("near.txt", "w").write("near")
 open(b"no-utf-8-\\xff", "w").close()
 os.mkdir("result.json")
-for depth in range(2000):
+for depth in range(500):
     os.mkdir("nested")
     os.chdir("nested")
-    if depth in (50, 1000, 1999):
+    if depth in (50, 200, 499):
         open("file.txt", "w").write(f"at {depth}")
 """
 
@@ -3637,6 +4121,100 @@ def test_outputs_too_deep_for_a_key_are_left_out_and_said(grids, user):
     kept = grid.path / "results" / "deep"
     assert [(kept / name).read_text() for name in names] == ["near", "at 50"]
     assert re.search(r" WARNING \[deep\] 3 .*OUTPUT_DIR", grid.log), grid.log
+
+
+# What is stored of $OUTPUT_DIR: copies of the bytes, and nothing of the source is changed.
+OUTPUTS = table(r"""
+=== names that are the result's own | | stored=.result.json.part/x,plain
+for name in ("result.json", ".result.json.part"):
+    os.mkdir(name)
+    open(name + "/x", "w").close()
+open("plain", "w").close()
+=== names of an earlier receive | | stored=a,b/c
+open("a", "w").close()
+os.mkdir("b")
+open("b/c", "w").close()
+=== links, and what they lead to | | stored=mine,same
+open("mine", "w").close()
+os.link("mine", "same")
+os.symlink("/etc/hostname", "link")
+os.symlink("/etc", "folder")
+os.mkfifo("fifo")
+=== files with holes count in full | | status=failed reason=disk exitCode=0 stored=
+for name in "abc":
+    os.truncate(os.open(name, os.O_CREAT | os.O_RDWR), 20 << 20)
+=== one file by many names counts by each | | status=failed reason=disk exitCode=0 stored=
+os.truncate(os.open("a", os.O_CREAT | os.O_RDWR), 20 << 20)
+os.link("a", "b"), os.link("a", "c")
+=== a file of its package | | stored=main.py
+os.rename(work + "/main.py", "main.py")
+=== a file of its package again | | stored=main.py
+os.rename(work + "/main.py", "main.py")
+""")
+OUTPUT_HEAD = """
+import os
+work = os.getcwd()
+os.chdir(os.environ["OUTPUT_DIR"])
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXDISKMB=50)
+    earlier = grid.path / "results" / slug("names of an earlier receive")
+    for name in ("a/b", "b"):
+        (earlier / name).parent.mkdir(parents=True, exist_ok=True)
+        (earlier / name).write_text("of an earlier receive")
+    if ROOT and user == "ordinary":
+        subprocess.run(["chown", "-R", f"{ORDINARY}:{ORDINARY}", earlier.parent], check=True)
+    for name, case in OUTPUTS.items():
+        function_id = "moves itself" if "package" in name else name
+        grid.put({"main.py": OUTPUT_HEAD + case.files["main.py"]}, request_id=slug(name), function_id=slug(function_id))
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_is_stored_of_an_output(outputs, name):
+    expect = dict(OUTPUTS[name].expect)
+    stored = expect.pop("stored").split(",")
+    result = check(outputs, name, OUTPUTS[name]._replace(expect=expect))
+    assert result["outputFiles"] == list(filter(None, stored))
+    kept = outputs.path / "results" / slug(name)
+    assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if not path.is_dir()) == sorted(
+        ["result.json", *result["outputFiles"]]), "what the result names is what is there"
+    assert not any(path.is_symlink() for path in kept.rglob("*"))
+
+
+def test_nothing_but_results_is_where_they_are(outputs):
+    assert not [name for name in os.listdir(outputs.path / "results") if name.startswith(".")]
+
+
+# What no look can list, or finds gone: files below paths over PATH_MAX, those that come and go.
+DISKS = table(r"""
+=== bytes below a path that is too long | | status=failed reason=disk
+for _ in range(20):
+    os.mkdir("d" * 250), os.chdir("d" * 250)
+os.posix_fallocate(os.open("f", os.O_CREAT | os.O_RDWR), 0, 80 << 20)
+time.sleep(60)
+=== files below a path that is too long | | status=failed reason=disk
+for _ in range(20):
+    os.mkdir("d" * 250), os.chdir("d" * 250)
+for n in range(3000): open(str(n), "w").close()
+time.sleep(60)
+=== files that come and go | timeoutMs=3000 | status=timeout
+while True:
+    os.close(os.open("file", os.O_CREAT)), os.unlink("file")
+""")
+
+
+def test_what_cannot_be_listed_is_over_the_limit_and_what_has_gone_is_no_error(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=3, EXECUTION_MAXDISKMB=50, EXECUTION_MAXFILES=2000)
+    for name, case in DISKS.items():
+        source = "import os, time\nos.chdir(os.environ['TMPDIR'])\n" + case.files["main.py"]
+        grid.put({"main.py": source}, request_id=slug(name), function_id=slug(name), **case.task)
+    grid.run()
+    for name, case in DISKS.items():
+        check(grid, name, case)
 
 
 def test_small_files_without_end_are_bounded(grids, user):
@@ -4730,14 +5308,14 @@ sys.exit(len(data) % 2)
 """
 
 
-def invoke(grid: Grid, *args, data: bytes = b"") -> subprocess.CompletedProcess:
+def invoke(grid: Folder, *args, data: bytes = b"") -> subprocess.CompletedProcess:
     return subprocess.run([*as_user(grid.user), PYTHON, MODULE, "--invoke", *map(str, args)], input=data,  # noqa: PLW1510, UP022
                           env={**os.environ, **grid.env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=180)
 
 
 @pytest.fixture(scope="module")
 def invoked(grids, user):
-    """A Grid with one function as a folder and as a zip."""
+    """A Folder with one function as a folder and as a zip."""
     grid = grids(user)
     (grid.top / "fn").mkdir()
     (grid.top / "fn").chmod(0o755)
@@ -4806,439 +5384,6 @@ def test_invoke_says_what_is_wrong(invoked, name, args):
     done = invoke(invoked, invoked.top / name, *args)
     assert done.returncode in (1, 2), done
     assert done.stdout == b"" and b"Traceback" not in done.stderr and done.stderr.strip(), done
-
-
-# --------------------------------------------------------------------------------------------
-# Delivery: a proxy that fails by rule, a site, /proc
-# --------------------------------------------------------------------------------------------
-#
-# What the tests of delivery add to the harness: a proxy that fails by rule, a site, /proc.
-
-
-# ---------------------------------------------------------------------- the fault proxy
-
-# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message)
-REFUSALS = {
-    "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
-    "status 503": (503, "ServiceUnavailable", "ServiceUnavailable", "Service is unavailable"),
-    "throttling": (400, "ThrottlingException", "SlowDown", "Rate exceeded"),
-    "expired": (403, "ExpiredTokenException", "ExpiredToken", "The security token is expired"),
-    "denied": (403, "AccessDeniedException", "AccessDenied", "User is not authorized"),
-    "no bucket": (404, "NoSuchBucket", "NoSuchBucket", "The specified bucket does not exist"),
-}
-
-
-@dataclass
-class Rule:
-    """Fails requests of the operations that match `pattern`: `times` of them, or all."""
-    pattern: str
-    fault: str
-    times: int | None = None
-    seconds: float = 0.0
-    said: tuple = ()  # what as_aws() answers
-
-
-@dataclass
-class Seen:
-    """One request as the proxy saw it."""
-    at: float
-    operation: str
-    fault: str
-    path: str
-    body: bytes = field(repr=False)
-    key: str = ""  # the access key id that signed it
-
-
-def operation_of(method: str, path: str, headers, body: bytes) -> str:
-    """The AWS operation of a request, whichever protocol botocore chose for the service."""
-    if target := headers.get("X-Amz-Target"):
-        return target.rpartition(".")[2]
-    if "/operation/" in path:
-        return path.rpartition("/")[2]
-    if headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded"):
-        return urllib.parse.parse_qs(body.decode())["Action"][0]
-    key = urllib.parse.urlsplit(path).path.strip("/").partition("/")[2]
-    return {"GET": "GetObject" if key else "ListObjectsV2", "PUT": "PutObject", "POST": "PutObject",
-            "HEAD": "HeadObject" if key else "HeadBucket", "DELETE": "DeleteObject"}[method]
-
-
-def matches(pattern: str, operation: str) -> bool:
-    """Whether one of the patterns, parted by `|`, matches the operation's name."""
-    return any(fnmatch.fnmatch(operation, part) for part in pattern.split("|"))
-
-
-def cbor(texts: dict[str, str]) -> bytes:
-    """A CBOR map of up to 23 pairs of texts: what an error of CloudWatch is."""
-    coded = [struct.pack(">BH", 0x79, len(text.encode())) + text.encode()
-             for pair in texts.items() for text in pair]
-    return bytes((0xA0 + len(texts),)) + b"".join(coded)
-
-
-def proxy_refusal(fault: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of an AWS error in the protocol of the request."""
-    status, code, s3_code, message = REFUSALS[fault]
-    error = {"__type": f"com.amazon.coral.service#{code}", "message": message}
-    if "X-Amz-Target" in headers:
-        return status, {"Content-Type": "application/x-amz-json-1.0"}, json.dumps(error).encode()
-    if "Smithy-Protocol" in headers:
-        kind = {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
-        return status, kind, cbor(error)
-    xml = f"<Error><Code>{s3_code}</Code><Message>{message}</Message></Error>"
-    if b"Action=" in body:
-        xml = f"<ErrorResponse>{xml.replace(s3_code, code)}</ErrorResponse>"
-    return status, {"Content-Type": "application/xml"}, xml.encode()
-
-
-def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str) -> bytes:
-    """An error as AWS's own services answer it, from the status line to the last byte.
-
-    SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
-    S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
-    CloudWatch: as SQS since botocore 1.42 (its model also offers smithy.io/2.0/additional-specs/
-    protocols/smithy-rpc-v2.html); before, smithy.io/2.0/aws/protocols/aws-query-protocol.html
-    """
-    request_id, more = "66916324-67ca-54bb-a410-3f567a7a0571", ""
-    text = message.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    if target := headers.get("X-Amz-Target"):
-        kind = "application/x-amz-json-1.0"
-        space = "com.amazonaws.sqs" if target.startswith("AmazonSQS.") else "com.amazonaws.cloudwatch"
-        if code.endswith("Exception"):  # of what stands before each service
-            space = "com.amazon.coral.service"
-        content = json.dumps({"__type": f"{space}#{code}", "message": message}).encode()
-    elif "Smithy-Protocol" in headers:
-        kind, more = "application/cbor", "smithy-protocol: rpc-v2-cbor\r\n"
-        content = cbor({"__type": f"com.amazonaws.cloudwatch#{code}", "message": message})
-    elif b"Action=" in body:
-        kind = "text/xml"
-        space = ("https://sts.amazonaws.com/doc/2011-06-15/" if b"AssumeRole" in body else
-                 "http://monitoring.amazonaws.com/doc/2010-08-01/")
-        content = (f'<ErrorResponse xmlns="{space}">\n  <Error>\n'
-                   f"    <Type>Sender</Type>\n    <Code>{twin or code}</Code>\n    <Message>{text}</Message>"
-                   f"\n  </Error>\n  <RequestId>{request_id}</RequestId>\n</ErrorResponse>\n").encode()
-    else:
-        content = (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{text}'
-                   f"</Message><RequestId>4442587FB7D0A2F9</RequestId><HostId>{request_id}</HostId></Error>")
-        return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
-                f"x-amz-request-id: 4442587FB7D0A2F9\r\nx-amz-id-2: {request_id}\r\n"
-                "Content-Type: application/xml\r\nTransfer-Encoding: chunked\r\n"
-                "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\nServer: AmazonS3\r\n\r\n"
-                f"{len(content.encode()):x}\r\n{content}\r\n0\r\n\r\n").encode()
-    more += f"x-amzn-query-error: {twin};Sender\r\n" if twin else ""
-    return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\nx-amzn-RequestId: {request_id}\r\n"
-            f"{more}Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n"
-            "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\n\r\n").encode() + content
-
-
-class ProxyHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 300
-
-    def handle_request(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        operation = operation_of(self.command, self.path, self.headers, body)
-        signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
-        rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
-        if rule and rule.said:
-            return self.wfile.write(as_aws(self.headers, body, *rule.said))
-        fault = rule.fault if rule else ""
-        if fault in REFUSALS:
-            return self.answer(*proxy_refusal(fault, self.headers, body))
-        if fault == "reset":
-            self.server.proxy.closing.wait(rule.seconds)
-            return self.reset()
-        if fault == "black hole":
-            self.server.proxy.closing.wait()
-            return self.reset()
-        if fault == "delay":
-            self.server.proxy.closing.wait(rule.seconds)
-        if fault == "partial":
-            refused, body = split_batch(body)
-        status, headers, content = self.forward(body)
-        if fault == "lost answer":
-            return self.reset()
-        if fault == "late answer":
-            self.server.proxy.closing.wait(rule.seconds)
-        if fault == "partial":
-            content = with_failed(content, refused)
-        if operation == "ReceiveMessage" and status == 200:
-            self.server.proxy.received += json.loads(content or b"{}").get("Messages") or []
-        self.answer(status, headers, content, cut=fault == "truncated")
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
-
-    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        backend = http.client.HTTPConnection(self.server.proxy.backend, timeout=300)
-        headers = {**self.headers, "Content-Length": str(len(body)), "Connection": "close"}
-        headers.pop("Expect", None)
-        try:
-            backend.request(self.command, self.path, body, headers)
-            response = backend.getresponse()
-            return response.status, dict(response.getheaders()), response.read()
-        finally:
-            backend.close()
-
-    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False):
-        """Send the answer; `cut`: half of it, then end the connection."""
-        length = headers.get("Content-Length") if self.command == "HEAD" else None
-        self.send_response_only(status)
-        for name, value in headers.items():
-            if name.lower() not in ("content-length", "connection", "transfer-encoding"):
-                self.send_header(name, value)
-        self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content[:len(content) // 2] if cut else content)
-        if cut:
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
-
-    def reset(self):
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close_connection = True
-        self.rfile.close()
-        self.connection.close()
-
-    def finish(self):
-        with contextlib.suppress(OSError, ValueError):
-            super().finish()
-
-    def log_message(self, *_):
-        pass
-
-
-def split_batch(body: bytes) -> tuple[list[str], bytes]:
-    """Takes the first half (at least one) of a batch's entries out; their ids, and the rest."""
-    request = json.loads(body)
-    entries = request["Entries"]
-    half = (len(entries) + 1) // 2
-    request["Entries"] = entries[half:]
-    return [entry["Id"] for entry in entries[:half]], json.dumps(request).encode()
-
-
-def with_failed(content: bytes, refused: list[str]) -> bytes:
-    """The answer of a batch with `refused` added to its failed entries."""
-    answer = json.loads(content) if b'"Successful"' in content else {"Successful": []}
-    failed = [{"Id": entry, "SenderFault": False, "Code": "InternalError", "Message": "try again"}
-              for entry in refused]
-    return json.dumps({**answer, "Failed": answer.get("Failed", []) + failed}).encode()
-
-
-class QuietServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def handle_error(self, *_):
-        """A client that goes away, or a backend that does, is what these tests are about."""
-
-
-class FaultProxy:
-    """Stands before `url`; `fail("DeleteMessage*", "reset", times=2)` until `heal()`.
-
-    Faults: those of REFUSALS; "reset" (after seconds=); "black hole" (read, never answered, not even after heal());
-    "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
-    reset); "truncated" (half a body); "partial" (half of a batch's entries fail).
-    `requests` is what came, `received` the messages that were given out; `expired` are access keys
-    that are answered as AWS answers expired ones.
-    """
-
-    def __init__(self, url: str):
-        self.backend = urllib.parse.urlsplit(url).netloc
-        self.requests: list[Seen] = []
-        self.received: list[dict] = []
-        self.rules: list[Rule] = []
-        self.expired: set[str] = set()
-        self.closing = threading.Event()
-        self.lock = threading.Lock()
-        self.server = QuietServer(("127.0.0.1", 0), ProxyHandler)
-        self.server.proxy = self
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-    def fail(self, pattern: str, fault: str, times: int | None = None, seconds: float = 0.0, said=()):
-        with self.lock:
-            self.rules.append(Rule(pattern, fault, times, seconds, said))
-
-    def heal(self):
-        with self.lock:
-            self.rules.clear()
-
-    def take(self, operation: str, path: str, body: bytes, key: str) -> Rule | None:
-        """The rule that this request falls under, used up by one; the request is noted."""
-        with self.lock:
-            found = next((rule for rule in self.rules if rule.times != 0 and (
-                matches(rule.pattern, operation) or matches(rule.pattern, f"{operation} {path}"))),
-                         None)
-            if found and found.times:
-                found.times -= 1
-            found = Rule("*", "expired") if key in self.expired else found
-            fault = found.fault if found else ""
-            self.requests.append(Seen(time.monotonic(), operation, fault, path, body, key))
-            return found
-
-    def count(self, pattern: str, fault: str = "*") -> int:
-        with self.lock:
-            return sum(matches(pattern, seen.operation) and fnmatch.fnmatch(seen.fault, fault)
-                       for seen in self.requests)
-
-
-# ---------------------------------------------------------------------- a site of a test's own
-
-# Has a file for each run, named REQUEST_ID.RANDOM and holding its pid; then as its input says.
-MARKER = """
-import json, os, sys, time
-task = json.load(sys.stdin)
-name = task["marks"] + "/" + os.environ["REQUEST_ID"] + "." + os.urandom(6).hex()
-tell("mark", name, str(os.getpid()))
-time.sleep(task.get("sleep", 0))
-sys.exit(task.get("exit", 0))
-"""
-
-
-def marker() -> dict[str, str]:
-    return {"main.py": with_tell(MARKER)}
-
-
-@contextlib.contextmanager
-def scratch():
-    """A directory that every user may enter, with a folder `marks` for what the witness hears."""
-    path = Path(tempfile.mkdtemp(prefix="nanogrid-delivery-"))
-    path.chmod(0o755)
-    (path / "marks").mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def site(moto: str, **options):
-    """An Aws of its own whose agents go through a FaultProxy, `aws.proxy`; MARKER is at fn.zip."""
-    with scratch() as path, FaultProxy(moto) as proxy:
-        aws = Aws(moto, path, **options)
-        aws.proxy, aws.prefix = proxy, ()
-        aws.env["AWS_ENDPOINT_URL"] = proxy.url
-        aws.put(marker())
-        yield aws
-
-
-def start(aws: Aws, *args, wait: int = 1, env=None, prefix=None, **sections) -> Agent:
-    """An agent of this site; sections of its settings as dicts: execution={"concurrency": 1}."""
-    extra = ""
-    for name, values in sections.items():
-        extra += f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
-    return Agent("--config", aws.config(extra, wait), *args, env={**aws.env, **(env or {})},
-                 prefix=aws.prefix if prefix is None else prefix)
-
-
-def job(aws: Aws, request_id: str = "r1", sleep: float = 0, exit: int = 0, **task) -> str:
-    """Send a task for MARKER; its message id."""
-    told = {"marks": str(aws.path / "marks"), "sleep": sleep, "exit": exit}
-    return aws.send(request_id, input=told, **task)
-
-
-def proxy_runs(path: Path) -> Counter:
-    """How often each request id was run, by the marks under `path`."""
-    marks = (path / "marks").iterdir()
-    return Counter(mark.name.partition(".")[0] for mark in marks if mark.name[-1] != "~")
-
-
-def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
-    """Wait until the queue is empty and the dead-letter queue holds as many messages."""
-    def settled():  # a message that becomes visible between two counts is in neither: look again
-        return not aws.count() and not aws.count() and dead(aws) == in_dlq
-
-    try:
-        until(settled, seconds, "the end of all messages")
-    except AssertionError as error:
-        raise AssertionError(f"{error}: {aws.count()} are in the queue and {dead(aws)} in the DLQ; "
-                             f"the log:\n{agent.log}") from None
-
-
-def until_ran(path: Path, request_id: str = "r1", times: int = 1):
-    """Wait until the function of a request has begun."""
-    until(lambda: proxy_runs(path)[request_id] >= times, what=f"a run of {request_id}")
-
-
-def run_pids(path: Path) -> list[int]:
-    return [int(mark.read_text()) for mark in (path / "marks").iterdir() if mark.name[-1] != "~"]
-
-
-def visible(aws: Aws, url: str | None = None) -> int:
-    """Messages that a receive would get now."""
-    name = "ApproximateNumberOfMessages"
-    got = aws.sqs.get_queue_attributes(QueueUrl=url or aws.queue_url, AttributeNames=[name])
-    return int(got["Attributes"][name])
-
-
-def dead(aws: Aws) -> int:
-    """Messages in the dead-letter queue."""
-    return aws.count(aws.dlq_url)
-
-
-def metric_values(aws: Aws, function_id: str) -> float:
-    """How many PeakMemoryBytes values CloudWatch holds for a function, by both dimensions."""
-    got = aws.cloudwatch.get_metric_statistics(
-        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes", Period=86400,
-        StartTime=time.time() - 86400, EndTime=time.time() + 86400, Statistics=["SampleCount"],
-        Dimensions=[{"Name": "FunctionId", "Value": function_id},
-                    {"Name": "Runtime", "Value": "python"}])
-    return sum(point["SampleCount"] for point in got["Datapoints"])
-
-
-def complaints(log: str) -> list[str]:
-    """The log's lines of level WARNING and above, but the one of what the machine leaves open."""
-    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!not started as root|functions ).*$", log,
-                      re.MULTILINE)
-
-
-def mishaps(log: str) -> list[str]:
-    """Those that are not of an emulator which answers late, as it may on a busy machine."""
-    return [line for line in complaints(log) if " timeout on endpoint URL" not in line]
-
-
-# ---------------------------------------------------------------------- processes
-
-
-def stat_of(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on, or None when there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def family(pid: int) -> list[int]:
-    """`pid` and its living descendants."""
-    parents = {int(entry): stat for entry in os.listdir("/proc")
-               if entry.isdigit() and (stat := stat_of(int(entry)))}
-    found = [pid]
-    for member in found:
-        found += [child for child, stat in parents.items() if int(stat[1]) == member]
-    return found
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time used by the process and its living descendants."""
-    stats = filter(None, map(stat_of, family(pid)))
-    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
-
-
-def alive(pid: int) -> bool:
-    return bool((stat := stat_of(pid)) and stat[0] not in "ZX")
-
-
-def until_gone(pids: list[int], seconds: float = 60):
-    """Wait until none of these processes lives."""
-    until(lambda: not any(map(alive, pids)), seconds, f"the end of {pids}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -5422,13 +5567,6 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
 
 
 # ---------------------------------------------------------------------- faults, by name
-
-# Runs nanogrid.py with another value for a constant: `python -c … python nanogrid.py ARGUMENTS`.
-PATCHED = """import sys
-sys.path.insert(0, sys.argv[2].rpartition("/")[0])
-import nanogrid as ng
-{}
-sys.exit(ng.main(sys.argv[3:]))"""
 
 # what fails: (operations, visibility timeout, seconds that the fault lasts, and the function)
 SCENES = {
@@ -5700,9 +5838,8 @@ def in_hand(folder) -> list[str]:
 
 def local_outage_trial(_, seconds: float, number: int = 0):
     """The disk of folder and workspaces is full, then not: no take is spent but by a SIGKILL."""
-    with scratch() as path, small_disk(path / "disk") as (prefix, seen, fill, back):
-        folder = Folder(seen / "grid")
-        folder.scratch = path
+    with scratch() as path, small_disk(path / "disk") as (prefix, seen, fill, back), \
+            Folder(path=seen / "grid") as folder:
         agent_of = functools.partial(
             Agent, "--local", path / "disk" / "grid", prefix=prefix,
             env={"AGENT_TASKBASEDIR": f"{path}/disk/task", "AGENT_EXECUTION_CONCURRENCY": "2"})
@@ -5713,7 +5850,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
                 local_job(folder, request_id, sleep=3 if request_id in JOBS[:2] else 0,
                           s3Key="fn.zip" if request_id in JOBS[:2] else "new.zip")
             for request_id in JOBS[:2]:
-                until_ran(path, request_id)
+                until_ran(folder.scratch, request_id)
             fill()
             first.wait_for("trying on until it works")
             begun, used = time.monotonic(), cpu_seconds(first.process.pid)
@@ -5728,7 +5865,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
             back()
             until(lambda: not in_hand(folder), 60, f"the end of all\n{first.log}{last.log}")
             assert last.stop() == 0
-        log, runs = first.log + (last.log if number else ""), proxy_runs(path)
+        log, runs = first.log + (last.log if number else ""), proxy_runs(folder.scratch)
         assert {folder.result(one)["status"] for one in JOBS} == {"ok"}, log
         assert not names(folder, "dead") and "Traceback" not in log, log
         again = {name for name, times in runs.items() if times > 1}
@@ -6029,8 +6166,7 @@ raise SystemExit(not tell("mark", json.loads(input())))
 def test_a_full_disk_under_a_folder_stops_no_slot(grids):
     """No file of the agent's may grow (its runs are another process): nothing it keeps fits."""
     grid = grids("ordinary")
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
-               prefix=as_user("ordinary")) as agent:
+    with grid.agent() as agent:
         pid = agent.process.pid
         grid.put({"main.py": "print(1)"}, request_id="before", function_id="f")
         agent.wait_for("REPORT requestId=before .*status=ok")
@@ -6056,8 +6192,7 @@ def test_no_more_processes_is_waited_out(grids):
         for pid in family(agent.process.pid):
             set_limit(pid, f"--nproc={processes}:")
 
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
-               prefix=as_user("ordinary")) as agent:
+    with grid.agent() as agent:
         grid.put({"run.sh": "true"}, "cpp", "before", "before")
         agent.wait_for("REPORT requestId=before .*status=ok")
         limit(1)
@@ -6872,8 +7007,7 @@ def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
     subprocess.run(["sh", "-c", change.format(grid.path).replace(" .", f" {grid.path}")],
                    cwd=grid.path, check=True)
     before = sorted(grid.path.rglob("*"))
-    with Agent("--local", grid.path, flag, python=PYTHON, env=grid.env, cwd="/",
-               prefix=as_user("ordinary")) as agent:
+    with grid.agent(flag, cwd="/") as agent:
         status = agent.end()
     said = agent.out + agent.log
     is_usage = (trouble, flag) in (("missing", "--drain"), ("a file", "--drain"))
@@ -7534,32 +7668,6 @@ def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
 
 
 # ---------------------------------------------------------------------- --local
-
-
-@contextlib.contextmanager
-def local_site():
-    """A Folder with MARKER as fn.zip; the workspaces are in its own scratch directory."""
-    with scratch() as path:
-        folder = Folder(path / "grid")
-        (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
-        folder.scratch, folder.env = path, {"AGENT_TASKBASEDIR": str(path / "task")}
-        yield folder
-
-
-def local(folder, *args, env=None, **options) -> Agent:
-    return Agent("--local", folder.path, *args, env={**folder.env, **(env or {})}, **options)
-
-
-def local_job(folder, request_id, sleep=0, exit=0, **task):
-    told = {"marks": str(folder.scratch / "marks"), "sleep": sleep, "exit": exit}
-    return folder.put(request_id=request_id, input=told, **task)
-
-
-def names(folder, *parts) -> list[str]:
-    """The visible names in one of the folder's directories; none where it is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(name for name in os.listdir(folder.path.joinpath(*parts)) if name[0] != ".")
-    return []
 
 
 def test_local_several_agents_share_a_folder_and_run_each_task_once():
@@ -8568,10 +8676,10 @@ def check_metric(url: str, peak_bytes: int):
 # Their commands and examples, run as they stand there; an emulator is AWS.
 
 
-ROOT = Path(__file__).parent
-PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+REPOSITORY = Path(__file__).parent
+PAGES = {page: page.read_text() for page in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md")))}
 TEXT = "\n".join(PAGES.values())
-UNIT = ROOT / "nanogrid.service"
+UNIT = REPOSITORY / "nanogrid.service"
 
 # The fenced blocks that stand behind a comment `<!-- test: NAME -->`, by name.
 MARKED = re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
@@ -8620,7 +8728,7 @@ def test_every_command_is_run_by_a_test():
 
 
 def test_pages_are_short_and_so_are_their_lines():
-    assert len(PAGES[ROOT / "README.md"].splitlines()) <= 260
+    assert len(PAGES[REPOSITORY / "README.md"].splitlines()) <= 260
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     assert [line for line in prose.splitlines() if len(line) > 120 and line[0] != "|"] == []
 
@@ -8641,7 +8749,7 @@ GUIDE_COMMENTS = [
 
 
 def test_application_yml_example_has_every_setting_with_its_default_and_a_word_on_it():
-    text = (ROOT / "application.yml.example").read_text()
+    text = (REPOSITORY / "application.yml.example").read_text()
     for row in ng.SETTINGS:
         value = ng.parse_yaml(text)
         for key in row.path.split("."):
@@ -8655,7 +8763,7 @@ def test_application_yml_example_has_every_setting_with_its_default_and_a_word_o
 
 
 def test_application_yml_example_loads_but_for_the_account_id(tmp_path):
-    text = (ROOT / "application.yml.example").read_text()
+    text = (REPOSITORY / "application.yml.example").read_text()
     [problem] = problems(tmp_path, text)
     assert "still holds YOUR_ACCOUNT_ID" in problem
     settings, warnings = load(tmp_path, text.replace("queueUrl: https://sqs.ap-northeast-2.amazonaws.com/"
@@ -8817,7 +8925,7 @@ class Shell:
         self.url, self.path = url, path
         # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
         tool(path / "bin" / "aws", f'exec {shutil.which("aws")} --endpoint-url {url} "$@"')
-        shutil.copy(ROOT / "application.yml.example", path)
+        shutil.copy(REPOSITORY / "application.yml.example", path)
         (path / "policy.json").write_text(BLOCKS["policy.json"])
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url, "AWS_PAGER": "",
                     "PATH": f"{path / 'bin'}:{os.environ['PATH']}"}
