@@ -2083,8 +2083,9 @@ sys.exit(status)
 # The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
 # supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
 # supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of
-# JSON; what is said back has its kind under "kind". What is fixed for a slot is in SlotSpec, what is fixed when a helper
-# starts is in RunSpec.helper, and what belongs to one run alone is in the rest of RunSpec.
+# JSON; what is said back has its kind under "kind". What is fixed for a slot is in SlotSpec, what is
+# fixed when a helper starts is in RunSpec.helper, and what belongs to one run alone is in the rest
+# of RunSpec.
 
 READY, BEGUN, OUTCOME, NOT_BEGUN, LOST = "ready", "begun", "outcome", "not begun", "lost"
 

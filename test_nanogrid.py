@@ -226,9 +226,9 @@ def reports(log: str) -> list[dict[str, str]]:
 
 
 def complaints(log: str) -> list[str]:
-    """The log's lines of level WARNING and above, but the one of what the machine leaves open."""
-    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!not started as root|functions ).*$", log,
-                      re.MULTILINE)
+    """The log's lines of level WARNING and above, but REPORTs and what the machine leaves open."""
+    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!REPORT |not started as root|functions ).*$",
+                      log, re.MULTILINE)
 
 
 def mishaps(log: str) -> list[str]:
@@ -1403,7 +1403,6 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("output.queueUrl", QUEUE, "output_queue_url", QUEUE),
     ("metrics.namespace", "Mine/Runs", "namespace", "Mine/Runs"),
     ("metrics.flushSeconds", "60", "flush_seconds", 60),
-    ("metrics.runs", "true", "count_runs", True),
     ("taskBaseDir", "/srv/task", "task_base_dir", "/srv/task"),
 ])
 def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, text, field, value):
@@ -5907,7 +5906,7 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             job(aws, timeoutMs=20000)
             until(lambda: aws.proxy.received, what="the receive")
             taken = time.time()
-            said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3")
+            said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
             assert held > 10, f"given up too early\n{agent.log}"
             assert held < 60, f"given up too late\n{agent.log}"
@@ -6463,29 +6462,6 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
         assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
 
 
-@pytest.mark.parametrize("runs", ["true", "false"])
-def test_runs_are_one_more_datum_in_the_same_request(moto, runs):
-    """By status, each turn once: what never ran has no peak, and is counted too."""
-    with site(moto, visibility=600, receives=1) as aws:
-        for number in range(3):
-            job(aws, f"ok{number}")
-        job(aws, "bad", exit=1)
-        aws.send("wrong", runtime="cobol")
-        with start(aws, metrics={"runs": runs, "flushSeconds": 3600}) as agent:
-            until(lambda: len(reports(agent.log)) >= 5, what="five reports")
-            agent.stop()
-        statuses = Counter(each["status"] for each in reports(agent.log))
-        got = {each["Dimensions"][0]["Value"]: each for each in aws.cloudwatch.list_metrics(
-            Namespace="NanoGrid/FunctionRunner", MetricName="Runs")["Metrics"]}
-        assert aws.proxy.count("PutMetricData") == 1
-        published = int(re.search(r"published (\d+) values", agent.log)[1])
-    assert statuses["ok"] == 3 and statuses["failed"] == 1 and statuses["rejected"] >= 1
-    assert published == 4 + (sum(statuses.values()) if runs == "true" else 0)
-    assert runs == "false" or set(statuses) <= set(got)
-    body = aws.proxy.requests[-1].body
-    assert (b"Runs" in body) == (b"Status" in body) == (b"rejected" in body) == (runs == "true")
-
-
 # ---------------------------------------------------------------------- admission
 
 
@@ -6630,10 +6606,22 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
         assert aws.count() == visible(aws) == 9
 
 
-def test_run_that_is_let_go_of_before_it_begins_is_released():
-    slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
-    slot.cancel()
-    assert slot.run(ng.Job((), "", {}, "", "", 1, 1, 1, 1)) == {"status": "released"}
+@pytest.mark.parametrize("when", ["before", "between connect and send"])
+def test_run_that_is_let_go_of_before_it_begins_is_released(when):
+    """A shutdown may come at any moment; what it finds there is the supervisor's end of the socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        def supervisor(_):
+            slot.cancelled = True
+            theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
+            ours.shutdown(socket.SHUT_WR)
+            return ours
+
+        slot = ng.Slot(types.SimpleNamespace(directory=""), supervisor, ng.Dependency(ng.Log(), "starting"))
+        if when == "before":
+            slot.cancel()
+        run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
+        assert slot.run(run) == ng.Outcome("released")
 
 
 @trial
@@ -7482,7 +7470,7 @@ class Party:
         try:
             yield queue
         finally:
-            queue.close()
+            queue.close(lambda: False)
 
     def meet(self, call: str) -> tuple[str, bool]:
         """What is said of a call that fails, and whether the turn waits (True where it always does)."""
@@ -7502,7 +7490,8 @@ class Party:
 
     def ReceiveMessage(self, log):
         with self.queue(log) as queue:
-            agent = ng.Agent(self.settings, log, queue, None, None, None, types.SimpleNamespace(all=[0]))
+            agent = ng.Agent(self.settings, log, ng.Services(queue, None, None, None),
+                             types.SimpleNamespace(all=[0], base=self.path))
             agent._pause = lambda _: setattr(agent, "stopping", True)
             agent._poll()
             os.close(agent.wake)
@@ -7537,7 +7526,7 @@ class Party:
     def PutMetricData(self, log):
         metrics = ng.CloudWatchMetrics(self.clients.cloudwatch, self.settings, log)
         metrics.put(ng.Report(function_id="f", runtime="python", outcome=ng.Outcome("ok", peak_memory_bytes=1)))
-        metrics.close()
+        metrics.close(lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -8174,7 +8163,7 @@ def test_setup_makes_outputs_alarms_and_a_dashboard_and_takes_them_down(account)
     assert account.tags(bucket="results") == [TAGS] * 7
     board = account.cloudwatch.get_dashboard(DashboardName=account.names()["dashboards"][0])
     shown = json.dumps([one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]])
-    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime", "Runs"):
+    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime"):
         assert part in shown
     assert [(one["Action"], one["Resource"]) for one in account.statements()[3:]] == [
         (["s3:PutObject"], "arn:aws:s3:::results/*"),
