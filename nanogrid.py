@@ -993,6 +993,7 @@ class Dependency:
         self.lock = threading.Lock()
         self.since = 0.0  # time.monotonic() when it began to fail; 0: it works
         self.pause = self.retry_at = 0.0
+        self.tried_at = 0.0  # when a parked turn was let go to try; 0: it failed since
         self.reason = self.error = ""
 
     def failed(self, error: object, reason: str = "", longest: float = 10) -> float:
@@ -1005,7 +1006,7 @@ class Dependency:
             if now >= self.retry_at:  # threads that fail together are one failure
                 self.pause = min(longest, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
-            self.retry_at = now + pause
+            self.retry_at, self.tried_at = now + pause, 0.0
             self.reason, self.error = reason, f"{self.name} failed: {error}"
         return pause
 
@@ -3522,6 +3523,7 @@ COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 2.0  # what was received ahead and has not started by then is given back
 ERRAND_THREADS = 8
+TRY_SECONDS = 10  # one turn tries whether a part is back; until it knows, no other one does
 MOST_PARKED, MOST_PARKED_BYTES = 1000, 64 * MIB  # turns that wait for what is away, and bodies
 UNSTORED, UNSTORED_BYTES = 1000, 1024 * MIB  # results that wait for the return of their messages
 LAST_SECONDS = 5  # after the grace, for killed runs to be reported
@@ -3555,8 +3557,9 @@ class Slot:
                     connection = self.connect()
                 connection.settimeout(self.PREPARE_SECONDS)
                 connection.sendall(json.dumps(vars(run)).encode() + b"\n")
-                self._answer()  # it has begun
+                self._answer()
                 begun = True
+                self.machine.worked()
                 connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
                 answer = self._answer()
             except (OSError, RunLost) as error:
@@ -4059,8 +4062,9 @@ class Agent:
         with self.lock:
             for part, turns in list(self.parked.items()):
                 due = [turn for turn in turns if not part.since or turn.waits_until <= now]
-                if not due and part.retry_at <= now:  # one tries, best one that has run
+                if not due and max(part.retry_at, part.tried_at + TRY_SECONDS) <= now:
                     due = sorted(turns, key=lambda turn: not turn.is_done)[:1]
+                    part.tried_at = now
                 for turn in due:
                     turns.remove(turn)
                     self._queue_up(turn)
@@ -4344,20 +4348,18 @@ class Agent:
 
     def _store(self, turn: Turn) -> None:
         """Store a turn's result and output files; raises Ended, Outage and OSError."""
-        report = turn.report
-        if not report.request_id or report.outcome.status == "released":
-            return
         if turn.directory and turn.names is None:
             with self.slots.machine.needed():
                 self._list_outputs(turn)
-            report = turn.report
+        report = turn.report
         if not turn.result:
             with self.lock:
                 peaks = self.peaks(report.function_id)
                 if report.outcome.peak_memory_bytes is not None and not turn.ran_before:
                     peaks.append(report.outcome.peak_memory_bytes)
                 turn.result = report.result(turn.names or [], list(peaks))
-        self.results.put(turn.result, turn.directory, turn.names or [])
+        if report.request_id and report.outcome.status != "released":
+            self.results.put(turn.result, turn.directory, turn.names or [])
         if turn.is_aside:
             with contextlib.suppress(OSError):
                 remove(turn.directory)

@@ -560,7 +560,8 @@ AWS_ENV = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
 
 
 # moto looks at a queue and changes it without a lock: two receives at once may get the same message,
-# and what one of two deletes at once removes the other brings back. SQS does neither.
+# and what one of two deletes at once removes the other brings back. SQS does neither. A handle that is
+# not a message's newest deletes nothing in SQS, and the message in moto.
 MOTO = """
 import sys, threading
 from moto.server import main
@@ -579,7 +580,10 @@ def wait_unlocked(queue, timeout):
         lock.acquire()
 for name in ("receive_message", "send_message", "delete_message", "change_message_visibility"):
     setattr(models.SQSBackend, name, alone(getattr(models.SQSBackend, name)))
-models.Queue.wait_for_messages = wait_unlocked
+def delete_newest(queue, handle, delete=models.Queue.delete_message):
+    if not any(each.had_receipt_handle(handle) and each.receipt_handle != handle for each in queue._messages):
+        delete(queue, handle)
+models.Queue.wait_for_messages, models.Queue.delete_message = wait_unlocked, delete_newest
 main(sys.argv[1:])
 """
 
@@ -5778,11 +5782,9 @@ def outage_trial(moto: str, what: str, seconds: float):
         begun, used = time.monotonic(), cpu_seconds(agent.process.pid)
         time.sleep(seconds)
         used = (cpu_seconds(agent.process.pid) - used) / (time.monotonic() - begun)
-        held = len(aws.proxy.received)
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert held <= 4, f"{held} were received for two slots\n{agent.log}"
         assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert proxy_runs(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
@@ -6479,7 +6481,7 @@ def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starv
                 most = max(most, sum(map(alive, run_pids(aws.path))))
                 time.sleep(0.05)
             agent.stop()
-        order = [each["requestId"] for each in reports(agent.log)]
+        order = [each["requestId"] for each in reports(agent.log) if each["status"] == "ok"]
         assert len(order) == 17 and most == 2
         assert order.index("large") < 12, order
 
@@ -7711,7 +7713,8 @@ def test_local_third_failure_is_dead_with_its_result_beside_it():
         assert json.loads(left["bad.json"]) == task and left["wrong.json"] == "{"
         result = json.loads(left["bad.result.json"])
         assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
-        assert json.loads(left["wrong.result.json"])["status"] == "rejected"
+        wrong = json.loads(left["wrong.result.json"])
+        assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
         assert proxy_runs(folder.scratch) == {"bad": 3, "good": 1}
 
 
