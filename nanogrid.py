@@ -983,6 +983,9 @@ MACHINE_AWAY = {
     errno.EAGAIN: "processes", errno.ENOMEM: "memory"}
 
 
+TRY_SECONDS = 10  # for so long one thread alone tries whether a part is back
+
+
 class Dependency:
     """A part of the world that can fail for a while: said when that begins and when it ends.
 
@@ -995,7 +998,7 @@ class Dependency:
         self.lock = threading.Lock()
         self.since = 0.0  # time.monotonic() when it began to fail; 0: it works
         self.pause = self.retry_at = 0.0
-        self.tried_at = 0.0  # when a parked turn was let go to try; 0: it failed since
+        self.tried_at = -math.inf  # when somebody began to try, who does not know yet
         self.reason = self.error = ""
 
     def failed(self, error: object, reason: str = "", longest: float = 10) -> float:
@@ -1008,7 +1011,7 @@ class Dependency:
             if now >= self.retry_at:  # threads that fail together are one failure
                 self.pause = min(longest, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
-            self.retry_at, self.tried_at = now + pause, 0.0
+            self.retry_at, self.tried_at = now + pause, -math.inf
             self.reason, self.error = reason, f"{self.name} failed: {error}"
         return pause
 
@@ -1020,10 +1023,18 @@ class Dependency:
                 self.since = self.retry_at = 0.0
                 self.log("INFO", f"{self.name} works again after {seconds:.1f} s")
 
+    def may_try(self) -> bool:
+        """Whether it works, or it is time for one thread to see whether it does."""
+        return time.monotonic() >= max(self.retry_at, self.tried_at + TRY_SECONDS)
+
     def check(self) -> None:
-        """Raise the Outage of the last failure until it is time to try again."""
-        if self.retry_at > time.monotonic():
-            raise Outage(self, self.reason, self.error)
+        """Raise the Outage of the last failure if it is away, unless it is this thread's to try."""
+        with self.lock:
+            if not self.since:
+                return
+            if not self.may_try():
+                raise Outage(self, self.reason, self.error)
+            self.tried_at = time.monotonic()
 
     def outage(self, error: object, reason: str) -> Outage:
         """Note a failure; the Outage to raise."""
@@ -2091,9 +2102,8 @@ sys.exit(status)
 # The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
 # supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
 # supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of
-# JSON; what is said back has its kind under "kind". What is fixed for a slot is in SlotSpec, what is
-# fixed when a helper starts is in RunSpec.helper, and what belongs to one run alone is in the rest
-# of RunSpec.
+# JSON; what is said back has its kind under "kind". SlotSpec has what is fixed for a slot,
+# RunSpec.helper_env what is fixed when a helper starts, the rest of RunSpec what is one run's alone.
 
 READY, BEGUN, OUTCOME, NOT_BEGUN, LOST = "ready", "begun", "outcome", "not begun", "lost"
 
@@ -3438,8 +3448,8 @@ def open_output(directory: str, name: str) -> BinaryIO:
 class Results(Protocol):
     """Where results go, and the files that runs leave."""
 
-    def check(self) -> None:
-        """Raise the Outage of the last failure while it is not time to try again."""
+    def parts(self) -> list[Dependency]:
+        """What it needs: no function is run in vain while that is away."""
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Store a result, and the files `names` of `directory`; raises Ended, Outage, OSError."""
@@ -3450,7 +3460,10 @@ class FolderResults:
 
     def __init__(self, root: Path, log: Log):
         self.root, self.disk = root / "results", Dependency(log, f"storing results in {root}")
-        self.check = self.disk.check
+
+    def parts(self) -> list[Dependency]:
+        """The disk."""
+        return [self.disk]
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Keep a result, and copies of the files `names` of `directory`; raises Outage.
@@ -3482,10 +3495,9 @@ class AwsResults:
         self.bucket = Dependency(log, f"storing results in s3://{settings.output_bucket}")
         self.queue = Dependency(log, f"sending results to {settings.output_queue_url}")
 
-    def check(self) -> None:
-        """Raise the Outage of the last failure while it is not time to try again."""
-        self.bucket.check()
-        self.queue.check()
+    def parts(self) -> list[Dependency]:
+        """The bucket and the queue."""
+        return [self.bucket, self.queue]
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Upload the files, then result.json; raises Ended, Outage and OSError."""
@@ -3506,6 +3518,7 @@ class AwsResults:
 
     @staticmethod
     def _send(place: Dependency, needs: str, call: Callable[..., Any], **arguments: Any) -> None:
+        place.check()
         _, error = attempt(call, **arguments)
         if error and passes(error):
             raise place.outage(error, "output")
@@ -3649,7 +3662,6 @@ COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 2.0  # what was received ahead and has not started by then is given back
 ERRAND_THREADS = 8
-TRY_SECONDS = 10  # one turn tries whether a part is back; until it knows, no other one does
 MOST_PARKED, MOST_PARKED_BYTES = 1000, 64 * MIB  # turns that wait for what is away, and bodies
 UNSTORED, UNSTORED_BYTES = 1000, 1024 * MIB  # results that wait for the return of their messages
 LAST_SECONDS = 5  # after the grace, for killed runs to be reported
@@ -4203,9 +4215,8 @@ class Agent:
         with self.lock:
             for part, turns in list(self.parked.items()):
                 due = [turn for turn in turns if not part.since or turn.waits_until <= now]
-                if not due and max(part.retry_at, part.tried_at + TRY_SECONDS) <= now:
+                if not due and part.may_try():  # first who only has a result to store
                     due = sorted(turns, key=lambda turn: not turn.is_done)[:1]
-                    part.tried_at = now
                 for turn in due:
                     turns.remove(turn)
                     self._queue_up(turn)
@@ -4452,7 +4463,9 @@ class Agent:
         """Run a turn's function, and its compiler before if need be; raises Ended and Outage."""
         task, package = turn.task, turn.package
         assert task and package
-        self.results.check()
+        for part in self.results.parts():
+            if part.since and part.retry_at + TRY_SECONDS > time.monotonic():
+                raise Outage(part, part.reason, part.error)  # who has a result tries before
         run = self.slots.run_spec(task, self.slots.compile(task, package, slot), slot)
         with self.lock:
             if turn.is_over:
