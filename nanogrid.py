@@ -2103,7 +2103,7 @@ sys.exit(status)
 # supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
 # supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of
 # JSON; what is said back has its kind under "kind". SlotSpec has what is fixed for a slot,
-# RunSpec.helper_env what is fixed when a helper starts, the rest of RunSpec what is one run's alone.
+# RunSpec.helper_env what is fixed when a helper starts, the rest of RunSpec what is one run's.
 
 READY, BEGUN, OUTCOME, NOT_BEGUN, LOST = "ready", "begun", "outcome", "not begun", "lost"
 
@@ -3445,6 +3445,15 @@ def open_output(directory: str, name: str) -> BinaryIO:
     return file
 
 
+def copy_outputs(directory: str, names: list[str], target: Path) -> None:
+    """Copy a run's output files into another directory; raises OSError."""
+    for name in names:
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with open_output(directory, name) as source, open(copy, "wb") as file:
+            shutil.copyfileobj(source, file)
+
+
 class Results(Protocol):
     """Where results go, and the files that runs leave."""
 
@@ -3477,11 +3486,7 @@ class FolderResults:
                 new = Path(part, "new")
                 new.mkdir()
                 write_json(new, "result.json", result)
-                for name in names:
-                    copy = new / name
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    with open_output(directory, name) as source, open(copy, "xb") as file:
-                        shutil.copyfileobj(source, file)
+                copy_outputs(directory, names, new)
                 if os.path.lexists(target):
                     os.rename(target, f"{part}/old")
                 os.rename(new, target)
@@ -4013,6 +4018,23 @@ class Slots:
                 os.rename(part, built.path)
             return built
 
+    def outputs(self, directory: str, uid: int | None, outcome: Outcome,
+                label: str) -> tuple[list[str], Outcome]:
+        """The names of a run's output files, and its outcome, or what too many make of it."""
+        settings = self.settings
+        names, size, left_out = output_files(directory, uid)
+        if left_out:
+            self.log("WARNING", f"[{label}] {left_out} entries of $OUTPUT_DIR left out: paths are "
+                                f"UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json, no closed "
+                                "directory")
+        if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
+            text = (f"$OUTPUT_DIR has {len(names)} files of {size / MIB:.0f} MiB with their "
+                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            names = []
+            if outcome.status in ("ok", "failed"):
+                outcome = replace(outcome, status="failed", reason="disk", text=text)
+        return names, outcome
+
     def close(self) -> None:
         """End all that runs, and remove all that was made for it."""
         self._end_launcher()
@@ -4504,7 +4526,9 @@ class Agent:
         """Store a turn's result and output files; raises Ended, Outage and OSError."""
         if turn.directory and turn.names is None:
             with self.slots.machine.needed():
-                self._list_outputs(turn)
+                turn.names, outcome = self.slots.outputs(
+                    turn.directory, turn.uid, turn.report.outcome, turn.report.request_id or "")
+            turn.report = replace(turn.report, outcome=outcome)
         report = turn.report
         if not turn.result:
             with self.lock:
@@ -4517,22 +4541,6 @@ class Agent:
         if turn.is_aside:
             with contextlib.suppress(OSError):
                 remove(turn.directory)
-
-    def _list_outputs(self, turn: Turn) -> None:
-        """Have the turn name the run's output files; more of them than it may leave fail it."""
-        settings, outcome = self.settings, turn.report.outcome
-        names, size, left_out = output_files(turn.directory, turn.uid)
-        if left_out:
-            self.log("WARNING", f"[{turn.report.request_id}] {left_out} entries of $OUTPUT_DIR "
-                                f"left out: paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no "
-                                "result.json, no closed directory")
-        if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
-            text = (f"$OUTPUT_DIR has {len(names)} files of {size / MIB:.0f} MiB with their "
-                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
-            names = []
-            if outcome.status in ("ok", "failed"):
-                outcome = replace(outcome, status="failed", reason="disk", text=text)
-        turn.names, turn.report = names, replace(turn.report, outcome=outcome)
 
     def _parks(self, turn: Turn, error: Exception) -> bool:
         """Whether a turn waits out an error: an outage, while its lease and patience last."""
@@ -4676,43 +4684,76 @@ def say(text: str) -> None:
         write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
-    """Run one function from a zip or a folder; 0 when it ends ok."""
-    path, log = Path(args.invoke), Log(form, "ERROR")
+def own_package(path: Path, target: Path, runtime: str | None) -> tuple[str, Package]:
+    """(runtime, package) of a function in a zip or a folder, copied; raises Ended and GiveUp."""
     if not path.exists():
         raise GiveUp(f"--invoke {path}: there is no such zip or folder")
-    asked = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
-             "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
-    given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-    report = Report()
+    if path.is_dir():
+        shutil.copytree(path, target, symlinks=True)
+        for one in (target, *target.rglob("*")):
+            if not one.is_symlink():
+                one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
+    elif path.suffix == ".zip" or zipfile.is_zipfile(path):
+        target.mkdir()
+        unpack(path, target)
+    else:
+        raise GiveUp(f"--invoke {path}: this is a file, neither a zip nor a folder; name the "
+                     f"folder that it is in: --invoke {path.parent}")
+    if runtime is None:
+        found = {entry: name for name, known in reversed(RUNTIMES.items())
+                 for entry in (*known.commands, *known.compiled) if (target / entry).is_file()}
+        if len(found) > 1:
+            raise GiveUp(f"--invoke {path}: it has {' and '.join(sorted(found))}; say by --runtime "
+                         "which of them is meant")
+        runtime = next(iter(found.values()), "python")
+    if runtime not in _RUNTIME_OF:
+        raise GiveUp(f"--runtime {runtime}: write one of {', '.join(_RUNTIME_OF)}")
+    return runtime, Package(target, "", find_entry(target, _RUNTIME_OF[runtime]))
+
+
+def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
+    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp."""
+    log, keep = Log(form, "ERROR"), args.output
+    report, names = Report(), list[str]()
     with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
         slots.try_out()
-        slot, target = slots.all[0], slots.base / "code" / "invoked"
+        slot = slots.all[0]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slot.cancel())
         try:
-            task = replace(parse_task(json.dumps(asked), settings, any_bucket=True), input=given)
+            runtime, package = own_package(args.invoke, slots.base / "code/invoked", args.runtime)
+            task = parse_task(json.dumps({
+                "requestId": "invoke", "functionId": args.function_id, "runtime": runtime,
+                "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb,
+            }), settings, any_bucket=True)
             report = replace(report, **task.known())
-            if path.is_dir():
-                shutil.copytree(path, target, symlinks=True)
-                for one in (target, *target.rglob("*")):
-                    if not one.is_symlink():
-                        one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
-            else:
-                target.mkdir()
-                unpack(path, target)
-            package = Package(target, "", find_entry(target, task.runtime))
+            has_input = sys.stdin and not sys.stdin.isatty()
+            task = replace(task, input=sys.stdin.buffer.read() if has_input else b"")
             run = slots.run_spec(task, slots.compile(task, package, slot), slot, tee=True)
-            report = replace(report, outcome=slot.run(run))
+            outcome = slot.run(run)
+            names, outcome = slots.outputs(slot.output, slot.spec.uid, outcome, task.request_id)
+            report = replace(report, outcome=outcome)
         except (Ended, Outage) as error:
             report = report.ended(error)
+        outcome = report.outcome
+        if keep:
+            try:
+                keep.mkdir(parents=True, exist_ok=True)
+                copy_outputs(slot.output, names, keep)
+                write_json(str(keep), "result.json",
+                           report.result(names, [outcome.peak_memory_bytes or 0]))
+            except OSError as error:
+                raise GiveUp(f"--output {keep}: {error}; name a folder to write to") from None
     log.least = 0
-    outcome = report.outcome
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
+    if outcome.reason == "compile":  # the compiler's own lines, which no run has shown
+        write_all(2, outcome.stderr.encode())
     if outcome.text:
-        log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
-    log("INFO", "REPORT", **report.pairs())
+        log("ERROR", f"{outcome.status}: {outcome.text}")
+    if names and not keep:
+        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(names[:9])}; --output DIR keeps it")
+    log(FATES[outcome.status].level, "REPORT", **report.pairs())
     return 0 if outcome.status == "ok" else 1
 
 
@@ -4751,6 +4792,15 @@ def demo(settings: Settings, log: Log) -> None:
     say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
+TRIALS = {  # runtime: its entry file, which says the version of what runs or compiled it
+    "python": ("main.py", "import sys\nprint('runs', sys.version.split()[0])"),
+    "cpp": ("main.cpp", '#include <cstdio>\nint main() { std::puts("runs " __VERSION__); }'),
+    "nodejs": ("index.js", "console.log('runs', process.version)"),
+    "go": ("main.go", 'package main\nimport "runtime"\n'
+                      'func main() { println("runs", runtime.Version()) }'),
+}
+
+
 class Check:
     """--check: a line for each thing that the agent needs; changes nothing."""
 
@@ -4767,20 +4817,32 @@ class Check:
             self.failed = True
             say(f"FAIL  {name}: {error}")
 
-    def run(self, folder: Path | None) -> int:
+    def run(self, args: argparse.Namespace) -> int:
         """0 when all is usable, else 1."""
-        if folder:
+        if args.local:
             with self.of("folder") as is_ok:
-                found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
-                for one in (folder, *found):
+                found = filter(os.path.lexists, map(args.local.joinpath, FolderQueue.PARTS))
+                for one in (args.local, *found):
                     os.listdir(one)
                     if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
                         raise PermissionError(errno.EACCES, "Permission denied", str(one))
-                is_ok(str(folder))
-        else:
+                is_ok(str(args.local))
+        elif not (args.invoke or args.demo):
             self._aws()
-        with self.of("sandbox") as is_ok:
-            is_ok(self._sandbox())
+        with self.of("sandbox") as is_ok, contextlib.closing(
+                Slots(replace(self.settings, concurrency=1), self.log)) as slots:
+            slots.try_out()
+            names = list(RUNTIMES)
+            if args.invoke:
+                names = []
+                with self.of("function") as is_whole:
+                    name, package = own_package(
+                        args.invoke, slots.base / "code/invoked", args.runtime)
+                    names = [_RUNTIME_OF[name]]
+                    is_whole(f"{args.invoke} begins with {package.entry}, for {names[0]}")
+            for name in names:
+                self._runtime(slots, name)
+            is_ok(self._sandbox(slots))
         return int(self.failed)
 
     def _aws(self) -> None:
@@ -4801,7 +4863,7 @@ class Check:
             answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=url,
                                     AttributeNames=["All"])
             if error:
-                raise GiveUp(remedy(error, QUEUE_NEEDS, url) or str(error))
+                raise self.refused(error, QUEUE_NEEDS, url)
             attributes = answer["Attributes"]
             is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting")
         if attributes:
@@ -4822,44 +4884,78 @@ class Check:
             elif is_denied(error) and "perform: s3:ListBucket" in str(error):
                 is_ok(f"{bucket}: s3:ListBucket is not granted: a missing key is like a refusal")
             else:
-                raise GiveUp(f"{bucket}: {remedy(error, BUCKET_NEEDS.format(bucket)) or error}")
+                raise self.refused(error, BUCKET_NEEDS.format(bucket))
         with self.of("CloudWatch") as is_ok:
             # Nothing to write: who may not write is told so, who may is told that this is nothing.
             _, error = attempt(clients.cloudwatch.put_metric_data, MetricData=[],
                                Namespace=self.settings.namespace)
             if error and not re.search("Parameter|Validation", error_code(error)):
-                raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
+                raise self.refused(error, "cloudwatch:PutMetricData")
             is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
+        if bucket := self.settings.output_bucket:
+            with self.of("output bucket") as is_ok:
+                # A part of an upload that nobody began: refused to who may not write.
+                _, error = attempt(clients.s3.upload_part, Bucket=bucket, Key=key, Body=b"",
+                                   UploadId="none", PartNumber=1)
+                if error and error_code(error) not in ("NoSuchUpload", "500"):  # the latter: moto
+                    raise self.refused(error, f"s3:PutObject on arn:aws:s3:::{bucket}/*")
+                is_ok(f"{bucket}: s3:PutObject is not refused")
+        if url := self.settings.output_queue_url:
+            with self.of("output queue") as is_ok:
+                _, error = attempt(clients.sqs.send_message_batch, QueueUrl=url, Entries=[])
+                if error and not re.search("EmptyBatch|Parameter|Validation", error_code(error)):
+                    raise self.refused(error, "sqs:SendMessage on agent.output.queueUrl", url)
+                is_ok(f"{url} does not refuse a batch of no messages")
 
-    def _sandbox(self) -> str:
-        """Say a line for each runtime and the metadata; the sandbox's text. Raises GiveUp."""
-        with contextlib.closing(Slots(replace(self.settings, concurrency=1), self.log)) as slots:
-            slots.try_out()
-            for name, runtime in RUNTIMES.items():
-                if slots.programs[name] or getattr(self.settings, name):
-                    with self.of(f"runtime {name}") as is_ok:
-                        is_ok(slots.program("{program}", name))
-                else:
-                    say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
-                        "function can run; its tasks end as error")
-            slot, place, address = slots.all[0], slots.base / "code/trial", METADATA[socket.AF_INET]
-            place.mkdir(mode=0o755)
-            reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
-            (place / "run.sh").write_text(f"{reach}test -w .\n")
-            task = Task("check", "check", "cpp", "", "", 10_000, 64, b"")
-            outcome = slot.run(slots.run_spec(task, Package(place, "", "run.sh"), slot))
-            if reach:
-                with self.of("instance metadata") as is_ok:
-                    if "not permitted" not in outcome.stderr:
-                        raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
-                                     "close it by a firewall, or set agent.execution.network none")
-                    is_ok(f"{address} is refused to functions")
-            if outcome.status != "ok":
-                raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
-            who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
-            peak = outcome.peak_memory_bytes
-            return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
-                    f"{slots.isolation()}")
+    @staticmethod
+    def refused(error: Exception, needs: str, url: str | None = None) -> GiveUp:
+        """What AWS says, and what to do; also of what may pass."""
+        return GiveUp(remedy(error, needs, url) or f"{error}; it may pass: if it does not, check "
+                      "the network, agent.aws.region and agent.aws.endpointUrl")
+
+    def _runtime(self, slots: Slots, name: str) -> None:
+        """Say a line for a runtime: a program of its kind is run, and compiled if it is one."""
+        if not slots.programs[name] and not getattr(self.settings, name):
+            return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
+                       "that a function can run; its tasks end as error")
+        with self.of(f"runtime {name}") as is_ok:
+            program, (entry, source) = slots.program("{program}", name), TRIALS[name]
+            try:
+                outcome = self._trial(slots, name, entry, source)
+            except Ended as error:
+                outcome = error.outcome
+            said = outcome.stdout + outcome.stderr
+            if outcome.status != "ok" or not (found := re.fullmatch(r"runs (.*)\n", said)):
+                raise GiveUp(f"{program} does not run {entry} as it should ({outcome.status}: "
+                             f"{shown(said)}); name another in agent.runtimes.{name}")
+            is_ok(f"{program}, {found[1]}")
+
+    def _trial(self, slots: Slots, name: str, entry: str, source: str) -> Outcome:
+        """What a function of our own comes to; raises Ended."""
+        place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
+        place.mkdir(mode=0o755)
+        (place / entry).write_text(source)
+        task = Task("check", "check", name, "", "", 60_000, 512, b"")
+        package = slots.compile(task, Package(place, "", entry), slot)
+        return slot.run(slots.run_spec(task, package, slot))
+
+    def _sandbox(self, slots: Slots) -> str:
+        """Say a line for the metadata; the sandbox's text. Raises GiveUp."""
+        slot, address = slots.all[0], METADATA[socket.AF_INET]
+        reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
+        outcome = self._trial(slots, "cpp", "run.sh", f"{reach}test -w .\n")
+        if reach:
+            with self.of("instance metadata") as is_ok:
+                if "not permitted" not in outcome.stderr:
+                    raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
+                                 "close it by a firewall, or set agent.execution.network none")
+                is_ok(f"{address} is refused to functions")
+        if outcome.status != "ok":
+            raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
+        who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
+        peak = outcome.peak_memory_bytes
+        return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
+                f"{slots.isolation()}")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -4880,17 +4976,19 @@ def arguments() -> argparse.ArgumentParser:
     mode.add_argument("--demo", action="store_true",
                       help="run sample functions from a fresh folder, without settings or AWS "
                            "(default: no)")
-    mode.add_argument("--invoke", metavar="PATH",
+    mode.add_argument("--invoke", metavar="PATH", type=Path,
                       help="run one function here and now from a zip or a folder; its input is "
                            "standard input (default: no)")
     parser.add_argument("--drain", action="store_true",
                         help="end when the queue is empty, with a table of what ran (default: run "
                              "until SIGTERM or SIGINT)")
     parser.add_argument("--check", action="store_true",
-                        help="say, a line each, what is usable; change nothing (default: no)")
+                        help="say, a line each, what is usable; change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", default="python",
-                     help="python, cpp, nodejs or go (default: python)")
+    one.add_argument("--runtime", metavar="NAME",
+                     help="python, cpp, nodejs or go (default: that of its only entry file)")
+    one.add_argument("--output", metavar="DIR", type=Path,
+                     help="keep result.json and what it leaves in $OUTPUT_DIR (default: nothing)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
                      help="its time limit (default: execution.defaultTimeoutMs, "
                           f"{Settings.default_timeout_ms})")
@@ -4929,7 +5027,7 @@ def main(argv: list[str]) -> int:
             log("WARNING", warning)
         if args.check:
             say(f"ok    settings: {path or 'defaults'}")
-            return Check(settings, Log(args.log_format, "ERROR")).run(args.local)
+            return Check(settings, Log(args.log_format, "ERROR")).run(args)
         if args.invoke:
             return invoke(settings, args.log_format, args)
         if args.demo:

@@ -86,14 +86,20 @@ ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
 USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
 
 
+def patient(seconds: float) -> float:
+    """What takes `seconds` at most on an idle machine may take so long on this one, as busy as it is."""
+    busy = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return max(seconds, min(600.0, seconds * busy))
+
+
 def until(condition, seconds=180.0, what="condition"):
-    """Return the first true value of condition(); fail when `seconds` pass without one."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """Return the first true value of condition(); fail when patient(seconds) pass without one."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < patient(seconds):
         if value := condition():
             return value
         time.sleep(0.02)
-    raise AssertionError(f"{what} did not come within {seconds} s")
+    raise AssertionError(f"{what} did not come within {time.monotonic() - begun:.0f} s")
 
 
 def need(*programs: str, found=shutil.which) -> None:
@@ -201,7 +207,7 @@ class Agent:
 
     def end(self, seconds: float = 180) -> int:
         """The exit status; the log is complete when this returns."""
-        status = self.process.wait(seconds)
+        status = self.process.wait(patient(seconds))
         for reader in self._readers:
             reader.join(60)
         return status
@@ -621,7 +627,7 @@ def client_of(url: str, service: str):
                         aws_access_key_id="testing", aws_secret_access_key="testing")
 
 
-# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message)
+# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message), see as_aws()
 REFUSALS = {
     "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
     "status 503": (503, "ServiceUnavailable", "ServiceUnavailable", "Service is unavailable"),
@@ -678,23 +684,9 @@ def cbor(texts: dict[str, str]) -> bytes:
     return bytes((0xA0 + len(texts),)) + b"".join(coded)
 
 
-def proxy_refusal(fault: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of an AWS error in the protocol of the request."""
-    status, code, s3_code, message = REFUSALS[fault]
-    error = {"__type": f"com.amazon.coral.service#{code}", "message": message}
-    if "X-Amz-Target" in headers:
-        return status, {"Content-Type": "application/x-amz-json-1.0"}, json.dumps(error).encode()
-    if "Smithy-Protocol" in headers:
-        kind = {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
-        return status, kind, cbor(error)
-    xml = f"<Error><Code>{s3_code}</Code><Message>{message}</Message></Error>"
-    if b"Action=" in body:
-        xml = f"<ErrorResponse>{xml.replace(s3_code, code)}</ErrorResponse>"
-    return status, {"Content-Type": "application/xml"}, xml.encode()
-
-
 def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str) -> bytes:
-    """An error as AWS's own services answer it, from the status line to the last byte.
+    """An error as AWS's own services answer it, from the status line to the last byte; `twin` is
+    its query-compatible code, if any.
 
     SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
     S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
@@ -733,6 +725,20 @@ def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str
             "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\n\r\n").encode() + content
 
 
+def aws_refusal(fault: str, headers, body: bytes) -> tuple | None:
+    """as_aws()'s arguments for a fault of REFUSALS."""
+    if fault not in REFUSALS:
+        return None
+    status, code, s3_code, message = REFUSALS[fault]
+    is_s3 = not ("X-Amz-Target" in headers or "Smithy-Protocol" in headers or b"Action=" in body)
+    return status, s3_code if is_s3 else code, "", message
+
+
+def head_of(answer: bytes) -> bytes:
+    """What answers a HEAD: all but the body."""
+    return answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+
 class ProxyHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 300
@@ -742,11 +748,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
         operation = operation_of(self.command, self.path, self.headers, body)
         signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
         rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
-        if rule and rule.said:
-            return self.wfile.write(as_aws(self.headers, body, *rule.said))
         fault = rule.fault if rule else ""
-        if fault in REFUSALS:
-            return self.answer(*proxy_refusal(fault, self.headers, body))
+        if said := rule and (rule.said or aws_refusal(fault, self.headers, body)):
+            content = as_aws(self.headers, body, *said)
+            return self.wfile.write(content if self.command != "HEAD" else head_of(content))
         if fault == "reset":
             self.server.proxy.closing.wait(rule.seconds)
             return self.reset()
@@ -5388,13 +5393,75 @@ def test_invoke_fails_with_1(invoked, source, args, status):
     assert [report["status"] for report in reports(done.stderr.decode())] == [status], done.stderr
 
 
-@pytest.mark.parametrize("name, args", [
-    ("missing.zip", ["--runtime", "python"]), ("fn.zip", ["--runtime", "cobol"]),
-    ("fn.zip", ["--runtime", "python", "--timeout-ms", "0"]), ("fn.zip", ["--runtime", "cpp"])])
-def test_invoke_says_what_is_wrong(invoked, name, args):
-    done = invoke(invoked, invoked.top / name, *args)
-    assert done.returncode in (1, 2), done
-    assert done.stdout == b"" and b"Traceback" not in done.stderr and done.stderr.strip(), done
+MAIN_PY = {"main.py": "print('python')"}
+# how --invoke is called on a folder of these files: (files, arguments, what it says on standard error)
+INVOKED_WRONGLY = {
+    "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
+    "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
+    "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
+    "no such runtime": (MAIN_PY, "fn --runtime cobol", r"ERROR --runtime cobol: write one of python, cpp, .*\n"),
+    "no time": (MAIN_PY, "fn --timeout-ms 0", r"ERROR rejected: timeoutMs is 0; .*\n.* reason=task\n"),
+    "no entry file": ({"x.py": ""}, "fn", r"ERROR rejected: .* no main.py at its top.*\n.* reason=entry\n"),
+    "two entry files": ({**MAIN_PY, "index.js": ""}, "fn",
+                        r"ERROR --invoke fn: it has index.js and main.py; say by --runtime which of them is meant\n"),
+    "what does not compile": ({"main.cpp": "int main() { return x; }"}, "fn",
+                              r"main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
+                              r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
+    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR --output fn/main.py: .*File exists.*\n"),
+}
+
+
+@pytest.mark.parametrize("trouble", INVOKED_WRONGLY)
+def test_invoke_says_what_is_wrong_and_ends_with_1(tmp_path, trouble):
+    files, args, said = INVOKED_WRONGLY[trouble]
+    if "main.cpp" in files:
+        need("g++")
+    (tmp_path / "fn").mkdir()
+    for name, text in files.items():
+        (tmp_path / "fn" / name).write_text(text)
+    done = subprocess.run([sys.executable, MODULE, "--invoke", *args.split()], cwd=tmp_path, input="", text=True,
+                          capture_output=True, timeout=180, check=False)
+    assert done.returncode == 1, done
+    assert re.fullmatch(rf"(\S+ )?{said}", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("runtime, entry, source", [
+    ("python", "main.py", "print('python')"), ("nodejs", "index.js", "console.log('nodejs')"),
+    ("cpp", "run.sh", "echo cpp")])
+def test_invoke_knows_the_runtime_by_the_only_entry_file(invoked, runtime, entry, source):
+    need(*({"nodejs": ["node"]}.get(runtime, ())))
+    path = invoked.top / "one.zip"
+    path.write_bytes(make_zip({entry: source, "data.py": ""}))
+    done = invoke(invoked, path, "--timeout-ms", "60000")
+    assert done.stdout.decode() == f"{runtime}\n", done.stderr
+    assert reports(done.stderr.decode())[0]["runtime"] == runtime
+
+
+SAYS_AND_LEAVES = """
+import os, sys
+out = os.environ["OUTPUT_DIR"]
+os.mkdir(out + "/sub")
+open(out + "/a.txt", "w").write("a")
+open(out + "/sub/b.txt", "w").write("b")
+print("said", flush=True)
+sys.exit(3)
+"""
+
+
+def test_invoke_keeps_what_the_function_left_where_it_is_told_to(invoked, user):
+    """Beside what is there already; without --output it names what goes."""
+    path, kept = invoked.top / "leaves.zip", Path(tempfile.mkdtemp(dir=invoked.top))
+    path.write_bytes(make_zip({"main.py": SAYS_AND_LEAVES}))
+    kept.chmod(0o777)
+    (kept / "own").write_text("own")
+    done = invoke(invoked, path, "--output", kept, "--timeout-ms", "60000")
+    assert done.returncode == 1 and b"OUTPUT_DIR" not in done.stderr, done.stderr
+    assert [(kept / name).read_text() for name in ("a.txt", "sub/b.txt", "own")] == ["a", "b", "own"]
+    result = json.loads((kept / "result.json").read_text())
+    assert result["outputFiles"] == ["a.txt", "sub/b.txt"] and result["stdout"] == "said\n"
+    assert (result["status"], result["exitCode"], result["success"]) == ("failed", 3, False)
+    done = invoke(invoked, path, "--timeout-ms", "60000")
+    assert b"$OUTPUT_DIR is gone, with a.txt, sub/b.txt; --output DIR keeps it\n" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------
@@ -5918,8 +5985,7 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             taken = time.time()
             said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
-            assert held > 10, f"given up too early\n{agent.log}"
-            assert held < 60, f"given up too late\n{agent.log}"
+            assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
             aws.proxy.heal()
             until_settled(aws, agent)
             assert proxy_runs(aws.path) == {"r1": 1} and not dead(aws)
@@ -6008,24 +6074,27 @@ for _operation in ("PutObject", "SendMessage"):
 
 @trial
 def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
-    """Five are kept at most; four come while a request with five is under way."""
+    """Five are kept at most; four come while a request with some of them is under way."""
     prefix = [sys.executable, "-c", PATCHED.format("ng.CloudWatchMetrics.MOST_KEPT = 5")]
     with site(moto) as aws:
-        aws.proxy.fail("PutMetricData", "reset", seconds=3)
-        with start(aws, prefix=prefix, metrics={"flushSeconds": 3}) as agent:
+        aws.proxy.fail("PutMetricData", "reset", seconds=1)
+        with start(aws, prefix=prefix, metrics={"flushSeconds": 1}) as agent:
             for number in range(5):
                 job(aws, f"r{number}", function_id=aws.name)
             until(lambda: aws.proxy.count("PutMetricData"), what="a request to CloudWatch")
             for number in range(5, 9):
                 job(aws, f"r{number}", function_id=aws.name)
             until_settled(aws, agent)
-            agent.wait_for("publishing metrics to CloudWatch failed")
+            # All nine have come. Each request is made three times, so one of the next six is the
+            # first of a new one, which holds all that is kept.
+            before = aws.proxy.count("PutMetricData")
+            until(lambda: aws.proxy.count("PutMetricData") >= before + 6, what="another request")
             aws.proxy.heal()
-            agent.wait_for("publishing metrics to CloudWatch works again")
-            until(lambda: metric_values(aws, aws.name), what="values")
+            agent.wait_for(r"Successfully published 5 values to CloudWatch \(4 older ones")
             agent.stop()
         assert len(reports(agent.log)) == 9 and metric_values(aws, aws.name) == 5
-        assert "Successfully published 5 values to CloudWatch (4 older ones" in agent.log
+        assert agent.log.count("publishing metrics to CloudWatch failed") == 1
+        assert agent.log.count("publishing metrics to CloudWatch works again") == 1
 
 
 @trial
@@ -6355,10 +6424,10 @@ def lost_lease_is_said_and_its_result_is_not_deleted(moto):
 
 @trial
 def without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
-    with site(moto, visibility=15) as aws, start(aws) as agent:
+    with site(moto, visibility=20) as aws, start(aws) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
         for number in range(3):
-            job(aws, f"fits{number}", timeoutMs=8000)
+            job(aws, f"fits{number}", timeoutMs=12000)
             job(aws, f"long{number}", timeoutMs=60000)
         until_settled(aws, agent, 3, 180)
         agent.stop()
@@ -6952,7 +7021,12 @@ CHECKED = {
         "cloudwatch:PutMetricData", "*", "service control policy")),
         "FAIL  CloudWatch", "grant cloudwatch:PutMetricData in the service control policy"),
     "CloudWatch away": ("PutMetricData", (503, "ServiceUnavailable", "ServiceUnavailable", "Try later."),
-                        "FAIL  CloudWatch", "Try later."),
+                        "FAIL  CloudWatch", "Try later.*check the network, agent.aws.region and agent.aws.endpointUrl"),
+    "results may go": ("None", (0, "", "", ""), "ok    output bucket", "s3:PutObject is not refused\nok    output queue: "),
+    "results may not go": ("PutObject|SendMessageBatch", (403, "AccessDenied", "", "Access Denied"), "FAIL  output bucket",
+                           r"grant s3:PutObject on arn(.*\n)*FAIL  output queue: .*Access Denied; grant sqs:SendMessage"),
+    "no such output bucket": ("PutObject", (404, "NoSuchBucket", "", "The specified bucket does not exist"),
+                              "FAIL  output bucket", "check the bucket's name: .* agent.output.bucket"),
 }
 
 
@@ -6961,10 +7035,55 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check", execution={"metadata": "allow"}) as agent:
+        with start(aws, "--check", execution={"metadata": "allow"},
+                   output={"bucket": aws.bucket, "queueUrl": aws.queue_url}) as agent:
             assert agent.end() == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
+        assert aws.count() == 0 and len(aws.s3.list_objects_v2(Bucket=aws.bucket)["Contents"]) == 1
         assert line.startswith("ok") or said[3] in agent.out
+
+
+# --check of --invoke: (files, arguments, status, what it says)
+CHECKED_FUNCTIONS = {
+    "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
+                   r"ok    runtime python: /\S+, 3\.\d+\.\S+\n(.*metadata.*\n)?ok    sandbox: .*\n"),
+    "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
+    "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
+}
+
+
+@pytest.mark.parametrize("function", CHECKED_FUNCTIONS)
+def test_check_of_a_function_looks_at_what_that_needs(tmp_path, function):
+    files, args, status, said = CHECKED_FUNCTIONS[function]
+    (tmp_path / "fn").mkdir()
+    for name, text in files.items():
+        (tmp_path / "fn" / name).write_text(text)
+    with Agent("--invoke", "fn", "--check", *args.split(), cwd=tmp_path,
+               env={"AGENT_EXECUTION_METADATA": "allow"}) as agent:
+        assert agent.end() == status, agent.out
+    assert re.fullmatch(said, agent.out) and "credentials" not in agent.out, agent.out
+
+
+@pytest.mark.parametrize("runtime, program", [
+    ("python", "/bin/ls"), ("cpp", "/bin/true"), ("nodejs", "/bin/cat"), ("go", "/bin/true")])
+def test_check_starts_each_runtime_for_real(runtime, program):
+    with local_site() as folder:
+        name = f"AGENT_RUNTIMES_{runtime.upper()}"
+        with local(folder, "--check", env={name: program, "AGENT_EXECUTION_METADATA": "allow"}) as agent:
+            assert agent.end() == 1
+    lines = [line for line in agent.out.splitlines() if "runtime " in line]
+    [failed] = [line for line in lines if line.startswith("FAIL")]
+    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* name another in agent.runtimes.", failed)
+    assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
+
+
+def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
+    with site(moto) as aws:
+        aws.env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
+        with start(aws, "--check") as agent:
+            assert agent.end() == 1
+        for name in ("queue", "bucket", "CloudWatch"):
+            assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", agent.out, re.MULTILINE), agent.out
 
 
 def test_check_without_a_dlq_or_an_interpreter(moto):
@@ -7443,7 +7562,7 @@ class AsAws(BaseHTTPRequestHandler):
         if not said:
             content = b'{"Attributes": {"VisibilityTimeout": "30"}}'
             said = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
-        self.wfile.write(said.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.command == "HEAD" else said)
+        self.wfile.write(head_of(said) if self.command == "HEAD" else said)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
