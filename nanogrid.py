@@ -1750,7 +1750,7 @@ class S3Code:
         said = error and error_code(error)
         try:
             if error and said in ("304", "NotModified"):
-                answer = error.response
+                answer = getattr(error, "response", {})
             elif error and said != "NoSuchKey":
                 raise self._refusal(code, task, error)
             elif not error:
@@ -3571,7 +3571,7 @@ class FolderMetrics:
     def close(self, is_urgent: Callable[[], bool]) -> None:
         """Say how many there were."""
         if self.count:
-            self.log("INFO", f"Successfully published {self.count} values to {self.path}")
+            self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
 class CloudWatchMetrics:
@@ -4255,7 +4255,8 @@ class Agent:
     def _begin_stop(self) -> None:
         """Stop polling; give back what was not started."""
         grace = self.settings.shutdown_grace_seconds
-        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s")
+        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s; "
+                         "a second signal stops at once")
         notify("STOPPING=1")
         with self.lock:
             self._stop_taking()
