@@ -7014,7 +7014,7 @@ BUCKET = "arn:aws:s3:::code"
 # what AWS answers: (operations, as_aws()'s arguments, the line of --check, and its other words)
 CHECKED = {
     "no s3:ListBucket": ("GetObject", (403, "AccessDenied", "", DENIED_BY.format(
-        "s3:ListBucket", f'"{BUCKET}"', "identity-based policy")), "ok    bucket", "s3:ListBucket is not granted"),
+        "s3:ListBucket", f'"{BUCKET}"', "identity-based policy")), "FAIL  bucket", r"grant s3:GetObject .* \(or s3:ListBucket "),
     "no s3:GetObject": ("GetObject", (403, "AccessDenied", "", DENIED_BY.format(
         "s3:GetObject", f'"{BUCKET}/k"', "identity-based policy")),
         "FAIL  bucket", "grant s3:GetObject on .* in the identity-based policy"),
@@ -7083,7 +7083,7 @@ def test_check_starts_each_runtime_for_real(runtime, program):
             assert agent.end() == 1
     lines = [line for line in agent.out.splitlines() if "runtime " in line]
     [failed] = [line for line in lines if line.startswith("FAIL")]
-    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* name another in agent.runtimes.", failed)
+    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* correct agent.runtimes.{runtime}", failed)
     assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
 
 
