@@ -594,17 +594,19 @@ class Runtime(NamedTuple):
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
-    compiled: dict[str, tuple[str, ...]]  # the compiler's command, which makes `main`
+    # The compiler's command, which makes `main`; {sources}: all of the entry's kind beside it.
+    compiled: dict[str, tuple[str, ...]]
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
     "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
     "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
-        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
+        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "{sources}")}),
     "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
     "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
-        "main.go": ("{program}", "build", "-o", "main", "main.go")}),
+        # auto: as a module where there is a go.mod, and a plain package else
+        "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "main", ".")}),
 }
 _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
@@ -3710,9 +3712,9 @@ class Slots:
                      "from the watcher can pass its cap, and take CPU from the others")
         return "; ".join((level, *self.gaps))
 
-    def program(self, first: str, runtime: str) -> str:
-        """What a command of a runtime starts with; raises Ended when this machine lacks it."""
-        program = self.programs[runtime] if first == "{program}" else first
+    def program(self, word: str, runtime: str) -> str:
+        """What a word of a runtime's command stands for; raises Ended when this machine lacks it."""
+        program = self.programs[runtime] if word == "{program}" else word
         if not program or program[0] == "/" and not os.path.exists(program):
             names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise Ended(Outcome("error", "runtime", f"this machine has no {names} that a function "
@@ -3725,14 +3727,19 @@ class Slots:
         All commands are made here.
         """
         runtime = RUNTIMES[task.runtime]
-        first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
-        program = self.program(first, task.runtime)
+        command: list[str] = []
+        for word in {**runtime.commands, **runtime.compiled}[package.entry]:
+            if word == "{sources}":
+                kind = os.path.splitext(package.entry)[1]
+                command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+            else:
+                command.append(self.program(word, task.runtime))
         helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
                       "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
         env = {"REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
         is_warm = task.runtime == "python" and self.settings.warm_start
-        return RunSpec((program, *rest), program if is_warm else "", helper_env, env,
+        return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
                        str(package.path), task.input.decode("utf-8", "surrogateescape"),
                        task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
                        self.settings.max_files, tee)
