@@ -3713,7 +3713,7 @@ class Slots:
         return "; ".join((level, *self.gaps))
 
     def program(self, word: str, runtime: str) -> str:
-        """What a word of a runtime's command stands for; raises Ended when this machine lacks it."""
+        """What a word of a command stands for; raises Ended when this machine lacks it."""
         program = self.programs[runtime] if word == "{program}" else word
         if not program or program[0] == "/" and not os.path.exists(program):
             names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
