@@ -598,17 +598,19 @@ class Runtime(NamedTuple):
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
-    compiled: dict[str, tuple[str, ...]]  # the compiler's command, which makes `main`
+    # The compiler's command, which makes `main`; {sources}: all of the entry's kind beside it.
+    compiled: dict[str, tuple[str, ...]]
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
     "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
     "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
-        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
+        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "{sources}")}),
     "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
     "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
-        "main.go": ("{program}", "build", "-o", "main", "main.go")}),
+        # auto: as a module where there is a go.mod, and a plain package else
+        "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "main", ".")}),
 }
 _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
@@ -729,8 +731,7 @@ _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
 BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
                     "or Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
-# Extra fields (APPNOTE.TXT 4.5), which unzip reads, too: where the seconds are in those of times
-UNICODE_NAME, TIMES = 0x7075, {0x5455: 1, 0x5855: 4}
+TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -866,16 +867,10 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
 
 def _name(member: zipfile.ZipInfo) -> str:
     """Its whole name, which is UTF-8 where it can be, for many a tool does not set the flag."""
-    if member.flag_bits & UTF8_NAME:
-        return member.orig_filename
-    stored = member.orig_filename.encode("cp437")  # what zipfile reads as that
-    again = _extra(member, UNICODE_NAME)
-    if again[1:5] == struct.pack("<L", zlib.crc32(stored)):
-        stored = again[5:]
-    try:
-        return stored.decode()
-    except UnicodeDecodeError:
-        return member.orig_filename
+    with contextlib.suppress(UnicodeDecodeError):
+        if not member.flag_bits & UTF8_NAME:  # zipfile reads such as code page 437
+            return member.orig_filename.encode("cp437").decode()
+    return member.orig_filename
 
 
 def _mode(member: zipfile.ZipInfo) -> int:
@@ -887,7 +882,7 @@ def _modified(member: zipfile.ZipInfo) -> float:
     """When it was changed, in seconds since the epoch."""
     for kind, start in TIMES.items():
         if len(_extra(member, kind)) >= start + 4:
-            return struct.unpack_from("<l", _extra(member, kind), start)[0]
+            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
     return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
 
 
@@ -1079,6 +1074,9 @@ LASTING = ("ParamValidationError", "InvalidRegionError", "PermanentRedirect")  #
 LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
 
 
+LEAST_BOTO3 = (1, 34, 101)  # the first whose ReceiveMessage has MessageSystemAttributeNames
+
+
 class Clients(NamedTuple):
     """The clients of one session: `polls` waits for long, which the rest must not."""
     session: Any
@@ -1099,16 +1097,24 @@ def make_clients(settings: Settings) -> Clients:
         import boto3  # not at the top: --local does without, and so does the launcher
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
+        from botocore.session import get_session
     except ImportError:
         raise GiveUp("boto3 is not installed for this Python; run: "
                      f"{sys.executable} -m pip install boto3") from None
+    if tuple(map(int, re.findall("[0-9]+", boto3.__version__)[:3])) < LEAST_BOTO3:
+        least = ".".join(map(str, LEAST_BOTO3))
+        raise GiveUp(f"boto3 is {boto3.__version__}, and must be {least} at least; run: "
+                     f"{sys.executable} -m pip install 'boto3>={least}'")
     if settings.endpoint_url:  # so that AWS_ENDPOINT_URL_SQS and the like win, as boto3 has it
         os.environ["AWS_ENDPOINT_URL"] = settings.endpoint_url
     try:
-        session = boto3.session.Session(region_name=settings.region)
-        if session.get_credentials() is None:
-            raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
-                         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        core = get_session()
+        session = boto3.session.Session(botocore_session=core, region_name=settings.region)
+        check_credentials(session.get_credentials())
+        bundle = core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        if bundle and not os.path.isfile(bundle):
+            raise GiveUp(f"the CA bundle {bundle} is no file; correct AWS_CA_BUNDLE, "
+                         "REQUESTS_CA_BUNDLE or ca_bundle in ~/.aws/config")
 
         def client(service: str, read_seconds: int = 8, attempts: int = 3) -> Any:
             made = session.client(service, config=Config(
@@ -1121,6 +1127,20 @@ def make_clients(settings: Settings) -> Clients:
                        client("sqs", attempts=1), client("sqs"), client("s3"), client("cloudwatch"))
     except (BotoCoreError, OSError, ValueError) as error:  # no such profile, process, URL
         raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
+
+
+def check_credentials(credentials: Any) -> None:
+    """Refuse, by GiveUp, none, and what HTTP cannot send: its error would show them in the log."""
+    from botocore.credentials import RefreshableCredentials
+    if credentials is None:
+        raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
+                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(credentials, RefreshableCredentials):  # a look would ask for them
+        return
+    for name in ("access_key", "secret_key", "token"):
+        if re.search("[^!-~]", getattr(credentials, name) or ""):
+            raise GiveUp(f"the AWS credentials' {name} ({credentials.method}) has a line break or "
+                         "a blank in it; write it again, in one line")
 
 
 def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
@@ -1239,7 +1259,7 @@ class Message:
     id: str
     body: str
     receive_count: int
-    sent: float  # the first time, in seconds since the epoch by the queue's clock
+    sent: float  # the first time, in seconds since the epoch by the queue's clock; inf: not told
     handle: Any = None  # SQS's receipt handle; of a folder, what unlocks the file at its end
     # From here on times are time.monotonic()'s. But for this one all is of SQS alone.
     received: float = field(default_factory=time.monotonic)
@@ -1331,7 +1351,7 @@ class SqsQueue:
         old = self.in_flight.get(key)
         message = self.in_flight[key] = Message(
             key, entry["Body"], int(attributes.get("ApproximateReceiveCount", 1)),
-            int(attributes.get("SentTimestamp", 0)) / 1000, entry["ReceiptHandle"],
+            float(attributes.get("SentTimestamp", math.inf)) / 1000, entry["ReceiptHandle"],
             ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
             last=now + LONGEST_LEASE_SECONDS - 1)
         if key in self.finished:
@@ -1688,7 +1708,7 @@ def write_json(directory: str | Path, name: str, value: object) -> None:
 # --------------------------------------------------------------------------------------------
 
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
-CACHE_BYTES = 8 * 1024 * MIB  # beyond it packages go that no run uses, longest unused first
+CACHE_SHARE = 0.5  # of the disk, less what others have there: beyond it idle packages go
 BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
                 "that does not exist looks like this, too)")
 
@@ -1755,7 +1775,7 @@ class S3Code:
                 raise self._refusal(code, task, error)
             elif not error:
                 self._download(answer, target, code)
-                known = answer["ETag"]
+                known = answer.get("ETag") or os.urandom(8).hex()  # none: another each time
             code.worked()
         finally:
             self.failing.pop(key, None)
@@ -1780,15 +1800,22 @@ class S3Code:
 
     @staticmethod
     def _download(answer: Mapping[str, Any], target: Path, code: Dependency) -> None:
-        if answer["ContentLength"] > MAX_UNPACKED:
-            raise rejected("zip", f"{code.name}: over {MAX_UNPACKED} bytes; make it smaller")
+        size = answer.get("ContentLength", 0)
+        for name in {"ETag", "ContentLength"}.difference(answer):
+            code.log("WARNING", f"{code.name}: the answer has no {name}, as S3's have; look at "
+                                "what stands in S3's place")
         try:
             with contextlib.closing(answer["Body"]) as body, open(target, "wb") as file:
-                file.writelines(body.iter_chunks(256 * 1024))
+                chunks = body.iter_chunks(256 * 1024)
+                while size <= MAX_UNPACKED and (chunk := next(chunks, b"")):
+                    file.write(chunk)
+                    size = max(size, file.tell())
         except OSError:  # the disk's: botocore's errors, also of a body that is short, are none
             raise
         except Exception as error:  # noqa: BLE001
             raise code.outage(f"cut short: {error}", "s3") from None
+        if size > MAX_UNPACKED:
+            raise rejected("zip", f"{code.name}: over {MAX_UNPACKED} bytes; make it smaller")
 
 
 class FolderCode:
@@ -1885,7 +1912,7 @@ class CodeCache:
             except Ended as refusal:
                 package.refused = refusal.outcome
                 return package
-            package.size = sum(one.lstat().st_size for one in place.rglob("*"))
+            package.size = sum(one.lstat().st_blocks * 512 for one in place.rglob("*"))
             place.rename(name)
             return package
         finally:
@@ -1894,29 +1921,30 @@ class CodeCache:
 
     def _keep(self, task: Task, package: Package, old: Package | None) -> Package:
         """Have a package in the cache in place of the old one, and lend it. Raises Ended."""
-        gone = []
-        try:
-            with self.lock:
-                if package is old:
-                    return self._lend(package)
+        with self.lock:
+            if package is not old:
                 if old and self.packages.get(task.code) is old:
-                    gone.append(old)
+                    old.users -= 1
                 self.packages[task.code] = package
-                package.used = time.monotonic()
-                gone += self._surplus()
-                return self._lend(package)
-        finally:
-            for one in gone:
-                self.release(one)
+            package.users += 1
+            whole = sum(one.size for one in self.packages.values())
+        self.evict((whole + shutil.disk_usage(self.directory).free) * CACHE_SHARE)
+        with self.lock:
+            package.users -= 1
+            return self._lend(package)
 
-    def _surplus(self) -> list[Package]:
-        """Take out what is too much: packages that no run uses, the longest unused first."""
-        gone, size = [], sum(one.size for one in self.packages.values())
-        for key, one in sorted(self.packages.items(), key=lambda item: item[1].used)[:-1]:
-            if one.users == 1 and (size > CACHE_BYTES or len(self.packages) > self.MOST):
-                gone.append(self.packages.pop(key))
-                size -= one.size
-        return gone
+    def evict(self, most: float = -1) -> bool:
+        """Remove packages that no run uses, longest unused first, down to `most` bytes; did any?"""
+        gone = []
+        with self.lock:
+            size = sum(one.size for one in self.packages.values())
+            for key, one in sorted(self.packages.items(), key=lambda item: item[1].used):
+                if one.users == 1 and (size > most or len(self.packages) > self.MOST):
+                    gone.append(self.packages.pop(key))
+                    size -= one.size
+        for one in gone:
+            self.release(one)
+        return any(one.size for one in gone)
 
 
 # --------------------------------------------------------------------------------------------
@@ -2152,7 +2180,7 @@ class RunLost(Exception):
 
 def kernel(name: str, *arguments: Any) -> int:
     """What a function of the C library answers, such as prctl(2); raises OSError."""
-    answer = getattr(LIBC, name)(*arguments)
+    answer: int = getattr(LIBC, name)(*arguments)
     if answer < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
     return answer
@@ -2401,7 +2429,7 @@ def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list
     else of the machine stays to be seen.
     """
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
-    for file in map(os.path.realpath, filter(None, (FILE, settings))):
+    for file in map(os.path.realpath, (FILE, str(settings or FILE))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
         found.append(file if is_system else os.path.dirname(file))
@@ -2611,7 +2639,7 @@ class Room:
 # --- The workspace: the directories of a slot, made pristine before each run ---
 
 
-def is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a directory, and no link to one."""
     return entry.is_dir(follow_symlinks=False)
 
@@ -2723,8 +2751,9 @@ class Workspace:
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
-        if self.linked:
-            os.chown(path, self.spec.uid, self.spec.gid)
+        uid, gid = self.spec.uid, self.spec.gid
+        if self.linked and uid is not None and gid is not None:
+            os.chown(path, uid, gid)
         os.chmod(path, mode)
 
 
@@ -2823,13 +2852,14 @@ class Helper:
         os.closerange(len(files), 1024)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        if self.spec.uid is not None and not self.privileged:
+        uid, gid = self.spec.uid, self.spec.gid
+        if uid is not None and gid is not None and not self.privileged:
             with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
                 for capability in range(64):
                     kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
             os.setgroups(self.spec.groups)
-            os.setresgid(*[self.spec.gid] * 3)
-            os.setresuid(*[self.spec.uid] * 3)  # takes all capabilities, too
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)  # takes all capabilities, too
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
@@ -2968,7 +2998,7 @@ class Supervisor:
         """Run what the agent asks for until it, or the launcher, is gone."""
         answer(self.agent, READY, pid=os.getpid(), gaps=self.room.gaps)
         requests = self.agent.makefile("r", encoding="utf-8")
-        while (self.life not in select.select([self.agent, self.life], [], [])[0]
+        while (self.life not in select.select([self.agent.fileno(), self.life], [], [])[0]
                and (line := requests.readline())):
             self.begun = False
             try:
@@ -3221,7 +3251,7 @@ class Watch:
             return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
         sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
-        apart = sum(int((content.split() or [0, 0])[1]) * PAGE for content in sizes.values())
+        apart = sum(int((content.split() or [b"0", b"0"])[1]) * PAGE for content in sizes.values())
         # Each alone counts what it shares with others. So that sum is no less than what is asked.
         if len(pids) < 2 or apart <= self.largest:
             return apart
@@ -3574,6 +3604,9 @@ class FolderMetrics:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
+Datum = tuple[str, str, int]  # functionId, runtime, the second in which its runs ended
+
+
 class CloudWatchMetrics:
     """PeakMemoryBytes of each run, in batches. What is not sent yet is lost with the process."""
 
@@ -3584,8 +3617,7 @@ class CloudWatchMetrics:
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        # ((functionId, runtime, the second in which the run ended), its peak)
-        self.values: deque[tuple[tuple[str | None, str | None, int], float]] = deque()
+        self.values: deque[tuple[Datum, float]] = deque()
         self.dropped = 0
         self.service = Dependency(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
@@ -3597,7 +3629,7 @@ class CloudWatchMetrics:
         """Keep the run's peak for the next flush; the oldest may go."""
         if report.outcome.peak_memory_bytes is not None:
             ended = int(report.outcome.ended_at or time.time())
-            key = report.function_id, report.runtime, ended
+            key = str(report.function_id), str(report.runtime), ended
             with self.lock:
                 self.values.append((key, float(report.outcome.peak_memory_bytes)))
                 self._bound()
@@ -3634,9 +3666,9 @@ class CloudWatchMetrics:
                 self.dropped = 0
                 self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
-    def _take(self) -> list[tuple[tuple[str | None, str | None, int], list[float]]]:
+    def _take(self) -> list[tuple[Datum, list[float]]]:
         """The oldest values, as many as one request may have, by datum."""
-        groups: dict[tuple[str | None, str | None, int], list[list[float]]] = {}
+        groups: dict[Datum, list[list[float]]] = {}
         size = 0
         with self.lock:
             while self.values and size < self.REQUEST_BYTES - self.DATUM_BYTES:
@@ -3650,7 +3682,7 @@ class CloudWatchMetrics:
         return [(key, values) for key, data in groups.items() for values in data]
 
     @staticmethod
-    def _datum(key: tuple[str | None, str | None, int], values: list[float]) -> dict[str, Any]:
+    def _datum(key: Datum, values: list[float]) -> dict[str, Any]:
         counts, names = Counter(values), ("FunctionId", "Runtime")
         return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": key[2],
                 "Values": list(counts), "Counts": list(map(float, counts.values())),
@@ -3723,7 +3755,7 @@ class Slot:
             return Outcome(**answer["outcome"])
 
     def connect(self) -> socket.socket:
-        """Have a supervisor; one that ended while it was idle is replaced. Raises OSError."""
+        """To a supervisor; one that ended while it was idle is replaced. Raises OSError."""
         if self.connection:
             idle = select.poll()  # select(2) knows no descriptor over 1,023
             idle.register(self.connection, select.POLLIN)
@@ -3807,7 +3839,7 @@ class Slots:
             try:
                 self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
             except OSError as error:
-                self.metadata_gap = error.strerror
+                self.metadata_gap = error.strerror or str(error)
         self.launching = threading.Lock()
         self._launch()
         self.gaps: list[str] = []  # that of all slots
@@ -3873,7 +3905,7 @@ class Slots:
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
         os.mknod(directory / "nothing", 0)  # what is mounted over a file that is hidden
-        if uid is not None:
+        if uid is not None and gid is not None:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
@@ -3957,9 +3989,9 @@ class Slots:
                      "from the watcher can pass its cap, and take CPU from the others")
         return "; ".join((level, *self.gaps))
 
-    def program(self, first: str, runtime: str) -> str:
-        """What a command of a runtime starts with; raises Ended when this machine lacks it."""
-        program = self.programs[runtime] if first == "{program}" else first
+    def program(self, word: str, runtime: str) -> str:
+        """What a word of a command stands for; raises Ended when this machine lacks it."""
+        program = self.programs[runtime] if word == "{program}" else word
         if not program or program[0] == "/" and not os.path.exists(program):
             names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise Ended(Outcome("error", "runtime", f"this machine has no {names} that a function "
@@ -3972,14 +4004,19 @@ class Slots:
         All commands are made here.
         """
         runtime = RUNTIMES[task.runtime]
-        first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
-        program = self.program(first, task.runtime)
+        command: list[str] = []
+        for word in {**runtime.commands, **runtime.compiled}[package.entry]:
+            if word == "{sources}":
+                kind = os.path.splitext(package.entry)[1]
+                command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+            else:
+                command.append(self.program(word, task.runtime))
         helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
                       "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
         env = {"REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
         is_warm = task.runtime == "python" and self.settings.warm_start
-        return RunSpec((program, *rest), program if is_warm else "", helper_env, env,
+        return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
                        str(package.path), task.input.decode("utf-8", "surrogateescape"),
                        task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
                        self.settings.max_files, tee)
@@ -4045,8 +4082,8 @@ class Slots:
         with contextlib.suppress(OSError):  # another agent's may be there
             os.rmdir(self.lock_directory)
         with contextlib.suppress(OSError):
-            sweep(self.base, ["lock"])
-            remove(self.base)
+            sweep(str(self.base), ["lock"])
+            remove(str(self.base))
             self.base.parent.rmdir()
 
 
@@ -4072,18 +4109,21 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         log("WARNING", f"agent.taskBaseDir is {root}, but {closed[0]} is closed to the functions' "
                        f"users; {usual} is used instead (chmod o+x {closed[0]} opens it)")
         root = usual
-    if root == usual and root.exists() and not os.access(root, os.W_OK):
+    if root == usual and root.exists() and root.stat().st_uid != os.geteuid():
         root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
+    umask = os.umask(0o022)  # functions' users pass through what is made here
     try:
         root.mkdir(mode=0o755, parents=True, exist_ok=True)
         owner = root.lstat()
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
+        if os.statvfs(root).f_flag & os.ST_NOEXEC:
+            raise PermissionError(f"{root} is mounted noexec: no program can run there")
         for old in root.glob("agent-*"):
             with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                sweep(old, ["lock"])  # the last to go: what is left by a kill is found again
-                remove(old)
+                sweep(str(old), ["lock"])  # the last to go: what is left by a kill is found again
+                remove(str(old))
         own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
         lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -4092,6 +4132,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     except OSError as error:
         raise GiveUp(f"agent.taskBaseDir {root} cannot be used ({error}); name a directory of the "
                      "agent's own user") from None
+    finally:
+        os.umask(umask)
     return own, lock
 
 
@@ -4166,7 +4208,8 @@ class Agent:
         self.pause_seconds = self.pause_ends = 0.0  # of the receiver, when everything fails
         self.receiving = Dependency(log, "receiving messages")
         self.gave_up = ""  # why a drain cannot go on
-        self.peaks = functools.lru_cache(10_000)(lambda function_id: deque(maxlen=RECENT))
+        self.peaks: Callable[[str | None], deque[int]] = functools.lru_cache(10_000)(
+            lambda function_id: deque(maxlen=RECENT))
         self.drain = False
         self.drained: list[Report] = []  # for summary()
         self.counts: Counter[str] = Counter()
@@ -4279,18 +4322,23 @@ class Agent:
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
         # Imported here, for it brings ssl: 20 ms of the start, and 2 MiB of each process.
-        from urllib.request import Request, urlopen
+        from http.client import HTTPConnection, HTTPException  # which knows of no proxy
         base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
-        latest = f"{base.rstrip('/')}/latest"
+        host = re.sub("^https?://|/.*", "", base)
+        notices = Dependency(self.log, "asking EC2 for a spot interruption notice")
         while not self.stopping:
-            with contextlib.suppress(OSError, ValueError):  # HTTPError of 404 is one: no notice
-                with urlopen(Request(f"{latest}/api/token", method="PUT", headers={
-                        "X-aws-ec2-metadata-token-ttl-seconds": "60"}), timeout=2) as answer:
-                    token = answer.read().decode()
-                urlopen(Request(f"{latest}/meta-data/spot/instance-action", headers={
-                    "X-aws-ec2-metadata-token": token}), timeout=2).close()
-                self.log("WARNING", "EC2 will interrupt this spot instance")
-                return os.kill(os.getpid(), signal.SIGTERM)
+            with contextlib.suppress(HTTPException), notices.optional(), \
+                    contextlib.closing(HTTPConnection(host, timeout=2)) as metadata:
+                metadata.request("PUT", "/latest/api/token", headers={
+                    "X-aws-ec2-metadata-token-ttl-seconds": "60"})
+                answer = metadata.getresponse()
+                if answer.status != 200:
+                    raise OSError(f"{host} answers {answer.status}")
+                metadata.request("GET", "/latest/meta-data/spot/instance-action", headers={
+                    "X-aws-ec2-metadata-token": answer.read().decode()})
+                if metadata.getresponse().status == 200:  # 404: no notice
+                    self.log("WARNING", "EC2 will interrupt this spot instance")
+                    return os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
     # The receiving thread.
@@ -4562,6 +4610,20 @@ class Agent:
                 return False
             turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
             self.parked.setdefault(part, []).append(turn)
+            if error.reason == "disk" and self._make_room(turn):
+                self.log("INFO", f"{part.name}: packages that no run uses were removed")
+                part.retry_at = 0.0
+        return True
+
+    def _make_room(self, turn: Turn) -> bool:
+        """Remove packages that no run uses, and the links to them that idle slots still have."""
+        if not self.code.evict():
+            return False
+        with self.lock:  # none of them begins
+            for slot in self.slots.all:
+                if self.running.get(slot, turn) is turn:
+                    with contextlib.suppress(OSError):
+                        sweep(f"{slot.own}/work")
         return True
 
     def _note_trouble(self, cause: object, is_shared: bool) -> None:
@@ -4821,34 +4883,38 @@ class Check:
     def run(self, args: argparse.Namespace) -> int:
         """0 when all is usable, else 1."""
         if args.local:
-            with self.of("folder") as is_ok:
-                found = filter(os.path.lexists, map(args.local.joinpath, FolderQueue.PARTS))
-                for one in (args.local, *found):
-                    os.listdir(one)
-                    if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
-                        raise PermissionError(errno.EACCES, "Permission denied", str(one))
-                is_ok(str(args.local))
+            self._folder(args.local)
         elif not (args.invoke or args.demo):
             self._aws()
         with self.of("sandbox") as is_ok, contextlib.closing(
                 Slots(replace(self.settings, concurrency=1), self.log)) as slots:
             slots.try_out()
-            names = list(RUNTIMES)
+            needed = list(RUNTIMES)
             if args.invoke:
-                names = []
+                needed = []
                 with self.of("function") as is_whole:
                     name, package = own_package(
                         args.invoke, slots.base / "code/invoked", args.runtime)
-                    names = [_RUNTIME_OF[name]]
-                    is_whole(f"{args.invoke} begins with {package.entry}, for {names[0]}")
-            for name in names:
+                    needed = [_RUNTIME_OF[name]]
+                    is_whole(f"{args.invoke} begins with {package.entry}, for {needed[0]}")
+            for name in needed:
                 self._runtime(slots, name)
             is_ok(self._sandbox(slots))
         return int(self.failed)
 
+    def _folder(self, folder: Path) -> None:
+        """Whether the parts of --local's folder can be listed, and written to."""
+        with self.of("folder") as is_ok:
+            found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
+            for one in (folder, *found):
+                os.listdir(one)
+                if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "Permission denied", str(one))
+            is_ok(str(folder))
+
     def _aws(self) -> None:
-        """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
-        clients, attributes, url = None, {}, self.settings.queue_url
+        """The credentials, and what of AWS the settings name."""
+        clients = None
         with self.of("credentials") as is_ok:
             made = make_clients(self.settings)
             credentials = made.session.get_credentials()
@@ -4856,20 +4922,43 @@ class Check:
             clients = made
             sts = clients.session.client("sts", config=clients.sqs.meta.config)
             answer, error = attempt(sts.get_caller_identity)
-            whose = f"sts:GetCallerIdentity does not say who ({error})" if error else answer["Arn"]
-            is_ok(f"{credentials.method}: {whose}")
+            is_ok(f"{credentials.method}: {answer['Arn'] if answer else error}")
         if not clients:
             return
+        self._queue(clients)
+        key = f"nanogrid-check-{os.urandom(8).hex()}"
+        with self.of("bucket") as is_ok:
+            bucket = str(self.settings.code_bucket)
+            self.ask(clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
+                     Bucket=bucket, Key=key)
+            is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
+        with self.of("CloudWatch") as is_ok:
+            # Nothing to write: who may not write is told so, who may is told that this is nothing.
+            self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
+                     "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
+            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
+        if bucket := self.settings.output_bucket:
+            with self.of("output bucket") as is_ok:
+                # A part of an upload that nobody began; moto answers 500.
+                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
+                         "NoSuchUpload|^500$", Bucket=bucket, Key=key, PartNumber=1,
+                         UploadId="none", Body=b"")
+                is_ok(f"{bucket}: s3:PutObject is not refused")
+        if url := self.settings.output_queue_url:
+            with self.of("output queue") as is_ok:
+                self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
+                         "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
+                is_ok(f"{url}: a batch of no messages is not refused")
+
+    def _queue(self, clients: Clients) -> None:
+        """The queue, its visibility timeout and its DLQ."""
+        url, attributes = self.settings.queue_url, {}
         with self.of("queue") as is_ok:
-            answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=url,
-                                    AttributeNames=["All"])
-            if error:
-                raise self.refused(error, QUEUE_NEEDS, url)
-            attributes = answer["Attributes"]
-            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting")
+            attributes = self.ask(clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
+                                  QueueUrl=url, AttributeNames=["All"])["Attributes"]
+            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting, with a "
+                  f"visibility timeout of {attributes.get('VisibilityTimeout')} s")
         if attributes:
-            with self.of("visibility timeout") as is_ok:
-                is_ok(f"{attributes.get('VisibilityTimeout')} s")
             with self.of("dead-letter queue") as is_ok:
                 policy = json.loads(attributes.get("RedrivePolicy") or "{}")
                 if "deadLetterTargetArn" not in policy:
@@ -4877,66 +4966,40 @@ class Check:
                                  "RedrivePolicy (setup_resources.sh does)")
                 receives = policy.get("maxReceiveCount")
                 is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
-        with self.of("bucket") as is_ok:
-            bucket, key = self.settings.code_bucket, f"nanogrid-check-{os.urandom(8).hex()}"
-            _, error = attempt(clients.s3.get_object, Bucket=str(bucket), Key=key)
-            if error is None or error_code(error) == "NoSuchKey":
-                is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
-            elif is_denied(error) and "perform: s3:ListBucket" in str(error):
-                is_ok(f"{bucket}: s3:ListBucket is not granted: a missing key is like a refusal")
-            else:
-                raise self.refused(error, BUCKET_NEEDS.format(bucket))
-        with self.of("CloudWatch") as is_ok:
-            # Nothing to write: who may not write is told so, who may is told that this is nothing.
-            _, error = attempt(clients.cloudwatch.put_metric_data, MetricData=[],
-                               Namespace=self.settings.namespace)
-            if error and not re.search("Parameter|Validation", error_code(error)):
-                raise self.refused(error, "cloudwatch:PutMetricData")
-            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
-        if bucket := self.settings.output_bucket:
-            with self.of("output bucket") as is_ok:
-                # A part of an upload that nobody began: refused to who may not write.
-                _, error = attempt(clients.s3.upload_part, Bucket=bucket, Key=key, Body=b"",
-                                   UploadId="none", PartNumber=1)
-                if error and error_code(error) not in ("NoSuchUpload", "500"):  # the latter: moto
-                    raise self.refused(error, f"s3:PutObject on arn:aws:s3:::{bucket}/*")
-                is_ok(f"{bucket}: s3:PutObject is not refused")
-        if url := self.settings.output_queue_url:
-            with self.of("output queue") as is_ok:
-                _, error = attempt(clients.sqs.send_message_batch, QueueUrl=url, Entries=[])
-                if error and not re.search("EmptyBatch|Parameter|Validation", error_code(error)):
-                    raise self.refused(error, "sqs:SendMessage on agent.output.queueUrl", url)
-                is_ok(f"{url} does not refuse a batch of no messages")
 
     @staticmethod
-    def refused(error: Exception, needs: str, url: str | None = None) -> GiveUp:
-        """What AWS says, and what to do; also of what may pass."""
-        return GiveUp(remedy(error, needs, url) or f"{error}; it may pass: if it does not, check "
-                      "the network, agent.aws.region and agent.aws.endpointUrl")
+    def ask(call: Callable[..., Any], needs: str, fine: str, **arguments: Any) -> dict[str, Any]:
+        """The answer of AWS, {} for an error whose code is `fine`; GiveUp with what to do."""
+        answer, error = attempt(call, **arguments)
+        if error and not re.search(fine, error_code(error)):
+            raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
+                         or f"{error}; it may pass: if it does not, check the network, "
+                            "agent.aws.region and agent.aws.endpointUrl")
+        return answer or {}
 
     def _runtime(self, slots: Slots, name: str) -> None:
-        """Say a line for a runtime: a program of its kind is run, and compiled if it is one."""
+        """Whether a program of this runtime runs, and which version runs or compiles it."""
         if not slots.programs[name] and not getattr(self.settings, name):
             return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
                        "that a function can run; its tasks end as error")
         with self.of(f"runtime {name}") as is_ok:
-            program, (entry, source) = slots.program("{program}", name), TRIALS[name]
+            program = slots.program("{program}", name)
             try:
-                outcome = self._trial(slots, name, entry, source)
-            except Ended as error:
+                outcome = self._trial(slots, name, *TRIALS[name])
+            except Ended as error:  # it does not compile
                 outcome = error.outcome
             said = outcome.stdout + outcome.stderr
-            if outcome.status != "ok" or not (found := re.fullmatch(r"runs (.*)\n", said)):
-                raise GiveUp(f"{program} does not run {entry} as it should ({outcome.status}: "
-                             f"{shown(said)}); name another in agent.runtimes.{name}")
-            is_ok(f"{program}, {found[1]}")
+            if outcome.status != "ok" or not said.startswith("runs "):
+                raise GiveUp(f"{program} does not run {TRIALS[name][0]} as it should "
+                             f"({outcome.status}: {shown(said)}); correct agent.runtimes.{name}")
+            is_ok(f"{program}, {said[5:].strip()}")
 
-    def _trial(self, slots: Slots, name: str, entry: str, source: str) -> Outcome:
+    def _trial(self, slots: Slots, runtime: str, entry: str, source: str) -> Outcome:
         """What a function of our own comes to; raises Ended."""
         place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
         place.mkdir(mode=0o755)
         (place / entry).write_text(source)
-        task = Task("check", "check", name, "", "", 60_000, 512, b"")
+        task = Task("check", "check", runtime, "", "", 60_000, 512, b"")
         package = slots.compile(task, Package(place, "", entry), slot)
         return slot.run(slots.run_spec(task, package, slot))
 
@@ -4969,46 +5032,50 @@ def arguments() -> argparse.ArgumentParser:
                "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
                "settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
-                        help="the settings (default: application.yml in the current directory)")
+                        help="the settings (default: application.yml here)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--local", metavar="DIR", type=Path,
-                      help="a folder stands in for SQS, S3 and CloudWatch; it must exist, settings "
-                           "need not (default: SQS)")
+                      help="a folder stands in for SQS, S3 and CloudWatch (default: AWS)")
     mode.add_argument("--demo", action="store_true",
-                      help="run sample functions from a fresh folder, without settings or AWS "
-                           "(default: no)")
+                      help="run sample functions, without settings or AWS (default: no)")
     mode.add_argument("--invoke", metavar="PATH", type=Path,
-                      help="run one function here and now from a zip or a folder; its input is "
-                           "standard input (default: no)")
+                      help="run one function here and now from a zip or a folder; standard input "
+                           "is its input (default: no)")
     parser.add_argument("--drain", action="store_true",
-                        help="end when the queue is empty, with a table of what ran (default: run "
-                             "until SIGTERM or SIGINT)")
+                        help="end when the queue is empty (default: at SIGTERM or SIGINT)")
     parser.add_argument("--check", action="store_true",
-                        help="say, a line each, what is usable; change nothing (default: run)")
+                        help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", metavar="NAME",
-                     help="python, cpp, nodejs or go (default: that of its only entry file)")
-    one.add_argument("--output", metavar="DIR", type=Path,
-                     help="keep result.json and what it leaves in $OUTPUT_DIR (default: nothing)")
+                     help="python, cpp, nodejs or go (default: its only entry file's)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
-                     help="its time limit (default: execution.defaultTimeoutMs, "
-                          f"{Settings.default_timeout_ms})")
+                     help="its time limit (default: execution.defaultTimeoutMs)")
     one.add_argument("--memory-mb", type=int, metavar="MB",
-                     help="its memory cap (default: execution.defaultMemoryMb, "
-                          f"{Settings.default_memory_mb})")
+                     help="its memory cap (default: execution.defaultMemoryMb)")
     one.add_argument("--function-id", default="invoke", metavar="ID",
-                     help="its name in the REPORT line (default: invoke)")
+                     help="its name in the REPORT line (default: %(default)s)")
+    one.add_argument("--output", metavar="DIR", type=Path,
+                     help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
     parser.add_argument("--log-format", choices=("text", "json"), default="text",
-                        help="of the lines on standard error (default: text)")
+                        help="of the log's lines (default: %(default)s)")
     parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,
-                        help="the least that is logged (default: INFO)")
-    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}",
-                        help="say which version this is, and exit")
+                        help="the least that is logged (default: %(default)s)")
+    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}")
     return parser
+
+
+def start_clean() -> None:
+    """Undo what whoever started this process left of descriptors and signals; exec keeps both."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket would take a closed one's place
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children end without a status
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
+    start_clean()
     if argv[:1] == ["--launcher"]:
         launch(socket.socket(fileno=int(argv[1])), argv[2])
         return 0
