@@ -3968,7 +3968,11 @@ class Slots:
                          "none is refused, start the agent as root)") from None
         slot.drop()  # an idle agent has no supervisor
         self.gaps = list(slot.gaps)
-        if settings.metadata == "refuse" and settings.network == "host" and self.metadata_gap:
+        # On a laptop, to somebody who tries functions of their own, this would say nothing.
+        is_ec2 = b"Amazon" in read_proc("/sys/class/dmi/id/sys_vendor")
+        has_role = slot.spec.uid is not None or settings.region or is_ec2
+        is_refused = settings.metadata == "refuse" and settings.network == "host"
+        if is_refused and self.metadata_gap and has_role:
             self.gaps.append(
                 f"functions reach the instance metadata, and with it this machine's role "
                 f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "

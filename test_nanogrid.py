@@ -3810,6 +3810,7 @@ def test_the_instance_metadata_is_the_agents_alone(moto):
 def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     need("ip")
     grid = grids(user)
+    grid.env["AGENT_AWS_REGION"] = "ap-northeast-2"  # without it an ordinary user is on a laptop
     with cloud() as (machine, _):
         with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
@@ -7057,6 +7058,7 @@ def test_check_of_a_usable_site_changes_nothing(moto):
         assert visible(aws) == 1
 
 
+NO_RUNTIMES = {"PATH": "/nonexistent"}  # to start each, and to compile, takes seconds
 # what is wrong: (operations that fail, fault, what one of the lines names)
 CHECKS = {
     "queue": ("GetQueueAttributes", "denied", "sqs:GetQueueAttributes"),
@@ -7071,7 +7073,7 @@ def test_check_names_what_is_not_usable(moto, trouble):
     operations, fault, word = CHECKS[trouble]
     with site(moto) as aws:
         aws.proxy.fail(operations, fault)
-        with start(aws, "--check") as agent:
+        with start(aws, "--check", env=NO_RUNTIMES) as agent:
             assert agent.end() == 1
         text = agent.out + agent.log
         assert re.search(word, text, re.IGNORECASE) and "Traceback" not in text, text
@@ -7113,7 +7115,7 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check", execution={"metadata": "allow"},
+        with start(aws, "--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
                    output={"bucket": aws.bucket, "queueUrl": aws.queue_url}) as agent:
             assert agent.end() == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
@@ -7158,7 +7160,7 @@ def test_check_starts_each_runtime_for_real(runtime, program):
 def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
     with site(moto) as aws:
         aws.env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
-        with start(aws, "--check") as agent:
+        with start(aws, "--check", env=NO_RUNTIMES) as agent:
             assert agent.end() == 1
         for name in ("queue", "bucket", "CloudWatch"):
             assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", agent.out, re.MULTILINE), agent.out
