@@ -227,13 +227,13 @@ class Agent:
 
 def reports(log: str) -> list[dict[str, str]]:
     """The REPORT lines of a text log, in order, each as a dict of its pairs."""
-    lines = re.findall(r"^\S+ INFO REPORT (.*)$", log, re.MULTILINE)
+    lines = re.findall(r"^\S+ [A-Z]+ REPORT (.*)$", log, re.MULTILINE)
     return [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
 
 
 def complaints(log: str) -> list[str]:
-    """The log's lines of level WARNING and above, but the one of how functions are isolated."""
-    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!isolation: ).*$", log, re.MULTILINE)
+    """The log's lines of level WARNING and above, but REPORTs and the one of how functions are isolated."""
+    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!REPORT |isolation: ).*$", log, re.MULTILINE)
 
 
 def mishaps(log: str) -> list[str]:
@@ -565,7 +565,8 @@ AWS_ENV = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
 
 
 # moto looks at a queue and changes it without a lock: two receives at once may get the same message,
-# and what one of two deletes at once removes the other brings back. SQS does neither.
+# and what one of two deletes at once removes the other brings back. SQS does neither. A handle that is
+# not a message's newest deletes nothing in SQS, and the message in moto.
 MOTO = """
 import sys, threading
 from moto.server import main
@@ -584,7 +585,10 @@ def wait_unlocked(queue, timeout):
         lock.acquire()
 for name in ("receive_message", "send_message", "delete_message", "change_message_visibility"):
     setattr(models.SQSBackend, name, alone(getattr(models.SQSBackend, name)))
-models.Queue.wait_for_messages = wait_unlocked
+def delete_newest(queue, handle, delete=models.Queue.delete_message):
+    if not any(each.had_receipt_handle(handle) and each.receipt_handle != handle for each in queue._messages):
+        delete(queue, handle)
+models.Queue.wait_for_messages, models.Queue.delete_message = wait_unlocked, delete_newest
 main(sys.argv[1:])
 """
 
@@ -1415,7 +1419,6 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("output.queueUrl", QUEUE, "output_queue_url", QUEUE),
     ("metrics.namespace", "Mine/Runs", "namespace", "Mine/Runs"),
     ("metrics.flushSeconds", "60", "flush_seconds", 60),
-    ("metrics.runs", "true", "count_runs", True),
     ("taskBaseDir", "/srv/task", "task_base_dir", "/srv/task"),
 ])
 def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, text, field, value):
@@ -3807,6 +3810,7 @@ def test_the_instance_metadata_is_the_agents_alone(moto):
 def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     need("ip")
     grid = grids(user)
+    grid.env["AGENT_AWS_REGION"] = "ap-northeast-2"  # without it an ordinary user is on a laptop
     with cloud() as (machine, _):
         with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
@@ -5605,6 +5609,15 @@ BUILT = table(r"""
 int main() { std::cout << TEXT << std::endl; }
 --- lib/header.h
 #define TEXT "compiled"
+=== C++ source of several files | cpp | stdout=two
+--- main.cpp
+#include <cstdio>
+const char *other();
+int main() { puts(other()); }
+--- -o.cpp
+const char *other() { return "two"; }
+--- lib/unused.cpp
+nothing that compiles
 === C++ that does not compile | cpp | status=rejected reason=compile
 --- main.cpp
 int main() { return undeclared_name; }
@@ -5628,6 +5641,31 @@ int main() { puts("self"); }
 package main
 import "os"
 func main() { os.Stdout.WriteString("compiled\n") }
+=== Go source of several files | go timeoutMs=120000 memoryMb=512 | stdout=other
+--- main.go
+package main
+func main() { println2(text) }
+--- other.go
+package main
+import "os"
+const text = "other"
+func println2(text string) { os.Stdout.WriteString(text + "\n") }
+--- other_test.go
+package main
+func nothing that compiles
+--- other_windows.go
+package main
+const text = "windows"
+=== Go module | go timeoutMs=120000 memoryMb=512 | stdout=inner
+--- go.mod
+module example.com/app
+--- main.go
+package main
+import ("os"; "example.com/app/inner")
+func main() { os.Stdout.WriteString(inner.Text) }
+--- inner/inner.go
+package inner
+const Text = "inner"
 === Go that does not compile | go | status=rejected reason=compile
 --- main.go
 package main
@@ -5677,7 +5715,7 @@ def test_source_is_compiled(built, name):
 
 def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
     calls = built.calls.read_text().split("end|")[:-1]
-    assert 2 <= len(calls) <= 2 + 9, calls  # one for the good zip; the bad one is tried at most once a take
+    assert 3 <= len(calls) <= 3 + 9, calls  # one for each good zip; the bad one is tried at most once a take
     for call in calls:
         assert "telltale" not in call and "NoNewPrivs:\t1" in call, call
         assert not ROOT or not call.startswith("0|"), call
@@ -6256,11 +6294,9 @@ def outage_trial(moto: str, what: str, seconds: float):
         begun, used = time.monotonic(), cpu_seconds(agent.process.pid)
         time.sleep(seconds)
         used = (cpu_seconds(agent.process.pid) - used) / (time.monotonic() - begun)
-        held = len(aws.proxy.received)
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert held <= 4, f"{held} were received for two slots\n{agent.log}"
         assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert proxy_runs(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
@@ -6384,7 +6420,7 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             job(aws, timeoutMs=20000)
             until(lambda: aws.proxy.received, what="the receive")
             taken = time.time()
-            said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3")
+            said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
             assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
             aws.proxy.heal()
@@ -6980,29 +7016,6 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
         assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
 
 
-@pytest.mark.parametrize("runs", ["true", "false"])
-def test_runs_are_one_more_datum_in_the_same_request(moto, runs):
-    """By status, each turn once: what never ran has no peak, and is counted too."""
-    with site(moto, visibility=600, receives=1) as aws:
-        for number in range(3):
-            job(aws, f"ok{number}")
-        job(aws, "bad", exit=1)
-        aws.send("wrong", runtime="cobol")
-        with start(aws, metrics={"runs": runs, "flushSeconds": 3600}) as agent:
-            until(lambda: len(reports(agent.log)) >= 5, what="five reports")
-            agent.stop()
-        statuses = Counter(each["status"] for each in reports(agent.log))
-        got = {each["Dimensions"][0]["Value"]: each for each in aws.cloudwatch.list_metrics(
-            Namespace="NanoGrid/FunctionRunner", MetricName="Runs")["Metrics"]}
-        assert aws.proxy.count("PutMetricData") == 1
-        published = int(re.search(r"published (\d+) values", agent.log)[1])
-    assert statuses["ok"] == 3 and statuses["failed"] == 1 and statuses["rejected"] >= 1
-    assert published == 4 + (sum(statuses.values()) if runs == "true" else 0)
-    assert runs == "false" or set(statuses) <= set(got)
-    body = aws.proxy.requests[-1].body
-    assert (b"Runs" in body) == (b"Status" in body) == (b"rejected" in body) == (runs == "true")
-
-
 # ---------------------------------------------------------------------- admission
 
 
@@ -7020,7 +7033,7 @@ def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starv
                 most = max(most, sum(map(alive, run_pids(aws.path))))
                 time.sleep(0.05)
             agent.stop()
-        order = [each["requestId"] for each in reports(agent.log)]
+        order = [each["requestId"] for each in reports(agent.log) if each["status"] == "ok"]
         assert len(order) == 17 and most == 2
         assert order.index("large") < 12, order
 
@@ -7147,10 +7160,22 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
         assert aws.count() == visible(aws) == 9
 
 
-def test_run_that_is_let_go_of_before_it_begins_is_released():
-    slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
-    slot.cancel()
-    assert slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)) == ng.Outcome("released")
+@pytest.mark.parametrize("when", ["before", "between connect and send"])
+def test_run_that_is_let_go_of_before_it_begins_is_released(when):
+    """A shutdown may come at any moment; what it finds there is the supervisor's end of the socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        def supervisor(_):
+            slot.cancelled = True
+            theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
+            ours.shutdown(socket.SHUT_WR)
+            return ours
+
+        slot = ng.Slot(types.SimpleNamespace(directory=""), supervisor, ng.Dependency(ng.Log(), "starting"))
+        if when == "before":
+            slot.cancel()
+        run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
+        assert slot.run(run) == ng.Outcome("released")
 
 
 @trial
@@ -7440,6 +7465,7 @@ def test_check_of_a_usable_site_changes_nothing(moto):
         assert visible(aws) == 1
 
 
+NO_RUNTIMES = {"PATH": "/nonexistent"}  # to start each, and to compile, takes seconds
 # what is wrong: (operations that fail, fault, what one of the lines names)
 CHECKS = {
     "queue": ("GetQueueAttributes", "denied", "sqs:GetQueueAttributes"),
@@ -7454,7 +7480,7 @@ def test_check_names_what_is_not_usable(moto, trouble):
     operations, fault, word = CHECKS[trouble]
     with site(moto) as aws:
         aws.proxy.fail(operations, fault)
-        with start(aws, "--check") as agent:
+        with start(aws, "--check", env=NO_RUNTIMES) as agent:
             assert agent.end() == 1
         text = agent.out + agent.log
         assert re.search(word, text, re.IGNORECASE) and "Traceback" not in text, text
@@ -7465,7 +7491,7 @@ BUCKET = "arn:aws:s3:::code"
 # what AWS answers: (operations, as_aws()'s arguments, the line of --check, and its other words)
 CHECKED = {
     "no s3:ListBucket": ("GetObject", (403, "AccessDenied", "", DENIED_BY.format(
-        "s3:ListBucket", f'"{BUCKET}"', "identity-based policy")), "ok    bucket", "s3:ListBucket is not granted"),
+        "s3:ListBucket", f'"{BUCKET}"', "identity-based policy")), "FAIL  bucket", r"grant s3:GetObject .* \(or s3:ListBucket "),
     "no s3:GetObject": ("GetObject", (403, "AccessDenied", "", DENIED_BY.format(
         "s3:GetObject", f'"{BUCKET}/k"', "identity-based policy")),
         "FAIL  bucket", "grant s3:GetObject on .* in the identity-based policy"),
@@ -7496,7 +7522,7 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check", execution={"metadata": "allow"},
+        with start(aws, "--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
                    output={"bucket": aws.bucket, "queueUrl": aws.queue_url}) as agent:
             assert agent.end() == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
@@ -7534,14 +7560,14 @@ def test_check_starts_each_runtime_for_real(runtime, program):
             assert agent.end() == 1
     lines = [line for line in agent.out.splitlines() if "runtime " in line]
     [failed] = [line for line in lines if line.startswith("FAIL")]
-    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* name another in agent.runtimes.", failed)
+    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* correct agent.runtimes.{runtime}", failed)
     assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
 
 
 def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
     with site(moto) as aws:
         aws.env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
-        with start(aws, "--check") as agent:
+        with start(aws, "--check", env=NO_RUNTIMES) as agent:
             assert agent.end() == 1
         for name in ("queue", "bucket", "CloudWatch"):
             assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", agent.out, re.MULTILINE), agent.out
@@ -8088,7 +8114,7 @@ class Party:
         try:
             yield queue
         finally:
-            queue.close()
+            queue.close(lambda: False)
 
     def meet(self, call: str) -> tuple[str, bool]:
         """What is said of a call that fails, and whether the turn waits (True where it always does)."""
@@ -8108,7 +8134,8 @@ class Party:
 
     def ReceiveMessage(self, log):
         with self.queue(log) as queue:
-            agent = ng.Agent(self.settings, log, queue, None, None, None, types.SimpleNamespace(all=[0]))
+            agent = ng.Agent(self.settings, log, ng.Services(queue, None, None, None),
+                             types.SimpleNamespace(all=[0], base=self.path))
             agent._pause = lambda _: setattr(agent, "stopping", True)
             agent._poll()
             os.close(agent.wake)
@@ -8143,7 +8170,7 @@ class Party:
     def PutMetricData(self, log):
         metrics = ng.CloudWatchMetrics(self.clients.cloudwatch, self.settings, log)
         metrics.put(ng.Report(function_id="f", runtime="python", outcome=ng.Outcome("ok", peak_memory_bytes=1)))
-        metrics.close()
+        metrics.close(lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -8401,7 +8428,8 @@ def test_local_third_failure_is_dead_with_its_result_beside_it():
         assert json.loads(left["bad.json"]) == task and left["wrong.json"] == "{"
         result = json.loads(left["bad.result.json"])
         assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
-        assert json.loads(left["wrong.result.json"])["status"] == "rejected"
+        wrong = json.loads(left["wrong.result.json"])
+        assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
         assert proxy_runs(folder.scratch) == {"bad": 3, "good": 1}
 
 
@@ -8853,7 +8881,7 @@ def test_setup_makes_outputs_alarms_and_a_dashboard_and_takes_them_down(account)
     assert account.tags(bucket="results") == [TAGS] * 7
     board = account.cloudwatch.get_dashboard(DashboardName=account.names()["dashboards"][0])
     shown = json.dumps([one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]])
-    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime", "Runs"):
+    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime"):
         assert part in shown
     assert [(one["Action"], one["Resource"]) for one in account.statements()[3:]] == [
         (["s3:PutObject"], "arn:aws:s3:::results/*"),
