@@ -4235,8 +4235,8 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
 @under_cgroup
 def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=1)
-    run = Lasting(grid, "lasting", timeoutMs=3000)
-    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 3")]
+    run = Lasting(grid, "lasting", timeoutMs=10000)
+    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 20")]
     with grid.agent(prefix=prefix) as agent:
         os.kill(run.begun()[1], signal.SIGSTOP)
         agent.wait_for("REPORT requestId=lasting .*status=error")
