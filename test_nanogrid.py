@@ -9335,17 +9335,34 @@ def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_cli_to_an_agent_of_its_own_environment(shell, tmp_path):
-    shell.run(BLOCKS["cli"] + BLOCKS["send"])
-    install, check, start = BLOCKS["agent"].splitlines()
-    assert "pip install boto3" in install
-    python = f"{shlex.quote(sys.executable)} {MODULE}"
-    for line, more in ((check, " || true"), (start, " --drain")):  # an emulator has no metadata to refuse
-        said = shell.run(line.partition("#")[0].replace(".venv/bin/python nanogrid.py", python) + more,
-                         AGENT_SQS_WAITTIMESECONDS="1", AGENT_TASKBASEDIR=str(tmp_path / "task"))
-        assert re.search("^ok    (queue|bucket|CloudWatch)", said.stdout, re.MULTILINE) or "|" not in more
-    assert "stdout: Result: 42" in said.stderr and reports(said.stderr)[0]["status"] == "ok"
-    assert "Successfully published 1 values" in said.stderr
+def test_the_readme_from_a_function_of_your_own_to_its_results(tmp_path):
+    """Its blocks in their order, in one shell, with the packages that are here in place of pip's."""
+    need("aws")
+    for name in ("application.yml.example", "setup_resources.sh", "nanogrid.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "total").mkdir()
+    for name in ("total/main.py", "send.py", "read.py"):
+        (tmp_path / name).write_text(BLOCKS[name])
+    tool(tmp_path / ".venv" / "bin" / "pip", "exit 0")
+    tool(tmp_path / ".venv" / "bin" / "python", f'exec {sys.executable} "$@"')
+    tool(tmp_path / ".venv" / "bin" / "moto_server", f'exec {sys.executable} -m moto.server "$@"')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    check, start = BLOCKS["agent"].splitlines()
+    lines = ["trap 'kill $(jobs -p)' EXIT", BLOCKS["local"],
+             BLOCKS["boto3"].replace("python3 -m venv .venv", "true"), BLOCKS["emulator"].replace("5000", port),
+             f"until curl -s 127.0.0.1:{port} >curl; do sleep 0.1; done",
+             "./setup_resources.sh --test-message --output-queue results",
+             f"{check} || true",  # it looks for the instance metadata, too
+             f"{start} --drain", """url=$(sed -n 's/^ *queueUrl: //p' application.yml | head -n 1)""",
+             "bucket=$(sed -n 's/^ *codeBucket: //p' application.yml)",
+             ".venv/bin/python send.py $url $bucket", f"{start} --drain", ".venv/bin/python read.py ${url%/*}/results"]
+    said = sh("\n".join(lines), tmp_path, {"AGENT_SQS_WAITTIMESECONDS": "1", "AGENT_TASKBASEDIR": str(tmp_path / "task"),
+                                           "AGENT_EXECUTION_CONCURRENCY": "1"}, seconds=600)
+    assert "ok    queue: " in said.stdout and "ok    output queue: " in said.stdout
+    assert "stdout: Result: 42" in said.stderr and "Successfully published 3 values to CloudWatch" in said.stderr
+    for number in range(3):
+        assert re.search(rf"^total-{number} ok total {number + 4} \d+$", said.stdout, re.MULTILINE), said.stdout
 
 
 @pytest.mark.slow
