@@ -227,13 +227,13 @@ class Agent:
 
 def reports(log: str) -> list[dict[str, str]]:
     """The REPORT lines of a text log, in order, each as a dict of its pairs."""
-    lines = re.findall(r"^\S+ INFO REPORT (.*)$", log, re.MULTILINE)
+    lines = re.findall(r"^\S+ [A-Z]+ REPORT (.*)$", log, re.MULTILINE)
     return [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
 
 
 def complaints(log: str) -> list[str]:
-    """The log's lines of level WARNING and above, but the one of how functions are isolated."""
-    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!isolation: ).*$", log, re.MULTILINE)
+    """The log's lines of level WARNING and above, but REPORTs and the one of how functions are isolated."""
+    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!REPORT |isolation: ).*$", log, re.MULTILINE)
 
 
 def mishaps(log: str) -> list[str]:
@@ -565,7 +565,8 @@ AWS_ENV = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
 
 
 # moto looks at a queue and changes it without a lock: two receives at once may get the same message,
-# and what one of two deletes at once removes the other brings back. SQS does neither.
+# and what one of two deletes at once removes the other brings back. SQS does neither. A handle that is
+# not a message's newest deletes nothing in SQS, and the message in moto.
 MOTO = """
 import sys, threading
 from moto.server import main
@@ -584,7 +585,10 @@ def wait_unlocked(queue, timeout):
         lock.acquire()
 for name in ("receive_message", "send_message", "delete_message", "change_message_visibility"):
     setattr(models.SQSBackend, name, alone(getattr(models.SQSBackend, name)))
-models.Queue.wait_for_messages = wait_unlocked
+def delete_newest(queue, handle, delete=models.Queue.delete_message):
+    if not any(each.had_receipt_handle(handle) and each.receipt_handle != handle for each in queue._messages):
+        delete(queue, handle)
+models.Queue.wait_for_messages, models.Queue.delete_message = wait_unlocked, delete_newest
 main(sys.argv[1:])
 """
 
@@ -1415,7 +1419,6 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("output.queueUrl", QUEUE, "output_queue_url", QUEUE),
     ("metrics.namespace", "Mine/Runs", "namespace", "Mine/Runs"),
     ("metrics.flushSeconds", "60", "flush_seconds", 60),
-    ("metrics.runs", "true", "count_runs", True),
     ("taskBaseDir", "/srv/task", "task_base_dir", "/srv/task"),
 ])
 def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, text, field, value):
@@ -5884,11 +5887,9 @@ def outage_trial(moto: str, what: str, seconds: float):
         begun, used = time.monotonic(), cpu_seconds(agent.process.pid)
         time.sleep(seconds)
         used = (cpu_seconds(agent.process.pid) - used) / (time.monotonic() - begun)
-        held = len(aws.proxy.received)
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert held <= 4, f"{held} were received for two slots\n{agent.log}"
         assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert proxy_runs(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
@@ -6012,7 +6013,7 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             job(aws, timeoutMs=20000)
             until(lambda: aws.proxy.received, what="the receive")
             taken = time.time()
-            said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3")
+            said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
             assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
             aws.proxy.heal()
@@ -6608,29 +6609,6 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
         assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
 
 
-@pytest.mark.parametrize("runs", ["true", "false"])
-def test_runs_are_one_more_datum_in_the_same_request(moto, runs):
-    """By status, each turn once: what never ran has no peak, and is counted too."""
-    with site(moto, visibility=600, receives=1) as aws:
-        for number in range(3):
-            job(aws, f"ok{number}")
-        job(aws, "bad", exit=1)
-        aws.send("wrong", runtime="cobol")
-        with start(aws, metrics={"runs": runs, "flushSeconds": 3600}) as agent:
-            until(lambda: len(reports(agent.log)) >= 5, what="five reports")
-            agent.stop()
-        statuses = Counter(each["status"] for each in reports(agent.log))
-        got = {each["Dimensions"][0]["Value"]: each for each in aws.cloudwatch.list_metrics(
-            Namespace="NanoGrid/FunctionRunner", MetricName="Runs")["Metrics"]}
-        assert aws.proxy.count("PutMetricData") == 1
-        published = int(re.search(r"published (\d+) values", agent.log)[1])
-    assert statuses["ok"] == 3 and statuses["failed"] == 1 and statuses["rejected"] >= 1
-    assert published == 4 + (sum(statuses.values()) if runs == "true" else 0)
-    assert runs == "false" or set(statuses) <= set(got)
-    body = aws.proxy.requests[-1].body
-    assert (b"Runs" in body) == (b"Status" in body) == (b"rejected" in body) == (runs == "true")
-
-
 # ---------------------------------------------------------------------- admission
 
 
@@ -6648,7 +6626,7 @@ def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starv
                 most = max(most, sum(map(alive, run_pids(aws.path))))
                 time.sleep(0.05)
             agent.stop()
-        order = [each["requestId"] for each in reports(agent.log)]
+        order = [each["requestId"] for each in reports(agent.log) if each["status"] == "ok"]
         assert len(order) == 17 and most == 2
         assert order.index("large") < 12, order
 
@@ -6775,10 +6753,22 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
         assert aws.count() == visible(aws) == 9
 
 
-def test_run_that_is_let_go_of_before_it_begins_is_released():
-    slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
-    slot.cancel()
-    assert slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)) == ng.Outcome("released")
+@pytest.mark.parametrize("when", ["before", "between connect and send"])
+def test_run_that_is_let_go_of_before_it_begins_is_released(when):
+    """A shutdown may come at any moment; what it finds there is the supervisor's end of the socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        def supervisor(_):
+            slot.cancelled = True
+            theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
+            ours.shutdown(socket.SHUT_WR)
+            return ours
+
+        slot = ng.Slot(types.SimpleNamespace(directory=""), supervisor, ng.Dependency(ng.Log(), "starting"))
+        if when == "before":
+            slot.cancel()
+        run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
+        assert slot.run(run) == ng.Outcome("released")
 
 
 @trial
@@ -7717,7 +7707,7 @@ class Party:
         try:
             yield queue
         finally:
-            queue.close()
+            queue.close(lambda: False)
 
     def meet(self, call: str) -> tuple[str, bool]:
         """What is said of a call that fails, and whether the turn waits (True where it always does)."""
@@ -7737,7 +7727,8 @@ class Party:
 
     def ReceiveMessage(self, log):
         with self.queue(log) as queue:
-            agent = ng.Agent(self.settings, log, queue, None, None, None, types.SimpleNamespace(all=[0]))
+            agent = ng.Agent(self.settings, log, ng.Services(queue, None, None, None),
+                             types.SimpleNamespace(all=[0], base=self.path))
             agent._pause = lambda _: setattr(agent, "stopping", True)
             agent._poll()
             os.close(agent.wake)
@@ -7772,7 +7763,7 @@ class Party:
     def PutMetricData(self, log):
         metrics = ng.CloudWatchMetrics(self.clients.cloudwatch, self.settings, log)
         metrics.put(ng.Report(function_id="f", runtime="python", outcome=ng.Outcome("ok", peak_memory_bytes=1)))
-        metrics.close()
+        metrics.close(lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -8030,7 +8021,8 @@ def test_local_third_failure_is_dead_with_its_result_beside_it():
         assert json.loads(left["bad.json"]) == task and left["wrong.json"] == "{"
         result = json.loads(left["bad.result.json"])
         assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
-        assert json.loads(left["wrong.result.json"])["status"] == "rejected"
+        wrong = json.loads(left["wrong.result.json"])
+        assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
         assert proxy_runs(folder.scratch) == {"bad": 3, "good": 1}
 
 
@@ -8482,7 +8474,7 @@ def test_setup_makes_outputs_alarms_and_a_dashboard_and_takes_them_down(account)
     assert account.tags(bucket="results") == [TAGS] * 7
     board = account.cloudwatch.get_dashboard(DashboardName=account.names()["dashboards"][0])
     shown = json.dumps([one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]])
-    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime", "Runs"):
+    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime"):
         assert part in shown
     assert [(one["Action"], one["Resource"]) for one in account.statements()[3:]] == [
         (["s3:PutObject"], "arn:aws:s3:::results/*"),
