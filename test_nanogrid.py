@@ -9186,7 +9186,7 @@ def test_a_task_of_your_own_from_a_folder(tmp_path):
 
 def tool(path: Path, script: str):
     """An executable shell script at `path`, which stands in for a program."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{script}\n")
     path.chmod(0o755)
 
@@ -9340,11 +9340,11 @@ def test_the_readme_from_a_function_of_your_own_to_its_results(tmp_path):
     tool(tmp_path / ".venv" / "bin" / "moto_server", f'exec {sys.executable} -m moto.server "$@"')
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    check, start = BLOCKS["agent"].splitlines()
+    check, start = (line.partition("  #")[0] for line in BLOCKS["agent"].splitlines())
     lines = ["trap 'kill $(jobs -p)' EXIT", BLOCKS["local"],
              BLOCKS["boto3"].replace("python3 -m venv .venv", "true"), BLOCKS["emulator"].replace("5000", port),
              f"until curl -s 127.0.0.1:{port} >curl; do sleep 0.1; done",
-             "./setup_resources.sh --test-message --output-queue results",
+             "./setup_resources.sh --output-queue results", "./setup_resources.sh --test-message",
              f"{check} || true",  # it looks for the instance metadata, too
              f"{start} --drain", """url=$(sed -n 's/^ *queueUrl: //p' application.yml | head -n 1)""",
              "bucket=$(sed -n 's/^ *codeBucket: //p' application.yml)",
