@@ -111,6 +111,7 @@ class Outcome:
     stderr: str = ""
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    returned: str = ""  # JSON, by a handler; "" when there was none
 
 
 class Ended(Exception):
@@ -348,6 +349,8 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
                "write the bucket's bare name, 3 characters or more, no ARN, no s3:// URL"),
     "network": ("host|none", "write host or none"),
     "metadata": ("refuse|allow", "write refuse or allow"),
+    "role": (r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}",
+             "write the role's ARN, such as arn:aws:iam::123456789012:role/NAME"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
     "command": (r"/.*[^/]|\w[^\s/]*", "write an absolute path, or a bare name to find on PATH"),
     "prefix": (r".{0,120}", "write at most 120 characters"),
@@ -417,6 +420,7 @@ class Settings:
     patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0, 43_200)
     network: str = _at("execution.network", "network", "host")
     metadata: str = _at("execution.metadata", "metadata", "refuse")
+    function_role: str | None = _at("execution.functionRole", "role")
     run_as: str | None = _at("execution.runAs", "user")
     warm_start: bool = _at("execution.warmStart", "flag", True)
     max_open_files: int = _at("execution.maxOpenFiles", "count", 1024, 16)
@@ -580,6 +584,8 @@ REPORTED = {"requestId": "request_id", "functionId": "function_id", "runtime": "
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
 _REQUEST_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}")
 _FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
+_STEP = r"[^\s./\\\x00-\x1f\x7f-\x9f\ud800-\udfff]+"
+_HANDLER = re.compile(rf"(?=.{{1,256}}\Z)(?:{_STEP}[./])*{_STEP}\.{_STEP}")
 _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone surrogates
 
 
@@ -593,17 +599,27 @@ class Runtime(NamedTuple):
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
     compiled: dict[str, tuple[str, ...]]  # the compiler's command, which makes `main`
+    handler_files: tuple[str, ...] = ()  # what may follow FILE of a handler; none: it has no handlers
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
-    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
+    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {},
+                      (".py", "/__init__.py")),
     "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
         "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
-    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
+    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {},
+                      (".js", ".mjs", ".cjs")),
     "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
         "main.go": ("{program}", "build", "-o", "main", "main.go")}),
 }
+# What a task's `env` cannot name, for the run gets it anyway; the second with functionRole only
+RUN_ENV = {"PATH", "LANG", "TZ", "HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID",
+           "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS", "AWS_LAMBDA_FUNCTION_NAME",
+           "AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "LAMBDA_TASK_ROOT", "_HANDLER"}
+ROLE_ENV = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION",
+            "AWS_DEFAULT_REGION"}
+MAX_ENV_BYTES = 32 * 1024  # all of a task's; Lambda allows 4 KB
 _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
 
@@ -619,6 +635,8 @@ class Task:
     timeout_ms: int
     memory_mb: int
     input: bytes
+    handler: str = ""  # FILE.FUNCTION, as AWS Lambda has it; "": the zip's entry file is run
+    env: dict[str, str] = field(default_factory=dict)
 
     def known(self) -> dict[str, Any]:
         """The fields that its Report has, too."""
@@ -632,7 +650,7 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     """
     given, input_text = _read_json(body)
     values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
-              "memoryMb": settings.default_memory_mb}
+              "memoryMb": settings.default_memory_mb, "handler": "", "env": {}}
     # null for an optional field is how many serializers write "not set"
     values.update((k, v) for k, v in given.items() if v is not None or k not in values)
     right: dict[str, Any] = {}
@@ -646,11 +664,16 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
             wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
+        if right.get("handler") and not RUNTIMES[right["runtime"]].handler_files:
+            wrong["handler"] = "task", f"handler is for python and nodejs, not {right['runtime']}"
+    if fault := _env_fault(right.get("env", {}), settings):
+        wrong["env"] = "task", fault
     if wrong:
         raise rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
                        {REPORTED[name]: right[name] for name in REPORTED if name in right})
     return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
-                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
+                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode(),
+                right["handler"], right["env"])
 
 
 def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, Any, str]]:
@@ -669,12 +692,30 @@ def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, A
         ("timeoutMs", "task", int, lambda v: 1 <= v <= MAX_TIMEOUT_MS,
          f"a whole number from 1 to {MAX_TIMEOUT_MS}"),
         ("memoryMb", "task", int, lambda v: v >= 1, "a whole number from 1 upwards"),
+        ("handler", "task", str, lambda v: not v or _HANDLER.fullmatch(v),
+         "FILE.FUNCTION, such as app.handler or src/index.handler"),
+        ("env", "task", dict, lambda v: True, "an object of strings"),
         ("s3Bucket", "task", str, lambda v: True, "a string"),
         ("s3Bucket", "bucket", str, lambda v: any_bucket or v in buckets,
          f"one of {', '.join(buckets)} (agent.s3.codeBucket and allowedBuckets)"),
         ("memoryMb", "memory", int, lambda v: v <= settings.memory_mb,
          f"at most {settings.memory_mb}, all that can be admitted (agent.execution.memoryMb)"),
     ]
+
+
+def _env_fault(env: dict[str, Any], settings: Settings) -> str:
+    """What is wrong with a task's `env`; "" when nothing is."""
+    taken, size = RUN_ENV | ROLE_ENV if settings.function_role else RUN_ENV, 0
+    for name, value in env.items():
+        said = f"env has {shown(name, in_json=True)}"
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            return f"{said}; names are of A-Z a-z 0-9 _ and begin with no digit"
+        if name in taken:
+            return f"{said}, which each run gets from the agent; take it out"
+        if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
+            return f"{said} as {shown(value, in_json=True)}; write a string, without NUL"
+        size += len(f"{name}={value}".encode())
+    return f"env has {size} bytes; at most {MAX_ENV_BYTES} are allowed" * (size > MAX_ENV_BYTES)
 
 
 def _read_json(body: str) -> tuple[dict[str, Any], str]:
@@ -685,11 +726,6 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
             raise ValueError(f"the key {shown(twice, in_json=True)} stands twice in one object")
         return dict(pairs)
 
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):  # NaN, 1e999: the function could not read it
-            raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
-        return value
-
     try:
         found = json.loads(body, object_pairs_hook=unique, parse_float=finite,
                            parse_constant=finite)
@@ -698,6 +734,13 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
         raise rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
     raise rejected("task", f"the message is {shown(found, in_json=True)}; it must be a JSON object")
+
+
+def finite(number: str) -> float:
+    """A number of JSON; ValueError for NaN and 1e999, which not every reader can read."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
+    return value
 
 
 def _why(error: Exception) -> str:
@@ -905,20 +948,26 @@ def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
     return rejected("zip", f"zip member {shown(member.orig_filename, in_json=True)} {what}")
 
 
-def find_entry(target: Path, runtime: str) -> str:
-    """The file, or link to one, that `runtime` starts with in a zip; or Ended("entry")."""
-    names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
-    hint = ""
+def find_entry(target: Path, runtime: str, handler: str = "") -> str:
+    """The file, or link to one, that a run of a zip starts with; raises Ended("entry")."""
+    known, hint = RUNTIMES[runtime], ""
+    names, place = (*known.commands, *known.compiled), "at its top"
+    if handler:
+        file, place = handler.rpartition(".")[0], f"for the handler {handler}"
+        file = file.replace(".", "/") if runtime == "python" else file
+        names = tuple(file + ending for ending in known.handler_files)
+    elif known.handler_files:
+        place += ", and the task names no handler"
     for name in names:
         if (target / name).is_file():
             if name != "main" or (target / name).stat().st_mode & 0o111:
                 return name
             hint = "; main is there but not executable: chmod +x before zipping"
-    below = sorted(path.parent.name for name in names for path in target.glob(f"*/{name}"))
+    below = sorted(path for name in names for path in target.glob(f"*/{glob.escape(name)}"))
     if below and not hint:
-        folder = shown(below[0], in_json=True)
+        folder = shown(below[0].relative_to(target).parts[0], in_json=True)
         hint = f"; {folder} has one: zip what is in that folder, not itself"
-    raise rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
+    raise rejected("entry", f"the zip has no {' or '.join(names)} {place}{hint}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -1142,6 +1191,49 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     else:
         advice = "see what AWS says of it"
     return f"{error}; {advice}"
+
+
+class FunctionRole:
+    """The temporary credentials of agent.execution.functionRole, which functions get."""
+
+    SPARE_SECONDS = 300  # that they are good for beyond a run's time limit
+    HOUR, LONGEST = 3600, 43_200  # seconds of a session; a role may allow less than the latter
+
+    def __init__(self, clients: Clients, settings: Settings, log: Log):
+        self.arn, self.region = str(settings.function_role), str(settings.region)
+        self.sts = clients.session.client("sts", config=clients.results.meta.config)
+        self.fault, self.lock = Fault(log, f"assuming {self.arn}"), threading.Lock()
+        self.found: dict[str, str] = {}
+        self.ends = 0.0  # time.monotonic() when they do
+
+    def env(self, seconds: float) -> dict[str, str]:
+        """Variables that are good for a run of so long, where the role allows sessions that long.
+
+        Raises Ended when AWS refuses the role, Outage when STS is away.
+        """
+        needed = math.ceil(seconds) + self.SPARE_SECONDS
+        with self.lock:
+            if time.monotonic() + needed > self.ends:
+                self._assume(min(max(needed, self.HOUR), self.LONGEST))
+            return self.found
+
+    def _assume(self, length: int) -> None:
+        asked = time.monotonic()
+        answer, error = attempt(self.sts.assume_role, RoleArn=self.arn, DurationSeconds=length,
+                                RoleSessionName="nanogrid")
+        if error and "DurationSeconds" in str(error) and length > self.HOUR:
+            return self._assume(self.HOUR)
+        if error and passes(error):
+            raise Outage(self.fault, "sts", error)
+        if error:
+            raise Ended(Outcome("error", "permission", f"{error}; grant the agent sts:AssumeRole "
+                                f"on {self.arn}, and name the agent in that role's trust policy"))
+        self.fault.worked()
+        lent, self.ends = answer["Credentials"], asked + length
+        self.found = {"AWS_ACCESS_KEY_ID": lent["AccessKeyId"],
+                      "AWS_SECRET_ACCESS_KEY": lent["SecretAccessKey"],
+                      "AWS_SESSION_TOKEN": lent["SessionToken"],
+                      **dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), self.region)}
 
 
 # --------------------------------------------------------------------------------------------
@@ -1527,7 +1619,6 @@ class Package:
 
     path: Path
     etag: str
-    entry: str
     size: int = 0
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
@@ -1654,9 +1745,8 @@ class CodeCache:
                 return old
             place.mkdir(mode=0o755)
             unpack(archive, place)
-            entry = find_entry(place, task.runtime)
             size = sum(one.lstat().st_size for one in place.rglob("*"))
-            package = Package(place.rename(name), etag, entry, size, asked, confirmed)
+            package = Package(place.rename(name), etag, size, asked, confirmed)
         finally:
             archive.unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
@@ -1688,7 +1778,8 @@ class CodeCache:
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
-OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
+OUTPUTS = ("out/stdout", "out/stderr", "out/returned")  # in a slot's feed; the last: a handler's
+MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
@@ -1769,6 +1860,7 @@ def become(channel, request):
     os.write(channel, marshal.dumps(("begun", os.getpid(), time.monotonic()), 2))
     os.close(channel)
     path = os.getcwd() + "/main.py"
+    command = request["command"]
     for name in set(sys.path_importer_cache).difference(looked_at):
         del sys.path_importer_cache[name]
     sys.path[0] = os.getcwd()
@@ -1777,13 +1869,17 @@ def become(channel, request):
     main = type(sys)("__main__")
     main.__dict__.update(bare, __file__=path)
     main.__loader__.path = path
+    sys.modules["__main__"] = main
+    if command[0] == "-c":
+        del main.__file__  # else multiprocessing would run it in its children
+        sys.argv[:] = "-c", *command[2:]
+        return main.__dict__, compile(command[1], "<string>", "exec", dont_inherit=True)
     with open(path, "rb") as file:
         source = file.read()
     try:
         code = compile(source, path, "exec", dont_inherit=True)
     except Exception:  # the interpreter itself words this best
         os.execv(sys.executable, [sys.executable, "main.py"])
-    sys.modules["__main__"] = main
     return main.__dict__, code
 
 # Modules in C whose objects do something when they go, and have no finalizer: these of the
@@ -1849,6 +1945,123 @@ sys.exit(status)
 '''
 
 
+# What runs a handler, in `python -c … FILE FUNCTION RETURNED` and in `node -e …`. They do what Lambda's
+# own runtimes do. RETURNED is a pipe for what FUNCTION returns, and its time is the run's beginning.
+PYTHON_HANDLER = r'''
+import json
+import os
+import sys
+import time
+
+file, function, returned = sys.argv[1:]
+pipe = open(returned, "w", encoding="utf-8", errors="backslashreplace")
+end = os.stat(returned).st_mtime + int(os.environ["TIMEOUT_MS"]) / 1000
+sys.path.insert(0, os.getcwd())
+
+class Context:
+    aws_request_id = log_stream_name = os.environ["REQUEST_ID"]
+    function_name = os.environ["FUNCTION_ID"]
+    function_version = "$LATEST"
+    memory_limit_in_mb = os.environ["MEMORY_MB"]  # a text, as in Lambda
+    log_group_name = "/aws/lambda/" + function_name
+    invoked_function_arn = "arn:aws:lambda:local:000000000000:function:" + function_name
+    client_context = identity = None
+
+    def get_remaining_time_in_millis(self):
+        return max(0, int((end - time.time()) * 1000))
+
+class Logging:
+    """A finder of modules: has logging begin as in Lambda, if anything imports it (10 ms)."""
+    def find_spec(name, *_, find=sys.meta_path[-1].find_spec):
+        if name == "logging":
+            sys.meta_path.remove(Logging)
+            spec = find(name)
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), add_handler(module))
+            return spec
+
+def add_handler(logging):
+    logging.basicConfig(
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
+    handler = logging.root.handlers[0]
+    handler.formatter.converter = time.gmtime
+    handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
+
+def number(value):
+    if type(value).__name__ == "Decimal":  # as DynamoDB has numbers
+        return int(value) if value == int(value) else float(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+sys.meta_path.insert(0, Logging)
+try:
+    module = file[:-len(".py")].removesuffix("/__init__").replace("/", ".")
+    __import__(module)
+    event = json.loads(sys.stdin.read() or "{}")
+    value = getattr(sys.modules[module], function)(event, Context())
+    pipe.write(json.dumps(value, default=number, ensure_ascii=False, allow_nan=False))
+    pipe.close()
+except Exception as error:
+    import traceback
+    print(f"[ERROR] {type(error).__name__}: {error}", file=sys.stderr)
+    traceback.print_exception(type(error), error, error.__traceback__.tb_next)
+    sys.exit(1)
+'''
+NODE_HANDLER = r'''
+"use strict";
+const fs = require("fs"), path = require("path"), url = require("url"), env = process.env;
+const [file, name, returned] = process.argv.slice(1);
+const pipe = fs.openSync(returned, "w");
+const end = fs.fstatSync(pipe).mtimeMs + Number(env.TIMEOUT_MS);
+let idle = () => {};  // what to do when nothing is left to wait for
+process.on("beforeExit", () => idle());
+
+function fail(error) {
+  const {name = typeof error, message = String(error), stack = ""} = Object(error);
+  console.error("ERROR\tInvoke Error\t" + JSON.stringify({
+    errorType: name, errorMessage: message, stack: String(stack).split("\n")}));
+  process.exit(1);
+}
+
+function succeed(value) {
+  try {
+    fs.writeFileSync(pipe, JSON.stringify(value) || "null");
+  } catch (error) {
+    fail(error);
+  }
+  process.exit(0);
+}
+
+function callback(error, value) {
+  if (error !== undefined && error !== null) fail(error);
+  if (!context.callbackWaitsForEmptyEventLoop) succeed(value);
+  idle = () => succeed(value);
+}
+
+const context = {
+  awsRequestId: env.REQUEST_ID, functionName: env.FUNCTION_ID, functionVersion: "$LATEST",
+  memoryLimitInMB: env.MEMORY_MB, logStreamName: env.REQUEST_ID,
+  logGroupName: "/aws/lambda/" + env.FUNCTION_ID,
+  invokedFunctionArn: "arn:aws:lambda:local:000000000000:function:" + env.FUNCTION_ID,
+  callbackWaitsForEmptyEventLoop: true, done: callback, succeed, fail,
+  getRemainingTimeInMillis: () => Math.max(0, Math.floor(end - Date.now())),
+};
+
+(async () => {
+  const found = await import(url.pathToFileURL(path.resolve(file)));
+  const handler = found[name] || Object(found.default)[name];
+  if (typeof handler !== "function") throw new TypeError(`${file} exports no function ${name}`);
+  idle = () => succeed(null);  // as in Lambda, where a callback that was forgotten is no error
+  const promise = handler(JSON.parse(fs.readFileSync(0, "utf8") || "{}"), context, callback);
+  if (promise && typeof promise.then === "function") {
+    idle = () => {};  // the process ends without a return value then, and so as failed
+    promise.then(succeed, fail);
+  }
+})().catch(fail);
+'''
+HANDLERS = {"python": ("-c", PYTHON_HANDLER), "nodejs": ("-e", NODE_HANDLER)}
+
+
 # --- What crosses from the agent to the launcher and back ---
 #
 # The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
@@ -1890,6 +2103,7 @@ class RunSpec:
     memory_mb: int
     disk_mb: int
     files: int
+    has_handler: bool = False  # which must return something
     tee: bool = False  # pass the outputs through as they come
 
 
@@ -2371,13 +2585,13 @@ class Workspace:
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 
 class Output:
-    """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
+    """One output of a run: its first and its last bytes, and how many there were."""
 
-    def __init__(self, path: str, tee: int):
+    def __init__(self, path: str, tee: int = 0, most: int = KEPT_BYTES):
         # Opened for writing, too, it never ends: a function may close its outputs and open them
         # again (fifo(7)).
         self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        self.tee, self.count = tee, 0
+        self.tee, self.most, self.count = tee, most, 0
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
@@ -2386,10 +2600,10 @@ class Output:
         if self.tee:
             write_all(self.tee, chunk)
         self.count += len(chunk)
-        room = KEPT_BYTES - len(self.head)
+        room = self.most - len(self.head)
         self.head += chunk[:room]
         self.tail += chunk[room:]
-        del self.tail[:-KEPT_BYTES]
+        del self.tail[:-self.most]
         return bool(chunk)
 
     def close(self) -> str:
@@ -2549,6 +2763,7 @@ class ReadyPython(Helper):
         self.channel.send(marshal.dumps({
             "directory": self.spec.directory, "uid": self.spec.uid, "gid": self.spec.gid,
             "groups": self.spec.groups, "env": run.env,
+            "command": run.command[1:],
             "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
         kind, child, started = marshal.loads(self.receive())
         if kind != "begun":
@@ -2611,9 +2826,11 @@ class Supervisor:
         self.room.begin(run.memory_mb, run.files)
         self.workspace.prepare(run.package, run.input)
         outputs = [Output(f"{self.room.feed}/{name}", fd if run.tee else 0)
-                   for fd, name in enumerate(OUTPUTS, 1)]
+                   for fd, name in enumerate(OUTPUTS[:2], 1)]
+        outputs.append(Output(f"{self.room.feed}/{OUTPUTS[2]}", most=MAX_RETURNED))
         try:
             helper, start = self._helper(run)
+            os.utime(f"{self.room.feed}/{OUTPUTS[2]}")
             # Thread stacks and calloc count as data and are free until touched: "several times
             # the cap" is free, and what outruns the watcher is stopped by the kernel.
             child, started = helper.start(run, max(3 * run.memory_mb,
