@@ -601,7 +601,7 @@ class Runtime(NamedTuple):
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
     compiled: dict[str, tuple[str, ...]]  # the compiler's command, which makes `main`
-    handler_files: tuple[str, ...] = ()  # what may follow FILE of a handler; none: it has no handlers
+    handler_files: tuple[str, ...] = ()  # what may follow a handler's FILE; none: it has none
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
@@ -1628,6 +1628,7 @@ class Package:
     path: Path
     etag: str
     size: int = 0
+    is_read: bool = False  # its index.js, for a handler that no task names
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
@@ -1784,7 +1785,8 @@ class CodeCache:
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
-OUTPUTS = ("out/stdout", "out/stderr", "out/returned")  # in a slot's feed; the last: a handler's
+OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
+RETURNED = "out/returned"  # beside them: what a handler returned, as JSON
 MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
@@ -1953,8 +1955,8 @@ sys.exit(status)
 '''
 
 
-# What runs a handler, in `python -c … FILE FUNCTION RETURNED` and in `node -e …`. They do what Lambda's
-# own runtimes do. RETURNED is a pipe for what FUNCTION returns, and its time is the run's beginning.
+# What runs a handler, as `python -c … FILE FUNCTION RETURNED` and `node -e …`, as Lambda runs it.
+# RETURNED is a pipe for what FUNCTION returns; its time is when the run began.
 PYTHON_HANDLER = r'''
 import json
 import os
@@ -2678,12 +2680,12 @@ class Workspace:
     def _feed(self, text: str) -> None:
         """Make the input and the outputs anew: none may see those of the next run."""
         feed = self.room.feed
-        for name in ("stdin", "run", *OUTPUTS):
+        for name in ("stdin", "run", *OUTPUTS, RETURNED):
             if os.path.lexists(f"{feed}/{name}"):
                 remove(f"{feed}/{name}")
         with open(f"{feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        for name in OUTPUTS:  # its own: it may open /dev/stdout again
+        for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
             os.mkfifo(f"{feed}/{name}")
             self._own(f"{feed}/{name}", 0o600)
 
@@ -2880,19 +2882,19 @@ class ReadyPython(Helper):
         os.close(unread)
         self.done = self.channel.fileno()
         self.receive(30)
+        threads, children = len(os.listdir(f"/proc/{self.pid}/task")) - 1, children_of(self.pid)
+        if threads or children:  # no fork has its threads, but the locks that they hold
+            self.close()
+            raise ConnectionError(f"it starts {threads} threads and {len(children)} processes of "
+                                  "its own (in a .pth file or sitecustomize)")
 
     def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of the interpreter, and when. Raises ConnectionError."""
         self.runs += 1
         self.channel.send(marshal.dumps({
             "directory": self.spec.directory, "uid": self.spec.uid, "gid": self.spec.gid,
-<<<<<<< HEAD
-            "groups": self.spec.groups, "env": run.env,
-            "command": run.command[1:],
-            "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
-=======
-            "groups": self.spec.groups, "env": run.env, "limits": limits}, 2))
->>>>>>> main
+            "groups": self.spec.groups, "env": run.env, "limits": limits,
+            "command": run.command[1:]}, 2))
         kind, child, started = marshal.loads(self.receive())
         if kind != "begun":
             raise ConnectionError("the function's process ended before it began")
@@ -2928,6 +2930,22 @@ def allowed(limits: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+def with_returned(outcome: Outcome) -> Outcome:
+    """A handler's outcome: failed, where what it returned cannot be kept as JSON."""
+    if outcome.status != "ok":
+        return replace(outcome, returned="null")
+    text, size = "", len(outcome.returned.encode())
+    try:
+        json.loads(outcome.returned, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        text = f"what the handler returned cannot be read: {_why(error)}"
+    if size > MAX_RETURNED:
+        text = f"the handler returned over {MAX_RETURNED} bytes of JSON"
+    if not size:
+        text = "the process ended before its handler had returned"
+    return replace(outcome, status="failed", text=text, returned="null") if text else outcome
+
+
 class Supervisor:
     """One slot: runs its jobs, one at a time."""
 
@@ -2940,7 +2958,7 @@ class Supervisor:
         self.room = Room(spec)
         self.workspace = Workspace(spec, self.room)
         self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
-        self.unready = ""  # an interpreter that could not be made ready
+        self.unready: dict[str, str] = {}  # an interpreter that is not kept ready: why
         self.begun = False  # whether the function of the run has begun
         spec.limits.update(allowed(spec.limits))
 
@@ -2952,9 +2970,13 @@ class Supervisor:
                and (line := requests.readline())):
             self.begun = False
             try:
-                outcome = self.run(RunSpec(**json.loads(line)))
+                run = RunSpec(**json.loads(line))
+                outcome = self.run(run)
+                outcome = with_returned(outcome) if run.has_handler else replace(
+                    outcome, returned="")
                 # What is left of IPC ends with its namespace, and that with its supervisor.
-                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc())
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc(),
+                       unready=self.unready)
             except OSError as error:  # ConnectionError is one
                 with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
                     self.end_run(self.helpers)
@@ -2972,11 +2994,11 @@ class Supervisor:
             self.cgroup.begin(run.memory_mb)
         self.workspace.prepare(run.package, run.input)
         outputs = [Output(f"{self.room.feed}/{name}", fd if run.tee else 0)
-                   for fd, name in enumerate(OUTPUTS[:2], 1)]
-        outputs.append(Output(f"{self.room.feed}/{OUTPUTS[2]}", most=MAX_RETURNED))
+                   for fd, name in enumerate(OUTPUTS, 1)]
+        outputs.append(Output(f"{self.room.feed}/{RETURNED}", most=MAX_RETURNED))
         try:
             helper, start = self._helper(run)
-            os.utime(f"{self.room.feed}/{OUTPUTS[2]}")
+            os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
             child, started = helper.start(run, self._limits(run))
             self.begun = True
             started_at = time.time() - (time.monotonic() - started)
@@ -3001,7 +3023,7 @@ class Supervisor:
             "failed" if end == "disk" else end, reason="disk" if end == "disk" else None,
             exit_code=code, peak_memory_bytes=peak, duration_millis=round(duration * 1000),
             start=start, started_at=started_at, stdout=texts[0], stderr=texts[1],
-            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count)
+            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count, returned=texts[2])
 
     def _limits(self, run: RunSpec) -> dict[str, int]:
         """What a run's own processes are limited to where no cgroup does it."""
@@ -3025,7 +3047,7 @@ class Supervisor:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
         self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
             os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
-        if run.interpreter and run.interpreter != self.unready:
+        if run.interpreter and run.interpreter not in self.unready:
             ready = self.helpers.get(run.interpreter)
             if ready and ready.runs < READY_RUNS:
                 return ready, "warm"
@@ -3034,8 +3056,9 @@ class Supervisor:
                 ready = self.helpers[run.interpreter] = ReadyPython(
                     self.room, run.helper_env, self.procs, run.interpreter)
                 return ready, "cold"
-            except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
-                self.unready = run.interpreter
+            except ConnectionError as error:  # it is too old, or a wrapper, or does more than start
+                self.unready[run.interpreter] = str(error)
+                self.end_run()
         if "" not in self.helpers:
             self.helpers[""] = ForkShell(self.room, run.helper_env, self.procs)
         return self.helpers[""], "cold"
@@ -3310,7 +3333,9 @@ class Report:
                       "memoryMb fits")
             words = (f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of "
                      f"{self.memory_mb}: {advice}.")
-        return {**self.pairs(), "success": outcome.status == "ok", "stdout": outcome.stdout,
+        returned = {"returnValue": json.loads(outcome.returned)} if outcome.returned else {}
+        return {**self.pairs(), **returned,
+                "success": outcome.status == "ok", "stdout": outcome.stdout,
                 "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
                 "stderrBytes": outcome.stderr_bytes, "startedAt": begin and iso(begin),
                 "finishedAt": end and iso(end), "outputFiles": names,
@@ -3603,6 +3628,9 @@ class CloudWatchMetrics:
 
 # All that a function gets of the agent's own environment
 BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
+# Variables that take effect at a process's start, so that a ready interpreter is too late for them
+READ_AT_START = re.compile("PYTHON|LC_|LD_|MALLOC_|GLIBC_")
+EXPORTS_HANDLER = re.compile(r"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 UNSTORED = 1000  # results that are kept for the return of their messages
@@ -3614,9 +3642,10 @@ class Slot:
     SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
 
     def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket],
-                 fault: Fault):
+                 fault: Fault, said: set[tuple[str, str]]):
         self.spec, self.supervisor, self.fault = spec, supervisor, fault
-        self.own = f"{spec.directory}/own"
+        self.said = said  # by any slot, of interpreters
+        self.own, self.feed = f"{spec.directory}/own", f"{spec.directory}/feed"
         self.output = f"{self.own}/output"
         self.lock = threading.RLock()
         self.connection: socket.socket | None = None
@@ -3647,6 +3676,9 @@ class Slot:
                                     f"({error}); it may have killed it")) from None
             if answer["is_spent"]:
                 self.drop()
+            for interpreter, why in answer["unready"].items() - self.said:
+                self.said.add((interpreter, why))
+                self.fault.log("WARNING", f"{interpreter} is started anew for each run: {why}")
             return Outcome(**answer["outcome"])
 
     def connect(self) -> None:
@@ -3718,6 +3750,7 @@ class Slots:
 
     def __init__(self, settings: Settings, log: Log):
         self.settings, self.log = settings, log
+        self.role: FunctionRole | None = None
         self.fault = Fault(log, "starting functions")
         self.cgroups, self.cgroup_gap = "", "not started as root"
         if not os.geteuid():
@@ -3761,7 +3794,8 @@ class Slots:
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
         self.hidden, self.shown = hidden_and_shown(settings.file, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
-        self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.fault)
+        said: set[tuple[str, str]] = set()
+        self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.fault, said)
                     for number, user in enumerate(users)]
 
     def _launch(self) -> None:
@@ -3893,32 +3927,56 @@ class Slots:
         return program
 
     def run_spec(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> RunSpec:
-        """What runs `package.entry`, or compiles it if it is a source; raises Ended.
+        """What runs a package, or compiles it if it is a source; raises Ended, and Outage of STS.
 
         All commands are made here.
         """
         runtime = RUNTIMES[task.runtime]
-        first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
+        entry = find_entry(package.path, task.runtime, task.handler)
+        if task.handler:
+            first, *rest = ("{program}", *HANDLERS[task.runtime], entry,
+                            task.handler.rpartition(".")[2], f"{slot.feed}/{RETURNED}")
+        else:
+            first, *rest = {**runtime.commands, **runtime.compiled}[entry]
+            if entry == "index.js" and not package.is_read:
+                package.is_read = True
+                self._look_for_handler(task, package)
         program = self.program(first, task.runtime)
         helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
                       "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
         env = {"REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
-               "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
-        is_warm = task.runtime == "python" and self.settings.warm_start
+               "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms), **task.env}
+        if task.handler:
+            env.update({
+                "_HANDLER": task.handler, "LAMBDA_TASK_ROOT": f"{slot.own}/work",
+                "AWS_LAMBDA_FUNCTION_NAME": task.function_id,
+                "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(task.memory_mb)})
+        if self.role and entry not in runtime.compiled:
+            env.update(self.role.env(task.timeout_ms / 1000))
+        is_warm = (task.runtime == "python" and self.settings.warm_start
+                   and not any(map(READ_AT_START.match, task.env)))
         return RunSpec((program, *rest), program if is_warm else "", helper_env, env,
                        str(package.path), task.input.decode("utf-8", "surrogateescape"),
                        task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
-                       self.settings.max_files, tee)
+                       self.settings.max_files, bool(task.handler), tee)
+
+    def _look_for_handler(self, task: Task, package: Package) -> None:
+        """Say it, if index.js is of an AWS Lambda function: run by itself it does nothing."""
+        text = (package.path / "index.js").read_text(errors="replace")
+        if EXPORTS_HANDLER.search(text):
+            self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
+                                'which nothing calls: send "handler": "index.handler" in the task')
 
     def compile(self, task: Task, package: Package, slot: Slot) -> Package:
         """The package with its program compiled, once; raises Ended with the compiler's words."""
-        if package.entry not in RUNTIMES[task.runtime].compiled:
+        entry = find_entry(package.path, task.runtime, task.handler)
+        if entry not in RUNTIMES[task.runtime].compiled:
             return package
-        built = Package(package.built_path, package.etag, "main")
+        built = Package(package.built_path, package.etag)
         with package.lock:
             if built.path.exists():
                 return built
-            limited = replace(task, input=b"", timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
+            limited = replace(task, input=b"", env={}, timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
             outcome = slot.run(self.run_spec(limited, package, slot))
             if outcome.status == "released":
                 raise Ended(outcome)
@@ -3931,7 +3989,7 @@ class Slots:
                 raise Ended(replace(
                     outcome, status="rejected", reason="compile", exit_code=None, start=None,
                     duration_millis=None, peak_memory_bytes=None, started_at=None,
-                    text=f"{package.entry} does not compile ({ended})"))
+                    text=f"{entry} does not compile ({ended})"))
             part = package.path.with_suffix(".part")
             with self.fault.watched(), open(fd, "rb") as program:
                 shutil.rmtree(part, ignore_errors=True)
@@ -4260,7 +4318,7 @@ class Agent:
         package = self._patiently(turn, lambda: self.code.get(task, turn.message))
         try:
             built = self._patiently(turn, lambda: self.slots.compile(task, package, slot))
-            run = self.slots.run_spec(task, built, slot)
+            run = self._patiently(turn, lambda: self.slots.run_spec(task, built, slot))
             if not self._begin(turn, slot):
                 raise Ended(Outcome("released"))
             self.log("DEBUG", f"[{task.request_id}] a run of {task.function_id} starts")
@@ -4396,6 +4454,7 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
             queue, source = SqsQueue(clients, settings, log), S3Code(clients.s3, log)
             results = AwsResults(clients, settings, log)
             metrics = CloudWatchMetrics(clients.cloudwatch, settings, log)
+            slots.role = FunctionRole(clients, settings, log) if settings.function_role else None
         code = CodeCache(source, slots.base / "code", log)
         agent = Agent(settings, log, queue, code, results, metrics, slots)
         agent.run(drain)
@@ -4415,8 +4474,13 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
     if not path.exists():
         raise GiveUp(f"--invoke {path}: there is no such zip or folder")
     asked = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
-             "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
-    given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
+             "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb,
+             "handler": args.handler, "env": dict(args.env)}
+    given = b""
+    if args.event:
+        given = args.event.read()
+    elif sys.stdin is not None and not sys.stdin.isatty():
+        given = sys.stdin.buffer.read()
     report = Report()
     with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
         slots.try_out()
@@ -4434,13 +4498,15 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             else:
                 target.mkdir()
                 unpack(path, target)
-            package = Package(target, "", find_entry(target, task.runtime))
+            package = Package(target, "")
             run = slots.run_spec(task, slots.compile(task, package, slot), slot, tee=True)
             report = replace(report, outcome=slot.run(run))
         except (Ended, Outage) as error:
             report = report.ended(error)
     log.least = 0
     outcome = report.outcome
+    if outcome.returned and outcome.status == "ok":
+        say(outcome.returned)
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
     if outcome.text:
@@ -4547,6 +4613,10 @@ class Check:
                                  "RedrivePolicy (setup_resources.sh does)")
                 receives = policy.get("maxReceiveCount")
                 is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
+        if arn := self.settings.function_role:
+            with self.of("function role") as is_ok:
+                FunctionRole(clients, self.settings, self.log).env(0)
+                is_ok(f"{arn} is lent to functions")
         with self.of("bucket") as is_ok:
             bucket, key = self.settings.code_bucket, f"nanogrid-check-{os.urandom(8).hex()}"
             _, error = attempt(clients.s3.get_object, Bucket=str(bucket), Key=key)
@@ -4580,7 +4650,7 @@ class Check:
             reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
             (place / "run.sh").write_text(f"{reach}test -w .\n")
             task = Task("check", "check", "cpp", "", "", 10_000, 64, b"")
-            outcome = slot.run(slots.run_spec(task, Package(place, "", "run.sh"), slot))
+            outcome = slot.run(slots.run_spec(task, Package(place, ""), slot))
             if reach:
                 with self.of("instance metadata") as is_ok:
                     if "not permitted" not in outcome.stderr:
@@ -4593,6 +4663,13 @@ class Check:
             peak = outcome.peak_memory_bytes
             return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
                     f"{slots.isolation()}")
+
+
+def pair(text: str) -> list[str]:
+    """[NAME, VALUE]; raises ArgumentTypeError."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text} is no NAME=VALUE")
+    return text.split("=", 1)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -4632,6 +4709,12 @@ def arguments() -> argparse.ArgumentParser:
                           f"{Settings.default_memory_mb})")
     one.add_argument("--function-id", default="invoke", metavar="ID",
                      help="its name in the REPORT line (default: invoke)")
+    one.add_argument("--handler", metavar="FILE.FUNCTION",
+                     help="what to call, as in AWS Lambda (default: the entry file is run)")
+    one.add_argument("--env", metavar="NAME=VALUE", type=pair, action="append", default=[],
+                     help="a variable of its environment; may be repeated (default: none)")
+    one.add_argument("--event", metavar="FILE", type=argparse.FileType("rb"),
+                     help="its input (default: standard input)")
     parser.add_argument("--log-format", choices=("text", "json"), default="text",
                         help="of the lines on standard error (default: text)")
     parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,

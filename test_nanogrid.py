@@ -1386,6 +1386,8 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("execution.patienceSeconds", "0", "patience_seconds", 0),
     ("execution.network", "none", "network", "none"),
     ("execution.metadata", "allow", "metadata", "allow"),
+    ("execution.functionRole", "arn:aws:iam::123456789012:role/path/fn", "function_role",
+     "arn:aws:iam::123456789012:role/path/fn"),
     ("execution.runAs", "1000", "run_as", "1000"),
     ("execution.runAs", "nobody", "run_as", "nobody"),
     ("execution.warmStart", "false", "warm_start", False),
@@ -1709,7 +1711,8 @@ def test_whatever_stands_in_a_file_or_the_environment_only_config_errors_come_ou
 # --- Tasks -----------------------------------------------------------------------------------
 
 SETTINGS = types.SimpleNamespace(code_bucket="code", allowed_buckets=("more",), memory_mb=4096,
-                                 default_timeout_ms=10_000, default_memory_mb=128)
+                                 default_timeout_ms=10_000, default_memory_mb=128,
+                                 function_role="arn:aws:iam::123456789012:role/fn")
 TASK = {"requestId": "r-1", "functionId": "team/hello:v1", "runtime": "python", "s3Key": "f/h.zip"}
 
 
@@ -1727,12 +1730,13 @@ def test_a_task_with_its_defaults():
 
 
 def test_a_task_with_every_field_and_an_unknown_one():
-    task = parse(s3Bucket="more", timeoutMs=43_200_000, memoryMb=4096, input={"a": 1}, colour="red")
+    task = parse(s3Bucket="more", timeoutMs=43_200_000, memoryMb=4096, input={"a": 1}, colour="red",
+                 handler="app.main", env={"A": "1"})
     assert task == ng.Task("r-1", "team/hello:v1", "python", "more", "f/h.zip", 43_200_000, 4096,
-                           b'{"a": 1}')
+                           b'{"a": 1}', "app.main", {"A": "1"})
 
 
-@pytest.mark.parametrize("name", ["s3Bucket", "timeoutMs", "memoryMb"])
+@pytest.mark.parametrize("name", ["s3Bucket", "timeoutMs", "memoryMb", "handler", "env"])
 def test_null_for_an_optional_field_is_its_default(name):
     assert parse(**{name: None}) == parse()
 
@@ -1747,7 +1751,9 @@ def test_runtime_names(alias, runtime):
 @pytest.mark.parametrize("fields", [
     {"requestId": "a" * 128}, {"requestId": "..."}, {"requestId": ".a:_-"},
     {"functionId": "a/b/.c"}, {"functionId": "a" * 128}, {"s3Key": "é" * 512}, {"s3Key": "a//b"},
-    {"s3Key": "../a"}, {"s3Key": "/a"}, {"timeoutMs": 1}, {"memoryMb": 1}])
+    {"s3Key": "../a"}, {"s3Key": "/a"}, {"timeoutMs": 1}, {"memoryMb": 1},
+    {"handler": "a.b"}, {"handler": "한/a-b.c.d"}, {"handler": "a/b.c", "runtime": "node"},
+    {"env": {}}, {"env": {"_a1": "", "AWS_PROFILE": "한\n"}}, {"env": {"A": "x" * 32766}}])
 def test_values_at_the_edge_are_right(fields):
     parse(**fields)
 
@@ -1771,6 +1777,9 @@ BAD_FIELDS = [
                                      "\ud800", None, 7, ["a"]]],
     *[("timeoutMs", value) for value in [0, -1, 43_200_001, True, "5000", 5000.0, [1], 10 ** 4000]],
     *[("memoryMb", value) for value in [0, -1, True, "128", 128.0, {}]],
+    *[("handler", value) for value in ["app", "app.", ".f", "a..f", "/a.f", "../a.f", "a/../b.f",
+                                       "a\\b.f", "a b.f", "a.f\n", "a\0.f", "\ud800.f", 7, ["a.f"]]],
+    *[("env", value) for value in ["A=1", 7, [], [["A", "1"]], True]],
 ]
 
 
@@ -1784,6 +1793,34 @@ def test_a_wrong_field_is_named_with_its_value(name, value):
         ng.REPORTED[key]: found for key, found in {**TASK, "timeoutMs": 10_000,
                                                    "memoryMb": 128}.items()
         if key not in (name, "s3Key")}
+
+
+@pytest.mark.parametrize("env, text", [
+    *[({"A": "1", name: "1"}, rf"env has {name!r}, which each run gets") for name in [
+        *("PATH LANG TZ HOME TMPDIR OUTPUT_DIR USER LOGNAME REQUEST_ID FUNCTION_ID MEMORY_MB "
+          "TIMEOUT_MS AWS_LAMBDA_FUNCTION_NAME AWS_LAMBDA_FUNCTION_MEMORY_SIZE LAMBDA_TASK_ROOT "
+          "_HANDLER AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION").split()]],
+    *[({name: "1"}, "env has .*; names are") for name in ["", "1A", "A-B", "A=B", "é", "A\n"]],
+    *[({"A": value}, "env has 'A' as .*; write a string") for value in [1, None, True, [], "\0",
+                                                                       "\ud800"]],
+    ({"A": "x" * 32767}, "env has 32769 bytes; at most 32768"),
+], ids=lambda value: ascii(value)[:30])
+def test_what_env_may_not_hold_is_named(env, text):
+    with pytest.raises(ng.Ended, match=text) as caught:
+        parse(env=env)
+    assert caught.value.outcome.reason == "task"
+
+
+def test_without_a_role_a_task_may_name_what_the_role_would_give():
+    settings = types.SimpleNamespace(**{**vars(SETTINGS), "function_role": None})
+    env = {"AWS_REGION": "eu-west-1"}
+    assert ng.parse_task(json.dumps({**TASK, "env": env}), settings).env == env
+
+
+@pytest.mark.parametrize("runtime", ["cpp", "go"])
+def test_a_compiled_runtime_has_no_handler(runtime):
+    with pytest.raises(ng.Ended, match=f"handler is for python and nodejs, not {runtime}"):
+        parse(runtime=runtime, handler="app.main")
 
 
 @pytest.mark.parametrize("name", ["requestId", "functionId", "runtime", "s3Key"])
@@ -2246,6 +2283,23 @@ def test_no_entry(unpack, runtime, members, text):
     with pytest.raises(ng.Ended, match=text) as caught:
         ng.find_entry(unpack.target, runtime)
     assert caught.value.outcome.reason == "entry"
+
+
+@pytest.mark.parametrize("runtime, handler, entry", [
+    ("python", "app.f", "app.py"), ("python", "src/app.f", "src/app.py"),
+    ("python", "src.app.f", "src/app.py"), ("python", "pack.f", "pack/__init__.py"),
+    ("python", "gone.f", "no gone.py or gone/__init__.py for the handler gone.f"),
+    ("nodejs", "app.f", "app.js"), ("nodejs", "src/app.f", "src/app.mjs"),
+    ("nodejs", "old.f", "old.cjs"), ("nodejs", "src.app.f", "no src.app.js or src.app.mjs or"),
+    ("nodejs", "in.f", "; 'src' has one: zip what is in that folder"),
+    ("nodejs", "[a].f", r"no \[a\].js")])
+def test_entry_of_a_handler(unpack, runtime, handler, entry):
+    unpack(make_zip(dict.fromkeys(["app.py", "src/app.py", "pack/__init__.py", "app.js", "app.mjs",
+                                   "src/app.mjs", "old.cjs", "src/in.js"], "x")))
+    try:
+        assert ng.find_entry(unpack.target, runtime, handler) == entry
+    except ng.Ended as error:
+        assert error.outcome.reason == "entry" and re.search(entry, error.outcome.text)
 
 
 def test_a_link_to_a_file_is_an_entry(unpack):
@@ -5394,6 +5448,275 @@ def test_invoke_says_what_is_wrong(invoked, name, args):
     assert done.stdout == b"" and b"Traceback" not in done.stderr and done.stderr.strip(), done
 
 
+# ---------------------------------------------------------------- handlers, as AWS Lambda calls them
+
+# `value`: the JSON that it returns; `err`: what its standard error holds, for a space a dot
+HANDLED = table(r"""
+=== event and context | handler="app.handler" input={"a":["한",1.5]} memoryMb=99 env={"X":"1'\n2"} | value=["event-and-context","event-and-context","$LATEST","99"]
+--- app.py
+import os
+def handler(event, context):
+    assert event == {"a": ["한", 1.5]} and os.environ["X"] == "1'\n2", event
+    assert 0 < context.get_remaining_time_in_millis() <= 60000, context.get_remaining_time_in_millis()
+    assert context.invoked_function_arn.split(":")[6] == os.environ["AWS_LAMBDA_FUNCTION_NAME"]
+    assert context.log_group_name and context.log_stream_name and context.identity is None
+    assert os.environ["AWS_LAMBDA_FUNCTION_MEMORY_SIZE"] == "99" and os.environ["_HANDLER"] == "app.handler"
+    assert os.environ["LAMBDA_TASK_ROOT"] == os.getcwd() == os.path.dirname(__file__)
+    return [context.aws_request_id, context.function_name, context.function_version, context.memory_limit_in_mb]
+=== no input is an empty event | handler="src.app.handler" | value={}
+--- src/app.py
+def handler(event, context): return event
+=== a package with modules of its own | handler="src/pack.handler" | value=[3,"src.pack"]
+--- src/pack/__init__.py
+from .part import three
+import beside
+def handler(event, context): return three + beside.zero, __name__
+--- src/pack/part.py
+three = 3
+--- beside.py
+zero = 0
+=== main.py is not run | handler="app.handler" | value=null stdout=
+print("main.py")
+--- app.py
+def handler(event, context): pass
+=== what JSON holds | handler="app.handler" | value=["한\udcff",3,3.5,{"1":true},[1]]
+--- app.py
+from decimal import Decimal
+def handler(event, context): return ["한\udcff", Decimal("3"), Decimal("3.5"), {1: True}, (1,)]
+=== what JSON does not hold | handler="app.handler" | status=failed exitCode=1 value=null err=\[ERROR\].TypeError:.Object.of.type.set
+--- app.py
+def handler(event, context): return {1}
+=== not a number | handler="app.handler" | status=failed value=null err=\[ERROR\].ValueError:.Out.of.range
+--- app.py
+def handler(event, context): return float("nan")
+=== a coroutine | handler="app.handler" | status=failed value=null err=type.coroutine
+--- app.py
+async def handler(event, context): return 1
+=== the largest value | handler="app.handler" | err=^$
+--- app.py
+def handler(event, context): return "한" * 87380 + "ab"
+=== a value that is too large | handler="app.handler" | status=failed exitCode=0 value=null err=over.262144.bytes
+--- app.py
+def handler(event, context): return "한" * 87380 + "abc"
+=== an exception | handler="app.handler" | status=failed exitCode=1 value=null err=^\[ERROR\].ZeroDivisionError:.division.by.zero\nTraceback.*\n..File."\S*/app.py",.line.2,.in.handler\n
+--- app.py
+def handler(event, context):
+    1 / 0
+=== an exception at the import | handler="app.handler" | status=failed exitCode=1 err=^\[ERROR\].ModuleNotFoundError:.*\nTraceback.*\n..File."\S*/app.py",.line.1
+--- app.py
+import not_there
+=== a function that is missing | handler="app.handler" | status=failed exitCode=1 err=no.attribute.'handler'
+--- app.py
+=== exit before the return | handler="app.handler" | status=failed exitCode=0 value=null err=ended.before.its.handler
+--- app.py
+import sys
+def handler(event, context): sys.exit(0)
+=== memory over the cap | handler="app.handler" memoryMb=32 | status=oom value=null
+--- app.py
+def handler(event, context):
+    held = []
+    while True: held.append(bytearray(1 << 20))
+=== over the time limit | handler="app.handler" timeoutMs=1500 | status=timeout value=null
+--- app.py
+import time
+def handler(event, context):
+    while context.get_remaining_time_in_millis(): time.sleep(0.01)
+    time.sleep(60)
+=== logging as it is, and as a module changes it | handler="app.handler" | err=^\[INFO\]\t\d+-\d+-\d+T[\d:.]+Z\tlogging-as-it-is-and-as-a-module-changes-it\tfirst\nsecond\n$
+--- app.py
+import logging
+logging.basicConfig(format="no effect, as in Lambda")
+root = logging.getLogger()
+root.setLevel("INFO")
+def handler(event, context):
+    logging.info("first")
+    root.handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger(__name__).warning("second")
+    logging.debug("third")
+=== output and threads | handler="app.handler" | value=1 stdout=out,late,exit
+--- app.py
+import atexit, threading, time
+atexit.register(print, "exit", end="")
+def handler(event, context):
+    print("out", end=",")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("late", end=","))).start()
+    return 1
+=== processes of multiprocessing | handler="app.handler" | value=[[1,4],[1,4]]
+--- app.py
+import multiprocessing
+def square(n): return n * n
+def handler(event, context):
+    def pool(kind):
+        with multiprocessing.get_context(kind).Pool(1) as workers: return workers.map(square, [1, 2])
+    return [pool("fork"), pool("spawn")]
+=== async | nodejs handler="index.handler" input={"a":"한"} memoryMb=99 | value=[{"a":"한"},"async","99",true]
+exports.handler = async (event, context) => {
+  setInterval(() => {}, 1000);
+  const left = context.getRemainingTimeInMillis();
+  return [event, context.awsRequestId, context.memoryLimitInMB, left > 0 && left <= 60000];
+};
+=== callback | nodejs handler="src/app.handler" | value=[2,1] stdout=waited
+--- src/app.cjs
+exports.handler = (event, context, callback) => {
+  callback(null, [2, 1]);
+  setTimeout(() => console.log("waited"), 50);
+};
+=== callback without waiting | nodejs handler="index.handler" | value={"a":1} stdout=
+exports.handler = (event, context, callback) => {
+  context.callbackWaitsForEmptyEventLoop = false;
+  setTimeout(() => console.log("never"), 5000);
+  setImmediate(() => callback(null, {a: 1}));
+};
+=== callback with an error | nodejs handler="index.handler" | status=failed exitCode=1 value=null err=Invoke.Error.*"errorMessage":"no"
+exports.handler = (event, context, callback) => callback("no");
+=== a promise | nodejs handler="index.handler" | value="kept"
+module.exports = {handler: () => new Promise((keep) => setTimeout(keep, 20, "kept"))};
+=== a promise that fails | nodejs handler="index.handler" | status=failed exitCode=1 err="errorType":"TypeError","errorMessage":"boom","stack":.*index.js:1
+exports.handler = () => Promise.reject(new TypeError("boom"));
+=== a promise that never comes | nodejs handler="index.handler" | status=failed value=null err=ended.before.its.handler
+exports.handler = async () => { await new Promise(() => {}); };
+=== neither | nodejs handler="index.handler" | value=null
+exports.handler = () => 5;
+=== an exception in Node.js | nodejs handler="index.handler" | status=failed exitCode=1 err="errorMessage":"boom".*index.js:1
+exports.handler = () => { throw new Error("boom"); };
+=== an ES module | nodejs handler="app.handler" | value=[3,"app.mjs"]
+--- app.mjs
+import path from "node:path";
+import {fileURLToPath} from "node:url";
+const three = await Promise.resolve(3);
+export const handler = async () => [three, path.basename(fileURLToPath(import.meta.url))];
+=== an ES module by package.json | nodejs handler="lib/app.run" | value="ES"
+--- package.json
+{"type": "module"}
+--- lib/app.js
+export async function run() { return import.meta.url ? "ES" : ""; }
+=== what JSON does not hold, in Node.js | nodejs handler="index.handler" | status=failed err=BigInt
+exports.handler = async () => 5n;
+=== exit before the return, in Node.js | nodejs handler="index.handler" | status=failed exitCode=0 err=ended.before.its.handler
+exports.handler = async () => process.exit(0);
+=== not exported | nodejs handler="index.handler" | status=failed exitCode=1 err=exports.no.function.handler
+exports.other = async () => 1;
+=== no such file | nodejs handler="app.handler" | status=rejected reason=entry
+exports.handler = async () => 1;
+""")
+
+
+@pytest.fixture(scope="module", params=["root-true", "ordinary-false"])
+def handled(request, grids):
+    """Every handler, run warm as root and cold as an ordinary user."""
+    need("node")
+    user, _, warm = request.param.partition("-")
+    if user == "root" and not ROOT:
+        pytest.skip("needs root")
+    grid = grids(user, EXECUTION_CONCURRENCY=2, EXECUTION_WARMSTART=warm)
+    for name, case in HANDLED.items():
+        files = {file: text for file, text in case.files.items() if text.strip() or file == "app.py"}
+        grid.put(files, case.runtime, slug(name), slug(name), **case.task)
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", HANDLED)
+def test_a_handler_is_called_as_in_lambda(handled, name):
+    result, expect = handled[name], dict(HANDLED[name].expect)
+    said = result["stderr"]
+    assert re.search(expect.pop("err", ""), said), said
+    if "value" in expect:
+        assert result["returnValue"] == json.loads(expect.pop("value")), result
+    for key, expected in expect.items():
+        assert str(result[key]).strip() == expected, f"{key} should be {expected}: {result}"
+
+
+def test_only_a_handler_has_a_return_value(grids, user):
+    """Not even who writes into the pipe for it."""
+    grid = grids(user)
+    grid.put({"main.py": "open(os.path.dirname(os.environ['HOME']) + '/../feed/out/returned', 'w').write('1')\n"
+                         .join(["import os\n", "print('written')\n"])}, request_id="r")
+    grid.run()
+    assert grid["r"]["stdout"] == "written\n" and "returnValue" not in grid["r"]
+
+
+def test_a_lambda_function_that_nothing_calls_is_said_once_for_each_package(grids, user):
+    need("node")
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    sources = {"plain": "console.log(1)", "common": "exports.handler = async () => 1;",
+               "es": "export const handler = async () => 1;",
+               "bundled": "__export(index_exports, {\n  handler: () => handler\n});\nfunction __export() {}\nvar index_exports;\n"}
+    for name, source in sources.items():
+        files = {"index.js": source, **({"package.json": '{"type": "module"}'} if name == "es" else {})}
+        for n in range(3):
+            grid.put(None if n else files, "nodejs", name, f"{name}-{n}")
+        grid.put(None, "nodejs", name, f"{name}-called", handler="index.handler")
+    grid.run()
+    said = re.findall(r"index\.js of (\w+)\.zip exports a handler", grid.log)
+    assert sorted(said) == ["bundled", "common", "es"], grid.log
+
+
+@pytest.mark.parametrize("warm", ["true", "false"])
+def test_env_is_for_its_run_alone(grids, user, warm):
+    """In one slot: Python by a ready interpreter or not, and Node.js, which a shell starts."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_WARMSTART=warm)
+    need("node")
+    python = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
+    node = "console.log(JSON.stringify(process.env))\n"
+    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5", "IFS": "/"}, {},
+                             {"PYTHONLEFT": "1"}, {}]):
+        for runtime, name, source in (("python", "main.py", python), ("nodejs", "index.js", node)):
+            grid.put({name: source}, runtime, runtime, f"{runtime}-{n}", env=env)
+    grid.run()
+    for runtime in ("python", "nodejs"):
+        seen = [json.loads(grid[f"{runtime}-{n}"]["stdout"]) for n in range(5)]
+        for each in seen:
+            del each["REQUEST_ID"]
+        assert seen[0] == seen[2] == seen[4], seen
+        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5", "IFS": "/"}, seen
+        assert seen[3] == {**seen[0], "PYTHONLEFT": "1"}, seen
+
+
+def test_variables_that_python_reads_at_its_start_have_their_effect(grids, user):
+    grid = grids(user)
+    grid.put({"main.py": "import sys\nprint(sys.flags.optimize, sys.path[1])\n"}, request_id="r",
+             env={"PYTHONOPTIMIZE": "2", "PYTHONPATH": "/srv/extra"})
+    grid.run()
+    assert grid["r"]["stdout"] == "2 /srv/extra\n"
+
+
+def test_an_interpreter_that_starts_threads_is_not_kept_ready(grids, user):
+    """As tracers do by a .pth file: no fork has its threads, but the locks that they hold."""
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", grid.top / "venv"], check=True)
+    packages, = (grid.top / "venv").glob("lib/python*/site-packages")
+    (packages / "tracer.pth").write_text("import tracer\n")
+    (packages / "tracer.py").write_text(
+        "import subprocess, threading, time\nlock = threading.Lock()\n"
+        "def beat():\n    while True:\n        with lock: time.sleep(0.05)\n        time.sleep(0.0005)\n"
+        "threading.Thread(target=beat, daemon=True).start()\nsubprocess.Popen(['sleep', '600'])\n")
+    grid.env["AGENT_RUNTIMES_PYTHON"] = str(grid.top / "venv" / "bin" / "python3")
+    for n in range(6):
+        grid.put({"main.py": "import threading, tracer\nwith tracer.lock: print(threading.active_count())\n"}
+                 if n == 0 else None, request_id=f"r{n}")
+    grid.run()
+    assert {(grid[f"r{n}"]["stdout"], grid[f"r{n}"]["start"]) for n in range(6)} == {("2\n", "cold")}
+    assert grid.log.count("starts 1 threads and 1 processes") == 1, grid.log
+
+
+def test_invoke_of_a_handler(grids, user):
+    grid = grids(user)
+    source, event = grid.top / "fn.zip", grid.top / "event.json"
+    source.write_bytes(make_zip({"app.py": "import os\ndef handler(event, context):\n    print('said')\n"
+                                           "    return [event, os.environ['A'], os.environ['B']]\n"
+                                           "def bad(event, context): 1 / 0\n"}))
+    event.write_text('{"k": "한"}')
+    args = [source, "--handler", "app.handler", "--env", "A=1", "--env", "B==2"]
+    for more, data, seen in ((["--event", event], b"[]", {"k": "한"}), ([], b"[1]", [1]), ([], b"", {})):
+        done = invoke(grid, *args, *more, data=data)
+        said, value = done.stdout.decode().splitlines()
+        assert (done.returncode, said, json.loads(value)) == (0, "said", [seen, "1", "=2"]), done
+    done = invoke(grid, source, "--handler", "app.bad")
+    assert (done.returncode, done.stdout) == (1, b"") and b"[ERROR] ZeroDivisionError" in done.stderr, done
+    for more, status in ((["--env", "A"], 2), (["--env", "PATH=x"], 1), (["--event", grid.top / "none"], 2)):
+        assert invoke(grid, *args, *more).returncode == status
+
+
 # --------------------------------------------------------------------------------------------
 # Delivery
 # --------------------------------------------------------------------------------------------
@@ -6639,7 +6962,7 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
 
 
 def test_run_that_is_let_go_of_before_it_begins_is_released():
-    slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
+    slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"), set())
     slot.cancel()
     assert slot.run(ng.Job((), "", {}, "", "", 1, 1, 1, 1)) == {"status": "released"}
 
