@@ -1628,12 +1628,12 @@ class Package:
     path: Path
     etag: str
     size: int = 0
-    is_read: bool = False  # its index.js, for a handler that no task names
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 1  # the cache, until it has another, and each run that needs it
     used: float = 0.0  # time.monotonic() of the last get()
+    is_read: bool = False  # its index.js, for a handler that no task names
 
     @property
     def built_path(self) -> Path:
