@@ -720,8 +720,7 @@ _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
 BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
                     "or Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
-# Extra fields (APPNOTE.TXT 4.5), which unzip reads, too: where the seconds are in those of times
-UNICODE_NAME, TIMES = 0x7075, {0x5455: 1, 0x5855: 4}
+TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -857,16 +856,10 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
 
 def _name(member: zipfile.ZipInfo) -> str:
     """Its whole name, which is UTF-8 where it can be, for many a tool does not set the flag."""
-    if member.flag_bits & UTF8_NAME:
-        return member.orig_filename
-    stored = member.orig_filename.encode("cp437")  # what zipfile reads as that
-    again = _extra(member, UNICODE_NAME)
-    if again[1:5] == struct.pack("<L", zlib.crc32(stored)):
-        stored = again[5:]
-    try:
-        return stored.decode()
-    except UnicodeDecodeError:
-        return member.orig_filename
+    with contextlib.suppress(UnicodeDecodeError):
+        if not member.flag_bits & UTF8_NAME:  # zipfile reads such as code page 437
+            return member.orig_filename.encode("cp437").decode()
+    return member.orig_filename
 
 
 def _mode(member: zipfile.ZipInfo) -> int:
@@ -1036,6 +1029,9 @@ LASTING = ("ParamValidationError", "InvalidRegionError", "PermanentRedirect")  #
 LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
 
 
+LEAST_BOTO3 = (1, 34, 101)  # the first whose ReceiveMessage has MessageSystemAttributeNames
+
+
 class Clients(NamedTuple):
     """The clients of one session: `polls` waits for long, which the rest must not."""
     session: Any
@@ -1056,16 +1052,24 @@ def make_clients(settings: Settings) -> Clients:
         import boto3  # not at the top: --local does without, and so does the launcher
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
+        from botocore.session import get_session
     except ImportError:
         raise GiveUp("boto3 is not installed for this Python; run: "
                      f"{sys.executable} -m pip install boto3") from None
+    if tuple(map(int, re.findall("[0-9]+", boto3.__version__)[:3])) < LEAST_BOTO3:
+        least = ".".join(map(str, LEAST_BOTO3))
+        raise GiveUp(f"boto3 is {boto3.__version__}, and must be {least} at least; run: "
+                     f"{sys.executable} -m pip install 'boto3>={least}'")
     if settings.endpoint_url:  # so that AWS_ENDPOINT_URL_SQS and the like win, as boto3 has it
         os.environ["AWS_ENDPOINT_URL"] = settings.endpoint_url
     try:
-        session = boto3.session.Session(region_name=settings.region)
-        if session.get_credentials() is None:
-            raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
-                         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        core = get_session()
+        session = boto3.session.Session(botocore_session=core, region_name=settings.region)
+        check_credentials(session.get_credentials())
+        bundle = core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        if bundle and not os.path.isfile(bundle):
+            raise GiveUp(f"the CA bundle {bundle} is no file; correct AWS_CA_BUNDLE, "
+                         "REQUESTS_CA_BUNDLE or ca_bundle in ~/.aws/config")
 
         def client(service: str, read_seconds: int = 8, attempts: int = 3) -> Any:
             made = session.client(service, config=Config(
@@ -1078,6 +1082,20 @@ def make_clients(settings: Settings) -> Clients:
                        client("sqs", attempts=1), client("sqs"), client("s3"), client("cloudwatch"))
     except (BotoCoreError, OSError, ValueError) as error:  # no such profile, process, URL
         raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
+
+
+def check_credentials(credentials: Any) -> None:
+    """Refuse, by GiveUp, none, and what HTTP cannot send: its error would show them in the log."""
+    from botocore.credentials import RefreshableCredentials
+    if credentials is None:
+        raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
+                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(credentials, RefreshableCredentials):  # a look would ask for them
+        return
+    for name in ("access_key", "secret_key", "token"):
+        if re.search("[^!-~]", getattr(credentials, name) or ""):
+            raise GiveUp(f"the AWS credentials' {name} ({credentials.method}) has a line break or "
+                         "a blank in it; write it again, in one line")
 
 
 def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
@@ -1175,7 +1193,7 @@ class Message:
     id: str
     body: str
     receive_count: int
-    sent: float  # the first time, in seconds since the epoch by the queue's clock
+    sent: float  # the first time, in seconds since the epoch by the queue's clock; inf: not told
     handle: Any = None  # SQS's receipt handle; of a folder, what unlocks the file at its end
     # From here on times are time.monotonic()'s. But for this one all is of SQS alone.
     received: float = field(default_factory=time.monotonic)
@@ -1239,7 +1257,7 @@ class SqsQueue:
         old = self.held.get(key)
         message = self.held[key] = Message(
             key, entry["Body"], int(attributes.get("ApproximateReceiveCount", 1)),
-            int(attributes.get("SentTimestamp", 0)) / 1000, entry["ReceiptHandle"],
+            float(attributes.get("SentTimestamp", math.inf)) / 1000, entry["ReceiptHandle"],
             ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
             last=now + LONGEST_LEASE_SECONDS - 1)
         if key in self.finished:
@@ -1524,7 +1542,7 @@ def write_json(directory: str | Path, name: str, value: object) -> None:
 # --------------------------------------------------------------------------------------------
 
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
-CACHE_BYTES = 8 * 1024 * MIB  # beyond it packages go that no run uses, longest unused first
+CACHE_SHARE = 0.5  # of the disk, less what others have there: beyond it idle packages go
 BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
                 "that does not exist looks like this, too)")
 
@@ -1581,7 +1599,7 @@ class S3Code:
                                 f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}"))
         else:
             self._download(answer, target, where)
-            known = answer["ETag"]
+            known = answer.get("ETag") or os.urandom(8).hex()  # none: it is another each time
         self.fault.worked()
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         with contextlib.suppress(TypeError, ValueError):
@@ -1589,15 +1607,22 @@ class S3Code:
         return known, 0.0
 
     def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
-        if answer["ContentLength"] > MAX_UNPACKED:
-            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
+        size = answer.get("ContentLength", 0)
+        for name in {"ETag", "ContentLength"}.difference(answer):
+            self.fault.log("WARNING", f"{where}: the answer has no {name}, as S3's have; look at "
+                                      "what stands in S3's place")
         try:
             with contextlib.closing(answer["Body"]) as body, open(target, "wb") as file:
-                file.writelines(body.iter_chunks(256 * 1024))
+                chunks = body.iter_chunks(256 * 1024)
+                while size <= MAX_UNPACKED and (chunk := next(chunks, b"")):
+                    file.write(chunk)
+                    size = max(size, file.tell())
         except OSError:  # the disk's: botocore's errors, also of a body that is short, are none
             raise
         except Exception as error:  # noqa: BLE001
             raise Outage(self.fault, "s3", f"{where} was cut short: {error}") from None
+        if size > MAX_UNPACKED:
+            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
 
 
 class FolderCode:
@@ -1661,22 +1686,34 @@ class CodeCache:
             place.mkdir(mode=0o755)
             unpack(archive, place)
             entry = find_entry(place, task.runtime)
-            size = sum(one.lstat().st_size for one in place.rglob("*"))
+            size = sum(one.lstat().st_blocks * 512 for one in place.rglob("*"))
             package = Package(place.rename(name), etag, entry, size, asked, confirmed)
         finally:
             archive.unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
         with self.lock:
             self.packages[key] = package
-            gone = [old] if old else []
+        if old:
+            self.release(old)
+        whole = sum(one.size for one in list(self.packages.values()))
+        whole += shutil.disk_usage(self.directory).free
+        self.evict(whole * CACHE_SHARE)
+        return package
+
+    def evict(self, most: float = -1) -> bool:
+        """Remove packages that no run uses, longest unused first, down to `most` bytes; did any?"""
+        gone = []
+        with self.lock:
             size = sum(one.size for one in self.packages.values())
-            for other, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if size > CACHE_BYTES and one.users == 1 and not self.key_locks[other].locked():
-                    gone.append(self.packages.pop(other))
+            for key, one in sorted(self.packages.items(), key=lambda item: item[1].used):
+                in_use = self.key_locks[key]  # also by get(), until its caller is one of the users
+                if size > most and one.users == 1 and in_use.acquire(blocking=False):
+                    gone.append(self.packages.pop(key))
                     size -= one.size
+                    in_use.release()
         for one in gone:
             self.release(one)
-        return package
+        return bool(gone)
 
 
 # --------------------------------------------------------------------------------------------
@@ -3786,13 +3823,16 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         log("WARNING", f"agent.taskBaseDir is {root}, but {closed[0]} is closed to the functions' "
                        f"users; {usual} is used instead (chmod o+x {closed[0]} opens it)")
         root = usual
-    if root == usual and root.exists() and not os.access(root, os.W_OK):
+    if root == usual and root.exists() and root.stat().st_uid != os.geteuid():
         root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
+    umask = os.umask(0o022)  # functions' users pass through what is made here
     try:
         root.mkdir(mode=0o755, parents=True, exist_ok=True)
         owner = root.lstat()
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
+        if os.statvfs(root).f_flag & os.ST_NOEXEC:
+            raise PermissionError(f"{root} is mounted noexec: no program can run there")
         for old in root.glob("agent-*"):
             with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3806,6 +3846,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     except OSError as error:
         raise GiveUp(f"agent.taskBaseDir {root} cannot be used ({error}); name a directory of the "
                      "agent's own user") from None
+    finally:
+        os.umask(umask)
     return own, lock
 
 
@@ -3924,18 +3966,23 @@ class Agent:
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
         # Imported here, for it brings ssl: 20 ms of the start, and 2 MiB of each process.
-        from urllib.request import Request, urlopen
+        from http.client import HTTPConnection, HTTPException  # which knows of no proxy
         base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
-        latest = f"{base.rstrip('/')}/latest"
+        host = re.sub("^https?://|/.*", "", base)
+        fault = Fault(self.log, "asking EC2 for a spot interruption notice")
         while not self.stopping:
-            with contextlib.suppress(OSError, ValueError):  # HTTPError of 404 is one: no notice
-                with urlopen(Request(f"{latest}/api/token", method="PUT", headers={
-                        "X-aws-ec2-metadata-token-ttl-seconds": "60"}), timeout=2) as answer:
-                    token = answer.read().decode()
-                urlopen(Request(f"{latest}/meta-data/spot/instance-action", headers={
-                    "X-aws-ec2-metadata-token": token}), timeout=2).close()
-                self.log("WARNING", "EC2 will interrupt this spot instance")
-                return os.kill(os.getpid(), signal.SIGTERM)
+            with contextlib.suppress(HTTPException), fault.watched(goes_on=True), \
+                    contextlib.closing(HTTPConnection(host, timeout=2)) as metadata:
+                metadata.request("PUT", "/latest/api/token", headers={
+                    "X-aws-ec2-metadata-token-ttl-seconds": "60"})
+                answer = metadata.getresponse()
+                if answer.status != 200:
+                    raise OSError(f"{host} answers {answer.status}")
+                metadata.request("GET", "/latest/meta-data/spot/instance-action", headers={
+                    "X-aws-ec2-metadata-token": answer.read().decode()})
+                if metadata.getresponse().status == 200:  # 404: no notice
+                    self.log("WARNING", "EC2 will interrupt this spot instance")
+                    return os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
     # The receiving thread.
@@ -4088,6 +4135,9 @@ class Agent:
             try:
                 return step()
             except Outage as outage:
+                if outage.reason == "disk" and self._make_room(turn):
+                    self.log("INFO", f"{outage}: packages that no run uses were removed")
+                    continue
                 fault, last = outage.fault, min(end, self.queue.held_until(turn.message))
                 again = min(time.monotonic() + fault.failed(outage), last)
                 if time.monotonic() >= last:
@@ -4098,6 +4148,17 @@ class Agent:
             turn.is_held = False
             if self.stopping:
                 raise Ended(Outcome("released"))
+
+    def _make_room(self, turn: Turn) -> bool:
+        """Remove packages that no run uses, and the links to them that idle slots still have."""
+        if not self.code.evict():
+            return False
+        with self.lock:  # none of them begins
+            for slot in self.slots.all:
+                if self.turns.get(slot, turn) is turn:
+                    with contextlib.suppress(OSError):
+                        sweep(f"{slot.own}/work")
+        return True
 
     def _store(self, turn: Turn) -> None:
         """Keep a turn's result and output files, or have its report say why they cannot be.
@@ -4522,8 +4583,18 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def start_clean() -> None:
+    """Undo what whoever started this process left of descriptors and signals; exec keeps both."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket would take a closed one's place
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children end without a status
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
+    start_clean()
     if argv[:1] == ["--launcher"]:
         launch(socket.socket(fileno=int(argv[1])), argv[2])
         return 0

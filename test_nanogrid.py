@@ -767,7 +767,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
             content = with_failed(content, refused)
         if operation == "ReceiveMessage" and status == 200:
             self.server.proxy.received += json.loads(content or b"{}").get("Messages") or []
-        self.answer(status, headers, content, cut=fault == "truncated")
+        if fault == "emulator":
+            headers.pop("ETag", None)
+            content = re.sub(rb'"SentTimestamp": "\d+",? ?', b"", content)
+        self.answer(status, headers, content, cut=fault == "truncated", ends=fault == "emulator")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
 
@@ -782,14 +785,18 @@ class ProxyHandler(BaseHTTPRequestHandler):
         finally:
             backend.close()
 
-    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False):
-        """Send the answer; `cut`: half of it, then end the connection."""
+    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False,
+               ends: bool = False):
+        """Send the answer; `cut`: half of it, then end the connection; `ends`: that ends it."""
         length = headers.get("Content-Length") if self.command == "HEAD" else None
         self.send_response_only(status)
         for name, value in headers.items():
             if name.lower() not in ("content-length", "connection", "transfer-encoding"):
                 self.send_header(name, value)
-        self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
+        if ends:
+            self.send_header("Connection", "close")  # sets close_connection, too
+        else:
+            self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content[:len(content) // 2] if cut else content)
@@ -842,7 +849,8 @@ class FaultProxy:
 
     Faults: those of REFUSALS; "reset" (after seconds=); "black hole" (read, never answered, not even after heal());
     "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
-    reset); "truncated" (half a body); "partial" (half of a batch's entries fail).
+    reset); "truncated" (half a body); "partial" (half of a batch's entries fail); "emulator" (done,
+    but no SentTimestamp, ETag and Content-Length is told).
     `requests` is what came, `received` the messages that were given out; `expired` are access keys
     that are answered as AWS answers expired ones.
     """
@@ -1927,12 +1935,6 @@ def link(name, target):
     return member(name, target.encode(), mode=stat.S_IFLNK | 0o777)
 
 
-def other_name(name, stored):
-    """The extra field that says what a name is in Unicode (0x7075)."""
-    data = b"\1" + struct.pack("<L", zlib.crc32(stored)) + name.encode()
-    return struct.pack("<HH", 0x7075, len(data)) + data
-
-
 def far(offset):
     """A zip (zip64) that says its only member begins at `offset`."""
     extra = struct.pack("<HHQ", 1, 8, offset)
@@ -1954,8 +1956,6 @@ REFUSED = {
     "drive": (bundle(member("C:/leak")), LEAVE),
     "drive alone": (bundle(member("C:")), LEAVE),
     "NUL": (bundle(member("a\0b")), "has a NUL"),
-    "dots in its Unicode name": (bundle(member(
-        "a", flags=0, extra=other_name("../leak", b"a"))), LEAVE),
     "not UTF-8": (bundle(member(b"a\xff")), "no zip that can be read"),
     "no name": (bundle(member("")), BOTH),
     "dot": (bundle(member(".")), BOTH),
@@ -2117,17 +2117,12 @@ def test_contents_and_names(unpack):
         name: f"<{name}>".encode() for name in names}
 
 
-@pytest.mark.parametrize("stored, flags, extra, name", [
-    ("한글.txt".encode(), 0, b"", "한글.txt"),        # as Info-ZIP writes it without a UTF-8 locale
-    ("한글.txt".encode(), 0x800, b"", "한글.txt"),
-    (b"\x81.txt", 0, b"", "ü.txt"),                 # code page 437
-    (b"\xc7.txt", 0, other_name("한.txt", b"\xc7.txt"), "한.txt"),
-    (b"\x81.txt", 0, other_name("한.txt", b"other"), "ü.txt"),
-    (b"\x81.txt", 0, b"up\1\0\1", "ü.txt"),
-    (b"a.txt", 0x800, other_name("b.txt", b"a.txt"), "a.txt"),
-])
-def test_names_in_utf_8_with_or_without_the_flag(unpack, stored, flags, extra, name):
-    assert unpack(bundle(member(stored, flags=flags, extra=extra))) == [name]
+@pytest.mark.parametrize("stored, flags, name", [
+    ("한글.txt".encode(), 0, "한글.txt"),  # as Info-ZIP writes it without a UTF-8 locale
+    ("한글.txt".encode(), 0x800, "한글.txt"),
+    (b"\x81.txt", 0, "ü.txt")])  # code page 437
+def test_names_in_utf_8_with_or_without_the_flag(unpack, stored, flags, name):
+    assert unpack(bundle(member(stored, flags=flags))) == [name]
 
 
 @pytest.mark.parametrize("extra, date, seconds", [
@@ -6209,6 +6204,44 @@ def full_disk_is_an_error_when_patience_ends_and_the_agent_lives(moto):
 
 
 @trial
+def full_disk_takes_idle_packages_before_any_run_ends_as_error(moto):
+    """16 MiB under taskBaseDir: there is room for one package of 6 and its zip, and not for two."""
+    with site(moto, visibility=60) as aws:
+        (aws.path / "task").mkdir()
+        prefix = in_mounts(f"mount -t tmpfs -o size=16m,mode=755 none {aws.path}/task")
+        with start(aws, prefix=prefix, execution={"patienceSeconds": 0}) as agent:
+            for name in "abc":
+                aws.put({"main.py": "print(1)", "ballast": os.urandom(6 << 20)}, f"{name}.zip")
+                aws.send(name, key=f"{name}.zip")
+                agent.wait_for(f"REPORT requestId={name} .*status=ok")
+            assert "packages that no run uses were removed" in agent.log
+
+
+def test_the_code_cache_takes_a_share_of_the_disk(folder, monkeypatch):
+    """Packages of 1 MiB, on a disk that has room for 6 with nothing else on it."""
+    def get(name):
+        folder.put({"main.py": "", "ballast": bytes(1020 * 1024)}, s3Key=name)
+        task = ng.Task("r", "f", "python", "", name, 1, 1, b"")
+        return cache.get(task, ng.Message("m", "", 1, time.time()))
+
+    (folder.path / "unpacked").mkdir()
+    cache = ng.CodeCache(ng.FolderCode(folder.path), folder.path / "unpacked", ng.Log())
+    monkeypatch.setattr(ng.shutil, "disk_usage", lambda path: types.SimpleNamespace(
+        free=(6 << 20) - sum(one.size for one in cache.packages.values())))
+    used = get("a")
+    for name in "bcd":
+        cache.release(get(name))
+    assert [key for _, key, _ in cache.packages] == ["a", "c", "d"]
+    cache.release(get("c"))
+    cache.release(get("e"))
+    assert [key for _, key, _ in cache.packages] == ["a", "c", "e"]
+    assert cache.evict() and not cache.evict()
+    assert list(cache.packages.values()) == [used]
+    cache.release(used)
+    assert cache.evict() and not os.listdir(folder.path / "unpacked")
+
+
+@trial
 def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
     """The limit is lowered under a running agent, to less than it has open."""
     metrics = {"flushSeconds": 2}
@@ -6740,10 +6773,11 @@ class Imds(BaseHTTPRequestHandler):
 
 
 def test_spot_interruption_starts_the_same_shutdown(moto):
-    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.1", 0), Imds) as imds:
+    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.2", 0), Imds) as imds:
         threading.Thread(target=imds.serve_forever, args=(0.05,), daemon=True).start()
         Imds.announced = False
-        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{imds.server_port}",
+        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.2:{imds.server_port}",
+               "http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1",  # it would refuse
                "AGENT_AWS_SPOTINTERRUPTION": "true", "AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}
         with start(aws, env=env) as agent:
             job(aws, sleep=300, timeoutMs=400000)
@@ -6753,6 +6787,16 @@ def test_spot_interruption_starts_the_same_shutdown(moto):
             assert agent.end(90) == 0
         imds.shutdown()
         assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+        assert "notice failed" not in agent.log
+
+
+@slow_trial
+def metadata_that_do_not_answer_are_said_once(moto):
+    env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "AGENT_AWS_SPOTINTERRUPTION": "true"}
+    with site(moto) as aws, start(aws, env=env) as agent:
+        agent.wait_for("asking EC2 for a spot interruption notice failed: .*refused")
+        time.sleep(6)
+        assert agent.stop() == 0 and agent.log.count("spot interruption") == 1, agent.log
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
@@ -7257,6 +7301,32 @@ def test_credentials_that_cannot_be_had_are_said_in_one_line(moto, kind):
         assert len(complaints(agent.log)) <= 2, agent.log
 
 
+# How boto3 is set up here: (the environment, what is then said, by the agent and by --check).
+UNFIT = {
+    "old boto3": ({"PYTHONPATH": "{top}/old"}, r"boto3 is 1\.26\.27, and must be 1\.34\.101 at least"),
+    "key": ({"AWS_ACCESS_KEY_ID": "AKIA\nSAID"}, r"access_key \(env\) has a line break"),
+    "secret": ({"AWS_SECRET_ACCESS_KEY": "NEVERSAID\r"}, r"secret_key \(env\) has a line break"),
+    "token": ({"AWS_SESSION_TOKEN": "NEVER SAID"}, r"token \(env\) has a line break or a blank"),
+    "bundle": ({"AWS_CA_BUNDLE": "/nonexistent/ca.pem"}, "the CA bundle /nonexistent/ca.pem is no file"),
+    "requests' bundle": ({"AWS_CA_BUNDLE": "", "REQUESTS_CA_BUNDLE": "/nonexistent/ca.pem"},
+                         "bundle /nonexistent/ca.pem is"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_boto3_cannot_work_with_ends_the_start(moto, name):
+    environment, words = UNFIT[name]
+    with site(moto) as aws:
+        (aws.path / "old/boto3").mkdir(parents=True)
+        (aws.path / "old/boto3/__init__.py").write_text("__version__ = '1.26.27'")
+        aws.env.update({key: value.format(top=aws.path) for key, value in environment.items()})
+        with start(aws) as agent, start(aws, "--check") as check:
+            assert (agent.end(), check.end()) == (1, 1), agent.log + check.out
+        assert re.search(f"ERROR .*{words}", agent.log), agent.log
+        assert re.search(f"FAIL  credentials: .*{words}", check.out), check.out
+        assert not re.search("Traceback|SAID|NEVER", agent.log + check.out + check.log)
+
+
 NOT_LENT = ("User: arn:aws:iam::123456789012:user/base is not authorized to perform: sts:AssumeRole on "
             "resource: arn:aws:iam::123456789012:role/worker")
 
@@ -7719,6 +7789,21 @@ def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender
 
 
 @trial
+def emulator_that_tells_less_than_aws_is_served_all_the_same(moto):
+    with site(moto) as aws, start(aws) as agent:
+        aws.proxy.fail("ReceiveMessage", "emulator")
+        for number in range(4):
+            if number == 2:
+                aws.proxy.fail("GetObject", "emulator")
+            aws.put({"main.py": f"print('version {number}')"})
+            aws.send(f"r{number}")
+            agent.wait_for(f"REPORT requestId=r{number} .*status=ok")
+            assert f"[r{number}] stdout: version {number}" in agent.log
+        assert not agent.log.count("SentTimestamp") + agent.log.count("KeyError")
+        assert len(complaints(agent.log)) >= 4 and "the answer has no ETag, as S3's have" in agent.log
+
+
+@trial
 def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
     with site(moto, visibility=90) as aws, start(aws, execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
@@ -7728,6 +7813,64 @@ def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
         until_gone(run_pids(aws.path), 15)
         finish(aws, agent, ends={"error": 2, "ok": 2})
         assert "launcher" in "".join(complaints(agent.log))
+
+
+# What the agent may be started with: the words before its command.
+WITH_SIGNALS = "import os, signal, sys; {}; os.execvp(sys.argv[1], sys.argv[1:])"
+STARTED_WITH = {
+    "SIGCHLD ignored": [PYTHON, "-c", WITH_SIGNALS.format(
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)")],
+    "signals blocked": [PYTHON, "-c", WITH_SIGNALS.format(
+        "signal.pthread_sigmask(signal.SIG_SETMASK, range(1, 32))")],
+    **{name: ["sh", "-c", f'{what}; exec "$@"', "sh"] for name, what in (
+        ("umask 077", "umask 077"), ("no input", "exec <&-"), ("no output", "exec >&-"),
+        ("no error", "exec 2>&-"), ("no descriptor", "exec <&- >&- 2>&-"))}}
+
+
+@pytest.mark.parametrize("name", STARTED_WITH)
+def test_an_agent_works_whatever_it_was_started_with(grids, user, name):
+    """It makes its directories, runs, hears SIGTERM; no log line goes where it does not belong."""
+    grid = grids(user)
+    grid.env["AGENT_TASKBASEDIR"] = f"{grid.top}/new/task"
+    grid.put({"main.py": "import os; print(os.umask(0), sorted(map(int, os.listdir('/proc/self/fd'))))"},
+             request_id="python")
+    grid.put({"run.sh": "umask"}, "cpp", "cpp", "cpp")
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
+               prefix=[*as_user(user), *STARTED_WITH[name]]) as agent:
+        until(lambda: len(names(grid, "results")) == 2 and not names(grid, "running"), what="the results")
+        assert agent.stop() == 0
+    assert grid.result("python")["stdout"] == "18 [0, 1, 2, 3]\n", grid.result("python")
+    assert grid.result("cpp")["stdout"] == "0022\n", grid.result("cpp")
+    assert bool(agent.log) == (name not in ("no error", "no descriptor"))
+    assert agent.log.count("REPORT") == agent.log.count("status=ok") == 2 * bool(agent.log), agent.log
+
+
+def in_mounts(*commands: str) -> list[str]:
+    """The words before a command that run it where root has mounted so; else the test is skipped."""
+    prefix = ["unshare", "-m", "sh", "-c", " && ".join((*commands, 'exec "$@"')), "sh"]
+    if not ROOT or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("only root mounts a file system, and not everywhere")
+    return prefix
+
+
+def test_a_directory_without_exec_is_said_to_be_that(folder):
+    prefix = in_mounts(f"mount -t tmpfs -o noexec,mode=755 none {folder.base}")
+    for flag, status in (("--drain", 1), ("--check", 1)):
+        with Agent("--local", folder.path, flag, env=folder.env, prefix=prefix) as agent:
+            assert agent.end() == status
+        assert f"{folder.base} is mounted noexec" in agent.log + agent.out
+
+
+def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(folder):
+    usual, needed = "/tmp/task", (folder.top, MODULE.parent)
+    prefix = in_mounts("mount --bind /tmp /mnt", "mount -t tmpfs -o mode=1777 none /tmp", *(
+        f"mkdir {one} && mount --bind /mnt/{one.name} {one}" for one in needed if one.parent == Path("/tmp")),
+        f"mkdir {usual}", f"chown 12345 {usual}")
+    folder.put({"main.py": "import os; print(os.path.dirname(os.path.dirname(os.environ['HOME'])))"})
+    folder.env.pop("AGENT_TASKBASEDIR")
+    with Agent("--local", folder.path, "--drain", env=folder.env, prefix=prefix) as agent:
+        assert agent.end() == 0
+    assert folder.result("r00001")["stdout"].startswith(f"{usual}-0/agent-"), agent.log
 
 
 # ---------------------------------------------------------------------- --local
