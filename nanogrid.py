@@ -594,17 +594,19 @@ class Runtime(NamedTuple):
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
-    compiled: dict[str, tuple[str, ...]]  # the compiler's command, which makes `main`
+    # The compiler's command, which makes `main`; {sources}: all of the entry's kind beside it.
+    compiled: dict[str, tuple[str, ...]]
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
     "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
     "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
-        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
+        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "{sources}")}),
     "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
     "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
-        "main.go": ("{program}", "build", "-o", "main", "main.go")}),
+        # auto: as a module where there is a go.mod, and a plain package else
+        "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "main", ".")}),
 }
 _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
@@ -3710,9 +3712,9 @@ class Slots:
                      "from the watcher can pass its cap, and take CPU from the others")
         return "; ".join((level, *self.gaps))
 
-    def program(self, first: str, runtime: str) -> str:
-        """What a command of a runtime starts with; raises Ended when this machine lacks it."""
-        program = self.programs[runtime] if first == "{program}" else first
+    def program(self, word: str, runtime: str) -> str:
+        """What a word of a command stands for; raises Ended when this machine lacks it."""
+        program = self.programs[runtime] if word == "{program}" else word
         if not program or program[0] == "/" and not os.path.exists(program):
             names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise Ended(Outcome("error", "runtime", f"this machine has no {names} that a function "
@@ -3725,14 +3727,19 @@ class Slots:
         All commands are made here.
         """
         runtime = RUNTIMES[task.runtime]
-        first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
-        program = self.program(first, task.runtime)
+        command: list[str] = []
+        for word in {**runtime.commands, **runtime.compiled}[package.entry]:
+            if word == "{sources}":
+                kind = os.path.splitext(package.entry)[1]
+                command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+            else:
+                command.append(self.program(word, task.runtime))
         helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
                       "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
         env = {"REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
         is_warm = task.runtime == "python" and self.settings.warm_start
-        return RunSpec((program, *rest), program if is_warm else "", helper_env, env,
+        return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
                        str(package.path), task.input.decode("utf-8", "surrogateescape"),
                        task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
                        self.settings.max_files, tee)
@@ -4397,34 +4404,38 @@ class Check:
     def run(self, args: argparse.Namespace) -> int:
         """0 when all is usable, else 1."""
         if args.local:
-            with self.of("folder") as is_ok:
-                found = filter(os.path.lexists, map(args.local.joinpath, FolderQueue.PARTS))
-                for one in (args.local, *found):
-                    os.listdir(one)
-                    if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
-                        raise PermissionError(errno.EACCES, "Permission denied", str(one))
-                is_ok(str(args.local))
+            self._folder(args.local)
         elif not (args.invoke or args.demo):
             self._aws()
         with self.of("sandbox") as is_ok, contextlib.closing(
                 Slots(replace(self.settings, concurrency=1), self.log)) as slots:
             slots.try_out()
-            names = list(RUNTIMES)
+            needed = list(RUNTIMES)
             if args.invoke:
-                names = []
+                needed = []
                 with self.of("function") as is_whole:
                     name, package = own_package(
                         args.invoke, slots.base / "code/invoked", args.runtime)
-                    names = [_RUNTIME_OF[name]]
-                    is_whole(f"{args.invoke} begins with {package.entry}, for {names[0]}")
-            for name in names:
+                    needed = [_RUNTIME_OF[name]]
+                    is_whole(f"{args.invoke} begins with {package.entry}, for {needed[0]}")
+            for name in needed:
                 self._runtime(slots, name)
             is_ok(self._sandbox(slots))
         return int(self.failed)
 
+    def _folder(self, folder: Path) -> None:
+        """Whether the parts of --local's folder can be listed, and written to."""
+        with self.of("folder") as is_ok:
+            found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
+            for one in (folder, *found):
+                os.listdir(one)
+                if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "Permission denied", str(one))
+            is_ok(str(folder))
+
     def _aws(self) -> None:
-        """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
-        clients, attributes, url = None, {}, self.settings.queue_url
+        """The credentials, and what of AWS the settings name."""
+        clients = None
         with self.of("credentials") as is_ok:
             made = make_clients(self.settings)
             credentials = made.session.get_credentials()
@@ -4432,20 +4443,43 @@ class Check:
             clients = made
             sts = clients.session.client("sts", config=clients.sqs.meta.config)
             answer, error = attempt(sts.get_caller_identity)
-            whose = f"sts:GetCallerIdentity does not say who ({error})" if error else answer["Arn"]
-            is_ok(f"{credentials.method}: {whose}")
+            is_ok(f"{credentials.method}: {answer['Arn'] if answer else error}")
         if not clients:
             return
+        self._queue(clients)
+        key = f"nanogrid-check-{os.urandom(8).hex()}"
+        with self.of("bucket") as is_ok:
+            bucket = str(self.settings.code_bucket)
+            self.ask(clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
+                     Bucket=bucket, Key=key)
+            is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
+        with self.of("CloudWatch") as is_ok:
+            # Nothing to write: who may not write is told so, who may is told that this is nothing.
+            self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
+                     "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
+            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
+        if bucket := self.settings.output_bucket:
+            with self.of("output bucket") as is_ok:
+                # A part of an upload that nobody began; moto answers 500.
+                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
+                         "NoSuchUpload|^500$", Bucket=bucket, Key=key, PartNumber=1,
+                         UploadId="none", Body=b"")
+                is_ok(f"{bucket}: s3:PutObject is not refused")
+        if url := self.settings.output_queue_url:
+            with self.of("output queue") as is_ok:
+                self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
+                         "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
+                is_ok(f"{url}: a batch of no messages is not refused")
+
+    def _queue(self, clients: Clients) -> None:
+        """The queue, its visibility timeout and its DLQ."""
+        url, attributes = self.settings.queue_url, {}
         with self.of("queue") as is_ok:
-            answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=url,
-                                    AttributeNames=["All"])
-            if error:
-                raise self.refused(error, QUEUE_NEEDS, url)
-            attributes = answer["Attributes"]
-            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting")
+            attributes = self.ask(clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
+                                  QueueUrl=url, AttributeNames=["All"])["Attributes"]
+            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting, with a "
+                  f"visibility timeout of {attributes.get('VisibilityTimeout')} s")
         if attributes:
-            with self.of("visibility timeout") as is_ok:
-                is_ok(f"{attributes.get('VisibilityTimeout')} s")
             with self.of("dead-letter queue") as is_ok:
                 policy = json.loads(attributes.get("RedrivePolicy") or "{}")
                 if "deadLetterTargetArn" not in policy:
@@ -4453,66 +4487,40 @@ class Check:
                                  "RedrivePolicy (setup_resources.sh does)")
                 receives = policy.get("maxReceiveCount")
                 is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
-        with self.of("bucket") as is_ok:
-            bucket, key = self.settings.code_bucket, f"nanogrid-check-{os.urandom(8).hex()}"
-            _, error = attempt(clients.s3.get_object, Bucket=str(bucket), Key=key)
-            if error is None or error_code(error) == "NoSuchKey":
-                is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
-            elif is_denied(error) and "perform: s3:ListBucket" in str(error):
-                is_ok(f"{bucket}: s3:ListBucket is not granted: a missing key is like a refusal")
-            else:
-                raise self.refused(error, BUCKET_NEEDS.format(bucket))
-        with self.of("CloudWatch") as is_ok:
-            # Nothing to write: who may not write is told so, who may is told that this is nothing.
-            _, error = attempt(clients.cloudwatch.put_metric_data, MetricData=[],
-                               Namespace=self.settings.namespace)
-            if error and not re.search("Parameter|Validation", error_code(error)):
-                raise self.refused(error, "cloudwatch:PutMetricData")
-            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
-        if bucket := self.settings.output_bucket:
-            with self.of("output bucket") as is_ok:
-                # A part of an upload that nobody began: refused to who may not write.
-                _, error = attempt(clients.s3.upload_part, Bucket=bucket, Key=key, Body=b"",
-                                   UploadId="none", PartNumber=1)
-                if error and error_code(error) not in ("NoSuchUpload", "500"):  # the latter: moto
-                    raise self.refused(error, f"s3:PutObject on arn:aws:s3:::{bucket}/*")
-                is_ok(f"{bucket}: s3:PutObject is not refused")
-        if url := self.settings.output_queue_url:
-            with self.of("output queue") as is_ok:
-                _, error = attempt(clients.sqs.send_message_batch, QueueUrl=url, Entries=[])
-                if error and not re.search("EmptyBatch|Parameter|Validation", error_code(error)):
-                    raise self.refused(error, "sqs:SendMessage on agent.output.queueUrl", url)
-                is_ok(f"{url} does not refuse a batch of no messages")
 
     @staticmethod
-    def refused(error: Exception, needs: str, url: str | None = None) -> GiveUp:
-        """What AWS says, and what to do; also of what may pass."""
-        return GiveUp(remedy(error, needs, url) or f"{error}; it may pass: if it does not, check "
-                      "the network, agent.aws.region and agent.aws.endpointUrl")
+    def ask(call: Callable[..., Any], needs: str, fine: str, **arguments: Any) -> dict[str, Any]:
+        """The answer of AWS, {} for an error whose code is `fine`; GiveUp with what to do."""
+        answer, error = attempt(call, **arguments)
+        if error and not re.search(fine, error_code(error)):
+            raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
+                         or f"{error}; it may pass: if it does not, check the network, "
+                            "agent.aws.region and agent.aws.endpointUrl")
+        return answer or {}
 
     def _runtime(self, slots: Slots, name: str) -> None:
-        """Say a line for a runtime: a program of its kind is run, and compiled if it is one."""
+        """Whether a program of this runtime runs, and which version runs or compiles it."""
         if not slots.programs[name] and not getattr(self.settings, name):
             return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
                        "that a function can run; its tasks end as error")
         with self.of(f"runtime {name}") as is_ok:
-            program, (entry, source) = slots.program("{program}", name), TRIALS[name]
+            program = slots.program("{program}", name)
             try:
-                outcome = self._trial(slots, name, entry, source)
-            except Ended as error:
+                outcome = self._trial(slots, name, *TRIALS[name])
+            except Ended as error:  # it does not compile
                 outcome = error.outcome
             said = outcome.stdout + outcome.stderr
-            if outcome.status != "ok" or not (found := re.fullmatch(r"runs (.*)\n", said)):
-                raise GiveUp(f"{program} does not run {entry} as it should ({outcome.status}: "
-                             f"{shown(said)}); name another in agent.runtimes.{name}")
-            is_ok(f"{program}, {found[1]}")
+            if outcome.status != "ok" or not said.startswith("runs "):
+                raise GiveUp(f"{program} does not run {TRIALS[name][0]} as it should "
+                             f"({outcome.status}: {shown(said)}); correct agent.runtimes.{name}")
+            is_ok(f"{program}, {said[5:].strip()}")
 
-    def _trial(self, slots: Slots, name: str, entry: str, source: str) -> Outcome:
+    def _trial(self, slots: Slots, runtime: str, entry: str, source: str) -> Outcome:
         """What a function of our own comes to; raises Ended."""
         place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
         place.mkdir(mode=0o755)
         (place / entry).write_text(source)
-        task = Task("check", "check", name, "", "", 60_000, 512, b"")
+        task = Task("check", "check", runtime, "", "", 60_000, 512, b"")
         package = slots.compile(task, Package(place, "", entry), slot)
         return slot.run(slots.run_spec(task, package, slot))
 
@@ -4545,41 +4553,35 @@ def arguments() -> argparse.ArgumentParser:
                "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
                "settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
-                        help="the settings (default: application.yml in the current directory)")
+                        help="the settings (default: application.yml here)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--local", metavar="DIR", type=Path,
-                      help="a folder stands in for SQS, S3 and CloudWatch; it must exist, settings "
-                           "need not (default: SQS)")
+                      help="a folder stands in for SQS, S3 and CloudWatch (default: AWS)")
     mode.add_argument("--demo", action="store_true",
-                      help="run sample functions from a fresh folder, without settings or AWS "
-                           "(default: no)")
+                      help="run sample functions, without settings or AWS (default: no)")
     mode.add_argument("--invoke", metavar="PATH", type=Path,
-                      help="run one function here and now from a zip or a folder; its input is "
-                           "standard input (default: no)")
+                      help="run one function here and now from a zip or a folder; standard input "
+                           "is its input (default: no)")
     parser.add_argument("--drain", action="store_true",
-                        help="end when the queue is empty, with a table of what ran (default: run "
-                             "until SIGTERM or SIGINT)")
+                        help="end when the queue is empty (default: at SIGTERM or SIGINT)")
     parser.add_argument("--check", action="store_true",
-                        help="say, a line each, what is usable; change nothing (default: run)")
+                        help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", metavar="NAME",
-                     help="python, cpp, nodejs or go (default: that of its only entry file)")
-    one.add_argument("--output", metavar="DIR", type=Path,
-                     help="keep result.json and what it leaves in $OUTPUT_DIR (default: nothing)")
+                     help="python, cpp, nodejs or go (default: its only entry file's)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
-                     help="its time limit (default: execution.defaultTimeoutMs, "
-                          f"{Settings.default_timeout_ms})")
+                     help="its time limit (default: execution.defaultTimeoutMs)")
     one.add_argument("--memory-mb", type=int, metavar="MB",
-                     help="its memory cap (default: execution.defaultMemoryMb, "
-                          f"{Settings.default_memory_mb})")
+                     help="its memory cap (default: execution.defaultMemoryMb)")
     one.add_argument("--function-id", default="invoke", metavar="ID",
-                     help="its name in the REPORT line (default: invoke)")
+                     help="its name in the REPORT line (default: %(default)s)")
+    one.add_argument("--output", metavar="DIR", type=Path,
+                     help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
     parser.add_argument("--log-format", choices=("text", "json"), default="text",
-                        help="of the lines on standard error (default: text)")
+                        help="of the log's lines (default: %(default)s)")
     parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,
-                        help="the least that is logged (default: INFO)")
-    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}",
-                        help="say which version this is, and exit")
+                        help="the least that is logged (default: %(default)s)")
+    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}")
     return parser
 
 
