@@ -227,13 +227,13 @@ class Agent:
 
 def reports(log: str) -> list[dict[str, str]]:
     """The REPORT lines of a text log, in order, each as a dict of its pairs."""
-    lines = re.findall(r"^\S+ INFO REPORT (.*)$", log, re.MULTILINE)
+    lines = re.findall(r"^\S+ [A-Z]+ REPORT (.*)$", log, re.MULTILINE)
     return [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
 
 
 def complaints(log: str) -> list[str]:
-    """The log's lines of level WARNING and above, but the one of how functions are isolated."""
-    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!isolation: ).*$", log, re.MULTILINE)
+    """The log's lines of level WARNING and above, but REPORTs and the one of how functions are isolated."""
+    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!REPORT |isolation: ).*$", log, re.MULTILINE)
 
 
 def mishaps(log: str) -> list[str]:
@@ -565,7 +565,8 @@ AWS_ENV = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
 
 
 # moto looks at a queue and changes it without a lock: two receives at once may get the same message,
-# and what one of two deletes at once removes the other brings back. SQS does neither.
+# and what one of two deletes at once removes the other brings back. SQS does neither. A handle that is
+# not a message's newest deletes nothing in SQS, and the message in moto.
 MOTO = """
 import sys, threading
 from moto.server import main
@@ -584,7 +585,10 @@ def wait_unlocked(queue, timeout):
         lock.acquire()
 for name in ("receive_message", "send_message", "delete_message", "change_message_visibility"):
     setattr(models.SQSBackend, name, alone(getattr(models.SQSBackend, name)))
-models.Queue.wait_for_messages = wait_unlocked
+def delete_newest(queue, handle, delete=models.Queue.delete_message):
+    if not any(each.had_receipt_handle(handle) and each.receipt_handle != handle for each in queue._messages):
+        delete(queue, handle)
+models.Queue.wait_for_messages, models.Queue.delete_message = wait_unlocked, delete_newest
 main(sys.argv[1:])
 """
 
@@ -1425,7 +1429,6 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("output.queueUrl", QUEUE, "output_queue_url", QUEUE),
     ("metrics.namespace", "Mine/Runs", "namespace", "Mine/Runs"),
     ("metrics.flushSeconds", "60", "flush_seconds", 60),
-    ("metrics.runs", "true", "count_runs", True),
     ("taskBaseDir", "/srv/task", "task_base_dir", "/srv/task"),
 ])
 def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, text, field, value):
@@ -3817,6 +3820,7 @@ def test_the_instance_metadata_is_the_agents_alone(moto):
 def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     need("ip")
     grid = grids(user)
+    grid.env["AGENT_AWS_REGION"] = "ap-northeast-2"  # without it an ordinary user is on a laptop
     with cloud() as (machine, _):
         with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
@@ -3979,6 +3983,413 @@ def test_a_fork_bomb_that_goes_on_at_the_end_leaves_nothing(grids, user):
     grid.run()
     assert {grid[f"{n}-b"]["status"] for n in range(2)} == {"ok"}, grid.log[-3000:]
     assert not [line for line in command_lines().values() if str(grid.base) in line]
+
+
+# ---------------------------------------------------------------- the cgroup
+
+
+@functools.lru_cache(None)
+def has_cgroup() -> bool:
+    """Whether the kernel can hold here what root's functions use."""
+    with contextlib.suppress(OSError):
+        offered = Path(ng.cgroup_root(), "cgroup.controllers").read_text().split()
+        return ROOT and {"memory", "pids", "cpu"} <= set(offered)
+    return False
+
+
+def under_cgroup(test):
+    """Marks a test that needs root and a cgroup v2."""
+    return pytest.mark.cgroup(pytest.mark.skipif(
+        not has_cgroup(), reason="root and a cgroup v2 are needed; .ci/run boots a machine that has one")(test))
+
+
+def agents_cgroups() -> set[str]:
+    return {path.name for path in Path(ng.cgroup_root()).glob("nanogrid-*")}
+
+
+COUNTED = table(r"""
+=== shared memory that nothing has mapped any more | memoryMb=64 | status=oom
+import mmap
+block = mmap.mmap(-1, 400 << 20)
+for at in range(0, len(block), 4 << 20):
+    block[at:at + (4 << 20)] = bytes(4 << 20)
+    block.madvise(mmap.MADV_DONTNEED, at, 4 << 20)
+=== memory files on their way through a socket | memoryMb=64 | status=oom
+import os, socket
+ours, theirs = socket.socketpair()
+for _ in range(8):
+    fd = os.memfd_create("x")
+    os.write(fd, bytes(25 << 20))
+    socket.send_fds(ours, [b"x"], [fd])
+    os.close(fd)
+=== segments of System V that nobody has attached | memoryMb=64 | status=oom
+import ctypes
+libc = ctypes.CDLL(None)
+libc.shmat.restype, libc.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+for _ in range(12):
+    at = libc.shmat(libc.shmget(0, 16 << 20, 0o1600), 0, 0)
+    ctypes.memset(at, 1, 16 << 20)
+    libc.shmdt(at)
+=== files in the shared memory that have no name | memoryMb=64 | status=oom
+import os
+held = []
+while True:
+    held.append(os.open("/dev/shm/x", os.O_CREAT | os.O_WRONLY))
+    os.unlink("/dev/shm/x")
+    os.write(held[-1], bytes(4 << 20))
+=== a file system of its own that is mounted nowhere | memoryMb=64 | status=oom/ok
+import ctypes, os
+libc = ctypes.CDLL(None)
+uid, gid = os.getuid(), os.getgid()
+if libc.unshare(0x10000000 | 0x00020000) == 0:
+    for name, text in ("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1"):
+        open("/proc/self/" + name, "w").write(text)
+    made = libc.syscall(430, b"tmpfs", 0)
+    if made >= 0 and libc.syscall(431, made, 6, None, None, 0) == 0 and (at := libc.syscall(432, made, 0, 0)) >= 0:
+        fd = os.open("big", os.O_CREAT | os.O_RDWR, 0o600, dir_fd=at)
+        for _ in range(50): os.write(fd, bytes(8 << 20))
+        raise SystemExit("it held 400 MB")
+=== page tables | memoryMb=64 | status=oom
+import ctypes
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+base = libc.mmap(None, 200 << 30, 1, 0x4022, -1, 0)
+for at in range(0, 200 << 30, 2 << 20): ctypes.c_char.from_address(base + at).value
+=== children that are none above the cap | memoryMb=64 | status=oom
+import os, time
+for _ in range(4):
+    if os.fork() == 0:
+        block = bytearray(b"x") * (24 << 20)
+        time.sleep(60)
+        os._exit(0)
+time.sleep(60)
+=== a daemon | memoryMb=64 | status=oom
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        block = bytearray(b"x") * (100 << 20)
+    os._exit(0)
+time.sleep(60)
+=== a hog that is exec'd | cpp memoryMb=64 | status=oom
+exec python3 -c 'x = bytearray(b"x") * (100 << 20)'
+=== its start is over its cap | memoryMb=1 | status=oom
+print("fine")
+=== its start is over its cap, exec'd | cpp memoryMb=1 | status=oom
+exec python3 -c 'print("fine")'
+=== its own SIGKILL | | status=failed exitCode=-9
+import os
+os.kill(os.getpid(), 9)
+=== 80 threads | memoryMb=64 | stdout=fine
+import threading
+gate = threading.Barrier(81)
+for _ in range(80): threading.Thread(target=gate.wait).start()
+gate.wait()
+print("fine")
+=== memory that is reserved, and not touched | memoryMb=64 | stdout=fine
+import mmap
+blocks = [mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) for _ in range(8)]
+print("fine")
+=== children between vfork and exec | memoryMb=64 | stdout=fine
+import subprocess
+block = bytearray(b"x") * (40 << 20)
+for _ in range(10): subprocess.run(["true"])
+print("fine")
+=== a parent and two children that hold 90 MB | memoryMb=256 | stdout=fine
+import os, time
+block, (filled, over) = bytearray(b"x") * (30 << 20), (os.pipe(), os.pipe())
+for _ in range(2):
+    if os.fork() == 0:
+        os.close(over[1])
+        own = bytearray(b"x") * (30 << 20)
+        os.write(filled[1], b"1")
+        os.read(over[0], 1)
+        os._exit(0)
+for _ in range(2): os.read(filled[0], 1)
+time.sleep(1)
+os.close(over[1])
+for _ in range(2): os.wait()
+print("fine")
+=== a short run of two processes | memoryMb=256 | stdout=fine
+import os, time
+if child := os.fork():
+    block = bytearray(b"x") * (60 << 20)
+    time.sleep(0.2)
+    os.waitpid(child, 0)
+    print("fine")
+else:
+    block = bytearray(b"x") * (60 << 20)
+    time.sleep(0.2)
+    os._exit(0)
+=== as many processes as it may have | | stdout=100
+import os, time
+count = 1
+try:
+    while os.fork(): count += 1
+    time.sleep(60)
+except OSError:
+    print(count)
+=== it reads its limits | memoryMb=96 | stdout=100663296_100
+own = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().partition("::")[2]
+print(*(open(f"{own}/{name}").read().strip() for name in ("memory.max", "pids.max")), sep="_")
+=== it cannot change them, nor leave | | stdout=refused
+import os
+own = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().partition("::")[2]
+attempts = [(f"{own}/memory.max", "max"), (f"{own}/pids.max", "max"), (f"{own}/cgroup.kill", "1")]
+attempts += [(f"{place}/cgroup.procs", "0") for place in (own, os.path.dirname(own), "/sys/fs/cgroup")]
+for path, text in attempts:
+    try:
+        open(path, "w").write(text)
+        print("wrote", path)
+    except OSError:
+        pass
+try:
+    os.mkdir(own + "/below")
+except OSError:
+    print("refused")
+=== a neighbour after all that | | stdout=fine
+print("fine")
+""")
+
+
+@pytest.fixture(scope="module")
+def counted(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=2, EXECUTION_MAXPROCESSES=100)
+    grid.put_all(COUNTED)
+    return grid.run()
+
+
+@under_cgroup
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_kernel_counts(counted, name):
+    result = check(counted, name, COUNTED[name])
+    if result["status"] == "oom":
+        assert 0 < result["peakMemoryBytes"] <= result["memoryMb"] * MIB, result
+
+
+@under_cgroup
+@pytest.mark.parametrize("name, held_mib", [("children between vfork and exec", 40),
+                                            ("a parent and two children that hold 90 MB", 90),
+                                            ("a short run of two processes", 120)])
+def test_the_peak_under_a_cgroup(counted, name, held_mib):
+    """What was made, and what an interpreter of 8 MB has beside it, which its forks share."""
+    assert held_mib * MIB <= counted[name]["peakMemoryBytes"] <= (held_mib * 1.03 + 13) * MIB, counted[name]
+
+
+@under_cgroup
+def test_a_held_run_leaves_nothing(counted):
+    assert "isolation: root's with cgroup v2" in counted.log
+    assert agents_cgroups() == set(), "a cgroup is left"
+    assert not complaints(counted.log), counted.log
+
+
+# Two processes, one of them a daemon, whose pids the witness hears; a second take is short.
+LASTING = """
+import os, sys, time
+mark = sys.stdin.read().strip('"')
+if tell("read", mark):
+    sys.exit(0)  # taken again
+child = os.fork()
+if not child:
+    os.setsid()
+    time.sleep(600)
+tell("mark", mark, f"{os.getpid()} {child}")
+time.sleep(600)
+"""
+
+
+class Lasting:
+    """A run that lasts, and who stands above it."""
+
+    def __init__(self, grid: Folder, name: str, **task):
+        self.mark = grid.spool / name
+        grid.put({"main.py": with_tell(LASTING)}, function_id=name, request_id=name, input=str(self.mark), **task)
+
+    def begun(self) -> list[int]:
+        self.pids = [int(pid) for pid in until(lambda: self.mark.exists() and self.mark.read_text(), what="a run").split()]
+        self.above = []
+        pid = self.pids[0]
+        while len(self.above) < 4:
+            pid = int(stat_of(pid)[1])
+            self.above.append(pid)
+        return self.above  # helper, supervisor, launcher, agent
+
+
+@under_cgroup
+@pytest.mark.parametrize("victims", [(1,), (2,), (3,), (2, 3)],
+                         ids=["supervisor", "launcher", "agent", "agent and launcher"])
+def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
+    grid = grids("root", EXECUTION_CONCURRENCY=1)
+    run = Lasting(grid, "lasting", timeoutMs=300000)
+    with grid.agent() as agent:
+        above = run.begun()
+        for victim in victims[::-1]:
+            os.kill(above[victim], signal.SIGKILL)
+        if 3 not in victims:
+            until_gone(run.pids)
+            grid.put({"main.py": "print('fine')"}, request_id="next")
+            agent.wait_for("REPORT requestId=next .*status=ok")
+            assert agent.stop() == 0
+    until_gone(run.pids)
+    if victims == (3,):  # its launcher ends all, and takes away what was made
+        until(lambda: agents_cgroups() == set(), what="the end of its cgroups")
+    elif 3 in victims:  # there is nobody to do it; the next agent does
+        grid.put({"main.py": "print('fine')"}, request_id="next")
+        with grid.agent("--drain", "--log-level", "DEBUG") as agent:
+            agent.wait_for("REPORT requestId=next .*status=ok")
+            agent.stop()
+    assert agents_cgroups() == set()
+
+
+@under_cgroup
+def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=1)
+    run = Lasting(grid, "lasting", timeoutMs=3000)
+    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 3")]
+    with grid.agent(prefix=prefix) as agent:
+        os.kill(run.begun()[1], signal.SIGSTOP)
+        agent.wait_for("REPORT requestId=lasting .*status=error")
+        agent.wait_for("REPORT requestId=lasting .*status=ok")
+        grid.put({"main.py": "print('fine')"}, request_id="next")
+        agent.wait_for("REPORT requestId=next .*status=ok")
+        assert not any(map(alive, run.pids))
+        agent.stop(signal.SIGKILL)
+    until(lambda: agents_cgroups() == set(), what="the end of its cgroups")
+
+
+@under_cgroup
+def test_two_agents_have_cgroups_of_their_own(grids):
+    first, second = grids("root", EXECUTION_CONCURRENCY=1), grids("root", EXECUTION_CONCURRENCY=1)
+    run = Lasting(first, "lasting", timeoutMs=300000)
+    with first.agent() as agent:
+        run.begun()
+        own = agents_cgroups()
+        second.put({"main.py": "print(open('/proc/self/cgroup').read().split('/')[1])"}, request_id="other")
+        other = second.run()["other"]["stdout"].strip()
+        assert len(own) == 1 and other.startswith("nanogrid-") and other not in own, (own, other)
+        assert agents_cgroups() == own and all(map(alive, run.pids))
+        agent.stop(signal.SIGINT)
+        agent.process.send_signal(signal.SIGINT)
+    assert agents_cgroups() == set()
+
+
+@under_cgroup
+def test_a_slot_gets_its_share_of_the_cpu_beside_many_sessions(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=2)
+    spin = """
+import os, sys, time
+for _ in range(40):
+    if os.fork() == 0:
+        os.setsid()
+        while True: pass
+tell("mark", sys.stdin.read().strip('"'))
+time.sleep(600)
+"""
+    grid.put({"main.py": with_tell(spin)}, function_id="spins", request_id="spins", input=str(grid.spool / "spins"),
+             timeoutMs=600000)
+    work = "import time\nbegun = time.monotonic()\nwhile time.process_time() < 2: pass\nprint(time.monotonic() - begun)"
+    with grid.agent() as agent:
+        until(lambda: (grid.spool / "spins").exists(), what="the sessions")
+        grid.put({"main.py": work}, function_id="work", request_id="work", timeoutMs=600000)
+        agent.wait_for("REPORT requestId=work .*status=ok")
+        agent.stop(signal.SIGINT)
+        agent.stop(signal.SIGINT)
+    # Half of one processor at the least; beside 40 equals on two it would be a twentieth.
+    assert float(grid["work"]["stdout"]) < 4 * 2, grid["work"]
+
+
+@under_cgroup
+def test_a_fork_bomb_is_held_and_ended_by_the_kernel(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=2, EXECUTION_MAXPROCESSES=100)
+    grid.put({"main.py": FORK_BOMB}, function_id="bomb", request_id="bomb", timeoutMs=3000)
+    for n in range(3):
+        grid.put({"main.py": "import subprocess\nsubprocess.run(['true'], check=True)"},
+                 function_id="neighbour", request_id=f"neighbour-{n}")
+    grid.run()
+    assert {report["status"] for report in grid.reports["bomb"]} <= {"timeout", "oom"}, grid.log[-3000:]
+    assert {grid[f"neighbour-{n}"]["status"] for n in range(3)} == {"ok"}, grid.log[-3000:]
+    assert agents_cgroups() == set()
+
+
+@under_cgroup
+def test_a_run_of_many_processes_and_descriptors_ends_at_its_time_limit(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=1)
+    grid.put({"main.py": """
+import os, time
+try:
+    while True: os.dup(0)
+except OSError: pass
+for _ in range(100):
+    if not os.fork(): time.sleep(600)
+time.sleep(600)
+"""}, request_id="many", timeoutMs=5000)
+    grid.put({"main.py": "print('fine')"}, request_id="next")
+    begun = time.monotonic()
+    grid.run()
+    assert {report["status"] for report in grid.reports["many"]} == {"timeout"}, grid.log
+    assert time.monotonic() - begun < 3 * 5 + 60  # it was 19 s for each take of 3, and more here
+
+
+@contextlib.contextmanager
+def delegated(**files):
+    """A cgroup that was handed to whoever runs in it, as systemd does it; the words that take one there."""
+    place = Path(ng.cgroup_root(), f"test-{os.getpid()}")
+    Path(ng.cgroup_root(), "cgroup.subtree_control").write_text("+memory +pids +cpu")
+    place.mkdir()
+    try:
+        os.setxattr(place, "user.delegate", b"1")
+        for name, text in files.items():
+            (place / name.replace("_", ".")).write_text(text)
+        yield place, ["sh", "-c", f'echo 0 >{place}/cgroup.procs && exec "$@"', "sh"]
+    finally:
+        until(lambda: "populated 0" in (place / "cgroup.events").read_text(), what="its end")
+        for below in place.glob("*/"):
+            below.rmdir()
+        place.rmdir()
+
+
+@under_cgroup
+def test_what_systemd_delegates_is_divided(grids):
+    """The agent goes before the functions; a second start finds what a killed one left."""
+    grid = grids("root", EXECUTION_CONCURRENCY=2)
+    run = Lasting(grid, "lasting", timeoutMs=300000)
+    with delegated() as (place, prefix):
+        with grid.agent(prefix=prefix) as agent:
+            run.begun()
+            assert sorted(path.name for path in place.glob("*/")) == ["agent", "slot0", "slot1"]
+            weights = {name: int((place / name / "cpu.weight").read_text()) for name in ("agent", "slot0", "slot1")}
+            assert weights["agent"] > weights["slot0"] == weights["slot1"]
+            inside = (place / "agent/cgroup.procs").read_text().split()
+            assert str(agent.process.pid) in inside and not set(map(str, run.pids)) & set(inside)
+            assert agents_cgroups() == set()
+            os.kill(run.above[2], signal.SIGKILL)
+            agent.stop(signal.SIGKILL)
+        until_gone(run.pids)
+        grid.put({"main.py": "print('fine')"}, request_id="next")
+        with grid.agent(prefix=prefix) as agent:
+            agent.wait_for("REPORT requestId=next .*status=ok")
+            assert agent.stop(signal.SIGTERM) == 0
+        assert not list(place.glob("*/")), "cgroups are left"
+
+
+@under_cgroup
+def test_the_agent_admits_what_its_own_cgroup_allows():
+    with delegated(memory_max=str(600 * MIB)) as (_, prefix):
+        said = subprocess.run([*prefix, PYTHON, "-c", f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); "
+                               "import nanogrid; print(nanogrid.Settings().memory_mb)"],
+                              stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert int(said) == 600 - 256
+
+
+@under_cgroup
+def test_many_runs_leave_nothing(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=2)
+    for n in range(100):
+        grid.put({"main.py": "print('fine')"}, function_id="fn", request_id=f"r{n}")
+    grid.run()
+    assert {report["status"] for got in grid.reports.values() for report in got} == {"ok"}
+    assert len(grid.reports) == 100 and agents_cgroups() == set()
 
 
 # ---------------------------------------------------------------- what is left on disk
@@ -5893,11 +6304,9 @@ def outage_trial(moto: str, what: str, seconds: float):
         begun, used = time.monotonic(), cpu_seconds(agent.process.pid)
         time.sleep(seconds)
         used = (cpu_seconds(agent.process.pid) - used) / (time.monotonic() - begun)
-        held = len(aws.proxy.received)
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert held <= 4, f"{held} were received for two slots\n{agent.log}"
         assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert proxy_runs(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
@@ -6020,7 +6429,7 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             job(aws, timeoutMs=20000)
             until(lambda: aws.proxy.received, what="the receive")
             taken = time.time()
-            said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3")
+            said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
             assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
             aws.proxy.heal()
@@ -6592,29 +7001,6 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
         assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
 
 
-@pytest.mark.parametrize("runs", ["true", "false"])
-def test_runs_are_one_more_datum_in_the_same_request(moto, runs):
-    """By status, each turn once: what never ran has no peak, and is counted too."""
-    with site(moto, visibility=600, receives=1) as aws:
-        for number in range(3):
-            job(aws, f"ok{number}")
-        job(aws, "bad", exit=1)
-        aws.send("wrong", runtime="cobol")
-        with start(aws, metrics={"runs": runs, "flushSeconds": 3600}) as agent:
-            until(lambda: len(reports(agent.log)) >= 5, what="five reports")
-            agent.stop()
-        statuses = Counter(each["status"] for each in reports(agent.log))
-        got = {each["Dimensions"][0]["Value"]: each for each in aws.cloudwatch.list_metrics(
-            Namespace="NanoGrid/FunctionRunner", MetricName="Runs")["Metrics"]}
-        assert aws.proxy.count("PutMetricData") == 1
-        published = int(re.search(r"published (\d+) values", agent.log)[1])
-    assert statuses["ok"] == 3 and statuses["failed"] == 1 and statuses["rejected"] >= 1
-    assert published == 4 + (sum(statuses.values()) if runs == "true" else 0)
-    assert runs == "false" or set(statuses) <= set(got)
-    body = aws.proxy.requests[-1].body
-    assert (b"Runs" in body) == (b"Status" in body) == (b"rejected" in body) == (runs == "true")
-
-
 # ---------------------------------------------------------------------- admission
 
 
@@ -6632,7 +7018,7 @@ def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starv
                 most = max(most, sum(map(alive, run_pids(aws.path))))
                 time.sleep(0.05)
             agent.stop()
-        order = [each["requestId"] for each in reports(agent.log)]
+        order = [each["requestId"] for each in reports(agent.log) if each["status"] == "ok"]
         assert len(order) == 17 and most == 2
         assert order.index("large") < 12, order
 
@@ -6758,10 +7144,22 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
         assert aws.count() == visible(aws) == 9
 
 
-def test_run_that_is_let_go_of_before_it_begins_is_released():
-    slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
-    slot.cancel()
-    assert slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)) == ng.Outcome("released")
+@pytest.mark.parametrize("when", ["before", "between connect and send"])
+def test_run_that_is_let_go_of_before_it_begins_is_released(when):
+    """A shutdown may come at any moment; what it finds there is the supervisor's end of the socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        def supervisor(_):
+            slot.cancelled = True
+            theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
+            ours.shutdown(socket.SHUT_WR)
+            return ours
+
+        slot = ng.Slot(types.SimpleNamespace(directory=""), supervisor, ng.Dependency(ng.Log(), "starting"))
+        if when == "before":
+            slot.cancel()
+        run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
+        assert slot.run(run) == ng.Outcome("released")
 
 
 @trial
@@ -7007,6 +7405,7 @@ def test_check_of_a_usable_site_changes_nothing(moto):
         assert visible(aws) == 1
 
 
+NO_RUNTIMES = {"PATH": "/nonexistent"}  # to start each, and to compile, takes seconds
 BUCKET = "arn:aws:s3:::code"
 # what AWS answers: (operations, as_aws()'s arguments, the line of --check, and its other words)
 CHECKED = {
@@ -7047,7 +7446,7 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check", execution={"metadata": "allow"},
+        with start(aws, "--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
                    output={"bucket": aws.bucket, "queueUrl": aws.queue_url}) as agent:
             assert agent.end() == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
@@ -7093,7 +7492,7 @@ def test_check_starts_each_runtime_for_real(runtime, program):
 def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
     with site(moto) as aws:
         aws.env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
-        with start(aws, "--check") as agent:
+        with start(aws, "--check", env=NO_RUNTIMES) as agent:
             assert agent.end() == 1
         for name in ("queue", "bucket", "CloudWatch"):
             assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", agent.out, re.MULTILINE), agent.out
@@ -7638,7 +8037,7 @@ class Party:
         try:
             yield queue
         finally:
-            queue.close()
+            queue.close(lambda: False)
 
     def meet(self, call: str) -> tuple[str, bool]:
         """What is said of a call that fails, and whether the turn waits (True where it always does)."""
@@ -7658,7 +8057,8 @@ class Party:
 
     def ReceiveMessage(self, log):
         with self.queue(log) as queue:
-            agent = ng.Agent(self.settings, log, queue, None, None, None, types.SimpleNamespace(all=[0]))
+            agent = ng.Agent(self.settings, log, ng.Services(queue, None, None, None),
+                             types.SimpleNamespace(all=[0], base=self.path))
             agent._pause = lambda _: setattr(agent, "stopping", True)
             agent._poll()
             os.close(agent.wake)
@@ -7693,7 +8093,7 @@ class Party:
     def PutMetricData(self, log):
         metrics = ng.CloudWatchMetrics(self.clients.cloudwatch, self.settings, log)
         metrics.put(ng.Report(function_id="f", runtime="python", outcome=ng.Outcome("ok", peak_memory_bytes=1)))
-        metrics.close()
+        metrics.close(lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -7947,7 +8347,8 @@ def test_local_third_failure_is_dead_with_its_result_beside_it():
         assert json.loads(left["bad.json"]) == task and left["wrong.json"] == "{"
         result = json.loads(left["bad.result.json"])
         assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
-        assert json.loads(left["wrong.result.json"])["status"] == "rejected"
+        wrong = json.loads(left["wrong.result.json"])
+        assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
         assert proxy_runs(folder.scratch) == {"bad": 3, "good": 1}
 
 
@@ -8399,7 +8800,7 @@ def test_setup_makes_outputs_alarms_and_a_dashboard_and_takes_them_down(account)
     assert account.tags(bucket="results") == [TAGS] * 7
     board = account.cloudwatch.get_dashboard(DashboardName=account.names()["dashboards"][0])
     shown = json.dumps([one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]])
-    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime", "Runs"):
+    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime"):
         assert part in shown
     assert [(one["Action"], one["Resource"]) for one in account.statements()[3:]] == [
         (["s3:PutObject"], "arn:aws:s3:::results/*"),
