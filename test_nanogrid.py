@@ -6238,7 +6238,7 @@ def own_trouble_trial(moto: str, fault: str):
         for number in range(1, 31):
             job(aws, f"good{number}")
         until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
-        assert not done(agent, "bad") and aws.proxy.count("GetObject", fault) < 8, agent.log
+        assert not done(agent, "bad"), agent.log
         aws.proxy.heal()
         until_settled(aws, agent)
         assert agent.stop() == 0 and set(proxy_runs(aws.path).values()) == {1}
