@@ -27,6 +27,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -6942,6 +6943,236 @@ def sigterm_while_deleting_deletes_first(moto):
         assert agent.stop() == 0 and not aws.count(), agent.log
 
 
+# ---------------------------------------------------------------------- one function's trouble is its own
+
+
+def done(agent: Agent, *prefixes: str) -> int:
+    """How many requests whose names begin so have ended ok."""
+    return sum(each["status"] == "ok" and each["requestId"].startswith(prefixes) for each in reports(agent.log))
+
+
+# what is wrong with one function's zip: the fault, and whether its messages wait or end as errors
+OWN_TROUBLES = {"status 503": True, "black hole": True, "denied": False}
+
+
+def own_trouble_trial(moto: str, fault: str):
+    """More of its messages than there are slots; the other functions' go on, and so do these at its end."""
+    waits = OWN_TROUBLES[fault]
+    with site(moto, visibility=30, receives=9) as aws, start(aws, execution={"concurrency": 2}) as agent:
+        aws.put(marker(), "bad.zip")
+        job(aws, "good0")
+        until_settled(aws, agent)
+        aws.proxy.fail("GetObject *bad.zip*", fault)
+        for number in range(8):
+            job(aws, f"bad{number}", key="bad.zip")
+        until(lambda: aws.proxy.count("GetObject", fault), what="a try")
+        for number in range(1, 31):
+            job(aws, f"good{number}")
+        until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
+        assert not done(agent, "bad"), agent.log
+        aws.proxy.heal()
+        until_settled(aws, agent)
+        assert agent.stop() == 0 and set(proxy_runs(aws.path).values()) == {1}
+        counts = {each["receiveCount"] for each in reports(agent.log)}
+        assert counts == {"1"} if waits else counts > {"1"}, agent.log
+
+
+for _fault in OWN_TROUBLES:
+    add_trial(f"one function's zip: {_fault}", own_trouble_trial, _fault != "status 503", fault=_fault)
+
+
+@trial
+def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_changes(moto):
+    with site(moto, visibility=60) as aws:
+        compiler = aws.path / "c++"
+        compiler.write_text(f"#!/bin/sh\necho x >>{aws.path}/compiled\nexit 1\n")
+        (aws.path / "compiled").touch(0o666)
+        (aws.path / "compiled").chmod(0o666)
+        compiler.chmod(0o755)
+        aws.put(b"no zip", "corrupt.zip")
+        aws.put({"main.cpp": "int"}, "source.zip")
+        for number in range(5):
+            aws.send(f"corrupt{number}", key="corrupt.zip")
+            aws.send(f"source{number}", key="source.zip", runtime="cpp")
+        time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
+        with start(aws, runtimes={"cpp": compiler}) as agent:
+            until_settled(aws, agent, 10)
+            gets = [seen.path for seen in aws.proxy.requests if seen.operation == "GetObject"]
+            assert len(gets) == 2 and len((aws.path / "compiled").read_text()) <= 2, gets
+            aws.put({"main.py": "print('mended')"}, "corrupt.zip")
+            aws.send("mended", key="corrupt.zip")
+            until_settled(aws, agent, 10)
+            agent.wait_for("REPORT requestId=mended .*status=ok")
+            agent.stop()
+        assert Counter(each["status"] for each in reports(agent.log)) == {"rejected": 30, "ok": 1}
+
+
+@trial
+def no_run_starts_under_a_lease_that_is_lost(moto):
+    """The agent is stopped while a run's code is on its way, for longer than the lease."""
+    with site(moto, visibility=6, receives=9) as aws, start(aws) as agent:
+        aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
+        job(aws)
+        until(lambda: aws.proxy.count("GetObject"), what="the fetch")
+        agent.process.send_signal(signal.SIGSTOP)
+        time.sleep(8)
+        agent.process.send_signal(signal.SIGCONT)
+        until_settled(aws, agent)
+        agent.wait_for("REPORT requestId=r1 .*status=ok")
+        agent.stop()
+        first, second = reports(agent.log)
+        assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
+        assert proxy_runs(aws.path) == {"r1": 1}
+
+
+@trial
+def permission_that_is_granted_later_is_used(moto):
+    prefix = [sys.executable, "-c", PATCHED.format("ng.PERMISSION_SECONDS = 1")]
+    with site(moto, visibility=15, receives=1) as aws, start(aws, prefix=prefix) as agent:
+        aws.proxy.fail("ChangeMessageVisibility*", "denied")
+        job(aws, "early", timeoutMs=60000)
+        agent.wait_for("REPORT requestId=early .*reason=visibility")
+        aws.proxy.heal()
+        time.sleep(1.5)
+        job(aws, "late", timeoutMs=60000)
+        agent.wait_for("REPORT requestId=late .*status=ok")
+        assert agent.stop() == 0 and "is granted" in agent.log
+
+
+@trial
+def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
+    """Short runs, then long ones: another agent could have them. Nothing more is taken ahead then."""
+    with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
+        for number in range(30):
+            job(aws, f"quick{number}")
+        until_settled(aws, agent)
+        aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
+        for number in range(10):
+            job(aws, f"slow{number}", sleep=20)
+        until(lambda: re.search("slow", str(proxy_runs(aws.path))), what="the first slow run")
+        until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
+        given = [each for each in reports(agent.log) if each["requestId"].startswith("slow")]
+        assert {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
+        agent.process.send_signal(signal.SIGTERM)
+        assert agent.end() == 0
+
+
+@trial
+def second_signal_does_not_wait_for_an_upload(moto):
+    with site(moto, visibility=600) as aws:
+        aws.proxy.fail("PutObject|PutMetricData", "black hole")
+        with start(aws, output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
+            job(aws)
+            until(lambda: aws.proxy.count("PutObject"), what="the upload")
+            agent.process.send_signal(signal.SIGTERM)
+            agent.wait_for("stopping: ")
+            assert agent.process.poll() is None
+            assert agent.stop(seconds=15) == 0
+        assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+
+
+@trial
+def delete_is_sent_though_the_lease_has_run_out(moto):
+    """Nobody else received it: its newest handle still deletes it, and it does not go to the DLQ."""
+    with site(moto, visibility=5, receives=1) as aws, start(aws) as agent:
+        job(aws, sleep=2)
+        until_ran(aws.path)
+        aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*|ReceiveMessage", "reset")
+        agent.wait_for("the lease of message .* is lost")
+        time.sleep(1)
+        with aws.proxy.lock:
+            aws.proxy.rules[:] = [Rule("ReceiveMessage", "reset")]
+        until(lambda: not aws.count(), what="the delete")
+        assert not dead(aws) and agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1}
+
+
+BALLAST = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
+
+
+@trial
+def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
+    prefix = [sys.executable, "-c", PATCHED.format("ng.UNSTORED_BYTES = 1_000_000")]
+    with site(moto, visibility=600, receives=9) as aws:
+        aws.put(BALLAST)
+        aws.proxy.fail("PutObject", "denied")
+        with start(aws, prefix=prefix, output={"bucket": aws.bucket}) as agent:
+            aws.send("first")
+            agent.wait_for("REPORT requestId=first .*reason=output")
+            aws.send("second")
+            agent.wait_for(r"WARNING \[first\] its result is dropped")
+            assert len(list((aws.path / "task").glob("agent-*/code/tmp*"))) == 1
+            agent.stop()
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_queue_whose_visibility_timeout_is_too_short_is_served(moto, seconds):
+    with site(moto, visibility=seconds) as aws, start(aws) as agent:
+        job(aws, sleep=3)
+        until_settled(aws, agent)
+        assert agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1} and not mishaps(agent.log)
+
+
+@pytest.mark.parametrize("status,has_dlq,delays", [
+    ("rejected", True, [0, 0, 0, 0, 0]), ("rejected", False, [0, 0, 0, 10, 40]),
+    ("released", False, [0, 0, 0, 0, 0]), ("error", True, [10, 40, 160, 640, 2560])])
+def test_delays_grow_with_each_receive(party, status, has_dlq, delays):
+    party.server.said = {}
+    with party.queue(Heard()) as queue:
+        queue.has_dlq = has_dlq
+        found = [queue._delay(ng.Message("m", "", count, 0.0, last=math.inf), status) for count in range(1, 6)]
+    assert found == delays
+
+
+def test_run_whose_preparation_does_not_end_has_not_begun():
+    """The workspace's disk is slow: nothing ran, so that is an outage."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
+        slot = ng.Slot(types.SimpleNamespace(directory=""), lambda _: ours, ng.Dependency(ng.Log(), "starting"))
+        slot.PREPARE_SECONDS = 0.1
+        with pytest.raises(ng.Outage, match="takes too long"):
+            slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1))
+
+
+def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
+    with site(moto, visibility=600) as aws:
+        aws.send(body="no JSON {")
+        with start(aws, "--drain", wait=0) as agent:
+            assert agent.end() == 0
+        assert len(reports(agent.log)) == 3 and dead(aws) == 1
+
+
+def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(moto):
+    with site(moto) as aws:
+        aws.proxy.fail("ReceiveMessage", "reset")
+        with start(aws, "--drain", execution={"patienceSeconds": 2}) as agent:
+            assert agent.end() == 1
+        assert "the drain is given up after" in agent.log and "Traceback" not in agent.log
+
+
+def test_peaks_carry_the_time_at_which_the_run_ended(party, tmp_path):
+    """Those that were kept through an outage, too."""
+    sent, errors = [], [RuntimeError("away"), None]
+
+    def put_metric_data(Namespace, MetricData):
+        if error := errors.pop(0):
+            raise error
+        sent.extend(MetricData)
+
+    report = ng.Report(function_id="f", runtime="python", outcome=ng.Outcome(
+        "ok", peak_memory_bytes=1, started_at=1000.0, duration_millis=2500))
+    settings = dataclasses.replace(party.settings, flush_seconds=1)
+    cloudwatch = ng.CloudWatchMetrics(types.SimpleNamespace(put_metric_data=put_metric_data), settings, Heard())
+    folder = ng.FolderMetrics(tmp_path, settings, Heard())
+    for metrics in (cloudwatch, folder):
+        metrics.put(report)
+    until(lambda: sent, what="the values")
+    for metrics in (cloudwatch, folder):
+        metrics.close(lambda: False)
+    assert [each["Timestamp"] for each in sent] == [1002]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["timestamp"] == "1970-01-01T00:16:42.500Z"
+
+
 # ---------------------------------------------------------------------- no more of something
 
 
@@ -8673,6 +8904,58 @@ def test_local_third_failure_is_dead_with_its_result_beside_it():
         wrong = json.loads(left["wrong.result.json"])
         assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
         assert proxy_runs(folder.scratch) == {"bad": 3, "good": 1}
+
+
+def taken(path: Path, name: str) -> tuple:
+    """A FolderQueue with one task of that name, which it has taken."""
+    queue = ng.FolderQueue(path, Heard())
+    (path / "queue" / name).write_text("{}")
+    message, = queue.receive(1, True)
+    return queue, message
+
+
+def test_local_a_task_whose_end_the_disk_refuses_is_put_away_later(tmp_path, monkeypatch):
+    queue, message = taken(tmp_path, "a.json")
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(ng, "rename_new", lambda *_: (_ for _ in ()).throw(full))
+        queue.end(message, "failed", {})
+    assert os.listdir(tmp_path / "running") == ["a.json"] and not queue.is_empty()
+    queue.disk.retry_at = 0.0
+    again, = queue.receive(1, True)
+    assert again.receive_count == 2 and "No space left" in "".join(queue.log.lines)
+
+
+@pytest.mark.parametrize("name", ["x" * 245 + ".json", "\u00e9" * 122 + ".json"])
+def test_local_long_names_are_taken_three_times_and_buried(tmp_path, name):
+    queue, message = taken(tmp_path, name)
+    for count in (1, 2, 3):
+        assert message.receive_count == count
+        queue.end(message, "failed", {"why": count})
+        message, = queue.receive(1, True) or [None]
+    dead = sorted(os.listdir(tmp_path / "dead"), key=lambda each: "result" in each)
+    assert dead[0] == name and json.loads((tmp_path / "dead" / dead[1]).read_text()) == {"why": 3}
+    assert os.listdir(tmp_path / "queue") == []
+
+
+@pytest.mark.parametrize("has_renameat2", [True, False])
+def test_local_nothing_is_renamed_over_another_task(tmp_path, monkeypatch, has_renameat2):
+    if not has_renameat2:
+        monkeypatch.setattr(ng, "kernel", lambda *_: (_ for _ in ()).throw(OSError(22, "Invalid argument")))
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError):
+        ng.rename_new(f"{tmp_path}/a", f"{tmp_path}/b")
+    assert (tmp_path / "b").read_text() == "b"
+    ng.rename_new(f"{tmp_path}/a", f"{tmp_path}/c")
+    assert sorted(os.listdir(tmp_path)) == ["b", "c"]
+
+
+def test_local_locks_are_taken_by_descriptors_that_may_write(tmp_path):
+    """NFS locks no others."""
+    (tmp_path / "a").write_text("")
+    with ng.locked(f"{tmp_path}/a") as file:
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
 
 
 def test_local_names_that_begin_with_a_dot_are_passed_over():
