@@ -1387,10 +1387,7 @@ class Queue(Protocol):
         """At most `limit` messages, after a while if there are none; raises what fails."""
 
     def lease_ends(self, message: Message, needed: float = 0) -> float:
-        """When the message will no longer be ours (time.monotonic()); inf: it is kept.
-
-        Where it would end before `needed`, it is extended at once, if that is permitted.
-        """
+        """When it will no longer be ours (time.monotonic()); inf: never. Extended for `needed`."""
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Have become of a message what FATES says of the status of its turn."""
@@ -4644,16 +4641,11 @@ class Agent:
                     break
                 self._pause(pause)
         self._stop_taking()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _pause(self, seconds: float) -> None:
         with self.lock:
             self.space.wait_for(lambda: self.stopping, seconds)
-
-    def _wake(self) -> None:
-        """Have the main thread look."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.waker, b"\n")
 
     def _room(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
@@ -4712,7 +4704,7 @@ class Agent:
         if is_late:
             self._release([turn])
         elif len(self.turns) == 1:
-            self._wake()  # it may be resting
+            os.write(self.waker, b"\n")  # the main thread may be resting
 
     def _queue_up(self, turn: Turn) -> None:
         """Have a turn wait for what it needs next: a slot, or an errand."""
@@ -4799,10 +4791,10 @@ class Agent:
             with self.lock:
                 del self.running[slot]
                 self.free_mb += turn.memory_mb
-                mean = self.mean_seconds
-                self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
+                mean = self.mean_seconds or spent
+                self.mean_seconds = mean * 0.8 + spent * 0.2
                 (self.to_run if self.waiting else self.space).notify()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _run(self, turn: Turn, slot: Slot) -> None:
         """Run a turn's function, and its compiler before if need be; raises Ended and Outage."""
@@ -4810,7 +4802,7 @@ class Agent:
         assert task and package
         for part in self.results.parts():
             if part.since and part.retry_at + TRY_SECONDS > time.monotonic():
-                raise Outage(part, part.reason, part.error)  # who has a result tries before
+                raise Outage(part, part.reason, part.error)  # who has run already tries before
         run = self.slots.run_spec(task, self.slots.compile(task, package, slot), slot)
         with self.lock:
             if turn.is_over:
@@ -4839,7 +4831,8 @@ class Agent:
             ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
             if turn.directory and turn.report.outcome.status != "released":
-                self._keep_unstored(replace(turn, report=ran, package=None))
+                self._keep_unstored(replace(
+                    turn, report=ran, package=None, result={}, has_begun=False))
         outcome = turn.report.outcome
         if outcome.status == "error" and outcome.reason != "runtime":
             self._note_trouble(turn.task and turn.task.code, False)
@@ -4939,7 +4932,7 @@ class Agent:
                                     "wait to be stored; it runs again when its message is back")
                 remove(oldest.directory)
 
-    def _release(self, turns: list[Turn], reason: str | None = None) -> None:
+    def _release(self, turns: Iterable[Turn], reason: str | None = None) -> None:
         """Give messages back that did not run, or not to the end."""
         for turn in turns:
             self._end(turn, Outcome("released", reason))

@@ -6830,7 +6830,8 @@ def result_trial(moto: str, operation: str, fault: str):
             until_settled(aws, agent)
             agent.wait_for("REPORT requestId=r1 .*status=ok")
             assert reports(agent.log)[-1]["status"] == "ok" and proxy_runs(aws.path) == {"r1": 1}
-            assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
+            stored = aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")["Body"].read()
+            assert json.loads(stored)["status"] == "ok" and json.loads(stored)["success"] is True
             assert visible(aws, results) == 1
 
 
