@@ -27,6 +27,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -1432,6 +1433,8 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("execution.patienceSeconds", "0", "patience_seconds", 0),
     ("execution.network", "none", "network", "none"),
     ("execution.metadata", "allow", "metadata", "allow"),
+    ("execution.functionRole", "arn:aws:iam::123456789012:role/path/fn", "function_role",
+     "arn:aws:iam::123456789012:role/path/fn"),
     ("execution.runAs", "1000", "run_as", "1000"),
     ("execution.runAs", "nobody", "run_as", "nobody"),
     ("execution.warmStart", "false", "warm_start", False),
@@ -1754,7 +1757,8 @@ def test_whatever_stands_in_a_file_or_the_environment_only_config_errors_come_ou
 # --- Tasks -----------------------------------------------------------------------------------
 
 SETTINGS = types.SimpleNamespace(code_bucket="code", allowed_buckets=("more",), memory_mb=4096,
-                                 default_timeout_ms=10_000, default_memory_mb=128)
+                                 default_timeout_ms=10_000, default_memory_mb=128,
+                                 function_role="arn:aws:iam::123456789012:role/fn")
 TASK = {"requestId": "r-1", "functionId": "team/hello:v1", "runtime": "python", "s3Key": "f/h.zip"}
 
 
@@ -1772,12 +1776,13 @@ def test_a_task_with_its_defaults():
 
 
 def test_a_task_with_every_field_and_an_unknown_one():
-    task = parse(s3Bucket="more", timeoutMs=43_200_000, memoryMb=4096, input={"a": 1}, colour="red")
+    task = parse(s3Bucket="more", timeoutMs=43_200_000, memoryMb=4096, input={"a": 1}, colour="red",
+                 handler="app.main", env={"A": "1"})
     assert task == ng.Task("r-1", "team/hello:v1", "python", "more", "f/h.zip", 43_200_000, 4096,
-                           b'{"a": 1}')
+                           b'{"a": 1}', "app.main", {"A": "1"})
 
 
-@pytest.mark.parametrize("name", ["s3Bucket", "timeoutMs", "memoryMb"])
+@pytest.mark.parametrize("name", ["s3Bucket", "timeoutMs", "memoryMb", "handler", "env"])
 def test_null_for_an_optional_field_is_its_default(name):
     assert parse(**{name: None}) == parse()
 
@@ -1792,7 +1797,9 @@ def test_runtime_names(alias, runtime):
 @pytest.mark.parametrize("fields", [
     {"requestId": "a" * 128}, {"requestId": "..."}, {"requestId": ".a:_-"},
     {"functionId": "a/b/.c"}, {"functionId": "a" * 128}, {"s3Key": "é" * 512}, {"s3Key": "a//b"},
-    {"s3Key": "../a"}, {"s3Key": "/a"}, {"timeoutMs": 1}, {"memoryMb": 1}])
+    {"s3Key": "../a"}, {"s3Key": "/a"}, {"timeoutMs": 1}, {"memoryMb": 1},
+    {"handler": "a.b"}, {"handler": "한/a-b.c.d"}, {"handler": "a/b.c", "runtime": "node"},
+    {"env": {}}, {"env": {"_a1": "", "AWS_PROFILE": "한\n"}}, {"env": {"A": "x" * 32766}}])
 def test_values_at_the_edge_are_right(fields):
     parse(**fields)
 
@@ -1816,6 +1823,9 @@ BAD_FIELDS = [
                                      "\ud800", None, 7, ["a"]]],
     *[("timeoutMs", value) for value in [0, -1, 43_200_001, True, "5000", 5000.0, [1], 10 ** 4000]],
     *[("memoryMb", value) for value in [0, -1, True, "128", 128.0, {}]],
+    *[("handler", value) for value in ["app", "app.", ".f", "a..f", "/a.f", "../a.f", "a/../b.f",
+                                       "a\\b.f", "a b.f", "a.f\n", "a\0.f", "\ud800.f", 7, ["a.f"]]],
+    *[("env", value) for value in ["A=1", 7, [], [["A", "1"]], True]],
 ]
 
 
@@ -1829,6 +1839,34 @@ def test_a_wrong_field_is_named_with_its_value(name, value):
         ng.REPORTED[key]: found for key, found in {**TASK, "timeoutMs": 10_000,
                                                    "memoryMb": 128}.items()
         if key not in (name, "s3Key")}
+
+
+@pytest.mark.parametrize("env, text", [
+    *[({"A": "1", name: "1"}, rf"env has {name!r}, which each run gets") for name in [
+        *("PATH LANG TZ HOME TMPDIR OUTPUT_DIR USER LOGNAME REQUEST_ID FUNCTION_ID MEMORY_MB "
+          "TIMEOUT_MS AWS_LAMBDA_FUNCTION_NAME AWS_LAMBDA_FUNCTION_MEMORY_SIZE LAMBDA_TASK_ROOT "
+          "_HANDLER AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION").split()]],
+    *[({name: "1"}, "env has .*; names are") for name in ["", "1A", "A-B", "A=B", "é", "A\n"]],
+    *[({"A": value}, "env has 'A' as .*; write a string") for value in [1, None, True, [], "\0",
+                                                                       "\ud800"]],
+    ({"A": "x" * 32767}, "env has 32769 bytes; at most 32768"),
+], ids=lambda value: ascii(value)[:30])
+def test_what_env_may_not_hold_is_named(env, text):
+    with pytest.raises(ng.Ended, match=text) as caught:
+        parse(env=env)
+    assert caught.value.outcome.reason == "task"
+
+
+def test_without_a_role_a_task_may_name_what_the_role_would_give():
+    settings = types.SimpleNamespace(**{**vars(SETTINGS), "function_role": None})
+    env = {"AWS_REGION": "eu-west-1"}
+    assert ng.parse_task(json.dumps({**TASK, "env": env}), settings).env == env
+
+
+@pytest.mark.parametrize("runtime", ["cpp", "go"])
+def test_a_compiled_runtime_has_no_handler(runtime):
+    with pytest.raises(ng.Ended, match=f"handler is for python and nodejs, not {runtime}"):
+        parse(runtime=runtime, handler="app.main")
 
 
 @pytest.mark.parametrize("name", ["requestId", "functionId", "runtime", "s3Key"])
@@ -2278,6 +2316,23 @@ def test_no_entry(unpack, runtime, members, text):
     with pytest.raises(ng.Ended, match=text) as caught:
         ng.find_entry(unpack.target, runtime)
     assert caught.value.outcome.reason == "entry"
+
+
+@pytest.mark.parametrize("runtime, handler, entry", [
+    ("python", "app.f", "app.py"), ("python", "src/app.f", "src/app.py"),
+    ("python", "src.app.f", "src/app.py"), ("python", "pack.f", "pack/__init__.py"),
+    ("python", "gone.f", "no gone.py or gone/__init__.py for the handler gone.f"),
+    ("nodejs", "app.f", "app.js"), ("nodejs", "src/app.f", "src/app.mjs"),
+    ("nodejs", "old.f", "old.cjs"), ("nodejs", "src.app.f", "no src.app.js or src.app.mjs or"),
+    ("nodejs", "in.f", "; 'src' has one: zip what is in that folder"),
+    ("nodejs", "[a].f", r"no \[a\].js")])
+def test_entry_of_a_handler(unpack, runtime, handler, entry):
+    unpack(make_zip(dict.fromkeys(["app.py", "src/app.py", "pack/__init__.py", "app.js", "app.mjs",
+                                   "src/app.mjs", "old.cjs", "src/in.js"], "x")))
+    try:
+        assert ng.find_entry(unpack.target, runtime, handler) == entry
+    except ng.Ended as error:
+        assert error.outcome.reason == "entry" and re.search(entry, error.outcome.text)
 
 
 def test_a_link_to_a_file_is_an_entry(unpack):
@@ -5930,6 +5985,275 @@ def test_invoke_keeps_what_the_function_left_where_it_is_told_to(invoked, user):
     assert b"$OUTPUT_DIR is gone, with a.txt, sub/b.txt; --output DIR keeps it\n" in done.stderr
 
 
+# ---------------------------------------------------------------- handlers, as AWS Lambda calls them
+
+# `value`: the JSON that it returns; `err`: what its standard error holds, for a space a dot
+HANDLED = table(r"""
+=== event and context | handler="app.handler" input={"a":["한",1.5]} memoryMb=99 env={"X":"1'\n2"} | value=["event-and-context","event-and-context","$LATEST","99"]
+--- app.py
+import os
+def handler(event, context):
+    assert event == {"a": ["한", 1.5]} and os.environ["X"] == "1'\n2", event
+    assert 0 < context.get_remaining_time_in_millis() <= 60000, context.get_remaining_time_in_millis()
+    assert context.invoked_function_arn.split(":")[6] == os.environ["AWS_LAMBDA_FUNCTION_NAME"]
+    assert context.log_group_name and context.log_stream_name and context.identity is None
+    assert os.environ["AWS_LAMBDA_FUNCTION_MEMORY_SIZE"] == "99" and os.environ["_HANDLER"] == "app.handler"
+    assert os.environ["LAMBDA_TASK_ROOT"] == os.getcwd() == os.path.dirname(__file__)
+    return [context.aws_request_id, context.function_name, context.function_version, context.memory_limit_in_mb]
+=== no input is an empty event | handler="src.app.handler" | value={}
+--- src/app.py
+def handler(event, context): return event
+=== a package with modules of its own | handler="src/pack.handler" | value=[3,"src.pack"]
+--- src/pack/__init__.py
+from .part import three
+import beside
+def handler(event, context): return three + beside.zero, __name__
+--- src/pack/part.py
+three = 3
+--- beside.py
+zero = 0
+=== main.py is not run | handler="app.handler" | value=null stdout=
+print("main.py")
+--- app.py
+def handler(event, context): pass
+=== what JSON holds | handler="app.handler" | value=["한\udcff",3,3.5,{"1":true},[1]]
+--- app.py
+from decimal import Decimal
+def handler(event, context): return ["한\udcff", Decimal("3"), Decimal("3.5"), {1: True}, (1,)]
+=== what JSON does not hold | handler="app.handler" | status=failed exitCode=1 value=null err=\[ERROR\].TypeError:.Object.of.type.set
+--- app.py
+def handler(event, context): return {1}
+=== not a number | handler="app.handler" | status=failed value=null err=\[ERROR\].ValueError:.Out.of.range
+--- app.py
+def handler(event, context): return float("nan")
+=== a coroutine | handler="app.handler" | status=failed value=null err=type.coroutine
+--- app.py
+async def handler(event, context): return 1
+=== the largest value | handler="app.handler" | err=^$
+--- app.py
+def handler(event, context): return "한" * 87380 + "ab"
+=== a value that is too large | handler="app.handler" | status=failed exitCode=0 value=null err=over.262144.bytes
+--- app.py
+def handler(event, context): return "한" * 87380 + "abc"
+=== an exception | handler="app.handler" | status=failed exitCode=1 value=null err=^\[ERROR\].ZeroDivisionError:.division.by.zero\nTraceback.*\n..File."\S*/app.py",.line.2,.in.handler\n
+--- app.py
+def handler(event, context):
+    1 / 0
+=== an exception at the import | handler="app.handler" | status=failed exitCode=1 err=^\[ERROR\].ModuleNotFoundError:.*\nTraceback.*\n..File."\S*/app.py",.line.1
+--- app.py
+import not_there
+=== a function that is missing | handler="app.handler" | status=failed exitCode=1 err=no.attribute.'handler'
+--- app.py
+=== exit before the return | handler="app.handler" | status=failed exitCode=0 value=null err=ended.before.its.handler
+--- app.py
+import sys
+def handler(event, context): sys.exit(0)
+=== memory over the cap | handler="app.handler" memoryMb=32 | status=oom value=null
+--- app.py
+def handler(event, context):
+    held = []
+    while True: held.append(bytearray(1 << 20))
+=== over the time limit | handler="app.handler" timeoutMs=1500 | status=timeout value=null
+--- app.py
+import time
+def handler(event, context):
+    while context.get_remaining_time_in_millis(): time.sleep(0.01)
+    time.sleep(60)
+=== logging as it is, and as a module changes it | handler="app.handler" | err=^\[INFO\]\t\d+-\d+-\d+T[\d:.]+Z\tlogging-as-it-is-and-as-a-module-changes-it\tfirst\nsecond\n$
+--- app.py
+import logging
+logging.basicConfig(format="no effect, as in Lambda")
+root = logging.getLogger()
+root.setLevel("INFO")
+def handler(event, context):
+    logging.info("first")
+    root.handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger(__name__).warning("second")
+    logging.debug("third")
+=== output and threads | handler="app.handler" | value=1 stdout=out,late,exit
+--- app.py
+import atexit, threading, time
+atexit.register(print, "exit", end="")
+def handler(event, context):
+    print("out", end=",")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("late", end=","))).start()
+    return 1
+=== processes of multiprocessing | handler="app.handler" | value=[[1,4],[1,4]]
+--- app.py
+import multiprocessing
+def square(n): return n * n
+def handler(event, context):
+    def pool(kind):
+        with multiprocessing.get_context(kind).Pool(1) as workers: return workers.map(square, [1, 2])
+    return [pool("fork"), pool("spawn")]
+=== async | nodejs handler="index.handler" input={"a":"한"} memoryMb=99 | value=[{"a":"한"},"async","99",true]
+exports.handler = async (event, context) => {
+  setInterval(() => {}, 1000);
+  const left = context.getRemainingTimeInMillis();
+  return [event, context.awsRequestId, context.memoryLimitInMB, left > 0 && left <= 60000];
+};
+=== callback | nodejs handler="src/app.handler" | value=[2,1] stdout=waited
+--- src/app.cjs
+exports.handler = (event, context, callback) => {
+  callback(null, [2, 1]);
+  setTimeout(() => console.log("waited"), 50);
+};
+=== callback without waiting | nodejs handler="index.handler" | value={"a":1} stdout=
+exports.handler = (event, context, callback) => {
+  context.callbackWaitsForEmptyEventLoop = false;
+  setTimeout(() => console.log("never"), 5000);
+  setImmediate(() => callback(null, {a: 1}));
+};
+=== callback with an error | nodejs handler="index.handler" | status=failed exitCode=1 value=null err=Invoke.Error.*"errorMessage":"no"
+exports.handler = (event, context, callback) => callback("no");
+=== a promise | nodejs handler="index.handler" | value="kept"
+module.exports = {handler: () => new Promise((keep) => setTimeout(keep, 20, "kept"))};
+=== a promise that fails | nodejs handler="index.handler" | status=failed exitCode=1 err="errorType":"TypeError","errorMessage":"boom","stack":.*index.js:1
+exports.handler = () => Promise.reject(new TypeError("boom"));
+=== a promise that never comes | nodejs handler="index.handler" | status=failed value=null err=ended.before.its.handler
+exports.handler = async () => { await new Promise(() => {}); };
+=== neither | nodejs handler="index.handler" | value=null
+exports.handler = () => 5;
+=== an exception in Node.js | nodejs handler="index.handler" | status=failed exitCode=1 err="errorMessage":"boom".*index.js:1
+exports.handler = () => { throw new Error("boom"); };
+=== an ES module | nodejs handler="app.handler" | value=[3,"app.mjs"]
+--- app.mjs
+import path from "node:path";
+import {fileURLToPath} from "node:url";
+const three = await Promise.resolve(3);
+export const handler = async () => [three, path.basename(fileURLToPath(import.meta.url))];
+=== an ES module by package.json | nodejs handler="lib/app.run" | value="ES"
+--- package.json
+{"type": "module"}
+--- lib/app.js
+export async function run() { return import.meta.url ? "ES" : ""; }
+=== what JSON does not hold, in Node.js | nodejs handler="index.handler" | status=failed err=BigInt
+exports.handler = async () => 5n;
+=== exit before the return, in Node.js | nodejs handler="index.handler" | status=failed exitCode=0 err=ended.before.its.handler
+exports.handler = async () => process.exit(0);
+=== not exported | nodejs handler="index.handler" | status=failed exitCode=1 err=exports.no.function.handler
+exports.other = async () => 1;
+=== no such file | nodejs handler="app.handler" | status=rejected reason=entry
+exports.handler = async () => 1;
+""")
+
+
+@pytest.fixture(scope="module", params=["root-true", "ordinary-false"])
+def handled(request, grids):
+    """Every handler, run warm as root and cold as an ordinary user."""
+    need("node")
+    user, _, warm = request.param.partition("-")
+    if user == "root" and not ROOT:
+        pytest.skip("needs root")
+    grid = grids(user, EXECUTION_CONCURRENCY=2, EXECUTION_WARMSTART=warm)
+    for name, case in HANDLED.items():
+        files = {file: text for file, text in case.files.items() if text.strip() or file == "app.py"}
+        grid.put(files, case.runtime, slug(name), slug(name), **case.task)
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", HANDLED)
+def test_a_handler_is_called_as_in_lambda(handled, name):
+    result, expect = handled[name], dict(HANDLED[name].expect)
+    said = result["stderr"]
+    assert re.search(expect.pop("err", ""), said), said
+    if "value" in expect:
+        assert result["returnValue"] == json.loads(expect.pop("value")), result
+    for key, expected in expect.items():
+        assert str(result[key]).strip() == expected, f"{key} should be {expected}: {result}"
+
+
+def test_only_a_handler_has_a_return_value(grids, user):
+    """Not even who writes into the pipe for it."""
+    grid = grids(user)
+    grid.put({"main.py": "open(os.path.dirname(os.environ['HOME']) + '/../feed/out/returned', 'w').write('1')\n"
+                         .join(["import os\n", "print('written')\n"])}, request_id="r")
+    grid.run()
+    assert grid["r"]["stdout"] == "written\n" and "returnValue" not in grid["r"]
+
+
+def test_a_lambda_function_that_nothing_calls_is_said_once_for_each_package(grids, user):
+    need("node")
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    sources = {"plain": "console.log(1)", "common": "exports.handler = async () => 1;",
+               "es": "export const handler = async () => 1;",
+               "bundled": "__export(index_exports, {\n  handler: () => handler\n});\nfunction __export() {}\nvar index_exports;\n"}
+    for name, source in sources.items():
+        files = {"index.js": source, **({"package.json": '{"type": "module"}'} if name == "es" else {})}
+        for n in range(3):
+            grid.put(None if n else files, "nodejs", name, f"{name}-{n}")
+        grid.put(None, "nodejs", name, f"{name}-called", handler="index.handler")
+    grid.run()
+    said = re.findall(r"index\.js of (\w+)\.zip exports a handler", grid.log)
+    assert sorted(said) == ["bundled", "common", "es"], grid.log
+
+
+@pytest.mark.parametrize("warm", ["true", "false"])
+def test_env_is_for_its_run_alone(grids, user, warm):
+    """In one slot: Python by a ready interpreter or not, and Node.js, which a shell starts."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_WARMSTART=warm)
+    need("node")
+    python = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
+    node = "console.log(JSON.stringify(process.env))\n"
+    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5", "IFS": "/"}, {},
+                             {"PYTHONLEFT": "1"}, {}]):
+        for runtime, name, source in (("python", "main.py", python), ("nodejs", "index.js", node)):
+            grid.put({name: source}, runtime, runtime, f"{runtime}-{n}", env=env)
+    grid.run()
+    for runtime in ("python", "nodejs"):
+        seen = [json.loads(grid[f"{runtime}-{n}"]["stdout"]) for n in range(5)]
+        for each in seen:
+            del each["REQUEST_ID"]
+        assert seen[0] == seen[2] == seen[4], seen
+        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5", "IFS": "/"}, seen
+        assert seen[3] == {**seen[0], "PYTHONLEFT": "1"}, seen
+
+
+def test_variables_that_python_reads_at_its_start_have_their_effect(grids, user):
+    grid = grids(user)
+    grid.put({"main.py": "import sys\nprint(sys.flags.optimize, sys.path[1])\n"}, request_id="r",
+             env={"PYTHONOPTIMIZE": "2", "PYTHONPATH": "/srv/extra"})
+    grid.run()
+    assert grid["r"]["stdout"] == "2 /srv/extra\n"
+
+
+def test_an_interpreter_that_starts_threads_is_not_kept_ready(grids, user):
+    """As tracers do by a .pth file: no fork has its threads, but the locks that they hold."""
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", grid.top / "venv"], check=True)
+    packages, = (grid.top / "venv").glob("lib/python*/site-packages")
+    (packages / "tracer.pth").write_text("import tracer\n")
+    (packages / "tracer.py").write_text(
+        "import subprocess, threading, time\nlock = threading.Lock()\n"
+        "def beat():\n    while True:\n        with lock: time.sleep(0.05)\n        time.sleep(0.0005)\n"
+        "threading.Thread(target=beat, daemon=True).start()\nsubprocess.Popen(['sleep', '600'])\n")
+    grid.env["AGENT_RUNTIMES_PYTHON"] = str(grid.top / "venv" / "bin" / "python3")
+    for n in range(6):
+        grid.put({"main.py": "import threading, tracer\nwith tracer.lock: print(threading.active_count())\n"}
+                 if n == 0 else None, request_id=f"r{n}")
+    grid.run()
+    assert {(grid[f"r{n}"]["stdout"], grid[f"r{n}"]["start"]) for n in range(6)} == {("2\n", "cold")}
+    assert grid.log.count("starts 1 threads and 1 processes") == 1, grid.log
+
+
+def test_invoke_of_a_handler(grids, user):
+    grid = grids(user)
+    source, event = grid.top / "fn.zip", grid.top / "event.json"
+    source.write_bytes(make_zip({"app.py": "import os\ndef handler(event, context):\n    print('said')\n"
+                                           "    return [event, os.environ['A'], os.environ['B']]\n"
+                                           "def bad(event, context): 1 / 0\n"}))
+    event.write_text('{"k": "한"}')
+    args = [source, "--handler", "app.handler", "--env", "A=1", "--env", "B==2"]
+    for more, data, seen in ((["--event", event], b"[]", {"k": "한"}), ([], b"[1]", [1]), ([], b"", {})):
+        done = invoke(grid, *args, *more, data=data)
+        said, value = done.stdout.decode().splitlines()
+        assert (done.returncode, said, json.loads(value)) == (0, "said", [seen, "1", "=2"]), done
+    done = invoke(grid, source, "--handler", "app.bad")
+    assert (done.returncode, done.stdout) == (1, b"") and b"[ERROR] ZeroDivisionError" in done.stderr, done
+    for more, status in ((["--env", "A"], 2), (["--env", "PATH=x"], 1), (["--event", grid.top / "none"], 2)):
+        assert invoke(grid, *args, *more).returncode == status
+
+
 # --------------------------------------------------------------------------------------------
 # Delivery
 # --------------------------------------------------------------------------------------------
@@ -6637,6 +6961,236 @@ def sigterm_while_deleting_deletes_first(moto):
         assert agent.stop() == 0 and not aws.count(), agent.log
 
 
+# ---------------------------------------------------------------------- one function's trouble is its own
+
+
+def done(agent: Agent, *prefixes: str) -> int:
+    """How many requests whose names begin so have ended ok."""
+    return sum(each["status"] == "ok" and each["requestId"].startswith(prefixes) for each in reports(agent.log))
+
+
+# what is wrong with one function's zip: the fault, and whether its messages wait or end as errors
+OWN_TROUBLES = {"status 503": True, "black hole": True, "denied": False}
+
+
+def own_trouble_trial(moto: str, fault: str):
+    """More of its messages than there are slots; the other functions' go on, and so do these at its end."""
+    waits = OWN_TROUBLES[fault]
+    with site(moto, visibility=30, receives=9) as aws, start(aws, execution={"concurrency": 2}) as agent:
+        aws.put(marker(), "bad.zip")
+        job(aws, "good0")
+        until_settled(aws, agent)
+        aws.proxy.fail("GetObject *bad.zip*", fault)
+        for number in range(8):
+            job(aws, f"bad{number}", key="bad.zip")
+        until(lambda: aws.proxy.count("GetObject", fault), what="a try")
+        for number in range(1, 31):
+            job(aws, f"good{number}")
+        until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
+        assert not done(agent, "bad"), agent.log
+        aws.proxy.heal()
+        until_settled(aws, agent)
+        assert agent.stop() == 0 and set(proxy_runs(aws.path).values()) == {1}
+        counts = {each["receiveCount"] for each in reports(agent.log)}
+        assert counts == {"1"} if waits else counts > {"1"}, agent.log
+
+
+for _fault in OWN_TROUBLES:
+    add_trial(f"one function's zip: {_fault}", own_trouble_trial, _fault != "status 503", fault=_fault)
+
+
+@trial
+def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_changes(moto):
+    with site(moto, visibility=60) as aws:
+        compiler = aws.path / "c++"
+        compiler.write_text(f"#!/bin/sh\necho x >>{aws.path}/compiled\nexit 1\n")
+        (aws.path / "compiled").touch(0o666)
+        (aws.path / "compiled").chmod(0o666)
+        compiler.chmod(0o755)
+        aws.put(b"no zip", "corrupt.zip")
+        aws.put({"main.cpp": "int"}, "source.zip")
+        for number in range(5):
+            aws.send(f"corrupt{number}", key="corrupt.zip")
+            aws.send(f"source{number}", key="source.zip", runtime="cpp")
+        time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
+        with start(aws, runtimes={"cpp": compiler}) as agent:
+            until_settled(aws, agent, 10)
+            gets = [seen.path for seen in aws.proxy.requests if seen.operation == "GetObject"]
+            assert len(gets) == 2 and len((aws.path / "compiled").read_text()) <= 2, gets
+            aws.put({"main.py": "print('mended')"}, "corrupt.zip")
+            aws.send("mended", key="corrupt.zip")
+            until_settled(aws, agent, 10)
+            agent.wait_for("REPORT requestId=mended .*status=ok")
+            agent.stop()
+        assert Counter(each["status"] for each in reports(agent.log)) == {"rejected": 30, "ok": 1}
+
+
+@trial
+def no_run_starts_under_a_lease_that_is_lost(moto):
+    """The agent is stopped while a run's code is on its way, for longer than the lease."""
+    with site(moto, visibility=6, receives=9) as aws, start(aws) as agent:
+        aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
+        job(aws)
+        until(lambda: aws.proxy.count("GetObject"), what="the fetch")
+        agent.process.send_signal(signal.SIGSTOP)
+        time.sleep(8)
+        agent.process.send_signal(signal.SIGCONT)
+        until_settled(aws, agent)
+        agent.wait_for("REPORT requestId=r1 .*status=ok")
+        agent.stop()
+        first, second = reports(agent.log)
+        assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
+        assert proxy_runs(aws.path) == {"r1": 1}
+
+
+@trial
+def permission_that_is_granted_later_is_used(moto):
+    prefix = [sys.executable, "-c", PATCHED.format("ng.PERMISSION_SECONDS = 1")]
+    with site(moto, visibility=15, receives=1) as aws, start(aws, prefix=prefix) as agent:
+        aws.proxy.fail("ChangeMessageVisibility*", "denied")
+        job(aws, "early", timeoutMs=60000)
+        agent.wait_for("REPORT requestId=early .*reason=visibility")
+        aws.proxy.heal()
+        time.sleep(1.5)
+        job(aws, "late", timeoutMs=60000)
+        agent.wait_for("REPORT requestId=late .*status=ok")
+        assert agent.stop() == 0 and "is granted" in agent.log
+
+
+@trial
+def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
+    """Short runs, then long ones: another agent could have them. Nothing more is taken ahead then."""
+    with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
+        for number in range(30):
+            job(aws, f"quick{number}")
+        until_settled(aws, agent)
+        aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
+        for number in range(10):
+            job(aws, f"slow{number}", sleep=20)
+        until(lambda: re.search("slow", str(proxy_runs(aws.path))), what="the first slow run")
+        until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
+        given = [each for each in reports(agent.log) if each["requestId"].startswith("slow")]
+        assert {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
+        agent.process.send_signal(signal.SIGTERM)
+        assert agent.end() == 0
+
+
+@trial
+def second_signal_does_not_wait_for_an_upload(moto):
+    with site(moto, visibility=600) as aws:
+        aws.proxy.fail("PutObject|PutMetricData", "black hole")
+        with start(aws, output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
+            job(aws)
+            until(lambda: aws.proxy.count("PutObject"), what="the upload")
+            agent.process.send_signal(signal.SIGTERM)
+            agent.wait_for("stopping: ")
+            assert agent.process.poll() is None
+            assert agent.stop(seconds=15) == 0
+        assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+
+
+@trial
+def delete_is_sent_though_the_lease_has_run_out(moto):
+    """Nobody else received it: its newest handle still deletes it, and it does not go to the DLQ."""
+    with site(moto, visibility=5, receives=1) as aws, start(aws) as agent:
+        job(aws, sleep=2)
+        until_ran(aws.path)
+        aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*|ReceiveMessage", "reset")
+        agent.wait_for("the lease of message .* is lost")
+        time.sleep(1)
+        with aws.proxy.lock:
+            aws.proxy.rules[:] = [Rule("ReceiveMessage", "reset")]
+        until(lambda: not aws.count(), what="the delete")
+        assert not dead(aws) and agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1}
+
+
+BALLAST = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
+
+
+@trial
+def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
+    prefix = [sys.executable, "-c", PATCHED.format("ng.UNSTORED_BYTES = 1_000_000")]
+    with site(moto, visibility=600, receives=9) as aws:
+        aws.put(BALLAST)
+        aws.proxy.fail("PutObject", "denied")
+        with start(aws, prefix=prefix, output={"bucket": aws.bucket}) as agent:
+            aws.send("first")
+            agent.wait_for("REPORT requestId=first .*reason=output")
+            aws.send("second")
+            agent.wait_for(r"WARNING \[first\] its result is dropped")
+            assert len(list((aws.path / "task").glob("agent-*/code/tmp*"))) == 1
+            agent.stop()
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_queue_whose_visibility_timeout_is_too_short_is_served(moto, seconds):
+    with site(moto, visibility=seconds) as aws, start(aws) as agent:
+        job(aws, sleep=3)
+        until_settled(aws, agent)
+        assert agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1} and not mishaps(agent.log)
+
+
+@pytest.mark.parametrize("status,has_dlq,delays", [
+    ("rejected", True, [0, 0, 0, 0, 0]), ("rejected", False, [0, 0, 0, 10, 40]),
+    ("released", False, [0, 0, 0, 0, 0]), ("error", True, [10, 40, 160, 640, 2560])])
+def test_delays_grow_with_each_receive(party, status, has_dlq, delays):
+    party.server.said = {}
+    with party.queue(Heard()) as queue:
+        queue.has_dlq = has_dlq
+        found = [queue._delay(ng.Message("m", "", count, 0.0, last=math.inf), status) for count in range(1, 6)]
+    assert found == delays
+
+
+def test_run_whose_preparation_does_not_end_has_not_begun():
+    """The workspace's disk is slow: nothing ran, so that is an outage."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
+        slot = ng.Slot(types.SimpleNamespace(directory=""), lambda _: ours, ng.Dependency(ng.Log(), "starting"))
+        slot.PREPARE_SECONDS = 0.1
+        with pytest.raises(ng.Outage, match="takes too long"):
+            slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1))
+
+
+def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
+    with site(moto, visibility=600) as aws:
+        aws.send(body="no JSON {")
+        with start(aws, "--drain", wait=0) as agent:
+            assert agent.end() == 0
+        assert len(reports(agent.log)) == 3 and dead(aws) == 1
+
+
+def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(moto):
+    with site(moto) as aws:
+        aws.proxy.fail("ReceiveMessage", "reset")
+        with start(aws, "--drain", execution={"patienceSeconds": 2}) as agent:
+            assert agent.end() == 1
+        assert "the drain is given up after" in agent.log and "Traceback" not in agent.log
+
+
+def test_peaks_carry_the_time_at_which_the_run_ended(party, tmp_path):
+    """Those that were kept through an outage, too."""
+    sent, errors = [], [RuntimeError("away"), None]
+
+    def put_metric_data(Namespace, MetricData):
+        if error := errors.pop(0):
+            raise error
+        sent.extend(MetricData)
+
+    report = ng.Report(function_id="f", runtime="python", outcome=ng.Outcome(
+        "ok", peak_memory_bytes=1, started_at=1000.0, duration_millis=2500))
+    settings = dataclasses.replace(party.settings, flush_seconds=1)
+    cloudwatch = ng.CloudWatchMetrics(types.SimpleNamespace(put_metric_data=put_metric_data), settings, Heard())
+    folder = ng.FolderMetrics(tmp_path, settings, Heard())
+    for metrics in (cloudwatch, folder):
+        metrics.put(report)
+    until(lambda: sent, what="the values")
+    for metrics in (cloudwatch, folder):
+        metrics.close(lambda: False)
+    assert [each["Timestamp"] for each in sent] == [1002]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["timestamp"] == "1970-01-01T00:16:42.500Z"
+
+
 # ---------------------------------------------------------------------- no more of something
 
 
@@ -7173,7 +7727,7 @@ def test_run_that_is_let_go_of_before_it_begins_is_released(when):
             ours.shutdown(socket.SHUT_WR)
             return ours
 
-        slot = ng.Slot(types.SimpleNamespace(directory=""), supervisor, ng.Dependency(ng.Log(), "starting"))
+        slot = ng.Slot(types.SimpleNamespace(directory=""), supervisor, ng.Dependency(ng.Log(), "starting"), set())
         if when == "before":
             slot.cancel()
         run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
@@ -8370,6 +8924,58 @@ def test_local_third_failure_is_dead_with_its_result_beside_it():
         assert runs_in(folder.scratch) == {"bad": 3, "good": 1}
 
 
+def taken(path: Path, name: str) -> tuple:
+    """A FolderQueue with one task of that name, which it has taken."""
+    queue = ng.FolderQueue(path, Heard())
+    (path / "queue" / name).write_text("{}")
+    message, = queue.receive(1, True)
+    return queue, message
+
+
+def test_local_a_task_whose_end_the_disk_refuses_is_put_away_later(tmp_path, monkeypatch):
+    queue, message = taken(tmp_path, "a.json")
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(ng, "rename_new", lambda *_: (_ for _ in ()).throw(full))
+        queue.end(message, "failed", {})
+    assert os.listdir(tmp_path / "running") == ["a.json"] and not queue.is_empty()
+    queue.disk.retry_at = 0.0
+    again, = queue.receive(1, True)
+    assert again.receive_count == 2 and "No space left" in "".join(queue.log.lines)
+
+
+@pytest.mark.parametrize("name", ["x" * 245 + ".json", "\u00e9" * 122 + ".json"])
+def test_local_long_names_are_taken_three_times_and_buried(tmp_path, name):
+    queue, message = taken(tmp_path, name)
+    for count in (1, 2, 3):
+        assert message.receive_count == count
+        queue.end(message, "failed", {"why": count})
+        message, = queue.receive(1, True) or [None]
+    dead = sorted(os.listdir(tmp_path / "dead"), key=lambda each: "result" in each)
+    assert dead[0] == name and json.loads((tmp_path / "dead" / dead[1]).read_text()) == {"why": 3}
+    assert os.listdir(tmp_path / "queue") == []
+
+
+@pytest.mark.parametrize("has_renameat2", [True, False])
+def test_local_nothing_is_renamed_over_another_task(tmp_path, monkeypatch, has_renameat2):
+    if not has_renameat2:
+        monkeypatch.setattr(ng, "kernel", lambda *_: (_ for _ in ()).throw(OSError(22, "Invalid argument")))
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError):
+        ng.rename_new(f"{tmp_path}/a", f"{tmp_path}/b")
+    assert (tmp_path / "b").read_text() == "b"
+    ng.rename_new(f"{tmp_path}/a", f"{tmp_path}/c")
+    assert sorted(os.listdir(tmp_path)) == ["b", "c"]
+
+
+def test_local_locks_are_taken_by_descriptors_that_may_write(tmp_path):
+    """NFS locks no others."""
+    (tmp_path / "a").write_text("")
+    with ng.locked(f"{tmp_path}/a") as file:
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+
 def test_local_names_that_begin_with_a_dot_are_passed_over():
     with local_site() as folder:
         folder.job("r1")
@@ -9530,7 +10136,7 @@ def test_a_task_of_your_own_from_a_folder(tmp_path):
 
 def tool(path: Path, script: str):
     """An executable shell script at `path`, which stands in for a program."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{script}\n")
     path.chmod(0o755)
 
@@ -9671,17 +10277,34 @@ def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_cli_to_an_agent_of_its_own_environment(shell, tmp_path):
-    shell.run(BLOCKS["cli"] + BLOCKS["send"])
-    install, check, start = BLOCKS["agent"].splitlines()
-    assert "pip install boto3" in install
-    python = f"{shlex.quote(sys.executable)} {MODULE}"
-    for line, more in ((check, " || true"), (start, " --drain")):  # an emulator has no metadata to refuse
-        said = shell.run(line.partition("#")[0].replace(".venv/bin/python nanogrid.py", python) + more,
-                         AGENT_SQS_WAITTIMESECONDS="1", AGENT_TASKBASEDIR=str(tmp_path / "task"))
-        assert re.search("^ok    (queue|bucket|CloudWatch)", said.stdout, re.MULTILINE) or "|" not in more
-    assert "stdout: Result: 42" in said.stderr and reports(said.stderr)[0]["status"] == "ok"
-    assert "Successfully published 1 values" in said.stderr
+def test_the_readme_from_a_function_of_your_own_to_its_results(tmp_path):
+    """Its blocks in their order, in one shell, with the packages that are here in place of pip's."""
+    need("aws")
+    for name in ("application.yml.example", "setup_resources.sh", "nanogrid.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "total").mkdir()
+    for name in ("total/main.py", "send.py", "read.py"):
+        (tmp_path / name).write_text(BLOCKS[name])
+    tool(tmp_path / ".venv" / "bin" / "pip", "exit 0")
+    tool(tmp_path / ".venv" / "bin" / "python", f'exec {sys.executable} "$@"')
+    tool(tmp_path / ".venv" / "bin" / "moto_server", f'exec {sys.executable} -m moto.server "$@"')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    check, start = (line.partition("  #")[0] for line in BLOCKS["agent"].splitlines())
+    lines = ["trap 'kill $(jobs -p)' EXIT", BLOCKS["local"],
+             BLOCKS["boto3"].replace("python3 -m venv .venv", "true"), BLOCKS["emulator"].replace("5000", port),
+             f"until curl -s 127.0.0.1:{port} >curl; do sleep 0.1; done",
+             "./setup_resources.sh --output-queue results", "./setup_resources.sh --test-message",
+             f"{check} || true",  # it looks for the instance metadata, too
+             f"{start} --drain", """url=$(sed -n 's/^ *queueUrl: //p' application.yml | head -n 1)""",
+             "bucket=$(sed -n 's/^ *codeBucket: //p' application.yml)",
+             ".venv/bin/python send.py $url $bucket", f"{start} --drain", ".venv/bin/python read.py ${url%/*}/results"]
+    said = sh("\n".join(lines), tmp_path, {"AGENT_SQS_WAITTIMESECONDS": "1", "AGENT_TASKBASEDIR": str(tmp_path / "task"),
+                                           "AGENT_EXECUTION_CONCURRENCY": "1"}, seconds=600)
+    assert "ok    queue: " in said.stdout and "ok    output queue: " in said.stdout
+    assert "stdout: Result: 42" in said.stderr and "Successfully published 3 values to CloudWatch" in said.stderr
+    for number in range(3):
+        assert re.search(rf"^total-{number} ok total {number + 4} \d+$", said.stdout, re.MULTILINE), said.stdout
 
 
 @pytest.mark.slow
