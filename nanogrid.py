@@ -1338,7 +1338,6 @@ LEAST_LEASE_SECONDS = 5  # asked for where the queue's own is shorter: no beat c
 ERROR_DELAY_SECONDS = 10  # until what ended as error is visible; x 4 for each further receive
 AT_ONCE = 3  # receives after which a rejected message is delayed, where no DLQ is to be seen
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
-POLL_SECONDS = 0.05  # how often a folder without tasks is looked at
 
 
 class Fate(NamedTuple):
@@ -1642,6 +1641,11 @@ class FolderQueue:
         self.lock = threading.RLock()
         self.ended: list[tuple[Message, str, object]] = []  # to be put away
         self.log, self.disk = log, Dependency(log, f"writing to {root}")
+        self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
+        with contextlib.suppress(OSError):
+            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
+            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
+            self.notices = [fd]
         self.recover()
 
     def recover(self) -> None:
@@ -1688,7 +1692,7 @@ class FolderQueue:
             return 0
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks; a moment later if there are none, but for a drain."""
+        """At most `limit` tasks; waits half a second for one, but for a drain."""
         self._put_away()
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
@@ -1705,7 +1709,8 @@ class FolderQueue:
                 taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
                                      stack.pop_all()))
         if not taken and not drain:
-            time.sleep(POLL_SECONDS)
+            for fd in select.select(self.notices, [], [], 0.5 if self.notices else 0.05)[0]:
+                os.read(fd, 65536)
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
@@ -2529,8 +2534,8 @@ def _divide(top: str, slots: int, processes: int) -> None:
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
-        for path in (top, slot):  # a runtime that sizes itself by its cgroup reads it
-            os.chmod(path, 0o755)
+        for place in (top, slot):  # a runtime that sizes itself by its cgroup reads it
+            os.chmod(place, 0o755)
 
 
 def empty_cgroup(path: str) -> None:
@@ -5218,13 +5223,13 @@ class Check:
             self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
                      "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
             is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
-        if bucket := self.settings.output_bucket:
+        if results := self.settings.output_bucket:
             with self.of("output bucket") as is_ok:
                 # A part of an upload that nobody began; moto answers 500.
-                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
-                         "NoSuchUpload|^500$", Bucket=bucket, Key=key, PartNumber=1,
+                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{results}/*",
+                         "NoSuchUpload|^500$", Bucket=results, Key=key, PartNumber=1,
                          UploadId="none", Body=b"")
-                is_ok(f"{bucket}: s3:PutObject is not refused")
+                is_ok(f"{results}: s3:PutObject is not refused")
         if url := self.settings.output_queue_url:
             with self.of("output queue") as is_ok:
                 self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
