@@ -2523,8 +2523,8 @@ def _divide(top: str, slots: int, processes: int) -> None:
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
-        for path in (top, slot):  # a runtime that sizes itself by its cgroup reads it
-            os.chmod(path, 0o755)
+        for place in (top, slot):  # a runtime that sizes itself by its cgroup reads it
+            os.chmod(place, 0o755)
 
 
 def empty_cgroup(path: str) -> None:
@@ -5216,13 +5216,13 @@ class Check:
             self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
                      "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
             is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
-        if bucket := self.settings.output_bucket:
+        if results := self.settings.output_bucket:
             with self.of("output bucket") as is_ok:
                 # A part of an upload that nobody began; moto answers 500.
-                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
-                         "NoSuchUpload|^500$", Bucket=bucket, Key=key, PartNumber=1,
+                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{results}/*",
+                         "NoSuchUpload|^500$", Bucket=results, Key=key, PartNumber=1,
                          UploadId="none", Body=b"")
-                is_ok(f"{bucket}: s3:PutObject is not refused")
+                is_ok(f"{results}: s3:PutObject is not refused")
         if url := self.settings.output_queue_url:
             with self.of("output queue") as is_ok:
                 self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
