@@ -781,8 +781,6 @@ MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less ro
 MAX_PART_BYTES = 255               # NAME_MAX
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
-BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
-                    "or Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
 TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
@@ -902,7 +900,7 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
             ("\0" in name, "has a NUL in its name; rename it"),
-            ("\\" in name, f"has a backslash in its name, {BACKSLASH_ADVICE}"),
+            ("\\" in name, "has a backslash: made by an old Windows tool; zip it again with 7-Zip"),
             (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
@@ -933,21 +931,14 @@ def _mode(member: zipfile.ZipInfo) -> int:
 
 def _modified(member: zipfile.ZipInfo) -> float:
     """When it was changed, in seconds since the epoch."""
-    for kind, start in TIMES.items():
-        if len(_extra(member, kind)) >= start + 4:
-            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
+    at, extra = 0, member.extra
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, at)
+        at += 4 + size
+        start = TIMES.get(kind, size)
+        if start + 4 <= size and at <= len(extra):
+            return float(struct.unpack_from("<l", extra, at - size + start)[0])
     return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
-
-
-def _extra(member: zipfile.ZipInfo, kind: int) -> bytes:
-    """What an extra field of this kind holds; b"" when there is none."""
-    start, extra = 0, member.extra
-    while start + 4 <= len(extra):
-        found, size = struct.unpack_from("<HH", extra, start)
-        start += 4 + size
-        if found == kind:
-            return extra[start - size:start]
-    return b""
 
 
 def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:

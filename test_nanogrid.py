@@ -2004,7 +2004,7 @@ def far(offset):
 
 LEAVE, LINK, CORRUPT = "may leave the zip's folder", "is a link to", "is corrupt"
 TWICE, BELOW, BOTH = "stands twice", "which is no folder", "both a file and a folder"
-BACKSLASH = "a backslash in its name, as old Windows tools write it for '/'; zip it again with"
+BACKSLASH = "has a backslash: made by an old Windows tool; zip it again with"
 REFUSED = {
     "absolute": (bundle(member("/leak")), LEAVE),
     "dots": (bundle(member("../leak")), LEAVE),
