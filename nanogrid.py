@@ -780,8 +780,6 @@ MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less ro
 MAX_PART_BYTES = 255               # NAME_MAX
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
-BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
-                    "or Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
 TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
@@ -901,7 +899,7 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
             ("\0" in name, "has a NUL in its name; rename it"),
-            ("\\" in name, f"has a backslash in its name, {BACKSLASH_ADVICE}"),
+            ("\\" in name, "has a backslash: made by an old Windows tool; zip it again with 7-Zip"),
             (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
@@ -932,21 +930,14 @@ def _mode(member: zipfile.ZipInfo) -> int:
 
 def _modified(member: zipfile.ZipInfo) -> float:
     """When it was changed, in seconds since the epoch."""
-    for kind, start in TIMES.items():
-        if len(_extra(member, kind)) >= start + 4:
-            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
+    at, extra = 0, member.extra
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, at)
+        at += 4 + size
+        start = TIMES.get(kind, size)
+        if start + 4 <= size and at <= len(extra):
+            return float(struct.unpack_from("<l", extra, at - size + start)[0])
     return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
-
-
-def _extra(member: zipfile.ZipInfo, kind: int) -> bytes:
-    """What an extra field of this kind holds; b"" when there is none."""
-    start, extra = 0, member.extra
-    while start + 4 <= len(extra):
-        found, size = struct.unpack_from("<HH", extra, start)
-        start += 4 + size
-        if found == kind:
-            return extra[start - size:start]
-    return b""
 
 
 def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -1337,7 +1328,6 @@ LEAST_LEASE_SECONDS = 5  # asked for where the queue's own is shorter: no beat c
 ERROR_DELAY_SECONDS = 10  # until what ended as error is visible; x 4 for each further receive
 AT_ONCE = 3  # receives after which a rejected message is delayed, where no DLQ is to be seen
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
-POLL_SECONDS = 0.05  # how often a folder without tasks is looked at
 
 
 class Fate(NamedTuple):
@@ -1386,10 +1376,7 @@ class Queue(Protocol):
         """At most `limit` messages, after a while if there are none; raises what fails."""
 
     def lease_ends(self, message: Message, needed: float = 0) -> float:
-        """When the message will no longer be ours (time.monotonic()); inf: it is kept.
-
-        Where it would end before `needed`, it is extended at once, if that is permitted.
-        """
+        """When it will no longer be ours (time.monotonic()); inf: never. Extended for `needed`."""
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Have become of a message what FATES says of the status of its turn."""
@@ -1644,6 +1631,11 @@ class FolderQueue:
         self.lock = threading.RLock()
         self.ended: list[tuple[Message, str, object]] = []  # to be put away
         self.log, self.disk = log, Dependency(log, f"writing to {root}")
+        self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
+        with contextlib.suppress(OSError):
+            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
+            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
+            self.notices = [fd]
         self.recover()
 
     def recover(self) -> None:
@@ -1690,7 +1682,7 @@ class FolderQueue:
             return 0
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks; a moment later if there are none, but for a drain."""
+        """At most `limit` tasks; waits half a second for one, but for a drain."""
         self._put_away()
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
@@ -1707,7 +1699,8 @@ class FolderQueue:
                 taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
                                      stack.pop_all()))
         if not taken and not drain:
-            time.sleep(POLL_SECONDS)
+            for fd in select.select(self.notices, [], [], 0.5 if self.notices else 0.05)[0]:
+                os.read(fd, 65536)
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
@@ -2531,8 +2524,8 @@ def _divide(top: str, slots: int, processes: int) -> None:
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
-        for path in (top, slot):  # a runtime that sizes itself by its cgroup reads it
-            os.chmod(path, 0o755)
+        for place in (top, slot):  # a runtime that sizes itself by its cgroup reads it
+            os.chmod(place, 0o755)
 
 
 def empty_cgroup(path: str) -> None:
@@ -4639,16 +4632,11 @@ class Agent:
                     break
                 self._pause(pause)
         self._stop_taking()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _pause(self, seconds: float) -> None:
         with self.lock:
             self.space.wait_for(lambda: self.stopping, seconds)
-
-    def _wake(self) -> None:
-        """Have the main thread look."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.waker, b"\n")
 
     def _room(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
@@ -4707,7 +4695,7 @@ class Agent:
         if is_late:
             self._release([turn])
         elif len(self.turns) == 1:
-            self._wake()  # it may be resting
+            os.write(self.waker, b"\n")  # the main thread may be resting
 
     def _queue_up(self, turn: Turn) -> None:
         """Have a turn wait for what it needs next: a slot, or an errand."""
@@ -4794,10 +4782,10 @@ class Agent:
             with self.lock:
                 del self.running[slot]
                 self.free_mb += turn.memory_mb
-                mean = self.mean_seconds
-                self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
+                mean = self.mean_seconds or spent
+                self.mean_seconds = mean * 0.8 + spent * 0.2
                 (self.to_run if self.waiting else self.space).notify()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _run(self, turn: Turn, slot: Slot) -> None:
         """Run a turn's function, and its compiler before if need be; raises Ended and Outage."""
@@ -4805,7 +4793,7 @@ class Agent:
         assert task and package
         for part in self.results.parts():
             if part.since and part.retry_at + TRY_SECONDS > time.monotonic():
-                raise Outage(part, part.reason, part.error)  # who has a result tries before
+                raise Outage(part, part.reason, part.error)  # who has run already tries before
         run = self.slots.run_spec(task, self.slots.compile(task, package, slot), slot)
         with self.lock:
             if turn.is_over:
@@ -4834,7 +4822,8 @@ class Agent:
             ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
             if turn.directory and turn.report.outcome.status != "released":
-                self._keep_unstored(replace(turn, report=ran, package=None))
+                self._keep_unstored(replace(
+                    turn, report=ran, package=None, result={}, has_begun=False))
         outcome = turn.report.outcome
         if outcome.status == "error" and outcome.reason != "runtime":
             self._note_trouble(turn.task and turn.task.code, False)
@@ -4934,7 +4923,7 @@ class Agent:
                                     "wait to be stored; it runs again when its message is back")
                 remove(oldest.directory)
 
-    def _release(self, turns: list[Turn], reason: str | None = None) -> None:
+    def _release(self, turns: Iterable[Turn], reason: str | None = None) -> None:
         """Give messages back that did not run, or not to the end."""
         for turn in turns:
             self._end(turn, Outcome("released", reason))
@@ -5213,11 +5202,11 @@ class Check:
         self.ask("CloudWatch", f"PutMetricData into {settings.namespace} is not refused",
                  clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
                  "Parameter|Validation", Namespace=settings.namespace, MetricData=[])
-        if bucket := settings.output_bucket:
+        if results := settings.output_bucket:
             # A part of an upload that nobody began; moto answers 500.
-            self.ask("output bucket", f"{bucket}: s3:PutObject is not refused",
-                     clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
-                     "NoSuchUpload|^500$", Bucket=bucket, Key=key, UploadId="none", PartNumber=1,
+            self.ask("output bucket", f"{results}: s3:PutObject is not refused",
+                     clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{results}/*",
+                     "NoSuchUpload|^500$", Bucket=results, Key=key, UploadId="none", PartNumber=1,
                      Body=b"")
         if url := settings.output_queue_url:
             self.ask("output queue", f"{url}: a batch of no messages is not refused",
