@@ -54,7 +54,6 @@ import shutil
 import signal
 import socket
 import stat
-import statistics
 import struct
 import subprocess
 import sys
@@ -111,6 +110,7 @@ class Outcome:
     stderr: str = ""
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    returned: str = ""  # JSON, by a handler; "" when there was none
 
     @property
     def ended_at(self) -> float | None:
@@ -353,6 +353,8 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
                "write the bucket's bare name, 3 characters or more, no ARN, no s3:// URL"),
     "network": ("host|none", "write host or none"),
     "metadata": ("refuse|allow", "write refuse or allow"),
+    "role": (r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}",
+             "write the role's ARN, such as arn:aws:iam::123456789012:role/NAME"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
     "command": (r"/.*[^/]|\w[^\s/]*", "write an absolute path, or a bare name to find on PATH"),
     "prefix": (r".{0,120}", "write at most 120 characters"),
@@ -434,6 +436,7 @@ class Settings:
     patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0, 43_200)
     network: str = _at("execution.network", "network", "host")
     metadata: str = _at("execution.metadata", "metadata", "refuse")
+    function_role: str | None = _at("execution.functionRole", "role")
     run_as: str | None = _at("execution.runAs", "user")
     warm_start: bool = _at("execution.warmStart", "flag", True)
     max_open_files: int = _at("execution.maxOpenFiles", "count", 1024, 16)
@@ -596,6 +599,8 @@ REPORTED = {"requestId": "request_id", "functionId": "function_id", "runtime": "
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
 _REQUEST_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}")
 _FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
+_STEP = r"[^\s./\\\x00-\x1f\x7f-\x9f\ud800-\udfff]+"
+_HANDLER = re.compile(rf"(?=.{{1,256}}\Z)(?:{_STEP}[./])*{_STEP}\.{_STEP}")
 _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone surrogates
 
 
@@ -610,18 +615,28 @@ class Runtime(NamedTuple):
     commands: dict[str, tuple[str, ...]]
     # The compiler's command, which makes `main`; {sources}: all of the entry's kind beside it.
     compiled: dict[str, tuple[str, ...]]
+    handler_files: tuple[str, ...] = ()  # what may follow a handler's FILE; none: it has none
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
-    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
+    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {},
+                      (".py", "/__init__.py")),
     "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
         "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "{sources}")}),
-    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
+    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {},
+                      (".js", ".mjs", ".cjs")),
     "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
         # auto: as a module where there is a go.mod, and a plain package else
         "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "main", ".")}),
 }
+# What a task's `env` cannot name, for the run gets it anyway; the second with functionRole only
+RUN_ENV = {"PATH", "LANG", "TZ", "HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID",
+           "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS", "AWS_LAMBDA_FUNCTION_NAME",
+           "AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "LAMBDA_TASK_ROOT", "_HANDLER"}
+ROLE_ENV = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION",
+            "AWS_DEFAULT_REGION"}
+MAX_ENV_BYTES = 32 * 1024  # all of a task's; Lambda allows 4 KB
 _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
 
@@ -637,6 +652,8 @@ class Task:
     timeout_ms: int
     memory_mb: int
     input: bytes
+    handler: str = ""  # FILE.FUNCTION, as AWS Lambda has it; "": the zip's entry file is run
+    env: dict[str, str] = field(default_factory=dict)
 
     @property
     def code(self) -> tuple[str, str, str]:
@@ -655,7 +672,7 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     """
     given, input_text = _read_json(body)
     values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
-              "memoryMb": settings.default_memory_mb}
+              "memoryMb": settings.default_memory_mb, "handler": "", "env": {}}
     # null for an optional field is how many serializers write "not set"
     values.update((k, v) for k, v in given.items() if v is not None or k not in values)
     right: dict[str, Any] = {}
@@ -669,11 +686,16 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
             wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
+        if right.get("handler") and not RUNTIMES[right["runtime"]].handler_files:
+            wrong["handler"] = "task", f"handler is for python and nodejs, not {right['runtime']}"
+    if fault := _env_fault(right.get("env", {}), settings):
+        wrong["env"] = "task", fault
     if wrong:
         raise rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
                        {REPORTED[name]: right[name] for name in REPORTED if name in right})
     return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
-                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
+                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode(),
+                right["handler"], right["env"])
 
 
 def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, Any, str]]:
@@ -692,12 +714,30 @@ def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, A
         ("timeoutMs", "task", int, lambda v: 1 <= v <= MAX_TIMEOUT_MS,
          f"a whole number from 1 to {MAX_TIMEOUT_MS}"),
         ("memoryMb", "task", int, lambda v: v >= 1, "a whole number from 1 upwards"),
+        ("handler", "task", str, lambda v: not v or _HANDLER.fullmatch(v),
+         "FILE.FUNCTION, such as app.handler or src/index.handler"),
+        ("env", "task", dict, lambda v: True, "an object of strings"),
         ("s3Bucket", "task", str, lambda v: True, "a string"),
         ("s3Bucket", "bucket", str, lambda v: any_bucket or v in buckets,
          f"one of {', '.join(buckets)} (agent.s3.codeBucket and allowedBuckets)"),
         ("memoryMb", "memory", int, lambda v: v <= settings.memory_mb,
          f"at most {settings.memory_mb}, all that can be admitted (agent.execution.memoryMb)"),
     ]
+
+
+def _env_fault(env: dict[str, Any], settings: Settings) -> str:
+    """What is wrong with a task's `env`; "" when nothing is."""
+    taken, size = RUN_ENV | ROLE_ENV if settings.function_role else RUN_ENV, 0
+    for name, value in env.items():
+        said = f"env has {shown(name, in_json=True)}"
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            return f"{said}; names are of A-Z a-z 0-9 _ and begin with no digit"
+        if name in taken:
+            return f"{said}, which each run gets from the agent; take it out"
+        if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
+            return f"{said} as {shown(value, in_json=True)}; write a string, without NUL"
+        size += len(f"{name}={value}".encode())
+    return f"env has {size} bytes; at most {MAX_ENV_BYTES} are allowed" * (size > MAX_ENV_BYTES)
 
 
 def _read_json(body: str) -> tuple[dict[str, Any], str]:
@@ -708,11 +748,6 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
             raise ValueError(f"the key {shown(twice, in_json=True)} stands twice in one object")
         return dict(pairs)
 
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):  # NaN, 1e999: the function could not read it
-            raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
-        return value
-
     try:
         found = json.loads(body, object_pairs_hook=unique, parse_float=finite,
                            parse_constant=finite)
@@ -721,6 +756,13 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
         raise rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
     raise rejected("task", f"the message is {shown(found, in_json=True)}; it must be a JSON object")
+
+
+def finite(number: str) -> float:
+    """A number of JSON; ValueError for NaN and 1e999, which not every reader can read."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
+    return value
 
 
 def _why(error: Exception) -> str:
@@ -738,8 +780,6 @@ MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less ro
 MAX_PART_BYTES = 255               # NAME_MAX
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
-BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
-                    "or Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
 TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
@@ -859,7 +899,7 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
             ("\0" in name, "has a NUL in its name; rename it"),
-            ("\\" in name, f"has a backslash in its name, {BACKSLASH_ADVICE}"),
+            ("\\" in name, "has a backslash: made by an old Windows tool; zip it again with 7-Zip"),
             (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
@@ -890,21 +930,14 @@ def _mode(member: zipfile.ZipInfo) -> int:
 
 def _modified(member: zipfile.ZipInfo) -> float:
     """When it was changed, in seconds since the epoch."""
-    for kind, start in TIMES.items():
-        if len(_extra(member, kind)) >= start + 4:
-            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
+    at, extra = 0, member.extra
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, at)
+        at += 4 + size
+        start = TIMES.get(kind, size)
+        if start + 4 <= size and at <= len(extra):
+            return float(struct.unpack_from("<l", extra, at - size + start)[0])
     return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
-
-
-def _extra(member: zipfile.ZipInfo, kind: int) -> bytes:
-    """What an extra field of this kind holds; b"" when there is none."""
-    start, extra = 0, member.extra
-    while start + 4 <= len(extra):
-        found, size = struct.unpack_from("<HH", extra, start)
-        start += 4 + size
-        if found == kind:
-            return extra[start - size:start]
-    return b""
 
 
 def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -921,20 +954,32 @@ def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
     return rejected("zip", f"zip member {shown(member.orig_filename, in_json=True)} {what}")
 
 
-def find_entry(target: Path, runtime: str) -> str:
-    """The file, or link to one, that `runtime` starts with in a zip; or Ended("entry")."""
-    names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
-    hint = ""
+def entry_files(runtime: str, handler: str) -> list[str]:
+    """The files that a run may start with; it does with the first that is there."""
+    known = RUNTIMES[runtime]
+    if not handler:
+        return [*known.commands, *known.compiled]
+    file = handler.rpartition(".")[0]
+    file = file.replace(".", "/") if runtime == "python" else file
+    return [file + ending for ending in known.handler_files]
+
+
+def find_entry(target: Path, runtime: str, handler: str = "") -> str:
+    """The file, or link to one, that a run of a zip starts with; raises Ended("entry")."""
+    names, hint = entry_files(runtime, handler), ""
+    place = f"for the handler {handler}" if handler else "at its top"
+    if RUNTIMES[runtime].handler_files and not handler:
+        place += ", and the task names no handler"
     for name in names:
         if (target / name).is_file():
             if name != "main" or (target / name).stat().st_mode & 0o111:
                 return name
             hint = "; main is there but not executable: chmod +x before zipping"
-    below = sorted(path.parent.name for name in names for path in target.glob(f"*/{name}"))
+    below = sorted(path for name in names for path in target.glob(f"*/{glob.escape(name)}"))
     if below and not hint:
-        folder = shown(below[0], in_json=True)
+        folder = shown(below[0].relative_to(target).parts[0], in_json=True)
         hint = f"; {folder} has one: zip what is in that folder, not itself"
-    raise rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
+    raise rejected("entry", f"the zip has no {' or '.join(names)} {place}{hint}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -1225,6 +1270,50 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     return f"{error}; {advice}"
 
 
+class FunctionRole:
+    """The temporary credentials of agent.execution.functionRole, which functions get."""
+
+    SPARE_SECONDS = 300  # that they are good for beyond a run's time limit
+    HOUR, LONGEST = 3600, 43_200  # seconds of a session; a role may allow less than the latter
+
+    def __init__(self, clients: Clients, settings: Settings, log: Log):
+        self.arn, self.region = str(settings.function_role), str(settings.region)
+        self.sts = clients.session.client("sts", config=clients.results.meta.config)
+        self.part, self.lock = Dependency(log, f"assuming {self.arn}"), threading.Lock()
+        self.found: dict[str, str] = {}
+        self.ends = 0.0  # time.monotonic() when they do
+
+    def env(self, seconds: float) -> dict[str, str]:
+        """Variables that are good for a run of so long, where the role allows sessions that long.
+
+        Raises Ended when AWS refuses the role, Outage when STS is away.
+        """
+        needed = math.ceil(seconds) + self.SPARE_SECONDS
+        with self.lock:
+            if time.monotonic() + needed > self.ends:
+                self.part.check()
+                self._assume(min(max(needed, self.HOUR), self.LONGEST))
+            return self.found
+
+    def _assume(self, length: int) -> None:
+        asked = time.monotonic()
+        answer, error = attempt(self.sts.assume_role, RoleArn=self.arn, DurationSeconds=length,
+                                RoleSessionName="nanogrid")
+        if error and "DurationSeconds" in str(error) and length > self.HOUR:
+            return self._assume(self.HOUR)
+        if error and passes(error):
+            raise self.part.outage(error, "sts")
+        if error:
+            raise Ended(Outcome("error", "permission", f"{error}; grant the agent sts:AssumeRole "
+                                f"on {self.arn}, and name the agent in that role's trust policy"))
+        self.part.worked()
+        lent, self.ends = answer["Credentials"], asked + length
+        self.found = {"AWS_ACCESS_KEY_ID": lent["AccessKeyId"],
+                      "AWS_SECRET_ACCESS_KEY": lent["SecretAccessKey"],
+                      "AWS_SESSION_TOKEN": lent["SessionToken"],
+                      **dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), self.region)}
+
+
 # --------------------------------------------------------------------------------------------
 # Queue: where messages come from; SQS, or a folder
 # --------------------------------------------------------------------------------------------
@@ -1239,7 +1328,6 @@ LEAST_LEASE_SECONDS = 5  # asked for where the queue's own is shorter: no beat c
 ERROR_DELAY_SECONDS = 10  # until what ended as error is visible; x 4 for each further receive
 AT_ONCE = 3  # receives after which a rejected message is delayed, where no DLQ is to be seen
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
-POLL_SECONDS = 0.05  # how often a folder without tasks is looked at
 
 
 class Fate(NamedTuple):
@@ -1288,10 +1376,7 @@ class Queue(Protocol):
         """At most `limit` messages, after a while if there are none; raises what fails."""
 
     def lease_ends(self, message: Message, needed: float = 0) -> float:
-        """When the message will no longer be ours (time.monotonic()); inf: it is kept.
-
-        Where it would end before `needed`, it is extended at once, if that is permitted.
-        """
+        """When it will no longer be ours (time.monotonic()); inf: never. Extended for `needed`."""
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Have become of a message what FATES says of the status of its turn."""
@@ -1546,6 +1631,11 @@ class FolderQueue:
         self.lock = threading.RLock()
         self.ended: list[tuple[Message, str, object]] = []  # to be put away
         self.log, self.disk = log, Dependency(log, f"writing to {root}")
+        self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
+        with contextlib.suppress(OSError):
+            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
+            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
+            self.notices = [fd]
         self.recover()
 
     def recover(self) -> None:
@@ -1592,7 +1682,7 @@ class FolderQueue:
             return 0
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks; a moment later if there are none, but for a drain."""
+        """At most `limit` tasks; waits half a second for one, but for a drain."""
         self._put_away()
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
@@ -1609,7 +1699,8 @@ class FolderQueue:
                 taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
                                      stack.pop_all()))
         if not taken and not drain:
-            time.sleep(POLL_SECONDS)
+            for fd in select.select(self.notices, [], [], 0.5 if self.notices else 0.05)[0]:
+                os.read(fd, 65536)
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
@@ -1729,7 +1820,6 @@ class Package:
 
     path: Path
     etag: str
-    entry: str = ""
     size: int = 0
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
@@ -1737,6 +1827,7 @@ class Package:
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 1  # the cache, until it has another, and each run that needs it
     used: float = 0.0  # time.monotonic() of the last get()
+    is_read: bool = False  # its index.js, for a handler that no task names
 
     @property
     def built_path(self) -> Path:
@@ -1918,7 +2009,6 @@ class CodeCache:
             place.mkdir(mode=0o755)
             try:
                 unpack(archive, place)
-                package.entry = find_entry(place, task.runtime)
             except Ended as refusal:
                 package.refused = refusal.outcome
                 return package
@@ -1973,6 +2063,8 @@ READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
 OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
+RETURNED = "out/returned"  # beside them: what a handler returned, as JSON
+MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
@@ -2055,6 +2147,7 @@ def become(channel, request):
     os.write(channel, marshal.dumps(("begun", os.getpid(), time.monotonic()), 2))
     os.close(channel)
     path = os.getcwd() + "/main.py"
+    command = request["command"]
     for name in set(sys.path_importer_cache).difference(looked_at):
         del sys.path_importer_cache[name]
     sys.path[0] = os.getcwd()
@@ -2063,13 +2156,17 @@ def become(channel, request):
     main = type(sys)("__main__")
     main.__dict__.update(bare, __file__=path)
     main.__loader__.path = path
+    sys.modules["__main__"] = main
+    if command[0] == "-c":
+        del main.__file__  # else multiprocessing would run it in its children
+        sys.argv[:] = "-c", *command[2:]
+        return main.__dict__, compile(command[1], "<string>", "exec", dont_inherit=True)
     with open(path, "rb") as file:
         source = file.read()
     try:
         code = compile(source, path, "exec", dont_inherit=True)
     except Exception:  # the interpreter itself words this best
         os.execv(sys.executable, [sys.executable, "main.py"])
-    sys.modules["__main__"] = main
     return main.__dict__, code
 
 # Modules in C whose objects do something when they go, and have no finalizer: these of the
@@ -2135,6 +2232,123 @@ sys.exit(status)
 '''
 
 
+# What runs a handler, as `python -c … FILE FUNCTION RETURNED` and `node -e …`, as Lambda runs it.
+# RETURNED is a pipe for what FUNCTION returns; its time is when the run began.
+PYTHON_HANDLER = r'''
+import json
+import os
+import sys
+import time
+
+file, function, returned = sys.argv[1:]
+pipe = open(returned, "w", encoding="utf-8", errors="backslashreplace")
+end = os.stat(returned).st_mtime + int(os.environ["TIMEOUT_MS"]) / 1000
+sys.path.insert(0, os.getcwd())
+
+class Context:
+    aws_request_id = log_stream_name = os.environ["REQUEST_ID"]
+    function_name = os.environ["FUNCTION_ID"]
+    function_version = "$LATEST"
+    memory_limit_in_mb = os.environ["MEMORY_MB"]  # a text, as in Lambda
+    log_group_name = "/aws/lambda/" + function_name
+    invoked_function_arn = "arn:aws:lambda:local:000000000000:function:" + function_name
+    client_context = identity = None
+
+    def get_remaining_time_in_millis(self):
+        return max(0, int((end - time.time()) * 1000))
+
+class Logging:
+    """A finder of modules: has logging begin as in Lambda, if anything imports it (10 ms)."""
+    def find_spec(name, *_, find=sys.meta_path[-1].find_spec):
+        if name == "logging":
+            sys.meta_path.remove(Logging)
+            spec = find(name)
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), add_handler(module))
+            return spec
+
+def add_handler(logging):
+    logging.basicConfig(
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
+    handler = logging.root.handlers[0]
+    handler.formatter.converter = time.gmtime
+    handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
+
+def number(value):
+    if type(value).__name__ == "Decimal":  # as DynamoDB has numbers
+        return int(value) if value == int(value) else float(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+sys.meta_path.insert(0, Logging)
+try:
+    module = file[:-len(".py")].removesuffix("/__init__").replace("/", ".")
+    __import__(module)
+    event = json.loads(sys.stdin.read() or "{}")
+    value = getattr(sys.modules[module], function)(event, Context())
+    pipe.write(json.dumps(value, default=number, ensure_ascii=False, allow_nan=False))
+    pipe.close()
+except Exception as error:
+    import traceback
+    print(f"[ERROR] {type(error).__name__}: {error}", file=sys.stderr)
+    traceback.print_exception(type(error), error, error.__traceback__.tb_next)
+    sys.exit(1)
+'''
+NODE_HANDLER = r'''
+"use strict";
+const fs = require("fs"), path = require("path"), url = require("url"), env = process.env;
+const [file, name, returned] = process.argv.slice(1);
+const pipe = fs.openSync(returned, "w");
+const end = fs.fstatSync(pipe).mtimeMs + Number(env.TIMEOUT_MS);
+let idle = () => {};  // what to do when nothing is left to wait for
+process.on("beforeExit", () => idle());
+
+function fail(error) {
+  const {name = typeof error, message = String(error), stack = ""} = Object(error);
+  console.error("ERROR\tInvoke Error\t" + JSON.stringify({
+    errorType: name, errorMessage: message, stack: String(stack).split("\n")}));
+  process.exit(1);
+}
+
+function succeed(value) {
+  try {
+    fs.writeFileSync(pipe, JSON.stringify(value) || "null");
+  } catch (error) {
+    fail(error);
+  }
+  process.exit(0);
+}
+
+function callback(error, value) {
+  if (error !== undefined && error !== null) fail(error);
+  if (!context.callbackWaitsForEmptyEventLoop) succeed(value);
+  idle = () => succeed(value);
+}
+
+const context = {
+  awsRequestId: env.REQUEST_ID, functionName: env.FUNCTION_ID, functionVersion: "$LATEST",
+  memoryLimitInMB: env.MEMORY_MB, logStreamName: env.REQUEST_ID,
+  logGroupName: "/aws/lambda/" + env.FUNCTION_ID,
+  invokedFunctionArn: "arn:aws:lambda:local:000000000000:function:" + env.FUNCTION_ID,
+  callbackWaitsForEmptyEventLoop: true, done: callback, succeed, fail,
+  getRemainingTimeInMillis: () => Math.max(0, Math.floor(end - Date.now())),
+};
+
+(async () => {
+  const found = await import(url.pathToFileURL(path.resolve(file)));
+  const handler = found[name] || Object(found.default)[name];
+  if (typeof handler !== "function") throw new TypeError(`${file} exports no function ${name}`);
+  idle = () => succeed(null);  // as in Lambda, where a callback that was forgotten is no error
+  const promise = handler(JSON.parse(fs.readFileSync(0, "utf8") || "{}"), context, callback);
+  if (promise && typeof promise.then === "function") {
+    idle = () => {};  // the process ends without a return value then, and so as failed
+    promise.then(succeed, fail);
+  }
+})().catch(fail);
+'''
+HANDLERS = {"python": ("-c", PYTHON_HANDLER), "nodejs": ("-e", NODE_HANDLER)}
+
+
 # --- What crosses from the agent to the launcher and back ---
 #
 # The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
@@ -2177,6 +2391,7 @@ class RunSpec:
     memory_mb: int
     disk_mb: int
     files: int
+    has_handler: bool = False  # which must return something
     tee: bool = False  # pass the outputs through as they come
 
 
@@ -2305,8 +2520,8 @@ def _divide(top: str, slots: int, processes: int) -> None:
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
-        for path in (top, str(slot)):  # a runtime that sizes itself by its cgroup reads it
-            os.chmod(path, 0o755)
+        for place in (top, slot):  # a runtime that sizes itself by its cgroup reads it
+            os.chmod(place, 0o755)
         (slot / "cgroup.kill").write_text("1")  # Linux 5.14
 
 
@@ -2701,12 +2916,12 @@ class Workspace:
     def _feed(self, text: str) -> None:
         """Make the input and the outputs anew: none may see those of the next run."""
         feed = self.room.feed
-        for name in ("stdin", "run", *OUTPUTS):
+        for name in ("stdin", "run", *OUTPUTS, RETURNED):
             if os.path.lexists(f"{feed}/{name}"):
                 remove(f"{feed}/{name}")
         with open(f"{feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        for name in OUTPUTS:  # its own: it may open /dev/stdout again
+        for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
             os.mkfifo(f"{feed}/{name}")
             self._own(f"{feed}/{name}", 0o600)
 
@@ -2731,13 +2946,13 @@ class Workspace:
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 
 class Output:
-    """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
+    """One output of a run: its first and its last bytes, and how many there were."""
 
-    def __init__(self, path: str, tee: int):
+    def __init__(self, path: str, tee: int = 0, most: int = KEPT_BYTES):
         # Opened for writing, too, it never ends: a function may close its outputs and open them
         # again (fifo(7)).
         self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        self.tee, self.count = tee, 0
+        self.tee, self.most, self.count = tee, most, 0
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
@@ -2746,10 +2961,10 @@ class Output:
         if self.tee:
             write_all(self.tee, chunk)
         self.count += len(chunk)
-        room = KEPT_BYTES - len(self.head)
+        room = self.most - len(self.head)
         self.head += chunk[:room]
         self.tail += chunk[room:]
-        del self.tail[:-KEPT_BYTES]
+        del self.tail[:-self.most]
         return bool(chunk)
 
     def close(self) -> str:
@@ -2905,13 +3120,19 @@ class ReadyPython(Helper):
         os.close(unread)
         self.done = self.channel.fileno()
         self.receive(30)
+        threads, children = len(os.listdir(f"/proc/{self.pid}/task")) - 1, children_of(self.pid)
+        if threads or children:  # no fork has its threads, but the locks that they hold
+            self.close()
+            raise ConnectionError(f"it starts {threads} threads and {len(children)} processes of "
+                                  "its own (in a .pth file or sitecustomize)")
 
     def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of the interpreter, and when. Raises ConnectionError."""
         self.runs += 1
         self.channel.send(marshal.dumps({
             "directory": self.spec.directory, "uid": self.spec.uid, "gid": self.spec.gid,
-            "groups": self.spec.groups, "env": run.env, "limits": limits}, 2))
+            "groups": self.spec.groups, "env": run.env, "limits": limits,
+            "command": run.command[1:]}, 2))
         kind, child, started = marshal.loads(self.receive())
         if kind != "begun":
             raise ConnectionError("the function's process ended before it began")
@@ -2947,6 +3168,22 @@ def allowed(limits: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+def with_returned(outcome: Outcome) -> Outcome:
+    """A handler's outcome: failed, where what it returned cannot be kept as JSON."""
+    if outcome.status != "ok":
+        return replace(outcome, returned="null")
+    text, size = "", len(outcome.returned.encode())
+    try:
+        json.loads(outcome.returned, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        text = f"what the handler returned cannot be read: {_why(error)}"
+    if size > MAX_RETURNED:
+        text = f"the handler returned over {MAX_RETURNED} bytes of JSON"
+    if not size:
+        text = "the process ended before its handler had returned"
+    return replace(outcome, status="failed", text=text, returned="null") if text else outcome
+
+
 class Supervisor:
     """One slot: runs its jobs, one at a time."""
 
@@ -2959,7 +3196,7 @@ class Supervisor:
         self.room = Room(spec)
         self.workspace = Workspace(spec, self.room)
         self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
-        self.unready = ""  # an interpreter that could not be made ready
+        self.unready: dict[str, str] = {}  # an interpreter that is not kept ready: why
         self.begun = False  # whether the function of the run has begun
         spec.limits.update(allowed(spec.limits))
 
@@ -2972,8 +3209,11 @@ class Supervisor:
             self.begun, run = False, RunSpec(**json.loads(line))
             try:
                 outcome = self.run(run)
+                outcome = with_returned(outcome) if run.has_handler else replace(
+                    outcome, returned="")
                 # What is left of IPC ends with its namespace, and that with its supervisor.
-                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc())
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc(),
+                       unready=self.unready)
             except OSError as error:  # ConnectionError is one
                 self._fail(run, error)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
@@ -3001,8 +3241,10 @@ class Supervisor:
         self.workspace.prepare(run.package, run.input)
         outputs = [Output(f"{self.room.feed}/{name}", fd if run.tee else 0)
                    for fd, name in enumerate(OUTPUTS, 1)]
+        outputs.append(Output(f"{self.room.feed}/{RETURNED}", most=MAX_RETURNED))
         try:
             helper, start = self._helper(run)
+            os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
             child, started = helper.start(run, self._limits(run))
             self.begun = True
             answer(self.agent, BEGUN)
@@ -3028,7 +3270,7 @@ class Supervisor:
             "failed" if end == "disk" else end, reason="disk" if end == "disk" else None,
             exit_code=code, peak_memory_bytes=peak, duration_millis=round(duration * 1000),
             start=start, started_at=started_at, stdout=texts[0], stderr=texts[1],
-            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count)
+            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count, returned=texts[2])
 
     def _limits(self, run: RunSpec) -> dict[str, int]:
         """What a run's own processes are limited to where no cgroup does it."""
@@ -3052,7 +3294,7 @@ class Supervisor:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
         self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
             os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
-        if run.interpreter and run.interpreter != self.unready:
+        if run.interpreter and run.interpreter not in self.unready:
             ready = self.helpers.get(run.interpreter)
             if ready and ready.runs < READY_RUNS:
                 return ready, "warm"
@@ -3061,8 +3303,9 @@ class Supervisor:
                 ready = self.helpers[run.interpreter] = ReadyPython(
                     self.room, run.helper_env, self.procs, run.interpreter)
                 return ready, "cold"
-            except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
-                self.unready = run.interpreter
+            except ConnectionError as error:  # it is too old, or a wrapper, or does more than start
+                self.unready[run.interpreter] = str(error)
+                self.end_run()
         if "" not in self.helpers:
             self.helpers[""] = ForkShell(self.room, run.helper_env, self.procs)
         return self.helpers[""], "cold"
@@ -3336,7 +3579,9 @@ class Report:
                       "memoryMb fits")
             words = (f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of "
                      f"{self.memory_mb}: {advice}.")
-        return {**self.pairs(), "success": outcome.status == "ok", "stdout": outcome.stdout,
+        returned = {"returnValue": json.loads(outcome.returned)} if outcome.returned else {}
+        return {**self.pairs(), **returned,
+                "success": outcome.status == "ok", "stdout": outcome.stdout,
                 "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
                 "stderrBytes": outcome.stderr_bytes, "startedAt": begin and iso(begin),
                 "finishedAt": end and iso(end), "outputFiles": names,
@@ -3346,8 +3591,8 @@ class Report:
         """Log the function's kept output, each line after `label`, and the REPORT line."""
         outcome, lines, pairs = self.outcome, [], self.pairs()
         level = FATES[outcome.status].level
-        lines += said_by_function(log, label, "stdout", outcome.stdout, outcome.stdout_bytes)
-        lines += said_by_function(log, label, "stderr", outcome.stderr, outcome.stderr_bytes)
+        lines += said_by_function(log, label, "stdout", outcome.stdout)
+        lines += said_by_function(log, label, "stderr", outcome.stderr)
         if outcome.text:
             lines.append(log.line(level, f"[{label}] {outcome.status}: {outcome.text}", {}))
         if self.request_id is None:  # it could not be read: what else would name it?
@@ -3355,21 +3600,17 @@ class Report:
         log.write([*lines, log.line(level, "REPORT", pairs)])
 
 
-def said_by_function(log: Log, label: str, stream: str, text: str, count: int) -> list[str]:
-    """A function's output as lines of the log, of which it may not take much: the ends of many.
-
-    `count` is of the bytes that it wrote, also of those which were not kept.
-    """
-    lines, notes = text.removesuffix("\n").split("\n") if text else [], []
-    first, last = lines[:MOST_LINES], lines[MOST_LINES:]
-    if (left_out := len(last) - MOST_LINES) > 0:
-        last = last[-MOST_LINES:]
-        note = f"[{label}] {left_out} lines of {stream} are left out here"
-        if count > 2 * KEPT_BYTES:
-            note += f", and {count - 2 * KEPT_BYTES} bytes that were not kept"
-        notes = [log.line("INFO", note, {})]
-    return [*(piece for line in first for piece in in_pieces(log, label, stream, line)), *notes,
-            *(piece for line in last for piece in in_pieces(log, label, stream, line))]
+def said_by_function(log: Log, label: str, stream: str, text: str) -> list[str]:
+    """A function's output as lines of the log, of which it may not take much: the ends of many."""
+    lines, said = text.removesuffix("\n").split("\n") if text else [], []
+    for number, line in enumerate(lines):
+        if number < MOST_LINES or number >= len(lines) - MOST_LINES:
+            said += in_pieces(log, label, stream, line)
+        elif number == MOST_LINES:
+            left_out = len(lines) - 2 * MOST_LINES
+            note = f"[{label}] {left_out} of the kept lines of {stream} are left out here"
+            said.append(log.line("INFO", note, {}))
+    return said
 
 
 def in_pieces(log: Log, label: str, stream: str, line: str) -> list[str]:
@@ -3394,14 +3635,14 @@ def summary(reports: Iterable[Report]) -> str:
     if not runs:
         return "no task was run: nothing waited in the queue"
     width = max([8, *map(len, runs)])
-    lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
+    lines = [f"{'function':{width}}    runs     ok not ok   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
         good = sum(each.outcome.status == "ok" for each in mine)
         spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
         peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
                          if each.outcome.peak_memory_bytes), default=(0, 0))
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
-                     f"{statistics.median(spent):10.0f} {max(spent):8}  {peak:.1f} of {cap} MiB")
+                     f"{max(spent):8}  {peak:.1f} of {cap} MiB")
     return "\n".join(lines)
 
 
@@ -3672,6 +3913,9 @@ class CloudWatchMetrics:
 
 # All that a function gets of the agent's own environment
 BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
+# Variables that take effect at a process's start, so that a ready interpreter is too late for them
+READ_AT_START = re.compile("PYTHON|LC_|LD_|MALLOC_|GLIBC_")
+EXPORTS_HANDLER = re.compile(r"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 2.0  # what was received ahead and has not started by then is given back
@@ -3688,8 +3932,9 @@ class Slot:
     PREPARE_SECONDS = 120  # for a run to begin: a large package may be linked on a slow disk
 
     def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket],
-                 machine: Dependency):
+                 machine: Dependency, said: set[tuple[str, str]]):
         self.spec, self.supervisor, self.machine = spec, supervisor, machine
+        self.said = said  # by any slot, of interpreters
         self.own = f"{spec.directory}/own"
         self.output = f"{self.own}/output"
         self.lock = threading.RLock()
@@ -3729,6 +3974,9 @@ class Slot:
                 raise Ended(Outcome("error", "launcher", text)) from None
             if answer["is_spent"]:
                 self.drop()
+            for interpreter, why in answer["unready"].items() - self.said:
+                self.said.add((interpreter, why))
+                self.machine.log("WARNING", f"{interpreter} is started anew for each run: {why}")
             return Outcome(**answer["outcome"])
 
     def connect(self) -> socket.socket:
@@ -3801,6 +4049,7 @@ class Slots:
 
     def __init__(self, settings: Settings, log: Log):
         self.settings, self.log = settings, log
+        self.role: FunctionRole | None = None
         self.machine = Dependency(log, "starting functions")
         self.cgroups, self.cgroup_gap = "", "not started as root"
         if not os.geteuid():
@@ -3843,7 +4092,8 @@ class Slots:
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
         self.hidden, self.shown = hidden_and_shown(settings.file, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
-        self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine)
+        said: set[tuple[str, str]] = set()
+        self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
                     for number, user in enumerate(users)]
 
     def _launch(self) -> None:
@@ -3979,39 +4229,65 @@ class Slots:
         return program
 
     def run_spec(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> RunSpec:
-        """What runs `package.entry`, or compiles it if it is a source; raises Ended.
-
-        All commands are made here.
-        """
-        runtime = RUNTIMES[task.runtime]
-        command: list[str] = []
-        for word in {**runtime.commands, **runtime.compiled}[package.entry]:
-            if word == "{sources}":
-                kind = os.path.splitext(package.entry)[1]
-                command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
-            else:
-                command.append(self.program(word, task.runtime))
+        """What runs a package, or compiles it if it is a source; raises Ended and Outage."""
+        entry = find_entry(package.path, task.runtime, task.handler)
         helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
                       "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
-        env = {"REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
+        env = {**task.env, "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
-        is_warm = task.runtime == "python" and self.settings.warm_start
+        if task.handler:
+            env.update({
+                "_HANDLER": task.handler, "LAMBDA_TASK_ROOT": f"{slot.own}/work",
+                "AWS_LAMBDA_FUNCTION_NAME": task.function_id,
+                "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(task.memory_mb)})
+        if self.role and entry not in RUNTIMES[task.runtime].compiled:
+            env.update(self.role.env(task.timeout_ms / 1000))
+        command = self._command(task, package, entry, f"{slot.spec.directory}/feed/{RETURNED}")
+        is_warm = (task.runtime == "python" and self.settings.warm_start
+                   and not any(map(READ_AT_START.match, task.env)))
         return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
                        str(package.path), task.input.decode("utf-8", "surrogateescape"),
                        task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
-                       self.settings.max_files, tee)
+                       self.settings.max_files, bool(task.handler), tee)
+
+    def _command(self, task: Task, package: Package, entry: str, returned: str) -> list[str]:
+        """All commands are made here."""
+        runtime = RUNTIMES[task.runtime]
+        if task.handler:
+            program = self.program("{program}", task.runtime)
+            function = task.handler.rpartition(".")[2]
+            return [program, *HANDLERS[task.runtime], entry, function, returned]
+        if entry == "index.js":
+            self._look_for_handler(task, package)
+        command: list[str] = []
+        for word in {**runtime.commands, **runtime.compiled}[entry]:
+            if word == "{sources}":
+                kind = os.path.splitext(entry)[1]
+                command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+            else:
+                command.append(self.program(word, task.runtime))
+        return command
+
+    def _look_for_handler(self, task: Task, package: Package) -> None:
+        """Say once that index.js is of an AWS Lambda function, if it is: run so it does nothing."""
+        text = (package.path / "index.js").read_text(errors="replace") * (not package.is_read)
+        package.is_read = True
+        if EXPORTS_HANDLER.search(text):
+            self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
+                                'which nothing calls: send "handler": "index.handler" in the task')
 
     def compile(self, task: Task, package: Package, slot: Slot) -> Package:
         """The package with its program compiled, once; raises Ended with the compiler's words."""
-        if package.entry not in RUNTIMES[task.runtime].compiled:
+        entry = find_entry(package.path, task.runtime, task.handler)
+        if entry not in RUNTIMES[task.runtime].compiled:
             return package
-        built = Package(package.built_path, package.etag, "main")
+        built = Package(package.built_path, package.etag)
         with package.lock:
             if package.refused:
                 raise Ended(package.refused)
             if built.path.exists():
                 return built
-            limited = replace(task, input=b"", timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
+            limited = replace(task, input=b"", env={}, timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
             outcome = slot.run(self.run_spec(limited, package, slot))
             if outcome.status == "released":
                 raise Ended(outcome)
@@ -4022,7 +4298,7 @@ class Slots:
                 package.refused = replace(
                     outcome, status="rejected", reason="compile", exit_code=None, start=None,
                     duration_millis=None, peak_memory_bytes=None, started_at=None,
-                    text=f"{package.entry} does not compile ({ended})")
+                    text=f"{entry} does not compile ({ended})")
                 raise Ended(package.refused)
             part = package.path.with_suffix(".part")
             with self.machine.needed(), open(made, "rb") as program:
@@ -4351,16 +4627,11 @@ class Agent:
                     break
                 self._pause(pause)
         self._stop_taking()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _pause(self, seconds: float) -> None:
         with self.lock:
             self.space.wait_for(lambda: self.stopping, seconds)
-
-    def _wake(self) -> None:
-        """Have the main thread look."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.waker, b"\n")
 
     def _room(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
@@ -4419,7 +4690,7 @@ class Agent:
         if is_late:
             self._release([turn])
         elif len(self.turns) == 1:
-            self._wake()  # it may be resting
+            os.write(self.waker, b"\n")  # the main thread may be resting
 
     def _queue_up(self, turn: Turn) -> None:
         """Have a turn wait for what it needs next: a slot, or an errand."""
@@ -4506,10 +4777,10 @@ class Agent:
             with self.lock:
                 del self.running[slot]
                 self.free_mb += turn.memory_mb
-                mean = self.mean_seconds
-                self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
+                mean = self.mean_seconds or spent
+                self.mean_seconds = mean * 0.8 + spent * 0.2
                 (self.to_run if self.waiting else self.space).notify()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _run(self, turn: Turn, slot: Slot) -> None:
         """Run a turn's function, and its compiler before if need be; raises Ended and Outage."""
@@ -4517,7 +4788,7 @@ class Agent:
         assert task and package
         for part in self.results.parts():
             if part.since and part.retry_at + TRY_SECONDS > time.monotonic():
-                raise Outage(part, part.reason, part.error)  # who has a result tries before
+                raise Outage(part, part.reason, part.error)  # who has run already tries before
         run = self.slots.run_spec(task, self.slots.compile(task, package, slot), slot)
         with self.lock:
             if turn.is_over:
@@ -4546,7 +4817,8 @@ class Agent:
             ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
             if turn.directory and turn.report.outcome.status != "released":
-                self._keep_unstored(replace(turn, report=ran, package=None))
+                self._keep_unstored(replace(
+                    turn, report=ran, package=None, result={}, has_begun=False))
         outcome = turn.report.outcome
         if outcome.status == "error" and outcome.reason != "runtime":
             self._note_trouble(turn.task and turn.task.code, False)
@@ -4646,7 +4918,7 @@ class Agent:
                                     "wait to be stored; it runs again when its message is back")
                 remove(oldest.directory)
 
-    def _release(self, turns: list[Turn], reason: str | None = None) -> None:
+    def _release(self, turns: Iterable[Turn], reason: str | None = None) -> None:
         """Give messages back that did not run, or not to the end."""
         for turn in turns:
             self._end(turn, Outcome("released", reason))
@@ -4692,7 +4964,7 @@ def notify(state: str) -> None:
 
 
 def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
-    """Run an agent on SQS, or on a folder; raises GiveUp and ConfigError."""
+    """Run an agent on SQS, or on a folder; raises GiveUp, ConfigError, OSError."""
     if folder and not folder.is_dir():
         raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
@@ -4701,6 +4973,8 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
         clients = None if folder else make_clients(settings)  # while the launcher starts
         slots.try_out()
         services = open_services(settings, log, clients, folder)
+        if clients and settings.function_role:
+            slots.role = FunctionRole(clients, settings, log)
         agent = Agent(settings, log, services, slots)
         agent.run(drain)
         if drain:
@@ -4709,17 +4983,14 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
 
 def open_services(settings: Settings, log: Log, clients: Clients | None,
                   folder: Path | None) -> Services:
-    """Those of AWS, or the folder that stands in for them. Raises GiveUp."""
+    """Those of AWS, or the folder that stands in for them. Raises OSError."""
     if clients:
         return Services(SqsQueue(clients, settings, log), S3Code(clients.s3, log),
                         AwsResults(clients, settings, log),
                         CloudWatchMetrics(clients.cloudwatch, settings, log))
     assert folder
-    try:
-        return Services(FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
-                        FolderMetrics(folder, settings, log))
-    except OSError as error:
-        raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
+    return Services(FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
+                    FolderMetrics(folder, settings, log))
 
 
 def say(text: str) -> None:
@@ -4728,7 +4999,8 @@ def say(text: str) -> None:
         write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def own_package(path: Path, target: Path, runtime: str | None) -> tuple[str, Package]:
+def own_package(path: Path, target: Path, runtime: str | None,
+                handler: str) -> tuple[str, Package]:
     """(runtime, package) of a function in a zip or a folder, copied; raises Ended and GiveUp."""
     if not path.exists():
         raise GiveUp(f"--invoke {path}: there is no such zip or folder")
@@ -4744,19 +5016,17 @@ def own_package(path: Path, target: Path, runtime: str | None) -> tuple[str, Pac
         raise GiveUp(f"--invoke {path}: this is a file, neither a zip nor a folder; name the "
                      f"folder that it is in: --invoke {path.parent}")
     if runtime is None:
-        found = {entry: name for name, known in reversed(RUNTIMES.items())
-                 for entry in (*known.commands, *known.compiled) if (target / entry).is_file()}
+        found = {entry: name for name in reversed(RUNTIMES)
+                 for entry in entry_files(name, handler) if (target / entry).is_file()}
         if len(found) > 1:
             raise GiveUp(f"--invoke {path}: it has {' and '.join(sorted(found))}; say by --runtime "
                          "which of them is meant")
         runtime = next(iter(found.values()), "python")
-    if runtime not in _RUNTIME_OF:
-        raise GiveUp(f"--runtime {runtime}: write one of {', '.join(_RUNTIME_OF)}")
-    return runtime, Package(target, "", find_entry(target, _RUNTIME_OF[runtime]))
+    return _RUNTIME_OF[runtime], Package(target, "")
 
 
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
-    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp."""
+    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp, OSError."""
     log, keep = Log(form, "ERROR"), args.output
     report, names = Report(), list[str]()
     with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
@@ -4765,14 +5035,18 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slot.cancel())
         try:
-            runtime, package = own_package(args.invoke, slots.base / "code/invoked", args.runtime)
+            runtime, package = own_package(args.invoke, slots.base / "code/invoked", args.runtime,
+                                           args.handler)
             task = parse_task(json.dumps({
                 "requestId": "invoke", "functionId": args.function_id, "runtime": runtime,
                 "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb,
+                "handler": args.handler, "env": dict(args.env),
             }), settings, any_bucket=True)
             report = replace(report, **task.known())
-            has_input = sys.stdin and not sys.stdin.isatty()
-            task = replace(task, input=sys.stdin.buffer.read() if has_input else b"")
+            event = args.event
+            if not event and sys.stdin and not sys.stdin.isatty():
+                event = sys.stdin.buffer
+            task = replace(task, input=event.read() if event else b"")
             run = slots.run_spec(task, slots.compile(task, package, slot), slot, tee=True)
             outcome = slot.run(run)
             names, outcome = slots.outputs(slot.output, slot.spec.uid, outcome, task.request_id)
@@ -4781,16 +5055,15 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             report = report.ended(error)
         outcome = report.outcome
         if keep:
-            try:
-                keep.mkdir(parents=True, exist_ok=True)
-                copy_outputs(slot.output, names, keep)
-                write_json(str(keep), "result.json",
-                           report.result(names, [outcome.peak_memory_bytes or 0]))
-            except OSError as error:
-                raise GiveUp(f"--output {keep}: {error}; name a folder to write to") from None
+            keep.mkdir(parents=True, exist_ok=True)
+            copy_outputs(slot.output, names, keep)
+            write_json(str(keep), "result.json",
+                       report.result(names, [outcome.peak_memory_bytes or 0]))
     log.least = 0
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
+    if outcome.returned and outcome.status == "ok":
+        say(outcome.returned)
     if outcome.reason == "compile":  # the compiler's own lines, which no run has shown
         write_all(2, outcome.stderr.encode())
     if outcome.text:
@@ -4836,13 +5109,9 @@ def demo(settings: Settings, log: Log) -> None:
     say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
-TRIALS = {  # runtime: its entry file, which says the version of what runs or compiled it
-    "python": ("main.py", "import sys\nprint('runs', sys.version.split()[0])"),
-    "cpp": ("main.cpp", '#include <cstdio>\nint main() { std::puts("runs " __VERSION__); }'),
-    "nodejs": ("index.js", "console.log('runs', process.version)"),
-    "go": ("main.go", 'package main\nimport "runtime"\n'
-                      'func main() { println("runs", runtime.Version()) }'),
-}
+VERSIONS = {  # how the program of a runtime says which it is, and how that looks
+    "python": ("--version", r"Python 3\."), "cpp": ("--version", r"[gc]\+\+|clang|gcc|GCC"),
+    "nodejs": ("--version", r"v[0-9]"), "go": ("version", "go version")}
 
 
 class Check:
@@ -4870,18 +5139,26 @@ class Check:
         with self.of("sandbox") as is_ok, contextlib.closing(
                 Slots(replace(self.settings, concurrency=1), self.log)) as slots:
             slots.try_out()
-            needed = list(RUNTIMES)
             if args.invoke:
-                needed = []
-                with self.of("function") as is_whole:
-                    name, package = own_package(
-                        args.invoke, slots.base / "code/invoked", args.runtime)
-                    needed = [_RUNTIME_OF[name]]
-                    is_whole(f"{args.invoke} begins with {package.entry}, for {needed[0]}")
-            for name in needed:
-                self._runtime(slots, name)
-            is_ok(self._sandbox(slots))
+                self._function(slots, args)
+            else:
+                for name in RUNTIMES:
+                    self._runtime(slots, name)
+            outcome = self._trial(slots, "trial", "test -w .")
+            if outcome.status != "ok":
+                raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
+            is_ok(f"a trial run ended ok, with a peak of {outcome.peak_memory_bytes} bytes; "
+                  f"isolation: {slots.isolation()}")
         return int(self.failed)
+
+    def _function(self, slots: Slots, args: argparse.Namespace) -> None:
+        """What --invoke would run, and its runtime."""
+        with self.of("function") as is_ok:
+            name, package = own_package(
+                args.invoke, slots.base / "code/invoked", args.runtime, args.handler)
+            entry = find_entry(package.path, name, args.handler)
+            is_ok(f"{args.invoke} begins with {entry}, for {name}")
+            self._runtime(slots, name)
 
     def _folder(self, folder: Path) -> None:
         """Whether the parts of --local's folder can be listed, and written to."""
@@ -4907,111 +5184,95 @@ class Check:
         if not clients:
             return
         self._queue(clients)
-        key = f"nanogrid-check-{os.urandom(8).hex()}"
-        with self.of("bucket") as is_ok:
-            bucket = str(self.settings.code_bucket)
-            self.ask(clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
-                     Bucket=bucket, Key=key)
-            is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
-        with self.of("CloudWatch") as is_ok:
-            # Nothing to write: who may not write is told so, who may is told that this is nothing.
-            self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
-                     "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
-            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
-        if bucket := self.settings.output_bucket:
-            with self.of("output bucket") as is_ok:
-                # A part of an upload that nobody began; moto answers 500.
-                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
-                         "NoSuchUpload|^500$", Bucket=bucket, Key=key, PartNumber=1,
-                         UploadId="none", Body=b"")
-                is_ok(f"{bucket}: s3:PutObject is not refused")
-        if url := self.settings.output_queue_url:
-            with self.of("output queue") as is_ok:
-                self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
-                         "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
-                is_ok(f"{url}: a batch of no messages is not refused")
+        settings, key = self.settings, f"nanogrid-check-{os.urandom(8).hex()}"
+        if arn := settings.function_role:
+            with self.of("function role") as is_ok:
+                FunctionRole(clients, settings, self.log).env(0)
+                is_ok(f"{arn} is lent to functions")
+        bucket = str(settings.code_bucket)
+        self.ask("bucket", f"{bucket}: s3:GetObject and s3:ListBucket are granted",
+                 clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
+                 Bucket=bucket, Key=key)
+        # Nothing to write: who may not write is told so, who may is told that this is nothing.
+        self.ask("CloudWatch", f"PutMetricData into {settings.namespace} is not refused",
+                 clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
+                 "Parameter|Validation", Namespace=settings.namespace, MetricData=[])
+        if results := settings.output_bucket:
+            # A part of an upload that nobody began; moto answers 500.
+            self.ask("output bucket", f"{results}: s3:PutObject is not refused",
+                     clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{results}/*",
+                     "NoSuchUpload|^500$", Bucket=results, Key=key, UploadId="none", PartNumber=1,
+                     Body=b"")
+        if url := settings.output_queue_url:
+            self.ask("output queue", f"{url}: a batch of no messages is not refused",
+                     clients.sqs.send_message_batch, "sqs:SendMessage on it",
+                     "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
 
     def _queue(self, clients: Clients) -> None:
         """The queue, its visibility timeout and its DLQ."""
-        url, attributes = self.settings.queue_url, {}
-        with self.of("queue") as is_ok:
-            attributes = self.ask(clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
-                                  QueueUrl=url, AttributeNames=["All"])["Attributes"]
-            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting, with a "
-                  f"visibility timeout of {attributes.get('VisibilityTimeout')} s")
-        if attributes:
-            with self.of("dead-letter queue") as is_ok:
-                policy = json.loads(attributes.get("RedrivePolicy") or "{}")
-                if "deadLetterTargetArn" not in policy:
-                    raise GiveUp("none: what fails would come back for ever; set the queue's "
-                                 "RedrivePolicy (setup_resources.sh does)")
-                receives = policy.get("maxReceiveCount")
-                is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
+        url = self.settings.queue_url
+        answer = self.ask("queue", str(url), clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
+                          QueueUrl=url, AttributeNames=["All"])
+        if not answer:
+            return
+        attributes = answer["Attributes"]
+        with self.of("visibility timeout") as is_ok:
+            is_ok(f"{attributes['VisibilityTimeout']} s")
+        with self.of("dead-letter queue") as is_ok:
+            policy = json.loads(attributes.get("RedrivePolicy") or "{}")
+            if "deadLetterTargetArn" not in policy:
+                raise GiveUp("none: what fails would come back for ever; set the queue's "
+                             "RedrivePolicy (setup_resources.sh does)")
+            is_ok(f"{policy['deadLetterTargetArn']} after {policy.get('maxReceiveCount')} receives")
 
-    @staticmethod
-    def ask(call: Callable[..., Any], needs: str, fine: str, **arguments: Any) -> dict[str, Any]:
-        """The answer of AWS, {} for an error whose code is `fine`; GiveUp with what to do."""
+    def ask(self, name: str, text: str, call: Callable[..., Any], needs: str, fine: str,
+            **arguments: Any) -> Any:
+        """Say `text` of a call to AWS, also if it fails by a code that is `fine`; its answer."""
         answer, error = attempt(call, **arguments)
-        if error and not re.search(fine, error_code(error)):
-            raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
-                         or f"{error}; it may pass: if it does not, check the network, "
-                            "agent.aws.region and agent.aws.endpointUrl")
-        return answer or {}
+        with self.of(name) as is_ok:
+            if error and not re.search(fine, error_code(error)):
+                raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
+                             or f"{error}; it may pass: if it does not, check the network, "
+                                "agent.aws.region and agent.aws.endpointUrl")
+            is_ok(text)
+        return answer
 
     def _runtime(self, slots: Slots, name: str) -> None:
-        """Whether a program of this runtime runs, and which version runs or compiles it."""
+        """Whether the program of this runtime starts, and says that it is one."""
         if not slots.programs[name] and not getattr(self.settings, name):
             return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
                        "that a function can run; its tasks end as error")
         with self.of(f"runtime {name}") as is_ok:
-            program = slots.program("{program}", name)
-            try:
-                outcome = self._trial(slots, name, *TRIALS[name])
-            except Ended as error:  # it does not compile
-                outcome = error.outcome
-            said = outcome.stdout + outcome.stderr
-            if outcome.status != "ok" or not said.startswith("runs "):
-                raise GiveUp(f"{program} does not run {TRIALS[name][0]} as it should "
-                             f"({outcome.status}: {shown(said)}); correct agent.runtimes.{name}")
-            is_ok(f"{program}, {said[5:].strip()}")
+            program, (flag, pattern) = slots.program("{program}", name), VERSIONS[name]
+            outcome = self._trial(slots, name, f"exec {shlex.quote(program)} {flag}")
+            said = (outcome.stdout + outcome.stderr).partition("\n")[0]
+            if not re.match(pattern, said):
+                raise GiveUp(f"{program} {flag} ended {outcome.status}, with {shown(said)}: this "
+                             f"is no {name}; correct agent.runtimes.{name}")
+            is_ok(f"{program}, {said}")
 
-    def _trial(self, slots: Slots, runtime: str, entry: str, source: str) -> Outcome:
-        """What a function of our own comes to; raises Ended."""
-        place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
+    def _trial(self, slots: Slots, name: str, script: str) -> Outcome:
+        """What a function of our own comes to."""
+        place, slot = slots.base / "code" / name, slots.all[0]
         place.mkdir(mode=0o755)
-        (place / entry).write_text(source)
-        task = Task("check", "check", runtime, "", "", 60_000, 512, b"")
-        package = slots.compile(task, Package(place, "", entry), slot)
-        return slot.run(slots.run_spec(task, package, slot))
+        (place / "run.sh").write_text(script)
+        task = Task("check", "check", "cpp", "", "", 60_000, 512, b"")
+        return slot.run(slots.run_spec(task, Package(place, ""), slot))
 
-    def _sandbox(self, slots: Slots) -> str:
-        """Say a line for the metadata; the sandbox's text. Raises GiveUp."""
-        slot, address = slots.all[0], METADATA[socket.AF_INET]
-        reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
-        outcome = self._trial(slots, "cpp", "run.sh", f"{reach}test -w .\n")
-        if reach:
-            with self.of("instance metadata") as is_ok:
-                if "not permitted" not in outcome.stderr:
-                    raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
-                                 "close it by a firewall, or set agent.execution.network none")
-                is_ok(f"{address} is refused to functions")
-        if outcome.status != "ok":
-            raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
-        who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
-        peak = outcome.peak_memory_bytes
-        return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
-                f"{slots.isolation()}")
+
+def pair(text: str) -> list[str]:
+    """[NAME, VALUE]; raises ArgumentTypeError."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text} is no NAME=VALUE")
+    return text.split("=", 1)
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="nanogrid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="NanoGrid: your own Lambda on one machine, in one file.\n"
-                    "It takes tasks from the SQS queue that the settings name until it is stopped.",
-        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: the\n"
-               "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
-               "settings")
+        prog="nanogrid.py", description="NanoGrid: your own Lambda on one machine, in one file.",
+        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: it did "
+               "not end ok; --check: not all is usable); 2 wrong usage or settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
                         help="the settings (default: application.yml here)")
     mode = parser.add_mutually_exclusive_group()
@@ -5027,7 +5288,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true",
                         help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", metavar="NAME",
+    one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
                      help="python, cpp, nodejs or go (default: its only entry file's)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
                      help="its time limit (default: execution.defaultTimeoutMs)")
@@ -5037,6 +5298,12 @@ def arguments() -> argparse.ArgumentParser:
                      help="its name in the REPORT line (default: %(default)s)")
     one.add_argument("--output", metavar="DIR", type=Path,
                      help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
+    one.add_argument("--handler", metavar="FILE.FUNCTION", default="",
+                     help="what to call, as in AWS Lambda (default: the entry file is run)")
+    one.add_argument("--env", metavar="NAME=VALUE", type=pair, action="append", default=[],
+                     help="a variable for it; may be repeated (default: none)")
+    one.add_argument("--event", metavar="FILE", type=argparse.FileType("rb"),
+                     help="its input (default: standard input)")
     parser.add_argument("--log-format", choices=("text", "json"), default="text",
                         help="of the log's lines (default: %(default)s)")
     parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,
@@ -5088,7 +5355,7 @@ def main(argv: list[str]) -> int:
         for line in str(error).splitlines():
             log("ERROR", line)
         return 2
-    except GiveUp as error:
+    except (GiveUp, OSError) as error:
         log("ERROR", str(error))
     except KeyboardInterrupt:
         log("ERROR", "interrupted")
