@@ -1102,6 +1102,9 @@ class Dependency:
             if error.errno not in MACHINE_AWAY:
                 raise
             raise self.outage(error, MACHINE_AWAY[error.errno]) from None
+        except Exception:  # which says nothing of it: somebody else may try at once
+            self.tried_at = -math.inf
+            raise
         else:
             self.worked()
 

@@ -7142,6 +7142,23 @@ def test_delays_grow_with_each_receive(party, status, has_dlq, delays):
     assert found == delays
 
 
+def test_who_needs_what_is_away_is_turned_away_until_one_has_tried():
+    """That one may learn nothing of it; then the next one tries."""
+    disk = ng.Dependency(log := Heard(), "a disk")
+    with pytest.raises(ng.Outage), disk.needed():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(ng.Outage, match="No space left"), disk.needed():
+        pytest.fail("tried before its time")
+    disk.retry_at = 0.0
+    with pytest.raises(KeyError), disk.needed():
+        with pytest.raises(ng.Outage), disk.needed():
+            pytest.fail("tried while another does")
+        raise KeyError
+    with disk.needed():
+        pass
+    assert not disk.since and [line.split(" ")[1] for line in log.lines] == ["WARNING", "INFO"]
+
+
 def test_run_whose_preparation_does_not_end_has_not_begun():
     """The workspace's disk is slow: nothing ran, so that is an outage."""
     ours, theirs = socket.socketpair()
