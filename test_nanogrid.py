@@ -3898,9 +3898,8 @@ def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     with cloud() as (machine, _):
         with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
-        refused = re.search(r"^ok +instance metadata: 169.254.169.254 is refused", agent.out, re.MULTILINE)
         open_still = re.search(r"^ok +sandbox: .*functions reach the instance metadata", agent.out, re.MULTILINE)
-        assert (bool(refused), bool(open_still)) == ((True, False) if user == "root" else (False, True)), agent.out
+        assert bool(open_still) == (user != "root"), agent.out
 
 
 LOOPBACK_ALONE = r"""
@@ -4319,8 +4318,8 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
 @under_cgroup
 def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=1)
-    run = Lasting(grid, "lasting", timeoutMs=3000)
-    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 3")]
+    run = Lasting(grid, "lasting", timeoutMs=10000)
+    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 20")]
     with grid.agent(prefix=prefix) as agent:
         os.kill(run.begun()[1], signal.SIGSTOP)
         agent.wait_for("REPORT requestId=lasting .*status=error")
@@ -5920,15 +5919,14 @@ INVOKED_WRONGLY = {
     "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
     "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
     "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
-    "no such runtime": (MAIN_PY, "fn --runtime cobol", r"ERROR --runtime cobol: write one of python, cpp, .*\n"),
     "no time": (MAIN_PY, "fn --timeout-ms 0", r"ERROR rejected: timeoutMs is 0; .*\n.* reason=task\n"),
     "no entry file": ({"x.py": ""}, "fn", r"ERROR rejected: .* no main.py at its top.*\n.* reason=entry\n"),
     "two entry files": ({**MAIN_PY, "index.js": ""}, "fn",
                         r"ERROR --invoke fn: it has index.js and main.py; say by --runtime which of them is meant\n"),
     "what does not compile": ({"main.cpp": "int main() { return x; }"}, "fn",
-                              r"main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
+                              r"\S*main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
                               r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
-    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR --output fn/main.py: .*File exists.*\n"),
+    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR .*File exists: .fn/main.py.\n"),
 }
 
 
@@ -8048,7 +8046,7 @@ def test_check_tells_what_aws_answers(moto, answer):
 # --check of --invoke: (files, arguments, status, what it says)
 CHECKED_FUNCTIONS = {
     "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
-                   r"ok    runtime python: /\S+, 3\.\d+\.\S+\n(.*metadata.*\n)?ok    sandbox: .*\n"),
+                   r"ok    runtime python: /\S+, Python 3\.\d+\.\S+\nok    sandbox: .*\n"),
     "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
     "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
 }
@@ -8075,8 +8073,8 @@ def test_check_starts_each_runtime_for_real(runtime, program):
             assert agent.end() == 1
     lines = [line for line in agent.out.splitlines() if "runtime " in line]
     [failed] = [line for line in lines if line.startswith("FAIL")]
-    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* correct agent.runtimes.{runtime}", failed)
-    assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
+    assert re.match(rf"FAIL  runtime {runtime}: {program} (--)?version ended ok, .*: this is no {runtime}; correct", failed)
+    assert all(re.match(r"(ok    runtime \w+: /\S+, .*\d+\.\d+|none  )", line) for line in lines if line != failed)
 
 
 def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
@@ -9836,26 +9834,24 @@ def test_setup_uses_nothing_that_bash_3_lacks():
 # --------------------------------------------------------------------------------------------
 
 NUMBERED = [f"line {number}" for number in range(1, 302)]
-# output: (text, bytes that there were, what the log has of it)
+# output: (text, what the log has of it)
 SAID = {
-    "nothing": ("", 0, []),
-    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", 0, NUMBERED[:200]),
-    "one more": ("\n".join(NUMBERED[:201]), 0, [
-        *NUMBERED[:100], "1 lines of stdout are left out here", *NUMBERED[101:201]]),
-    "more than was kept": ("\n".join(NUMBERED), 2 * ng.KEPT_BYTES + 7, [
-        *NUMBERED[:100], "101 lines of stdout are left out here, and 7 bytes that were not kept", *NUMBERED[201:]]),
-    "a long line": ("x" * 60_000, 0, ["x" * 60_000]),
-    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, 0, ["\0" * 9000 + "\U0001f642" * 9000]),
+    "nothing": ("", []),
+    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", NUMBERED[:200]),
+    "one more": ("\n".join(NUMBERED[:201]), [
+        *NUMBERED[:100], "1 of the kept lines of stdout are left out here", *NUMBERED[101:201]]),
+    "a long line": ("x" * 60_000, ["x" * 60_000]),
+    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, ["\0" * 9000 + "\U0001f642" * 9000]),
 }
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("output", SAID)
 def test_log_has_the_ends_of_an_output_in_pieces_of_8_kib(output, form):
-    text, count, wanted = SAID[output]
+    text, wanted = SAID[output]
     log = Heard()
     log.json = form == "json"
-    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text, stdout_bytes=count)).write(log, "r-1")
+    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text)).write(log, "r-1")
     *lines, report = log.lines
     assert "REPORT" in report and max([0, *(len(line.encode()) for line in lines)]) <= 8192
     said = []
