@@ -2004,7 +2004,7 @@ def far(offset):
 
 LEAVE, LINK, CORRUPT = "may leave the zip's folder", "is a link to", "is corrupt"
 TWICE, BELOW, BOTH = "stands twice", "which is no folder", "both a file and a folder"
-BACKSLASH = "a backslash in its name, as old Windows tools write it for '/'; zip it again with"
+BACKSLASH = "has a backslash: made by an old Windows tool; zip it again with"
 REFUSED = {
     "absolute": (bundle(member("/leak")), LEAVE),
     "dots": (bundle(member("../leak")), LEAVE),
@@ -3898,9 +3898,8 @@ def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     with cloud() as (machine, _):
         with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
-        refused = re.search(r"^ok +instance metadata: 169.254.169.254 is refused", agent.out, re.MULTILINE)
         open_still = re.search(r"^ok +sandbox: .*functions reach the instance metadata", agent.out, re.MULTILINE)
-        assert (bool(refused), bool(open_still)) == ((True, False) if user == "root" else (False, True)), agent.out
+        assert bool(open_still) == (user != "root"), agent.out
 
 
 LOOPBACK_ALONE = r"""
@@ -4319,8 +4318,8 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
 @under_cgroup
 def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=1)
-    run = Lasting(grid, "lasting", timeoutMs=3000)
-    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 3")]
+    run = Lasting(grid, "lasting", timeoutMs=10000)
+    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 20")]
     with grid.agent(prefix=prefix) as agent:
         os.kill(run.begun()[1], signal.SIGSTOP)
         agent.wait_for("REPORT requestId=lasting .*status=error")
@@ -5920,15 +5919,14 @@ INVOKED_WRONGLY = {
     "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
     "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
     "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
-    "no such runtime": (MAIN_PY, "fn --runtime cobol", r"ERROR --runtime cobol: write one of python, cpp, .*\n"),
     "no time": (MAIN_PY, "fn --timeout-ms 0", r"ERROR rejected: timeoutMs is 0; .*\n.* reason=task\n"),
     "no entry file": ({"x.py": ""}, "fn", r"ERROR rejected: .* no main.py at its top.*\n.* reason=entry\n"),
     "two entry files": ({**MAIN_PY, "index.js": ""}, "fn",
                         r"ERROR --invoke fn: it has index.js and main.py; say by --runtime which of them is meant\n"),
     "what does not compile": ({"main.cpp": "int main() { return x; }"}, "fn",
-                              r"main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
+                              r"\S*main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
                               r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
-    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR --output fn/main.py: .*File exists.*\n"),
+    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR .*File exists: .fn/main.py.\n"),
 }
 
 
@@ -6849,7 +6847,8 @@ def result_trial(moto: str, operation: str, fault: str):
             until_settled(aws, agent)
             agent.wait_for("REPORT requestId=r1 .*status=ok")
             assert reports(agent.log)[-1]["status"] == "ok" and runs_in(aws.path) == {"r1": 1}
-            assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
+            stored = aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")["Body"].read()
+            assert json.loads(stored)["status"] == "ok" and json.loads(stored)["success"] is True
             assert visible(aws, results) == 1
 
 
@@ -6990,7 +6989,7 @@ def own_trouble_trial(moto: str, fault: str):
         assert not done(agent, "bad"), agent.log
         aws.proxy.heal()
         until_settled(aws, agent)
-        assert agent.stop() == 0 and set(proxy_runs(aws.path).values()) == {1}
+        assert agent.stop() == 0 and set(runs_in(aws.path).values()) == {1}
         counts = {each["receiveCount"] for each in reports(agent.log)}
         assert counts == {"1"} if waits else counts > {"1"}, agent.log
 
@@ -7040,7 +7039,7 @@ def no_run_starts_under_a_lease_that_is_lost(moto):
         agent.stop()
         first, second = reports(agent.log)
         assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
-        assert proxy_runs(aws.path) == {"r1": 1}
+        assert runs_in(aws.path) == {"r1": 1}
 
 
 @trial
@@ -7067,7 +7066,7 @@ def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
         aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
         for number in range(10):
             job(aws, f"slow{number}", sleep=20)
-        until(lambda: re.search("slow", str(proxy_runs(aws.path))), what="the first slow run")
+        until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
         until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
         given = [each for each in reports(agent.log) if each["requestId"].startswith("slow")]
         assert {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
@@ -7101,7 +7100,7 @@ def delete_is_sent_though_the_lease_has_run_out(moto):
         with aws.proxy.lock:
             aws.proxy.rules[:] = [Rule("ReceiveMessage", "reset")]
         until(lambda: not aws.count(), what="the delete")
-        assert not dead(aws) and agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1}
+        assert not dead(aws) and agent.stop() == 0 and runs_in(aws.path) == {"r1": 1}
 
 
 BALLAST = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
@@ -7127,7 +7126,7 @@ def test_a_queue_whose_visibility_timeout_is_too_short_is_served(moto, seconds):
     with site(moto, visibility=seconds) as aws, start(aws) as agent:
         job(aws, sleep=3)
         until_settled(aws, agent)
-        assert agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1} and not mishaps(agent.log)
+        assert agent.stop() == 0 and runs_in(aws.path) == {"r1": 1} and not mishaps(agent.log)
 
 
 @pytest.mark.parametrize("status,has_dlq,delays", [
@@ -7139,6 +7138,23 @@ def test_delays_grow_with_each_receive(party, status, has_dlq, delays):
         queue.has_dlq = has_dlq
         found = [queue._delay(ng.Message("m", "", count, 0.0, last=math.inf), status) for count in range(1, 6)]
     assert found == delays
+
+
+def test_who_needs_what_is_away_is_turned_away_until_one_has_tried():
+    """That one may learn nothing of it; then the next one tries."""
+    disk = ng.Dependency(log := Heard(), "a disk")
+    with pytest.raises(ng.Outage), disk.needed():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(ng.Outage, match="No space left"), disk.needed():
+        pytest.fail("tried before its time")
+    disk.retry_at = 0.0
+    with pytest.raises(KeyError), disk.needed():
+        with pytest.raises(ng.Outage), disk.needed():
+            pytest.fail("tried while another does")
+        raise KeyError
+    with disk.needed():
+        pass
+    assert not disk.since and [line.split(" ")[1] for line in log.lines] == ["WARNING", "INFO"]
 
 
 def test_run_whose_preparation_does_not_end_has_not_begun():
@@ -8030,7 +8046,7 @@ def test_check_tells_what_aws_answers(moto, answer):
 # --check of --invoke: (files, arguments, status, what it says)
 CHECKED_FUNCTIONS = {
     "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
-                   r"ok    runtime python: /\S+, 3\.\d+\.\S+\n(.*metadata.*\n)?ok    sandbox: .*\n"),
+                   r"ok    runtime python: /\S+, Python 3\.\d+\.\S+\nok    sandbox: .*\n"),
     "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
     "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
 }
@@ -8057,8 +8073,8 @@ def test_check_starts_each_runtime_for_real(runtime, program):
             assert agent.end() == 1
     lines = [line for line in agent.out.splitlines() if "runtime " in line]
     [failed] = [line for line in lines if line.startswith("FAIL")]
-    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* correct agent.runtimes.{runtime}", failed)
-    assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
+    assert re.match(rf"FAIL  runtime {runtime}: {program} (--)?version ended ok, .*: this is no {runtime}; correct", failed)
+    assert all(re.match(r"(ok    runtime \w+: /\S+, .*\d+\.\d+|none  )", line) for line in lines if line != failed)
 
 
 def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
@@ -9818,26 +9834,24 @@ def test_setup_uses_nothing_that_bash_3_lacks():
 # --------------------------------------------------------------------------------------------
 
 NUMBERED = [f"line {number}" for number in range(1, 302)]
-# output: (text, bytes that there were, what the log has of it)
+# output: (text, what the log has of it)
 SAID = {
-    "nothing": ("", 0, []),
-    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", 0, NUMBERED[:200]),
-    "one more": ("\n".join(NUMBERED[:201]), 0, [
-        *NUMBERED[:100], "1 lines of stdout are left out here", *NUMBERED[101:201]]),
-    "more than was kept": ("\n".join(NUMBERED), 2 * ng.KEPT_BYTES + 7, [
-        *NUMBERED[:100], "101 lines of stdout are left out here, and 7 bytes that were not kept", *NUMBERED[201:]]),
-    "a long line": ("x" * 60_000, 0, ["x" * 60_000]),
-    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, 0, ["\0" * 9000 + "\U0001f642" * 9000]),
+    "nothing": ("", []),
+    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", NUMBERED[:200]),
+    "one more": ("\n".join(NUMBERED[:201]), [
+        *NUMBERED[:100], "1 of the kept lines of stdout are left out here", *NUMBERED[101:201]]),
+    "a long line": ("x" * 60_000, ["x" * 60_000]),
+    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, ["\0" * 9000 + "\U0001f642" * 9000]),
 }
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("output", SAID)
 def test_log_has_the_ends_of_an_output_in_pieces_of_8_kib(output, form):
-    text, count, wanted = SAID[output]
+    text, wanted = SAID[output]
     log = Heard()
     log.json = form == "json"
-    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text, stdout_bytes=count)).write(log, "r-1")
+    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text)).write(log, "r-1")
     *lines, report = log.lines
     assert "REPORT" in report and max([0, *(len(line.encode()) for line in lines)]) <= 8192
     said = []
