@@ -3483,7 +3483,7 @@ class Watch:
             if time.monotonic() > self.deadline:
                 break
             if len(pids) == 1:
-                together = int((size.split() or [0, 0])[1]) * PAGE
+                together = int((size.split() or [b"0", b"0"])[1]) * PAGE
             # Who is between vfork and exec has its parent's memory, not a copy of it.
             elif size != sizes.get(parent_of(pid)):
                 found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
