@@ -1690,9 +1690,10 @@ class CodeCache:
 # agent behind the launcher, for a function without a uid of its own may kill any of them.
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
+USER = "nanogrid"  # the name that a function's user has for it
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
-OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
+OUTPUTS = ("stdout", "stderr")  # in a slot's feed
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
@@ -1753,7 +1754,7 @@ def fork_each(channel=3):
 def become(channel, request):
     """Turn this fork into the process of the request; its global names and its code."""
     os.setsid()
-    for fd, name in enumerate(("stdin", "out/stdout", "out/stderr")):
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
         path = f"{request['directory']}/feed/{name}"
         opened = os.open(path, os.O_WRONLY if fd else os.O_RDONLY)
         os.dup2(opened, fd)
@@ -1769,6 +1770,9 @@ def become(channel, request):
     for name, value in request["env"].items():  # update() would touch 60 pages more
         os.environ[name] = value
         sys.modules["posix"].environ[name.encode()] = os.fsencode(value)
+    if site := sys.modules.get("site"):
+        site.USER_BASE = site.USER_SITE = None
+        site.getusersitepackages()  # of this HOME
     # From here on the time is the function's.
     os.write(channel, marshal.dumps(("begun", os.getpid(), time.monotonic()), 2))
     os.close(channel)
@@ -1990,6 +1994,12 @@ def reopen(path: str) -> None:
     mount("none", path, "", MS_REMOUNT | MS_BIND | os.statvfs(path).f_flag & MS_KEPT)
 
 
+def make_read_only(path: str) -> None:
+    """Have a mount be read-only; raises OSError."""
+    kept = os.statvfs(path).f_flag & MS_KEPT
+    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
+
+
 def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
     """(hidden, shown): the paths that a room covers, and those below them that it shows again.
 
@@ -2070,14 +2080,15 @@ class Room:
         self.spec, self.feed = spec, f"{spec.directory}/feed"
         self.gaps: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
-        self.files: list[str] = []  # that are hidden
+        self.covers: dict[str, str] = {}  # file of the machine -> what is seen in its place
         self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
         self.ruleset = -1
-        for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
-            os.makedirs(f"{spec.directory}/{name}", exist_ok=True)
-            if name in OWN_TMP.values():
-                sweep(f"{spec.directory}/{name}")
+        for name in ("own", "feed", "queues", *OWN_TMP.values()):
+            if os.path.lexists(path := f"{spec.directory}/{name}"):
+                remove(path)  # with all that may have been set on it
+            os.mkdir(path)
+        self._name_user()
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
@@ -2089,9 +2100,18 @@ class Room:
                     "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
         # What lies on these is counted where it is: on disk, or in /dev/shm.
         self.devices = {os.stat(path).st_dev for path in (spec.directory, *self.own)}
-        os.makedirs(f"{self.feed}/out", exist_ok=True)
         self._try("functions may use the machine's abstract sockets" if spec.uid is not None else
                   "functions may write and signal whatever this user may", self._make_ruleset)
+
+    def _name_user(self) -> None:
+        """Write a copy of /etc/passwd that has the slot's user first."""
+        uid, gid = self.spec.uid, self.spec.gid
+        if uid is None:
+            uid, gid = os.getuid(), os.getgid()
+        entry = f"{USER}:x:{uid}:{gid}::{self.spec.directory}/own/home:/bin/sh\n"
+        passwd = Path(self.spec.directory, "passwd")
+        passwd.write_bytes(entry.encode() + read_proc("/etc/passwd"))
+        passwd.chmod(0o644)
 
     def _try(self, effect: str, step: Callable[[], None]) -> bool:
         try:
@@ -2126,7 +2146,9 @@ class Room:
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
         spec, flags = self.spec, MS_NOSUID | MS_NODEV
-        self.files = [path for path in spec.hidden if not os.path.isdir(path)]
+        nothing, passwd = f"{spec.directory}/nothing", f"{spec.directory}/passwd"
+        files = [path for path in spec.hidden if not os.path.isdir(path)]
+        self.covers = {**dict.fromkeys(files, nothing), "/etc/passwd": passwd}
         here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
         # A mount point cannot be renamed or removed, but a plain directory above it can. So the
         # first part of a kept path below its cover becomes a mount point, too.
@@ -2158,11 +2180,10 @@ class Room:
             if path != SHM:
                 mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
-        # Its input, script and outputs are made anew for each run, for next to nothing here: a
-        # file system on disk searches past all inodes that were freed of late.
+        # Its input and outputs are made anew for each run, for next to nothing here: a file system
+        # on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
-        queues = "/dev/mqueue" if os.path.isdir("/dev/mqueue") else f"{self.feed}/queues"
-        os.makedirs(queues, exist_ok=True)
+        queues = "/dev/mqueue" if os.path.isdir("/dev/mqueue") else f"{spec.directory}/queues"
         with contextlib.suppress(OSError):  # a kernel without message queues
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
@@ -2188,6 +2209,8 @@ class Room:
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
         if path == f"{self.spec.directory}/own":
             reopen(path)
+        elif self.spec.uid is None:  # the code, too, is the functions' own user's
+            make_read_only(path)
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
@@ -2227,10 +2250,9 @@ class Room:
         if SHM in self.own and limits != self.shm_limits:
             mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
             self.shm_limits = limits
-        nothing = f"{self.spec.directory}/nothing"
-        for path in self.files:  # one that was replaced by a rename is not covered any more
-            if os.path.exists(path) and not os.path.samefile(path, nothing):
-                mount(nothing, path, "", MS_BIND)
+        for path, cover in self.covers.items():  # one that was replaced by a rename is so no more
+            if os.path.exists(path) and not os.path.samefile(path, cover):
+                mount(cover, path, "", MS_BIND)
 
     def shm_bytes(self) -> int:
         """What lies in /dev/shm, mapped or not, and what System V's IPC holds."""
@@ -2290,22 +2312,56 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
+# ioctl_fs(2): what an owner may set on a directory: flags, generation; struct fsxattr
+FS_IOC_GETFLAGS, FS_IOC_GETVERSION, FS_IOC_FSGETXATTR = 0x80086601, 0x80087601, 0x801C581F
+
+
+def marks(path: str) -> list[object]:
+    """All that the owner of a directory may have set on it, but for its times.
+
+    That is its mode and group, ACLs and extended attributes, flags, generation, project, and
+    whether it is that directory at all. A flag also says that ext4 has given it an index, which
+    stays when it is empty again. Empty for what is no directory that can be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return []
+    try:
+        status = os.fstat(fd)
+        found: list[object] = [status.st_ino, status.st_mode, status.st_uid, status.st_gid]
+        with contextlib.suppress(OSError):  # a file system without any
+            found += [(name, os.getxattr(fd, name)) for name in os.listxattr(fd)]
+        for request, size in (FS_IOC_GETFLAGS, 8), (FS_IOC_GETVERSION, 8), (FS_IOC_FSGETXATTR, 28):
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(fd, request, bytes(size))
+                found += [answer[:8], answer[12:20]]  # between them: how many extents it has
+        return found
+    finally:
+        os.close(fd)
+
+
 class Workspace:
     """A slot's directories, made pristine before a run.
 
     With a uid of its own a function cannot change the package's files, which are root's: they are
-    links, and those that are still there stay. Else all is removed, and copied again.
+    links, and those that are still there stay. Else all is removed, and copied again. A directory
+    stays while nothing was set on it; to make it anew each time is what a package of many files
+    would cost most.
     """
 
     def __init__(self, spec: SlotSpec, room: Room):
         self.spec, self.room = spec, room
-        own = f"{spec.directory}/own"
-        self.work, *self.emptied = [f"{own}/{name}" for name in OWN]
-        self.tidied = {own: OWN, **room.own}  # path -> names that stay there
-        self.on_disk = [own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
+        self.own = f"{spec.directory}/own"
+        self.work, *self.emptied = [f"{self.own}/{name}" for name in OWN]
+        self.on_disk = [self.own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
-        self.is_tidy = False
+        self.made: dict[str, list[object]] = {}  # path of a directory -> its marks
+        self.tidy()
+        # The functions' own user has what the room made, too, and no run can have that anew.
+        lasting = () if self.linked else (self.own, room.feed, *room.own)
+        self.lasting = {path: marks(path) for path in lasting}
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
@@ -2321,10 +2377,17 @@ class Workspace:
 
     def tidy(self) -> None:
         """Empty /tmp and the like; raises OSError."""
-        for path, stays in self.tidied.items():
+        self.is_tidy = False
+        sweep(self.own, OWN)
+        os.chmod(self.own, 0o711)
+        for path, stays in self.room.own.items():
             sweep(path, stays)
-            os.chmod(path, 0o1777 if path in self.room.own else 0o711)
+            os.chmod(path, 0o1777)
         self.is_tidy = True
+
+    def is_marked(self) -> bool:
+        """Whether a run has set anything on what only another room has anew."""
+        return any(marks(path) != known for path, known in self.lasting.items())
 
     def _fill(self, path: str, package: str) -> list[str]:
         """Give a directory of the workspace just what one of the package has; those below that."""
@@ -2339,16 +2402,19 @@ class Workspace:
             else:
                 remove(entry.path)
         for name, entry in missing.items():
-            if not is_folder(entry):
+            if is_folder(entry):
+                self._have(f"{path}/{name}", 0o755)
+            else:
                 self.put(entry.path, f"{path}/{name}", follow_symlinks=False)
+        if missing:
+            self.made[path] = marks(path)
         return below
 
     def _feed(self, text: str) -> None:
         """Make the input and the outputs anew: none may see those of the next run."""
         feed = self.room.feed
-        for name in ("stdin", "run", *OUTPUTS):
-            if os.path.lexists(f"{feed}/{name}"):
-                remove(f"{feed}/{name}")
+        sweep(feed)
+        os.chmod(feed, 0o711)
         with open(f"{feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
         for name in OUTPUTS:  # its own: it may open /dev/stdout again
@@ -2356,12 +2422,14 @@ class Workspace:
             self._own(f"{feed}/{name}", 0o600)
 
     def _have(self, path: str, mode: int) -> None:
-        """Have a directory of the function's at `path`, whatever a function put there."""
-        if os.path.islink(path) or not os.path.isdir(path):
+        """Have a directory of the function's at `path`, as if it had been made now."""
+        if path not in self.made or marks(path) != self.made[path]:
             if os.path.lexists(path):
-                os.unlink(path)
+                remove(path)
             os.mkdir(path)
-        self._own(path, mode)
+            self._own(path, mode)
+            self.made[path] = marks(path)
+        os.utime(path)
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
@@ -2599,8 +2667,10 @@ class Supervisor:
             self.begun = False
             try:
                 outcome = self.run(RunSpec(**json.loads(line)))
-                # What is left of IPC ends with its namespace, and that with its supervisor.
-                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc())
+                # What is left of IPC ends with its namespace, and that with its supervisor. So
+                # does what was set on the room's own directories.
+                is_spent = self.room.has_ipc() or self.workspace.is_marked()
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=is_spent)
             except OSError as error:  # ConnectionError is one
                 self.end_run(self.helpers)
                 # A helper that does not answer is as if it could not be forked.
@@ -3571,9 +3641,11 @@ class Slots:
         runtime = RUNTIMES[task.runtime]
         first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
         program = self.program(first, task.runtime)
-        helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
-                      "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
-        env = {"REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
+        # The ready interpreter is root's: its HOME is where nobody can make anything.
+        helper_env = {**BASE_ENV, "PATH": self.path, "HOME": os.devnull}
+        env = {"HOME": f"{slot.own}/home", "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output,
+               "USER": USER, "LOGNAME": USER,
+               "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
         is_warm = task.runtime == "python" and self.settings.warm_start
         return RunSpec((program, *rest), program if is_warm else "", helper_env, env,
