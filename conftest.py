@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 # Fixtures that many tests look at, the slowest first; each is the first argument of its tests.
-SHARED = ("trials", "started", "runs", "escaped", "leftovers", "confined", "room", "hoards",
-          "timed", "built", "invoked")
+SHARED = ("trials", "started", "runs", "refusals", "escaped", "leftovers", "confined", "room",
+          "hoards", "timed", "built", "invoked")
 # Test to the shared fixture that it looks at.
 TESTS = Path(__file__).with_name("test_nanogrid.py").read_text()
 SHARES = {test: first for test, first in re.findall(r"^def (test_\w+)\((\w+)", TESTS, re.MULTILINE)

@@ -382,15 +382,17 @@ def _at(path: str, *columns: Any) -> Any:
     return field(metadata={"row": row}, **{preset: row.default})
 
 
-_TOTAL_MB = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB  # a tenth is for the system and the agents
-
-
 def _share(whole: int) -> int:
     """This agent's share of the machine: NANOGRID_AGENTS, as the systemd template sets it."""
     text = os.environ.get("NANOGRID_AGENTS") or "1"
     if not re.fullmatch("[1-9][0-9]{0,2}", text):
         raise ConfigError(f"NANOGRID_AGENTS: is {shown(text)}; write how many agents there are")
     return max(1, whole // int(text))
+
+
+def _admitted_mb(whole: int) -> int:
+    """What functions may declare of that much memory; the rest is the system's and the agent's."""
+    return whole - max(256, whole // 10)
 
 
 @dataclass(frozen=True)
@@ -408,7 +410,7 @@ class Settings:
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count",
-                         lambda: _share(_TOTAL_MB - max(256, _TOTAL_MB // 10)))
+                         lambda: _share(_admitted_mb(usable_memory_mb())))
     default_timeout_ms: int = _at(
         "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
         f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
@@ -1731,7 +1733,7 @@ prctl = ctypes.CDLL(None).prctl
 compile("", "", "exec")  # makes the types of syntax trees: 0.6 ms that no fork need spend again
 extra = [name for name in sys.modules if name not in here]
 
-def fork_each(channel=3):
+def fork_each(channel=3, procs=4):
     """Fork for each request; return it in the child."""
     prctl(4, 0, 0, 0, 0)  # not dumpable: no process of the same user may trace it
     for capability in range(64):
@@ -1745,6 +1747,8 @@ def fork_each(channel=3):
             os._exit(0)
         child = os.fork()
         if not child:
+            os.write(procs, b"0")  # into the slot's cgroup
+            os.close(procs)
             return channel, marshal.loads(request)
         pid = 0
         while pid != child:  # clone(CLONE_PARENT) makes others its children
@@ -1876,7 +1880,8 @@ class SlotSpec:
     uid: int | None  # None: as the agent's own user
     gid: int | None
     groups: tuple[int, ...]
-    own_uid: bool  # nobody else has this uid: whatever runs under it belongs to the slot
+    cgroup: str  # its directory; "" where there is none
+    processes: int  # RLIMIT_NPROC where there is none
     shell: str
     limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
     network: str  # host or none
@@ -1962,36 +1967,194 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
             time.sleep(0.001)
 
 
+# --- The cgroup: what a slot may use, held by the kernel (cgroups(7), version 2) ---
+
+AGENT_WEIGHT = 10_000  # cpu.weight, the most: no lease may be late; each slot has the usual 100
+SLOTS_WEIGHT = 33  # of all slots, beside the machine's own work: nice 5 weighs as much
+EMPTYING_SECONDS = 20  # what is killed is gone in some milliseconds, but on a disk that hangs
+
+
+def cgroup_root() -> str:
+    """Where this machine's cgroup v2 is mounted; raises OSError."""
+    found = re.search(rb"(?m)^(?:\S+ ){4}(\S+) .* - cgroup2 ", read_proc("/proc/self/mountinfo"))
+    if not found:
+        raise OSError(errno.ENOENT, "there is none here")
+    return os.fsdecode(found[1])
+
+
+def own_cgroup() -> str:
+    """The directory of this process's cgroup; raises OSError."""
+    found = re.search(rb"(?m)^0::/(.*)$", read_proc("/proc/self/cgroup"))
+    return os.path.join(cgroup_root(), os.fsdecode(found[1]) if found else "").rstrip("/")
+
+
+def usable_memory_mb() -> int:
+    """The machine's memory in MiB; less where a memory.max above this process says so."""
+    least = os.sysconf("SC_PHYS_PAGES") * PAGE
+    with contextlib.suppress(OSError):
+        root, path = cgroup_root(), own_cgroup()
+        while path.startswith(root):
+            limit = read_proc(f"{path}/memory.max").strip()
+            least = min(least, int(limit) if limit.isdigit() else least)
+            path = os.path.dirname(path)
+    return least // MIB
+
+
+def make_cgroups(slots: int, processes: int) -> tuple[str, int]:
+    """(directory, lock): where slot0, slot1, … are now; raises OSError.
+
+    They are made in this service's own cgroup where systemd delegated that to it (Delegate=), or
+    where a container has no other. Else in one of their own at the top.
+    """
+    root, top = cgroup_root(), own_cgroup()
+    is_delegated = any(name.endswith(".delegate") for name in os.listxattr(top))
+    if is_delegated or top == root and os.path.exists(f"{root}/cgroup.type"):
+        lock = os.open(top, os.O_RDONLY)
+        # What has processes of its own hands no controller down.
+        os.makedirs(f"{top}/agent", exist_ok=True)
+        Path(top, "agent/cgroup.procs").write_text("0")
+    else:
+        for old in glob.glob(f"{root}/nanogrid-*"):
+            if (lock := lock_cgroup(old)) >= 0:  # its agent was killed
+                remove_cgroups(old)
+                os.close(lock)
+        top, lock = _make_top(root)
+    try:
+        _divide(top, slots, processes)
+    except OSError:
+        remove_cgroups(top)
+        os.close(lock)
+        raise
+    return top, lock
+
+
+def _make_top(root: str) -> tuple[str, int]:
+    """A cgroup at the top, and its lock; another agent that starts now may remove the first."""
+    while True:
+        top = f"{root}/nanogrid-{os.urandom(4).hex()}"
+        os.mkdir(top)
+        os.chmod(top, 0o711)  # functions find their own cgroup below it, but cannot lock it
+        if (lock := lock_cgroup(top)) >= 0:
+            return top, lock
+
+
+def lock_cgroup(top: str) -> int:
+    """A lock on a cgroup, which nobody else removes then; -1 when another has it, or it is gone."""
+    lock = -1
+    with contextlib.suppress(OSError):
+        lock = os.open(top, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(top)
+        return lock
+    if lock >= 0:
+        os.close(lock)
+    return -1
+
+
+def _divide(top: str, slots: int, processes: int) -> None:
+    """Make the slots' cgroups; raises OSError."""
+    os.stat(f"{top}/cgroup.kill")  # Linux 5.14
+    is_delegated = os.path.exists(f"{top}/agent")
+    for path in [top] if is_delegated else [os.path.dirname(top), top]:
+        offered = Path(path, "cgroup.controllers").read_text().split()
+        if missing := {"memory", "pids", "cpu"}.difference(offered):
+            names = " and ".join(sorted(missing))
+            raise OSError(errno.ENOENT, f"this one has no controller for {names}", path)
+        Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
+    if is_delegated:
+        Path(top, "agent/cpu.weight").write_text(str(AGENT_WEIGHT))
+    else:
+        Path(top, "cpu.weight").write_text(str(SLOTS_WEIGHT))
+    for number in range(slots):
+        slot = Path(top, f"slot{number}")
+        slot.mkdir(exist_ok=True)
+        slot.chmod(0o755)  # a runtime that sizes itself by its cgroup reads it
+        (slot / "pids.max").write_text(str(processes))
+        (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
+        with contextlib.suppress(FileNotFoundError):  # a kernel without swap
+            (slot / "memory.swap.max").write_text("0")
+
+
+def empty_cgroup(path: str) -> None:
+    """Kill all that runs in a cgroup, and wait until it is gone; raises OSError."""
+    deadline = time.monotonic() + EMPTYING_SECONDS
+    with open(f"{path}/cgroup.events", "rb", buffering=0) as events:
+        changes = select.poll()
+        changes.register(events, select.POLLPRI)
+        while b"populated 1" in os.pread(events.fileno(), 100, 0):
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "a process that was killed does not end", path)
+            Path(path, "cgroup.kill").write_text("1")
+            changes.poll(100)
+
+
+def remove_cgroups(top: str) -> None:
+    """Remove the slots' cgroups with all that runs in them, and what was made for them, if any."""
+    if not top:
+        return
+    for slot in glob.glob(f"{top}/slot*"):
+        with contextlib.suppress(OSError):
+            empty_cgroup(slot)
+            os.rmdir(slot)
+    with contextlib.suppress(OSError):  # the agent is still in there when its launcher does this
+        if os.path.exists(f"{top}/agent"):
+            Path(top, "cgroup.subtree_control").write_text("-memory -pids -cpu")
+            Path(top, "cgroup.procs").write_text("0")
+            os.rmdir(f"{top}/agent")
+        else:
+            os.rmdir(top)
+
+
+class Cgroup:
+    """A slot's cgroup, as its supervisor uses it for one run after another."""
+
+    def __init__(self, path: str):
+        empty_cgroup(path)  # what a supervisor that was killed left
+        self.path, self.cap_mb = path, 0
+        # Who writes 0 into this is in the cgroup. It counts who opened it, not who writes.
+        self.procs = os.open(f"{path}/cgroup.procs", os.O_WRONLY)
+        self.stat = os.open(f"{path}/memory.stat", os.O_RDONLY)
+
+    def begin(self, cap_mb: int) -> None:
+        """Set the cap of the next run; raises OSError."""
+        if cap_mb != self.cap_mb:
+            Path(self.path, "memory.max").write_text(str(cap_mb * MIB))
+            self.cap_mb = cap_mb
+        self.before = self._kills()
+
+    def held(self) -> int:
+        """The bytes that the run holds now. Page cache is none of it: it gives way at the cap."""
+        content = os.pread(self.stat, 4096, 0)
+        return sum(map(int, re.findall(rb"(?m)^(?:anon|shmem) (\d+)$", content)))
+
+    def was_full(self) -> bool:
+        """Whether the kernel killed the run at its cap, and not for want in the whole machine."""
+        return all(now > then for now, then in zip(self._kills(), self.before))
+
+    def _kills(self) -> list[int]:
+        """How often the cap was met, and how many were killed."""
+        content = read_proc(f"{self.path}/memory.events")
+        return [int(count) for count in re.findall(rb"(?m)^oom(?:_kill)? (\d+)$", content)]
+
+
 # --- The room: what a slot sees of the machine (namespaces(7), mount(2), landlock(7)) ---
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
 MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
-MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
-# landlock(7): system calls with one number on every architecture; rights; scopes
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-MAY_WRITE, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 13, 1 << 14
-MAY_CHANGE = sum(1 << right for right in range(4, 13))  # make and remove, each kind of file
+# landlock(7): system calls with one number on every architecture; a right; scopes
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MAY_REFER = 444, 445, 446, 1 << 13
 SCOPES = 3  # no abstract socket and no process outside can be reached
-DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri",
-           "kfd")
 OWN = ("work", "home", "tmp", "output")  # a slot's directories, beneath its own/
 OWN_TMP = {"/tmp": "machine-tmp", "/var/tmp": "machine-var-tmp"}  # what a slot has in its place
 SHM = "/dev/shm"
 METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
-# proc(5): what lists System V's IPC, the column that tells its size, and the bytes of each there
-SYSVIPC = (("shm", 14, 1), ("sem", 3, 128), ("msg", 3, 1))
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """mount(2); raises OSError."""
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
-
-
-def reopen(path: str) -> None:
-    """Have a mount be writable again; raises OSError."""
-    mount("none", path, "", MS_REMOUNT | MS_BIND | os.statvfs(path).f_flag & MS_KEPT)
 
 
 def make_read_only(path: str) -> None:
@@ -2031,13 +2194,10 @@ def refuse_metadata(first_uid: int, last_uid: int) -> list[int]:
     It does while a descriptor returned is open (bpf(2); Linux 5.7, cgroup v2). A routing rule
     would not do: a socket that is bound to a device goes past it.
     """
-    mounts = re.findall(rb"(?m)^(?:\S+ ){4}(\S+) .* - cgroup2 ", read_proc("/proc/self/mountinfo"))
-    if not mounts:
-        raise OSError(errno.ENOENT, "there is no cgroup v2 here")
     ipv4, ipv6 = (socket.inet_pton(family, address) for family, address in METADATA.items())
     mapped = bytes(10) + b"\xff\xff" + ipv4
     bpf = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, -1)
-    group, links = os.open(mounts[0], os.O_RDONLY), []
+    group, links = os.open(cgroup_root(), os.O_RDONLY), []
     # BPF_CGROUP_INET4_CONNECT and 6, and where struct bpf_sock_addr has the address
     for kind, offset, addresses in (10, 4, [ipv4]), (11, 8, [ipv6, mapped]):
         code = ctypes.create_string_buffer(_refusal(addresses, offset, first_uid, last_uid))
@@ -2098,10 +2258,8 @@ class Room:
             if not os.geteuid():  # before Linux 5.8, which knows no `invisible`, it is refused
                 self._try("functions see other users' processes in /proc", lambda: mount(
                     "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
-        # What lies on these is counted where it is: on disk, or in /dev/shm.
-        self.devices = {os.stat(path).st_dev for path in (spec.directory, *self.own)}
-        self._try("functions may use the machine's abstract sockets" if spec.uid is not None else
-                  "functions may write and signal whatever this user may", self._make_ruleset)
+        if spec.uid is not None:
+            self._try("functions may use the machine's abstract sockets", self._make_ruleset)
 
     def _name_user(self) -> None:
         """Write a copy of /etc/passwd that has the slot's user first."""
@@ -2160,13 +2318,9 @@ class Room:
                 to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
         to_cover.difference_update(kept)
         covered = []
-        if spec.uid is None:
-            self._try("functions may change modes and times of all files of this user",
-                      self._make_read_only)
         for path in sorted({*spec.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
-                reopen(path)
             elif path in to_cover or os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
@@ -2188,17 +2342,6 @@ class Room:
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
 
-    @staticmethod
-    def _make_read_only() -> None:
-        """Have all the machine's mounts be read-only, but for /proc (mount_setattr(2), Linux 5.12).
-
-        Landlock keeps no one from chmod(2), chown(2), utime(2) and setxattr(2), and cannot tell
-        what is shown again below /tmp from /tmp.
-        """
-        attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
-        kernel("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes))
-        reopen("/proc")
-
     def _show(self, path: str, fd: int) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered."""
         if stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -2207,40 +2350,26 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
-        if path == f"{self.spec.directory}/own":
-            reopen(path)
-        elif self.spec.uid is None:  # the code, too, is the functions' own user's
-            make_read_only(path)
+        if self.spec.uid is None and path != f"{self.spec.directory}/own":
+            make_read_only(path)  # the code, too, is the functions' own user's
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
 
-        A slot with a uid of its own needs no rules for files. It gets the one right MAY_REFER: who
+        A uid of its own needs no rules for files. It gets the one right MAY_REFER everywhere: who
         is under any rule for files may mount nothing, not even in a user namespace that it makes.
         """
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
-        is_other = self.spec.uid is not None
         if version < 2:  # it would let no file be moved to another directory
             raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
         if version < 6:
-            self.gaps.append("functions may use the machine's abstract sockets" + (
-                "" if is_other else " and signal this user's processes"))
-        change = MAY_WRITE | MAY_REFER | MAY_CHANGE | (MAY_TRUNCATE if version >= 3 else 0)
-        rules = {"/": MAY_REFER}
-        if not is_other:
-            devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
-            # Without mounts of its own it needs the machine's /dev/shm: semaphores lie there.
-            mine = [*(f"{self.spec.directory}/own/{name}" for name in OWN),
-                    *filter(os.path.isdir, (*(self.own or [SHM]), self.queues))]
-            rules = dict.fromkeys((f"{self.feed}/out", *devices), MAY_WRITE)
-            rules.update(dict.fromkeys(mine, change))
-        attributes = struct.pack("QQQ", MAY_REFER if is_other else change, 0,
-                                 SCOPES if version >= 6 else 0)
+            self.gaps.append("functions may use the machine's abstract sockets")
+        attributes = struct.pack("QQQ", MAY_REFER, 0, SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
-        for path, right in rules.items():
-            fd = os.open(path, os.O_PATH)
-            kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, struct.pack("=Qi", right, fd), 0)
-            os.close(fd)
+        root = os.open("/", os.O_PATH)
+        rule = struct.pack("=Qi", MAY_REFER, root)
+        kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, rule, 0)
+        os.close(root)
 
     # For each run.
 
@@ -2254,22 +2383,11 @@ class Room:
             if os.path.exists(path) and not os.path.samefile(path, cover):
                 mount(cover, path, "", MS_BIND)
 
-    def shm_bytes(self) -> int:
-        """What lies in /dev/shm, mapped or not, and what System V's IPC holds."""
-        if SHM not in self.own:
-            return 0
-        status = os.statvfs(SHM)
-        return (status.f_blocks - status.f_bfree) * status.f_frsize + sum(self._sysvipc())
-
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
-        return bool(self.queues and os.listdir(self.queues) or self.own and self._sysvipc())
-
-    @staticmethod
-    def _sysvipc() -> list[int]:
-        """The bytes of each segment, set of semaphores and queue of System V's IPC."""
-        return [int(row.split()[column]) * size for kind, column, size in SYSVIPC
-                for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:]]
+        lists = [read_proc(f"/proc/sysvipc/{kind}") for kind in ("shm", "sem", "msg")]
+        is_left = any(content.count(b"\n") > 1 for content in lists)  # below its title
+        return bool(self.own and is_left or self.queues and os.listdir(self.queues))
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2489,7 +2607,10 @@ class Helper:
 
     def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
                  files: list[int]):
-        """Exec argv with `files` as its descriptors, but for 3, its end of the channel."""
+        """Exec argv with `files` as its descriptors, but for 3, its end of the channel.
+
+        Who writes 0 into the last of them is in the slot's cgroup.
+        """
         self.room, self.spec = room, room.spec
         self.runs = 0
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -2517,10 +2638,7 @@ class Helper:
         # has another helper.
         os.setsid()
         for name, value in self.spec.limits.items():
-            # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
-            # door must not be refused.
-            if name != "RLIMIT_NPROC":
-                resource.setrlimit(getattr(resource, name), (value, value))
+            resource.setrlimit(getattr(resource, name), (value, value))
         # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
         with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
@@ -2561,22 +2679,24 @@ class Helper:
 class ForkShell(Helper):
     """A shell that forks what is exec'd (FORK_SHELL says why)."""
 
-    def __init__(self, room: Room, env: dict[str, str]):
+    def __init__(self, room: Room, env: dict[str, str], procs: int):
         gate, self.gate = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
         super().__init__(room, [room.spec.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
-                         env, "/", [null, null, null, gate])
+                         env, "/", [null, null, null, gate, os.dup(procs)])
 
-    def start(self, run: RunSpec, data_bytes: int) -> tuple[int, float]:
+    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
         feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.spec.directory}/own/work")
-        processes = self.spec.limits["RLIMIT_NPROC"]
-        lines = [f"ulimit -d {data_bytes // 1024}",
-                 f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}",  # bash; dash
-                 f"cd {work}", "unset PWD OLDPWD SHLVL",
+        lines = ["echo 0 >&5"]
+        if limits:
+            data_kib, processes = limits["RLIMIT_DATA"] // 1024, limits["RLIMIT_NPROC"]
+            lines += [f"ulimit -d {data_kib}",
+                      f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}"]  # bash; dash
+        lines = [*lines, f"cd {work}", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(value)}" for name, value in run.env.items()),
                  (f"exec {shlex.join(run.command)} <{feed}/stdin "
-                  f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&-")]
+                  f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&- 5>&-")]
         with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write("\n".join((*lines, "")))
         self.channel.send(b"\n")
@@ -2605,23 +2725,22 @@ class ReadyPython(Helper):
 
     privileged = True
 
-    def __init__(self, room: Room, env: dict[str, str], interpreter: str):
+    def __init__(self, room: Room, env: dict[str, str], procs: int, interpreter: str):
         directory = os.path.dirname(room.spec.shell)
         null = os.open(os.devnull, os.O_RDWR)
         unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
-        super().__init__(room, [interpreter, "main.py"], env, directory, [null, output, output])
+        super().__init__(room, [interpreter, "main.py"], env, directory,
+                         [null, output, output, os.dup(procs)])
         os.close(unread)
         self.done = self.channel.fileno()
         self.receive(30)
 
-    def start(self, run: RunSpec, data_bytes: int) -> tuple[int, float]:
+    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of the interpreter, and when. Raises ConnectionError."""
         self.runs += 1
-        processes = self.spec.limits["RLIMIT_NPROC"]
         self.channel.send(marshal.dumps({
             "directory": self.spec.directory, "uid": self.spec.uid, "gid": self.spec.gid,
-            "groups": self.spec.groups, "env": run.env,
-            "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
+            "groups": self.spec.groups, "env": run.env, "limits": limits}, 2))
         kind, child, started = marshal.loads(self.receive())
         if kind != "begun":
             raise ConnectionError("the function's process ended before it began")
@@ -2635,12 +2754,26 @@ class ReadyPython(Helper):
 
 # --- The supervisor: one run from its workspace to its outcome ---
 
-# A run that failed ends as oom when the end of its stderr matches this. The kernel keeps no count
-# of the allocations that it refuses, so these are the runtimes' own words for one.
+# A run that failed ends as oom when the end of its stderr matches these, the runtimes' own words
+# for an allocation that was refused. Some size their heap by the cap, and say when that is full.
+HEAP_FULL = re.compile(r"JavaScript heap out of memory|OutOfMemoryError: Java heap space")
+# Without a cgroup the kernel refuses what is beyond RLIMIT_DATA, and keeps no count of it.
 REFUSED = re.compile(
-    r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
-    r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
-    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)")
+    r"(?m)^(MemoryError\b|numpy\S*MemoryError\b|terminate called after throwing an instance of "
+    r"'std::bad_alloc'|fatal error: runtime: (out of memory|cannot allocate memory)"
+    r"|.*Cannot allocate memory|memory allocation of \d+ bytes failed|.*OutOfMemoryError"
+    r"|(\[FATAL\]|.*:) failed to allocate memory|Out of memory(!| in perl))")
+# Node.js says this of more than there can ever be, too.
+NO_BUFFER = "RangeError: Array buffer allocation failed"
+
+
+def allowed(limits: Mapping[str, int]) -> dict[str, int]:
+    """These limits, or the hard ones that this process has itself where those are lower."""
+    found = {}
+    for name, value in limits.items():
+        hard = resource.getrlimit(getattr(resource, name))[1]
+        found[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    return found
 
 
 class Supervisor:
@@ -2649,14 +2782,15 @@ class Supervisor:
     def __init__(self, spec: SlotSpec, agent: socket.socket, life: int):
         self.spec, self.agent = spec, agent
         self.life = life  # ends with the launcher
+        self.cgroup = Cgroup(spec.cgroup) if spec.cgroup else None
+        # What takes a run into its cgroup (Cgroup.procs), or nowhere
+        self.procs = self.cgroup.procs if self.cgroup else os.open(os.devnull, os.O_WRONLY)
         self.room = Room(spec)
         self.workspace = Workspace(spec, self.room)
         self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
         self.unready = ""  # an interpreter that could not be made ready
         self.begun = False  # whether the function of the run has begun
-        for name, value in spec.limits.items():
-            hard = resource.getrlimit(getattr(resource, name))[1]
-            spec.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        spec.limits.update(allowed(spec.limits))
 
     def work(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
@@ -2672,7 +2806,8 @@ class Supervisor:
                 is_spent = self.room.has_ipc() or self.workspace.is_marked()
                 answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=is_spent)
             except OSError as error:  # ConnectionError is one
-                self.end_run(self.helpers)
+                with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+                    self.end_run(self.helpers)
                 # A helper that does not answer is as if it could not be forked.
                 number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
                 answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
@@ -2683,39 +2818,56 @@ class Supervisor:
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end. Raises OSError."""
         self.room.begin(run.memory_mb, run.files)
+        if self.cgroup:
+            self.cgroup.begin(run.memory_mb)
         self.workspace.prepare(run.package, run.input)
         outputs = [Output(f"{self.room.feed}/{name}", fd if run.tee else 0)
                    for fd, name in enumerate(OUTPUTS, 1)]
         try:
             helper, start = self._helper(run)
-            # Thread stacks and calloc count as data and are free until touched: "several times
-            # the cap" is free, and what outruns the watcher is stopped by the kernel.
-            child, started = helper.start(run, max(3 * run.memory_mb,
-                                                   2 * run.memory_mb + 192) * MIB)
+            child, started = helper.start(run, self._limits(run))
             self.begun = True
             started_at = time.time() - (time.monotonic() - started)
             watch = Watch(self, run, outputs, started)
             end = watch.wait(helper.done)
             duration = time.monotonic() - started
             if end != "exit":  # leaving the status of its first process to be taken
-                self._kill_user()
-                signal_all([child, *self.run_pids()], signal.SIGKILL)
+                self._kill(child)
             status, peak_kib = helper.wait(child)
+            if end == "exit" and self.cgroup and self.cgroup.was_full():
+                end = "oom"
             self.end_run()
         finally:
             texts = [output.close() for output in outputs]
-        peak = max(peak_kib * 1024, watch.largest)
+        cap, peak = run.memory_mb * MIB, max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
         if end == "exit":
-            end = "oom" if peak > run.memory_mb * MIB else "failed" if code else "ok"
-            if end == "failed" and (REFUSED.search(texts[1][-2000:])
-                                    or self.room.shm_bytes() >= run.memory_mb * MIB):
-                end = "oom"
+            end = self._verdict(code, texts[1][-2000:], peak, cap)
+        elif end == "oom" and self.cgroup:
+            peak = min(peak, cap)
         return Outcome(
             "failed" if end == "disk" else end, reason="disk" if end == "disk" else None,
             exit_code=code, peak_memory_bytes=peak, duration_millis=round(duration * 1000),
             start=start, started_at=started_at, stdout=texts[0], stderr=texts[1],
             stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count)
+
+    def _limits(self, run: RunSpec) -> dict[str, int]:
+        """What a run's own processes are limited to where no cgroup does it."""
+        if self.cgroup:
+            return {}
+        # Thread stacks, heaps and calloc count as data and are free until touched. So the limit is
+        # several times the cap, enough for 60 threads or a JVM. It stops what outruns the watcher.
+        data_mb = 4 * run.memory_mb + 512
+        return allowed({"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.processes})
+
+    def _verdict(self, code: int, stderr: str, peak: int, cap: int) -> str:
+        """What a run came to that ended by itself."""
+        is_full = bool(HEAP_FULL.search(stderr))
+        if not self.cgroup:
+            if peak > cap:  # the watcher came too late
+                return "oom"
+            is_full |= bool(REFUSED.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
+        return "ok" if not code else "oom" if is_full else "failed"
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
@@ -2728,12 +2880,12 @@ class Supervisor:
             self._close([run.interpreter])
             try:
                 ready = self.helpers[run.interpreter] = ReadyPython(
-                    self.room, run.helper_env, run.interpreter)
+                    self.room, run.helper_env, self.procs, run.interpreter)
                 return ready, "cold"
             except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
                 self.unready = run.interpreter
         if "" not in self.helpers:
-            self.helpers[""] = ForkShell(self.room, run.helper_env)
+            self.helpers[""] = ForkShell(self.room, run.helper_env, self.procs)
         return self.helpers[""], "cold"
 
     def _close(self, names: Iterable[str]) -> None:
@@ -2746,25 +2898,19 @@ class Supervisor:
         """All processes of the run."""
         return descendants([helper.pid for helper in self.helpers.values()])
 
-    def _kill_user(self) -> None:
-        """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
-        if not self.spec.own_uid:
-            return
-        if killer := os.fork():
-            os.waitpid(killer, 0)
-            self._close([""])
-            return
-        try:
-            os.setresuid(*[self.spec.uid] * 3)
-            os.kill(-1, signal.SIGKILL)
-        finally:
-            os._exit(0)
+    def _kill(self, child: int) -> None:
+        """Kill all that is running of a run."""
+        if self.cgroup:
+            empty_cgroup(self.cgroup.path)
+        else:
+            signal_all([child, *self.run_pids()], signal.SIGKILL)
 
     def end_run(self, helpers: Iterable[str] = ()) -> None:
         """Kill all that is left of a run, daemons and other sessions too, and these `helpers`."""
         self._close(helpers)
+        if self.cgroup:
+            empty_cgroup(self.cgroup.path)
         if self.run_pids():
-            self._kill_user()
             # What clone(CLONE_PARENT) made a helper's child, it won't reap.
             self._close([name for name, helper in self.helpers.items() if children_of(helper.pid)])
             end_descendants([helper.pid for helper in self.helpers.values()])
@@ -2773,7 +2919,7 @@ class Supervisor:
 # --- The launcher ---
 
 
-def launch(control: socket.socket) -> None:
+def launch(control: socket.socket, cgroups: str) -> None:
     """The launcher's life: a supervisor for each slot that the agent asks for, until it is gone."""
     os.setsid()
     os.umask(0o022)
@@ -2785,8 +2931,8 @@ def launch(control: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
-    supervisors: dict[int, int] = {}  # pidfd -> pid
-    locks: dict[int, list[int]] = {}  # pidfd -> what locks the uid of its slot
+    # pidfd -> pid; its slot's cgroup; what locks the uid of its slot
+    supervisors: dict[int, tuple[int, str, list[int]]] = {}
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
@@ -2797,32 +2943,39 @@ def launch(control: socket.socket) -> None:
                 break
             with socket.socket(fileno=fds[0]) as agent:
                 try:
+                    spec = SlotSpec(**json.loads(message))
                     pid = os.fork()
                     if not pid:
-                        supervise(agent, life, message, (control.fileno(), held, *supervisors))
+                        supervise(agent, life, spec, (control.fileno(), held, *supervisors))
                     pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd], locks[pidfd] = pid, fds[1:]
+                    supervisors[pidfd] = pid, spec.cgroup, fds[1:]
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
-            os.waitpid(supervisors.pop(pidfd), 0)
+            pid, cgroup, locks = supervisors.pop(pidfd)
+            os.waitpid(pid, 0)
             os.close(pidfd)
-            end_descendants(others=supervisors.values())  # what it left, when it was itself killed
-            for lock in locks.pop(pidfd):
+            # What it left, when it was itself killed; the next of its slot empties the cgroup itself.
+            if cgroup and cgroup not in [other for _, other, _ in supervisors.values()]:
+                with contextlib.suppress(OSError):
+                    Path(cgroup, "cgroup.kill").write_text("1")
+            end_descendants(others=[pid for pid, _, _ in supervisors.values()])
+            for lock in locks:
                 os.close(lock)
+    remove_cgroups(cgroups)  # ends all runs; the agent may have been killed, and cannot do it
     end_descendants()
 
 
-def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int, ...]) -> NoReturn:
+def supervise(agent: socket.socket, life: int, spec: SlotSpec, others: tuple[int, ...]) -> NoReturn:
     """A supervisor's life, in a fork of the launcher."""
     try:
         for other in others:
             os.close(other)
         os.setsid()
         kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
-        Supervisor(SlotSpec(**json.loads(message)), agent, life).work()
+        Supervisor(spec, agent, life).work()
     except OSError as error:
         answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
     finally:
@@ -2840,10 +2993,8 @@ def answer(agent: socket.socket, kind: str, **content: Any) -> None:
 # --------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
-FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
 DISK_LOOK_SECONDS = 0.25  # how often it looks at a run's disk
-PSS = re.compile(rb"^Pss: +(\d+)", re.MULTILINE)  # proc(5): a page's share, by how many have it
-MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+) *(.*)$", re.MULTILINE)  # inode, path
+PSS = re.compile(rb"(?m)^Pss: +(\d+)")  # proc(5): a page's share, by how many have it
 
 
 class Watch:
@@ -2855,10 +3006,7 @@ class Watch:
         self.deadline = started + run.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
-        self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
-        # When last looked exactly: the bytes of all together, and those of each (_sizes).
-        self.together, self.sizes = 0, {}
-        self.unnamed: dict[tuple[int, int], int] = {}  # when last looked (unnamed_files)
+        self.largest = 0  # bytes: the most that was seen held by all of the run together
 
     def wait(self, done: int) -> str:
         """How the run ends: exit (`done` is readable), timeout, oom, disk, or released."""
@@ -2883,101 +3031,46 @@ class Watch:
 
     def _look(self, now: float) -> str:
         """Whether the run is over its memory or its disk; "" when it is not."""
-        cap, spec = self.run.memory_mb * MIB, self.supervisor.spec
-        if self._held(cap) > cap:
+        self.largest = max(self.largest, self._held())
+        if self.largest > self.run.memory_mb * MIB and not self.supervisor.cgroup:
             return "oom"
         if now >= self.next_disk_look:
             began = time.monotonic()
             size, count = disk_usage(self.supervisor.workspace.on_disk, self.run.files)
-            self.unnamed = unnamed_files(self.supervisor.run_pids())
-            size += self._unnamed_bytes({os.stat(spec.directory).st_dev})
             if size > self.run.disk_mb * MIB or count > self.run.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
             self.next_disk_look = now + max(DISK_LOOK_SECONDS, min(10 * (now - began), 3.0))
-        # A look at many processes is slow, so the pause is four times as long as the look. But it
-        # is never longer than a run needs to write its cap and 256 MiB more.
-        self.next_look = now + max(LOOK_SECONDS, min(4 * (time.monotonic() - now),
-                                                     (cap + 256 * MIB) / FILL_BYTES_PER_SECOND))
+        self.next_look = now + max(LOOK_SECONDS, time.monotonic() - now)
         return ""
 
-    def _held(self, cap: int) -> int:
-        """An upper bound of the bytes that the run holds; exact when it is over `cap`.
-
-        An exact look costs much. The bound is what the last one found, and all that each process
-        and /dev/shm have grown by since. When it is over the cap, or over the largest sum that was
-        seen before, the run is looked at exactly.
-        """
+    def _held(self) -> int:
+        """The bytes that the run holds now, all its processes together; exact where it matters."""
+        if self.supervisor.cgroup:
+            return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
-        sizes = self._sizes(pids)
-        if len(pids) < 2 and not sizes[0]:
-            return sum(sizes.values())
-        held = self.together + sum(
-            max(0, size - self.sizes.get(pid, 0)) for pid, size in sizes.items())
-        if held <= min(cap, self.largest * 1.01):
-            return held
-        # On a busy machine each of the run's processes gets as much time as this one, and could
-        # outrun the look. So they are stopped for it when they seem to be over the cap.
-        running = [pid for pid in pids if held > cap and read_proc(
-            f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
-        signal_all(running, signal.SIGSTOP)
-        self.unnamed = unnamed_files(pids)
-        self.sizes = self._sizes(pids)
-        # A read of a process waits until that one, if it is in a fork, has its turn on a processor:
-        # beside five hundred others that took 20 seconds. What is left at the deadline is not read.
-        in_time = itertools.takewhile(lambda _: time.monotonic() < self.deadline, pids)
-        # Where none could be read, the bound stands.
-        held = self.together = self._resident_together(in_time) or sum(self.sizes.values())
-        signal_all(running, signal.SIGCONT)
-        self.largest = max(self.largest, held)
-        return held
-
-    def _sizes(self, pids: list[int]) -> dict[int, int]:
-        """pid -> its resident bytes; a page that is shared counts in each process that has it.
-
-        Under 0, which is no pid, are the bytes that any of them may have mapped, once: /dev/shm,
-        System V's IPC, and files in memory that have no name.
-        """
-        sizes = {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE
-                 for pid in pids}
-        room = self.supervisor.room
-        in_memory = {device for device, _ in self.unnamed} - room.devices
-        return {0: room.shm_bytes() + self._unnamed_bytes(in_memory), **sizes}
-
-    def _unnamed_bytes(self, devices: Collection[int]) -> int:
-        return sum(size for (device, _), size in self.unnamed.items() if device in devices)
-
-    def _resident_together(self, pids: Iterable[int]) -> int:
-        """The resident bytes of these processes, shared pages once; walks their page tables.
-
-        What they have mapped of /dev/shm and the like counts under 0 of `sizes` already.
-        """
-        total = shm = self.sizes[0]
-        counted = (os.fsencode(SHM), b"/SYSV") if SHM in self.supervisor.room.own else ()
-        inodes = {inode for _, inode in self.unnamed}
-        for pid in pids:
-            # smaps_rollup has one entry, of all mappings.
-            content = read_proc(f"/proc/{pid}/{'smaps' if shm else 'smaps_rollup'}")
-            entries = MAPPING.split(content)[1:]
-            for inode, path, entry in zip(entries[::3], entries[1::3], entries[2::3]):
-                is_memfd = path.startswith(b"/memfd:") and int(inode) in inodes
-                if not is_memfd and not path.startswith(counted):
-                    total += int(PSS.search(entry)[1]) * 1024
-        return total
+        sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
+        apart = sum(int((content.split() or [0, 0])[1]) * PAGE for content in sizes.values())
+        # Each alone counts what it shares with others. So that sum is no less than what is asked.
+        if len(pids) < 2 or apart <= self.largest:
+            return apart
+        together = 0
+        for pid, content in sizes.items():
+            # A look at many can be long: each read waits for a process that is in a fork.
+            if time.monotonic() > self.deadline:
+                break
+            # Who is between vfork and exec has its parent's memory, not a copy of it.
+            if content == sizes.get(parent_of(pid)):
+                continue
+            found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
+            together += int(found[1]) * 1024 if found else 0
+        return together
 
 
-def unnamed_files(pids: list[int]) -> dict[tuple[int, int], int]:
-    """(device, inode) -> bytes of the files without a name that these have open.
-
-    Not those that are only mapped: to list these waits for a process that is in a fork (_held).
-    """
-    found = {}
-    for path in [path for pid in pids for path in glob.glob(f"/proc/{pid}/fd/*")]:
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode) and not status.st_nlink:
-                found[status.st_dev, status.st_ino] = status.st_blocks * 512
-    return found
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 when it is gone."""
+    found = re.search(rb"(?m)^PPid:\t(\d+)", read_proc(f"/proc/{pid}/status"))
+    return int(found[1]) if found else 0
 
 
 def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
@@ -3474,6 +3567,13 @@ class Slots:
     def __init__(self, settings: Settings, log: Log):
         self.settings, self.log = settings, log
         self.fault = Fault(log, "starting functions")
+        self.cgroups, self.cgroup_gap = "", "not started as root"
+        if not os.geteuid():
+            try:
+                self.cgroups, self.cgroup_lock = make_cgroups(
+                    settings.concurrency, settings.max_processes)
+            except OSError as error:
+                self.cgroup_gap = f"{error.strerror}: {error.filename or 'cgroup2'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
         self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
         is_refused = settings.metadata == "refuse" and settings.network == "host"
@@ -3509,7 +3609,7 @@ class Slots:
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
         self.hidden, self.shown = hidden_and_shown(settings.file, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
-        self.all = [Slot(self._spec(number, *user), self.supervisor, self.fault)
+        self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.fault)
                     for number, user in enumerate(users)]
 
     def _launch(self) -> None:
@@ -3519,7 +3619,8 @@ class Slots:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno())],
+                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno()),
+                 self.cgroups],
                 env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
     def supervisor(self, spec: SlotSpec) -> socket.socket:
@@ -3540,8 +3641,8 @@ class Slots:
         self.launcher.wait()
         end_descendants()
 
-    def _spec(self, number: int, uid: int | None, gid: int | None, groups: tuple[int, ...],
-               private: bool) -> SlotSpec:
+    def _spec(self, number: int, uid: int | None, gid: int | None,
+              groups: tuple[int, ...]) -> SlotSpec:
         """What is fixed for a slot, with its directory made."""
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
@@ -3550,17 +3651,12 @@ class Slots:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
-                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB,
-                  "RLIMIT_NPROC": self.settings.max_processes + self.other_tasks}
-        # A link needs code and workspace under one mount; who has no uid of its own has copies, and
-        # sees nothing of the other slots.
-        ours, hidden = [self.base], self.hidden
-        if uid is None:
-            ours = [self.base / "code", self.shell, self.base / "main.py", directory,
-                    directory / "own"]
-            hidden = sorted({*hidden, str(self.base)})
-        return SlotSpec(str(directory), uid, gid, groups, private, str(self.shell), limits,
-                     self.settings.network, tuple(hidden), (*self.shown, *map(str, ours)))
+                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB}
+        cgroup = f"{self.cgroups}/slot{number}" if self.cgroups else ""
+        # A link needs code and workspace under one mount: that of all slots.
+        return SlotSpec(str(directory), uid, gid, groups, cgroup,
+                        self.settings.max_processes + self.other_tasks, str(self.shell), limits,
+                        self.settings.network, tuple(self.hidden), (*self.shown, str(self.base)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
@@ -3613,16 +3709,27 @@ class Slots:
             raise GiveUp(f"no function can be run here: {error} (where agent.execution.network "
                          "none is refused, start the agent as root)") from None
         slot.drop()  # an idle agent has no supervisor
-        found = self.gaps = list(slot.gaps)
+        self.gaps = list(slot.gaps)
         if settings.metadata == "refuse" and settings.network == "host" and self.metadata_gap:
-            found.append(f"functions reach the instance metadata, and with it this machine's role "
-                         f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
-                         "firewall, or set agent.execution.network to none")
-        if slot.spec.uid is None:
+            self.gaps.append(
+                f"functions reach the instance metadata, and with it this machine's role "
+                f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
+                "firewall, or set agent.execution.network to none")
+        is_whole = self.cgroups and slot.spec.uid is not None and not self.gaps
+        self.log("INFO" if is_whole else "WARNING", f"isolation: {self.isolation()}")
+
+    def isolation(self) -> str:
+        """Which of three levels this is, and by its effect what is missing."""
+        if self.all[0].spec.uid is None:
             why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
-            found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
-        if found:
-            self.log("WARNING", "; ".join(found))
+            level = (f"an ordinary user's ({why}), for development and for code that you trust: "
+                     "functions run as the agent's own user, and read and change what it may")
+        elif self.cgroups:
+            level = "root's with cgroup v2, for anybody's functions"
+        else:
+            level = (f"root's without cgroup v2 ({self.cgroup_gap}): a function that hides memory "
+                     "from the watcher can pass its cap, and take CPU from the others")
+        return "; ".join((level, *self.gaps))
 
     def program(self, first: str, runtime: str) -> str:
         """What a command of a runtime starts with; raises Ended when this machine lacks it."""
@@ -3687,8 +3794,9 @@ class Slots:
             return built
 
     def close(self) -> None:
-        """End all that runs, and remove all that was made on disk."""
+        """End all that runs, and remove all that was made for it."""
         self._end_launcher()
+        remove_cgroups(self.cgroups)
         for uid in self.uid_locks:
             os.unlink(f"{self.lock_directory}/uid-{uid}")
         self.files.close()
@@ -4333,8 +4441,8 @@ class Check:
                 raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
             who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
             peak = outcome.peak_memory_bytes
-            return "; ".join((f"a trial run ended ok, as {who}, with a peak of {peak} bytes",
-                              *slots.gaps))
+            return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
+                    f"{slots.isolation()}")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -4386,7 +4494,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
     if argv[:1] == ["--launcher"]:
-        launch(socket.socket(fileno=int(argv[1])))
+        launch(socket.socket(fileno=int(argv[1])), argv[2])
         return 0
     args = arguments().parse_args(argv)
     log = Log(args.log_format, args.log_level)
