@@ -2957,7 +2957,7 @@ def launch(control: socket.socket, cgroups: str) -> None:
             pid, cgroup, locks = supervisors.pop(pidfd)
             os.waitpid(pid, 0)
             os.close(pidfd)
-            # What it left, when it was itself killed; the next of its slot empties the cgroup itself.
+            # What it left, when it was killed; the next of its slot empties the cgroup itself.
             if cgroup and cgroup not in [other for _, other, _ in supervisors.values()]:
                 with contextlib.suppress(OSError):
                     Path(cgroup, "cgroup.kill").write_text("1")

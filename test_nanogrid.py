@@ -3425,7 +3425,7 @@ def test_nothing_came_out_of_a_room(room):
     """The agent itself still speaks to systemd; what the same words do outside is heard."""
     until(lambda: b"READY=1" in room.ears.heard["systemd/notify"], what="READY=1")
     assert not [said for said in room.ears.heard.values() if b"forged" in said]
-    assert room.changed == set()
+    assert room.changed <= {str(room.top / "run")}  # where the agent locks its uids
     assert "functions may" not in room.log, room.log
     said = subprocess.run(room.command(PYTHON, "-c", ROOM_HEAD + SPEAK + "look()"), text=True, check=True,
                           input=json.dumps(room.given), stdout=subprocess.PIPE).stdout
