@@ -49,7 +49,6 @@ import random
 import re
 import resource
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -64,7 +63,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
@@ -1698,24 +1697,22 @@ UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this 
 OUTPUTS = ("stdout", "stderr")  # in a slot's feed
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
-PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
+PR_CAPBSET_READ, PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 23, 24, 24
+PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 
-# Forks what is exec'd. The kernel starts a child's ru_maxrss at its parent's size, and exec keeps
-# it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks the function. But wait4 gives
-# the supervisor the rusage of its own children alone. So the shell forks a child, that child forks
-# the function, and the function kills that child at once: the kernel then gives the function to
-# the supervisor, which is a subreaper. The function says its pid and waits for the word to begin.
-# A background job would do without that kill, but it would ignore SIGINT.
-FORK_SHELL = """
-while read -r go <&3; do
-  ( cd -P /proc/self && parent=${PWD#/proc/}
-    ( cd -P /proc/self && pid=${PWD#/proc/}
-      kill -9 "$parent"
-      echo "$pid" >&3
-      read -r go <&4 && . "$0" ) ; : )
-  echo >&3
-done
-"""
+# Starts what is exec'd, one shell for each run. The kernel starts a child's ru_maxrss at its
+# parent's size, and exec keeps it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks
+# the function. But wait4 gives the supervisor the rusage of its own children alone. So what the
+# shell forked kills that shell: the kernel then gives it to the supervisor, which is a subreaper.
+# It waits for the word to begin. A background job would do without that kill, but it would ignore
+# SIGINT. The colon keeps a shell from becoming its own last command.
+FORK_SHELL = """( kill -9 $$
+read -r go <&3 || exit
+exec 3<&-
+%s
+unset PWD OLDPWD SHLVL
+exec "$@" )
+:"""
 
 # The ready interpreter: started as `python main.py` in a directory that holds this as main.py,
 # so that argv, flags and /proc/self/cmdline are what they would be; forked once for each run.
@@ -1751,8 +1748,8 @@ def fork_each(channel=3, procs=4):
             os.close(procs)
             return channel, marshal.loads(request)
         pid = 0
-        while pid != child:  # clone(CLONE_PARENT) makes others its children
-            pid, status, usage = os.wait4(-1, 0)
+        while pid != child or os.WIFSTOPPED(status):  # clone(CLONE_PARENT) makes others its
+            pid, status, usage = os.wait4(-1, 0)      # children, ptrace(2) answers with a stop
         os.write(channel, marshal.dumps(("ended", status, usage.ru_maxrss), 2))
 
 def become(channel, request):
@@ -2256,8 +2253,11 @@ class Room:
                 self._try("functions see this machine's terminals", lambda: mount(
                     "pts", "/dev/pts", "devpts", MS_NOSUID, "ptmxmode=666,mode=620"))
             if not os.geteuid():  # before Linux 5.8, which knows no `invisible`, it is refused
+                # Who lacks CAP_SYS_RESOURCE cannot keep a function from lowering its oom_score_adj.
+                can_keep = kernel("prctl", PR_CAPBSET_READ, CAP_SYS_RESOURCE, 0, 0, 0)
+                flags = MS_NOSUID | MS_NODEV | (0 if can_keep else MS_RDONLY)
                 self._try("functions see other users' processes in /proc", lambda: mount(
-                    "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
+                    "proc", "/proc", "proc", flags, "hidepid=invisible"))
         if spec.uid is not None:
             self._try("functions may use the machine's abstract sockets", self._make_ruleset)
 
@@ -2559,6 +2559,9 @@ class Workspace:
 # --- Helpers: the processes that fork runs ---
 
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
+STOPPED = 0x137F  # a status of wait4(2)
+RLIM_NLIMITS = 16  # getrlimit(2)
+IOPRIO_GET = {"x86_64": 252, "aarch64": 31}.get(os.uname().machine, -1)
 
 class Output:
     """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
@@ -2599,141 +2602,146 @@ def write_all(fd: int, content: bytes) -> None:
             content = content[os.write(fd, content):]
 
 
-class Helper:
-    """A confined process that forks a supervisor's runs, one after another."""
+def spawn(room: Room, argv: Sequence[str], env: dict[str, str], cwd: str, files: list[int],
+          procs: int = -1) -> int:
+    """The pid of a confined process with `files` as its descriptors 0, 1, 2, …, which it closes.
 
-    privileged = False  # keeps the supervisor's user, and changes that of its forks
-    done: int  # readable once the run has ended
+    With `procs` it is a run's: it has the slot's user, and is in the slot's cgroup. Without, it
+    keeps the supervisor's user, to change that of its forks. Raises OSError.
+    """
+    try:
+        pid = os.fork()
+        if not pid:
+            try:
+                confine(room)
+                kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
+                if procs >= 0:
+                    os.write(procs, b"0")
+                    become_user(room.spec)
+                for target, fd in enumerate(kept):
+                    os.dup2(fd, target)
+                os.closerange(len(files), 1024)
+                os.chdir(cwd)
+                os.execve(argv[0], argv, env)
+            finally:
+                os._exit(127)
+        return pid
+    finally:
+        for fd in set(files):
+            os.close(fd)
 
-    def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
-                 files: list[int]):
-        """Exec argv with `files` as its descriptors, but for 3, its end of the channel.
 
-        Who writes 0 into the last of them is in the slot's cgroup.
-        """
-        self.room, self.spec = room, room.spec
-        self.runs = 0
+def confine(room: Room) -> None:
+    """In a new child: limits, priority, signals, and what the room keeps from it."""
+    if room.spec.uid is None and not os.getuid():
+        kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
+    # The kernel shares the processors between sessions first (sched(7), autogroup): a function in
+    # its supervisor's session could starve it. So each leads one of its own.
+    os.setsid()
+    for name, value in room.spec.limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
+    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
+    if room.ruleset >= 0:
+        kernel("syscall", LANDLOCK_RESTRICT, room.ruleset, 0)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+def become_user(spec: SlotSpec) -> None:
+    """In a new child: the slot's user, without any capability."""
+    if spec.uid is not None:
+        with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
+            for capability in range(64):
+                kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+        os.setgroups(spec.groups)
+        os.setresgid(*[spec.gid] * 3)
+        os.setresuid(*[spec.uid] * 3)  # takes all capabilities, too
+
+
+class ForkShell:
+    """Starts a run that is exec'd (FORK_SHELL says how); nothing of it is there for another."""
+
+    def __init__(self, room: Room, procs: int, others: Collection[int]):
+        self.room, self.procs = room, procs
+        self.others = others  # the supervisor's children that are no run's
+
+    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
+        """Start the run; its pid, a child of ours, and when (monotonic). Raises OSError."""
+        lines = []
+        if limits:
+            lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
+                     "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
+                     .format(limits["RLIMIT_NPROC"])]
+        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh", *run.command]
+        read_end, gate = os.pipe()
+        with open(gate, "wb", buffering=0) as word:
+            files = [os.open(f"{self.room.feed}/{name}", flags) for name, flags in (
+                ("stdin", os.O_RDONLY), *((output, os.O_WRONLY) for output in OUTPUTS))]
+            shell = spawn(self.room, argv, {**run.helper_env, **run.env},
+                          f"{self.room.spec.directory}/own/work", [*files, read_end], self.procs)
+            os.waitpid(shell, 0)
+            found = [pid for pid in children_of(os.getpid()) if pid not in self.others]
+            if len(found) != 1:
+                raise NotBegun(errno.EAGAIN, "no shell could be forked for the function")
+            self.done = os.pidfd_open(found[0])  # Linux 5.3
+            started = time.monotonic()
+            word.write(b"\n")
+        return found[0], started
+
+    def wait(self, child: int) -> tuple[int, int]:
+        """(status, ru_maxrss in KiB) of the run, once it has ended."""
+        status = STOPPED
+        while os.WIFSTOPPED(status):  # by itself, as traced by us: that is no end
+            _, status, usage = os.wait4(child, 0)
+        os.close(self.done)
+        return status, usage.ru_maxrss
+
+
+def traits(pid: int) -> list[object]:
+    """All that another process of its user can set on a process: its forks have it, too."""
+    scheduling = os.sched_getscheduler(pid), os.sched_getparam(pid).sched_priority
+    return [*(resource.prlimit(pid, kind) for kind in range(RLIM_NLIMITS)),
+            os.sched_getaffinity(pid), os.getpriority(os.PRIO_PROCESS, pid), scheduling,
+            LIBC.syscall(IOPRIO_GET, 1, pid)]
+
+
+class ReadyPython:
+    """An interpreter that has started and is forked for each run (READY_PYTHON)."""
+
+    def __init__(self, room: Room, env: dict[str, str], procs: int, interpreter: str):
+        """Start it; raises ConnectionError when it cannot be kept ready."""
+        self.spec, self.runs = room.spec, 0
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        files[3:3] = [theirs.detach()]
+        null = os.open(os.devnull, os.O_RDWR)
+        unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
+        self.pid = spawn(room, [interpreter, "main.py"], env, os.path.dirname(self.spec.shell),
+                         [null, output, output, theirs.detach(), os.dup(procs)])
+        os.close(unread)
+        self.done = self.channel.fileno()
         try:
-            self.pid = os.fork()
-            if not self.pid:
-                try:
-                    self._confine(files)
-                    os.chdir(cwd)
-                    os.execve(argv[0], argv, env)
-                finally:
-                    os._exit(127)
-        finally:
-            for fd in set(files):
-                os.close(fd)
+            self.receive(30)
+            self.traits = traits(self.pid)
+        except ConnectionError:
+            self.close()
+            raise
 
-    def _confine(self, files: list[int]) -> None:
-        """In the new child: user, limits, and descriptors 0, 1, 2, … from `files` alone."""
-        if self.spec.uid is None and not os.getuid():
-            kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
-        # The kernel shares the processors between sessions first (sched(7), autogroup): a function
-        # in its supervisor's session could starve it. So a helper leads one of its own. What is
-        # exec'd stays in it and in the helper's process group. It may end both: the next run then
-        # has another helper.
-        os.setsid()
-        for name, value in self.spec.limits.items():
-            resource.setrlimit(getattr(resource, name), (value, value))
-        # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
-        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
-        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
-        if self.room.ruleset >= 0:
-            kernel("syscall", LANDLOCK_RESTRICT, self.room.ruleset, 0)
-        kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
-        for target, fd in enumerate(kept):
-            os.dup2(fd, target)
-        os.closerange(len(files), 1024)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        if self.spec.uid is not None and not self.privileged:
-            with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
-                for capability in range(64):
-                    kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
-            os.setgroups(self.spec.groups)
-            os.setresgid(*[self.spec.gid] * 3)
-            os.setresuid(*[self.spec.uid] * 3)  # takes all capabilities, too
+    def is_as_made(self) -> bool:
+        """Whether no run has killed or changed it: as an ordinary user each could."""
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        return self.spec.uid is not None or traits(self.pid) == self.traits
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
-        signal_all([self.pid], signal.SIGCONT)  # a run of its uid may have stopped it
+        signal_all([self.pid], signal.SIGCONT)  # a run of its user may have stopped it
         if not select.select([self.channel], [], [], seconds)[0]:
             raise ConnectionError("what forks the functions does not answer")
         if answer := self.channel.recv(1000):
             return answer
         raise ConnectionError("what forks the functions has ended")
-
-    def close(self) -> None:
-        """End it; what stood below it becomes ours."""
-        self.channel.close()
-        signal_all([self.pid], signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
-
-
-class ForkShell(Helper):
-    """A shell that forks what is exec'd (FORK_SHELL says why)."""
-
-    def __init__(self, room: Room, env: dict[str, str], procs: int):
-        gate, self.gate = os.pipe()
-        null = os.open(os.devnull, os.O_RDWR)
-        super().__init__(room, [room.spec.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
-                         env, "/", [null, null, null, gate, os.dup(procs)])
-
-    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
-        """Start the run; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
-        feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.spec.directory}/own/work")
-        lines = ["echo 0 >&5"]
-        if limits:
-            data_kib, processes = limits["RLIMIT_DATA"] // 1024, limits["RLIMIT_NPROC"]
-            lines += [f"ulimit -d {data_kib}",
-                      f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}"]  # bash; dash
-        lines = [*lines, f"cd {work}", "unset PWD OLDPWD SHLVL",
-                 *(f"export {name}={shlex.quote(value)}" for name, value in run.env.items()),
-                 (f"exec {shlex.join(run.command)} <{feed}/stdin "
-                  f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&- 5>&-")]
-        with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
-            file.write("\n".join((*lines, "")))
-        self.channel.send(b"\n")
-        answer = self.receive()
-        while answer.count(b"\n") < 2:
-            answer += self.receive()
-        child = int(answer)
-        self.done = os.pidfd_open(child)  # Linux 5.3
-        started = time.monotonic()
-        os.write(self.gate, b"\n")
-        return child, started
-
-    def wait(self, child: int) -> tuple[int, int]:
-        """(status, ru_maxrss in KiB) of the run, once it has ended."""
-        _, status, usage = os.wait4(child, 0)
-        os.close(self.done)
-        return status, usage.ru_maxrss
-
-    def close(self) -> None:
-        super().close()
-        os.close(self.gate)
-
-
-class ReadyPython(Helper):
-    """An interpreter that has started and is forked for each run (READY_PYTHON)."""
-
-    privileged = True
-
-    def __init__(self, room: Room, env: dict[str, str], procs: int, interpreter: str):
-        directory = os.path.dirname(room.spec.shell)
-        null = os.open(os.devnull, os.O_RDWR)
-        unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
-        super().__init__(room, [interpreter, "main.py"], env, directory,
-                         [null, output, output, os.dup(procs)])
-        os.close(unread)
-        self.done = self.channel.fileno()
-        self.receive(30)
 
     def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of the interpreter, and when. Raises ConnectionError."""
@@ -2750,6 +2758,13 @@ class ReadyPython(Helper):
         """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
         _, status, peak_kib = marshal.loads(self.receive())
         return status, peak_kib
+
+    def close(self) -> None:
+        """End it; what stood below it becomes ours."""
+        self.channel.close()
+        signal_all([self.pid], signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
 
 
 # --- The supervisor: one run from its workspace to its outcome ---
@@ -2787,9 +2802,10 @@ class Supervisor:
         self.procs = self.cgroup.procs if self.cgroup else os.open(os.devnull, os.O_WRONLY)
         self.room = Room(spec)
         self.workspace = Workspace(spec, self.room)
-        self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
+        self.helpers: dict[str, ReadyPython] = {}  # by interpreter
         self.unready = ""  # an interpreter that could not be made ready
         self.begun = False  # whether the function of the run has begun
+        self.traits = traits(os.getpid())
         spec.limits.update(allowed(spec.limits))
 
     def work(self) -> None:
@@ -2801,10 +2817,7 @@ class Supervisor:
             self.begun = False
             try:
                 outcome = self.run(RunSpec(**json.loads(line)))
-                # What is left of IPC ends with its namespace, and that with its supervisor. So
-                # does what was set on the room's own directories.
-                is_spent = self.room.has_ipc() or self.workspace.is_marked()
-                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=is_spent)
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.is_spent())
             except OSError as error:  # ConnectionError is one
                 with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
                     self.end_run(self.helpers)
@@ -2814,6 +2827,12 @@ class Supervisor:
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
+
+    def is_spent(self) -> bool:
+        """Whether a run left what only another supervisor has not: IPC, which ends with its
+        namespace; as an ordinary user, what was set on the room's directories or this process."""
+        return (self.room.has_ipc() or self.workspace.is_marked()
+                or self.spec.uid is None and traits(os.getpid()) != self.traits)
 
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end. Raises OSError."""
@@ -2871,11 +2890,9 @@ class Supervisor:
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
-        self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
-            os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
         if run.interpreter and run.interpreter != self.unready:
             ready = self.helpers.get(run.interpreter)
-            if ready and ready.runs < READY_RUNS:
+            if ready and ready.runs < READY_RUNS and ready.is_as_made():
                 return ready, "warm"
             self._close([run.interpreter])
             try:
@@ -2884,9 +2901,8 @@ class Supervisor:
                 return ready, "cold"
             except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
                 self.unready = run.interpreter
-        if "" not in self.helpers:
-            self.helpers[""] = ForkShell(self.room, run.helper_env, self.procs)
-        return self.helpers[""], "cold"
+        others = [helper.pid for helper in self.helpers.values()]
+        return ForkShell(self.room, self.procs, others), "cold"
 
     def _close(self, names: Iterable[str]) -> None:
         """End those of these helpers that there are."""
@@ -2926,8 +2942,11 @@ def launch(control: socket.socket, cgroups: str) -> None:
     kernel("prctl", PR_SET_DUMPABLE, 0)
     kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
     kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # A handler that does nothing, for "ignored" would last through exec into the functions.
-    # nohup and a shell's `&` leave some ignored, too.
+    # What ignores or blocks a signal hands that on, through exec, into the functions.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # A handler that does nothing is not handed on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()

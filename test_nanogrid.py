@@ -4047,7 +4047,7 @@ victim, shared = json.load(sys.stdin)
 workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], *shared, os.getcwd()]))
 places = [os.environ["OUTPUT_DIR"]] + workplaces
 def replace_streams(make):
-    for name in "stdin", "out/stdout", "out/stderr", "run":
+    for name in "stdin", "stdout", "stderr":
         path = os.environ["HOME"].replace("own/home", "feed/" + name)
         try:
             os.unlink(path)
