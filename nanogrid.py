@@ -2241,6 +2241,7 @@ class Room:
         self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
         self.ruleset = -1
+        self.proc = os.open("/proc", os.O_PATH)  # that of the machine, which can be written to
         for name in ("own", "feed", "queues", *OWN_TMP.values()):
             if os.path.lexists(path := f"{spec.directory}/{name}"):
                 remove(path)  # with all that may have been set on it
@@ -2641,8 +2642,8 @@ def confine(room: Room) -> None:
     for name, value in room.spec.limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
     # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
-    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
+    with contextlib.suppress(PermissionError):
+        os.write(os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=room.proc), b"1000")
     os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
     if room.ruleset >= 0:
         kernel("syscall", LANDLOCK_RESTRICT, room.ruleset, 0)
