@@ -3673,10 +3673,16 @@ class Slots:
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
                   "RLIMIT_FSIZE": self.settings.max_file_mb * MIB}
         cgroup = f"{self.cgroups}/slot{number}" if self.cgroups else ""
-        # A link needs code and workspace under one mount: that of all slots.
+        # A link needs code and workspace under one mount: that of all slots. Who has no uid of its
+        # own has copies, and could change the code: it sees no other slot, and that read-only.
+        hidden, shown = self.hidden, [self.base]
+        if uid is None:
+            hidden = sorted({*hidden, str(self.base)})
+            shown = [self.base / "code", self.shell, self.base / "main.py", directory,
+                     directory / "own"]
         return SlotSpec(str(directory), uid, gid, groups, cgroup,
                         self.settings.max_processes + self.other_tasks, str(self.shell), limits,
-                        self.settings.network, tuple(self.hidden), (*self.shown, str(self.base)))
+                        self.settings.network, tuple(hidden), (*self.shown, *map(str, shown)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""

@@ -2999,13 +2999,13 @@ assert sorted(os.listdir("/proc/self/fd")) == ["0", "1", "2", "3"], [
 [ "$(ls /proc/self/fd | tr '\n' ' ')" = "0 1 2 3 " ] || { ls -l /proc/self/fd; exit 1; }
 === environment | input={"k":[1]} timeoutMs=59000 memoryMb=200
 import os
-own = {"HOME", "TMPDIR", "OUTPUT_DIR", "REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS"}
+own = {"HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS"}
 assert set(os.environ) == own | {"PATH", "LANG", "TZ"}, dict(os.environ)
 expected = {"LANG": "C.UTF-8", "TZ": "Asia/Seoul", "REQUEST_ID": "environment", "FUNCTION_ID": "environment",
             "MEMORY_MB": "200", "TIMEOUT_MS": "59000"}
 assert expected.items() <= os.environ.items(), dict(os.environ)
 === environment of a shell | cpp
-own="FUNCTION_ID|HOME|LANG|MEMORY_MB|OUTPUT_DIR|PATH|REQUEST_ID|TIMEOUT_MS|TMPDIR|TZ|PWD|OLDPWD|SHLVL|_"
+own="FUNCTION_ID|HOME|LANG|LOGNAME|MEMORY_MB|OUTPUT_DIR|PATH|REQUEST_ID|TIMEOUT_MS|TMPDIR|TZ|USER|PWD|OLDPWD|SHLVL|_"
 ! env | grep -vE "^($own)="
 === private directories
 import os
