@@ -63,7 +63,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
@@ -719,8 +719,7 @@ _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
 BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
                     "or Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
-# Extra fields (APPNOTE.TXT 4.5), which unzip reads, too: where the seconds are in those of times
-UNICODE_NAME, TIMES = 0x7075, {0x5455: 1, 0x5855: 4}
+TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -856,16 +855,10 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
 
 def _name(member: zipfile.ZipInfo) -> str:
     """Its whole name, which is UTF-8 where it can be, for many a tool does not set the flag."""
-    if member.flag_bits & UTF8_NAME:
-        return member.orig_filename
-    stored = member.orig_filename.encode("cp437")  # what zipfile reads as that
-    again = _extra(member, UNICODE_NAME)
-    if again[1:5] == struct.pack("<L", zlib.crc32(stored)):
-        stored = again[5:]
-    try:
-        return stored.decode()
-    except UnicodeDecodeError:
-        return member.orig_filename
+    with contextlib.suppress(UnicodeDecodeError):
+        if not member.flag_bits & UTF8_NAME:  # zipfile reads such as code page 437
+            return member.orig_filename.encode("cp437").decode()
+    return member.orig_filename
 
 
 def _mode(member: zipfile.ZipInfo) -> int:
@@ -877,7 +870,7 @@ def _modified(member: zipfile.ZipInfo) -> float:
     """When it was changed, in seconds since the epoch."""
     for kind, start in TIMES.items():
         if len(_extra(member, kind)) >= start + 4:
-            return struct.unpack_from("<l", _extra(member, kind), start)[0]
+            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
     return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
 
 
@@ -1035,6 +1028,9 @@ LASTING = ("ParamValidationError", "InvalidRegionError", "PermanentRedirect")  #
 LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
 
 
+LEAST_BOTO3 = (1, 34, 101)  # the first whose ReceiveMessage has MessageSystemAttributeNames
+
+
 class Clients(NamedTuple):
     """The clients of one session: `polls` waits for long, which the rest must not."""
     session: Any
@@ -1055,16 +1051,24 @@ def make_clients(settings: Settings) -> Clients:
         import boto3  # not at the top: --local does without, and so does the launcher
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
+        from botocore.session import get_session
     except ImportError:
         raise GiveUp("boto3 is not installed for this Python; run: "
                      f"{sys.executable} -m pip install boto3") from None
+    if tuple(map(int, re.findall("[0-9]+", boto3.__version__)[:3])) < LEAST_BOTO3:
+        least = ".".join(map(str, LEAST_BOTO3))
+        raise GiveUp(f"boto3 is {boto3.__version__}, and must be {least} at least; run: "
+                     f"{sys.executable} -m pip install 'boto3>={least}'")
     if settings.endpoint_url:  # so that AWS_ENDPOINT_URL_SQS and the like win, as boto3 has it
         os.environ["AWS_ENDPOINT_URL"] = settings.endpoint_url
     try:
-        session = boto3.session.Session(region_name=settings.region)
-        if session.get_credentials() is None:
-            raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
-                         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        core = get_session()
+        session = boto3.session.Session(botocore_session=core, region_name=settings.region)
+        check_credentials(session.get_credentials())
+        bundle = core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        if bundle and not os.path.isfile(bundle):
+            raise GiveUp(f"the CA bundle {bundle} is no file; correct AWS_CA_BUNDLE, "
+                         "REQUESTS_CA_BUNDLE or ca_bundle in ~/.aws/config")
 
         def client(service: str, read_seconds: int = 8, attempts: int = 3) -> Any:
             made = session.client(service, config=Config(
@@ -1077,6 +1081,20 @@ def make_clients(settings: Settings) -> Clients:
                        client("sqs", attempts=1), client("sqs"), client("s3"), client("cloudwatch"))
     except (BotoCoreError, OSError, ValueError) as error:  # no such profile, process, URL
         raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
+
+
+def check_credentials(credentials: Any) -> None:
+    """Refuse, by GiveUp, none, and what HTTP cannot send: its error would show them in the log."""
+    from botocore.credentials import RefreshableCredentials
+    if credentials is None:
+        raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
+                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(credentials, RefreshableCredentials):  # a look would ask for them
+        return
+    for name in ("access_key", "secret_key", "token"):
+        if re.search("[^!-~]", getattr(credentials, name) or ""):
+            raise GiveUp(f"the AWS credentials' {name} ({credentials.method}) has a line break or "
+                         "a blank in it; write it again, in one line")
 
 
 def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
@@ -1174,7 +1192,7 @@ class Message:
     id: str
     body: str
     receive_count: int
-    sent: float  # the first time, in seconds since the epoch by the queue's clock
+    sent: float  # the first time, in seconds since the epoch by the queue's clock; inf: not told
     handle: Any = None  # SQS's receipt handle; of a folder, what unlocks the file at its end
     # From here on times are time.monotonic()'s. But for this one all is of SQS alone.
     received: float = field(default_factory=time.monotonic)
@@ -1238,7 +1256,7 @@ class SqsQueue:
         old = self.held.get(key)
         message = self.held[key] = Message(
             key, entry["Body"], int(attributes.get("ApproximateReceiveCount", 1)),
-            int(attributes.get("SentTimestamp", 0)) / 1000, entry["ReceiptHandle"],
+            float(attributes.get("SentTimestamp", math.inf)) / 1000, entry["ReceiptHandle"],
             ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
             last=now + LONGEST_LEASE_SECONDS - 1)
         if key in self.finished:
@@ -1523,7 +1541,7 @@ def write_json(directory: str | Path, name: str, value: object) -> None:
 # --------------------------------------------------------------------------------------------
 
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
-CACHE_BYTES = 8 * 1024 * MIB  # beyond it packages go that no run uses, longest unused first
+CACHE_SHARE = 0.5  # of the disk, less what others have there: beyond it idle packages go
 BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
                 "that does not exist looks like this, too)")
 
@@ -1567,9 +1585,9 @@ class S3Code:
         where = f"s3://{task.bucket}/{task.key}"
         answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key,
                                 **({"IfNoneMatch": known} if known else {}))
-        code = error and error_code(error)
+        code = error_code(error) if error else ""
         if error and code in ("304", "NotModified"):
-            answer = error.response
+            answer = getattr(error, "response", {})
         elif error and passes(error):
             raise Outage(self.fault, "s3", f"{where}: {error}")
         elif code == "NoSuchKey":
@@ -1580,7 +1598,7 @@ class S3Code:
                                 f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}"))
         else:
             self._download(answer, target, where)
-            known = answer["ETag"]
+            known = answer.get("ETag") or os.urandom(8).hex()  # none: it is another each time
         self.fault.worked()
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         with contextlib.suppress(TypeError, ValueError):
@@ -1588,15 +1606,22 @@ class S3Code:
         return known, 0.0
 
     def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
-        if answer["ContentLength"] > MAX_UNPACKED:
-            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
+        size = answer.get("ContentLength", 0)
+        for name in {"ETag", "ContentLength"}.difference(answer):
+            self.fault.log("WARNING", f"{where}: the answer has no {name}, as S3's have; look at "
+                                      "what stands in S3's place")
         try:
             with contextlib.closing(answer["Body"]) as body, open(target, "wb") as file:
-                file.writelines(body.iter_chunks(256 * 1024))
+                chunks = body.iter_chunks(256 * 1024)
+                while size <= MAX_UNPACKED and (chunk := next(chunks, b"")):
+                    file.write(chunk)
+                    size = max(size, file.tell())
         except OSError:  # the disk's: botocore's errors, also of a body that is short, are none
             raise
         except Exception as error:  # noqa: BLE001
             raise Outage(self.fault, "s3", f"{where} was cut short: {error}") from None
+        if size > MAX_UNPACKED:
+            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
 
 
 class FolderCode:
@@ -1660,22 +1685,34 @@ class CodeCache:
             place.mkdir(mode=0o755)
             unpack(archive, place)
             entry = find_entry(place, task.runtime)
-            size = sum(one.lstat().st_size for one in place.rglob("*"))
+            size = sum(one.lstat().st_blocks * 512 for one in place.rglob("*"))
             package = Package(place.rename(name), etag, entry, size, asked, confirmed)
         finally:
             archive.unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
         with self.lock:
             self.packages[key] = package
-            gone = [old] if old else []
+        if old:
+            self.release(old)
+        whole = sum(one.size for one in list(self.packages.values()))
+        whole += shutil.disk_usage(self.directory).free
+        self.evict(whole * CACHE_SHARE)
+        return package
+
+    def evict(self, most: float = -1) -> bool:
+        """Remove packages that no run uses, longest unused first, down to `most` bytes; did any?"""
+        gone = []
+        with self.lock:
             size = sum(one.size for one in self.packages.values())
-            for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if size > CACHE_BYTES and one.users == 1 and not self.key_locks[name].locked():
-                    gone.append(self.packages.pop(name))
+            for key, one in sorted(self.packages.items(), key=lambda item: item[1].used):
+                in_use = self.key_locks[key]  # also by get(), until its caller is one of the users
+                if size > most and one.users == 1 and in_use.acquire(blocking=False):
+                    gone.append(self.packages.pop(key))
                     size -= one.size
+                    in_use.release()
         for one in gone:
             self.release(one)
-        return package
+        return bool(gone)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1913,7 +1950,7 @@ class RunLost(Exception):
 
 def kernel(name: str, *arguments: Any) -> int:
     """What a function of the C library answers, such as prctl(2); raises OSError."""
-    answer = getattr(LIBC, name)(*arguments)
+    answer: int = getattr(LIBC, name)(*arguments)
     if answer < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
     return answer
@@ -2168,7 +2205,7 @@ def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list
     else of the machine stays to be seen.
     """
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
-    for file in map(os.path.realpath, filter(None, (FILE, settings))):
+    for file in map(os.path.realpath, (FILE, str(settings or FILE))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
         found.append(file if is_system else os.path.dirname(file))
@@ -2394,7 +2431,7 @@ class Room:
 # --- The workspace: the directories of a slot, made pristine before each run ---
 
 
-def is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a directory, and no link to one."""
     return entry.is_dir(follow_symlinks=False)
 
@@ -2477,6 +2514,7 @@ class Workspace:
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
         self.made: dict[str, list[object]] = {}  # path of a directory -> its marks
+        self.is_tidy = False
         self.tidy()
         # The functions' own user has what the room made, too, and no run can have that anew.
         lasting = () if self.linked else (self.own, room.feed, *room.own)
@@ -2552,8 +2590,9 @@ class Workspace:
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
-        if self.linked:
-            os.chown(path, self.spec.uid, self.spec.gid)
+        uid, gid = self.spec.uid, self.spec.gid
+        if self.linked and uid is not None and gid is not None:
+            os.chown(path, uid, gid)
         os.chmod(path, mode)
 
 
@@ -2603,7 +2642,7 @@ def write_all(fd: int, content: bytes) -> None:
             content = content[os.write(fd, content):]
 
 
-def spawn(room: Room, argv: Sequence[str], env: dict[str, str], cwd: str, files: list[int],
+def spawn(room: Room, argv: list[str], env: dict[str, str], cwd: str, files: list[int],
           procs: int = -1) -> int:
     """The pid of a confined process with `files` as its descriptors 0, 1, 2, …, which it closes.
 
@@ -2653,13 +2692,14 @@ def confine(room: Room) -> None:
 
 def become_user(spec: SlotSpec) -> None:
     """In a new child: the slot's user, without any capability."""
-    if spec.uid is not None:
+    uid, gid = spec.uid, spec.gid
+    if uid is not None and gid is not None:
         with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
             for capability in range(64):
                 kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
         os.setgroups(spec.groups)
-        os.setresgid(*[spec.gid] * 3)
-        os.setresuid(*[spec.uid] * 3)  # takes all capabilities, too
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)  # takes all capabilities, too
 
 
 class ForkShell:
@@ -2813,7 +2853,7 @@ class Supervisor:
         """Run what the agent asks for until it, or the launcher, is gone."""
         answer(self.agent, READY, pid=os.getpid(), gaps=self.room.gaps)
         requests = self.agent.makefile("r", encoding="utf-8")
-        while (self.life not in select.select([self.agent, self.life], [], [])[0]
+        while (self.life not in select.select([self.agent.fileno(), self.life], [], [])[0]
                and (line := requests.readline())):
             self.begun = False
             try:
@@ -3070,7 +3110,7 @@ class Watch:
             return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
         sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
-        apart = sum(int((content.split() or [0, 0])[1]) * PAGE for content in sizes.values())
+        apart = sum(int((content.split() or [b"0", b"0"])[1]) * PAGE for content in sizes.values())
         # Each alone counts what it shares with others. So that sum is no less than what is asked.
         if len(pids) < 2 or apart <= self.largest:
             return apart
@@ -3294,6 +3334,15 @@ def open_output(directory: str, name: str) -> BinaryIO:
     return file
 
 
+def copy_outputs(directory: str, names: list[str], target: Path) -> None:
+    """Copy a run's output files into another directory; raises OSError."""
+    for name in names:
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with open_output(directory, name) as source, open(copy, "wb") as file:
+            shutil.copyfileobj(source, file)
+
+
 class FolderResults:
     """DIR/results/<requestId>/."""
 
@@ -3312,11 +3361,7 @@ class FolderResults:
                 new = Path(part, "new")
                 new.mkdir()
                 write_json(new, "result.json", result)
-                for name in names:
-                    copy = new / name
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    with open_output(directory, name) as source, open(copy, "xb") as file:
-                        shutil.copyfileobj(source, file)
+                copy_outputs(directory, names, new)
                 if os.path.lexists(target):
                     os.rename(target, f"{part}/old")
                 os.rename(new, target)
@@ -3387,6 +3432,9 @@ class FolderMetrics:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
+Metric = tuple[str, str, tuple[tuple[str, str], ...]]  # name, unit, (dimension, value) of each
+
+
 class CloudWatchMetrics:
     """PeakMemoryBytes of each run, in batches; with metrics.runs also Runs, one for each turn."""
 
@@ -3396,7 +3444,7 @@ class CloudWatchMetrics:
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        self.values: deque[tuple[tuple, float]] = deque()  # (metric, unit, (dimension, value), ...)
+        self.values: deque[tuple[Metric, float]] = deque()
         self.dropped = 0
         self.fault = Fault(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
@@ -3408,12 +3456,13 @@ class CloudWatchMetrics:
         """Keep what is to be said of a turn for the next flush."""
         peak_bytes = report.outcome.peak_memory_bytes
         if peak_bytes is not None:
-            self._keep([(("PeakMemoryBytes", "Bytes", ("FunctionId", report.function_id),
-                          ("Runtime", report.runtime)), float(peak_bytes))])
+            dimensions = (("FunctionId", str(report.function_id)),
+                          ("Runtime", str(report.runtime)))
+            self._keep([(("PeakMemoryBytes", "Bytes", dimensions), float(peak_bytes))])
         if self.settings.count_runs:
-            self._keep([(("Runs", "Count", ("Status", report.outcome.status)), 1.0)])
+            self._keep([(("Runs", "Count", (("Status", report.outcome.status),)), 1.0)])
 
-    def _keep(self, values: list[tuple[tuple, float]], first: bool = False) -> None:
+    def _keep(self, values: list[tuple[Metric, float]], first: bool = False) -> None:
         """Have these wait for the next flush, before or after the others; the oldest may go."""
         with self.lock:
             self.values.extendleft(values) if first else self.values.extend(values)
@@ -3431,7 +3480,7 @@ class CloudWatchMetrics:
         pause, is_last = float(self.settings.flush_seconds), False
         while not is_last:
             is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
-            groups: defaultdict[tuple, list[float]] = defaultdict(list)
+            groups: defaultdict[Metric, list[float]] = defaultdict(list)
             with self.lock:
                 while self.values:
                     key, value = self.values.popleft()
@@ -3456,8 +3505,8 @@ class CloudWatchMetrics:
                 self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
     @staticmethod
-    def _datum(key: tuple, values: list[float]) -> dict[str, Any]:
-        name, unit, *dimensions = key
+    def _datum(key: Metric, values: list[float]) -> dict[str, Any]:
+        name, unit, dimensions = key
         counts = Counter(values)
         return {"MetricName": name, "Unit": unit, "Values": list(counts),
                 "Counts": list(map(float, counts.values())),
@@ -3499,9 +3548,9 @@ class Slot:
                 with self.lock:
                     if self.cancelled:
                         return Outcome("released")
-                    self.connect()
-                self.connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
-                self.connection.sendall(json.dumps(vars(run)).encode() + b"\n")
+                    connection = self.connect()
+                connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
+                connection.sendall(json.dumps(vars(run)).encode() + b"\n")
                 answer = self._answer()
             except NotBegun as error:
                 self.drop(kill=True)
@@ -3517,8 +3566,8 @@ class Slot:
                 self.drop()
             return Outcome(**answer["outcome"])
 
-    def connect(self) -> None:
-        """Have a supervisor; one that ended while it was idle is replaced. Raises OSError."""
+    def connect(self) -> socket.socket:
+        """To a supervisor; one that ended while it was idle is replaced. Raises OSError."""
         if self.connection:
             idle = select.poll()  # select(2) knows no descriptor over 1,023
             idle.register(self.connection, select.POLLIN)
@@ -3530,6 +3579,7 @@ class Slot:
             self.answers = self.connection.makefile("rb")
             answer = self._answer()
             self.pid, self.gaps = answer["pid"], answer["gaps"]
+        return self.connection
 
     def _answer(self) -> dict[str, Any]:
         """What the supervisor says next; raises NotBegun, RunLost and OSError."""
@@ -3601,7 +3651,7 @@ class Slots:
             try:
                 self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
             except OSError as error:
-                self.metadata_gap = error.strerror
+                self.metadata_gap = error.strerror or str(error)
         self.launching = threading.Lock()
         self._launch()
         self.gaps: list[str] = []  # that of all slots
@@ -3667,7 +3717,7 @@ class Slots:
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
         os.mknod(directory / "nothing", 0)  # what is mounted over a file that is hidden
-        if uid is not None:
+        if uid is not None and gid is not None:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
@@ -3819,6 +3869,22 @@ class Slots:
                 os.rename(part, built.path)
             return built
 
+    def outputs(self, slot: Slot, outcome: Outcome, label: str) -> tuple[list[str], Outcome]:
+        """The names of a run's output files, and its outcome, or what too many make of it."""
+        settings = self.settings
+        names, size, left_out = output_files(slot)
+        if left_out:
+            self.log("WARNING", f"[{label}] {left_out} entries of $OUTPUT_DIR left out: paths are "
+                                f"UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json, no closed "
+                                "directory")
+        if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
+            text = (f"$OUTPUT_DIR has {len(names)} files of {size / MIB:.0f} MiB with their "
+                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            names = []
+            if outcome.status in ("ok", "failed"):
+                outcome = replace(outcome, status="failed", reason="disk", text=text)
+        return names, outcome
+
     def close(self) -> None:
         """End all that runs, and remove all that was made for it."""
         self._end_launcher()
@@ -3829,8 +3895,8 @@ class Slots:
         with contextlib.suppress(OSError):  # another agent's may be there
             os.rmdir(self.lock_directory)
         with contextlib.suppress(OSError):
-            sweep(self.base, ["lock"])
-            remove(self.base)
+            sweep(str(self.base), ["lock"])
+            remove(str(self.base))
             self.base.parent.rmdir()
 
 
@@ -3856,18 +3922,21 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         log("WARNING", f"agent.taskBaseDir is {root}, but {closed[0]} is closed to the functions' "
                        f"users; {usual} is used instead (chmod o+x {closed[0]} opens it)")
         root = usual
-    if root == usual and root.exists() and not os.access(root, os.W_OK):
+    if root == usual and root.exists() and root.stat().st_uid != os.geteuid():
         root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
+    umask = os.umask(0o022)  # functions' users pass through what is made here
     try:
         root.mkdir(mode=0o755, parents=True, exist_ok=True)
         owner = root.lstat()
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
+        if os.statvfs(root).f_flag & os.ST_NOEXEC:
+            raise PermissionError(f"{root} is mounted noexec: no program can run there")
         for old in root.glob("agent-*"):
             with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                sweep(old, ["lock"])  # the last to go: what is left by a kill is found again
-                remove(old)
+                sweep(str(old), ["lock"])  # the last to go: what is left by a kill is found again
+                remove(str(old))
         own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
         lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -3876,6 +3945,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     except OSError as error:
         raise GiveUp(f"agent.taskBaseDir {root} cannot be used ({error}); name a directory of the "
                      "agent's own user") from None
+    finally:
+        os.umask(umask)
     return own, lock
 
 
@@ -3918,7 +3989,8 @@ class Agent:
         self.mean_seconds: float | None = None
         self.hold_until = self.sick_seconds = 0.0
         self.fault = Fault(log, "receiving messages")
-        self.peaks = functools.lru_cache(10_000)(lambda function_id: deque(maxlen=RECENT))
+        self.peaks: Callable[[str | None], deque[int]] = functools.lru_cache(10_000)(
+            lambda function_id: deque(maxlen=RECENT))
         self.drain = False
         self.drained: list[Report] = []  # for summary()
         self.counts: Counter[str] = Counter()
@@ -3993,18 +4065,23 @@ class Agent:
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
         # Imported here, for it brings ssl: 20 ms of the start, and 2 MiB of each process.
-        from urllib.request import Request, urlopen
+        from http.client import HTTPConnection, HTTPException  # which knows of no proxy
         base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
-        latest = f"{base.rstrip('/')}/latest"
+        host = re.sub("^https?://|/.*", "", base)
+        fault = Fault(self.log, "asking EC2 for a spot interruption notice")
         while not self.stopping:
-            with contextlib.suppress(OSError, ValueError):  # HTTPError of 404 is one: no notice
-                with urlopen(Request(f"{latest}/api/token", method="PUT", headers={
-                        "X-aws-ec2-metadata-token-ttl-seconds": "60"}), timeout=2) as answer:
-                    token = answer.read().decode()
-                urlopen(Request(f"{latest}/meta-data/spot/instance-action", headers={
-                    "X-aws-ec2-metadata-token": token}), timeout=2).close()
-                self.log("WARNING", "EC2 will interrupt this spot instance")
-                return os.kill(os.getpid(), signal.SIGTERM)
+            with contextlib.suppress(HTTPException), fault.watched(goes_on=True), \
+                    contextlib.closing(HTTPConnection(host, timeout=2)) as metadata:
+                metadata.request("PUT", "/latest/api/token", headers={
+                    "X-aws-ec2-metadata-token-ttl-seconds": "60"})
+                answer = metadata.getresponse()
+                if answer.status != 200:
+                    raise OSError(f"{host} answers {answer.status}")
+                metadata.request("GET", "/latest/meta-data/spot/instance-action", headers={
+                    "X-aws-ec2-metadata-token": answer.read().decode()})
+                if metadata.getresponse().status == 200:  # 404: no notice
+                    self.log("WARNING", "EC2 will interrupt this spot instance")
+                    return os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
     # The receiving thread.
@@ -4144,22 +4221,7 @@ class Agent:
         finally:
             self.code.release(package)
         turn.directory = slot.output
-        return self._list_outputs(turn, slot, outcome)
-
-    def _list_outputs(self, turn: Turn, slot: Slot, outcome: Outcome) -> Outcome:
-        """Have the turn name the run's output files; `outcome`, or what too many make of it."""
-        settings = self.settings
-        turn.names, size, left_out = output_files(slot)
-        if left_out:
-            self.log("WARNING", f"[{turn.report.request_id}] {left_out} entries of $OUTPUT_DIR "
-                                f"left out: paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no "
-                                "result.json, no closed directory")
-        if size > settings.max_disk_mb * MIB or len(turn.names) > settings.max_files:
-            text = (f"$OUTPUT_DIR has {len(turn.names)} files of {size / MIB:.0f} MiB with their "
-                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
-            turn.names = []
-            if outcome.status in ("ok", "failed"):
-                return replace(outcome, status="failed", reason="disk", text=text)
+        turn.names, outcome = self.slots.outputs(slot, outcome, task.request_id)
         return outcome
 
     def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
@@ -4172,6 +4234,9 @@ class Agent:
             try:
                 return step()
             except Outage as outage:
+                if outage.reason == "disk" and self._make_room(turn):
+                    self.log("INFO", f"{outage}: packages that no run uses were removed")
+                    continue
                 fault, last = outage.fault, min(end, self.queue.held_until(turn.message))
                 again = min(time.monotonic() + fault.failed(outage), last)
                 if time.monotonic() >= last:
@@ -4182,6 +4247,17 @@ class Agent:
             turn.is_held = False
             if self.stopping:
                 raise Ended(Outcome("released"))
+
+    def _make_room(self, turn: Turn) -> bool:
+        """Remove packages that no run uses, and the links to them that idle slots still have."""
+        if not self.code.evict():
+            return False
+        with self.lock:  # none of them begins
+            for slot in self.slots.all:
+                if self.turns.get(slot, turn) is turn:
+                    with contextlib.suppress(OSError):
+                        sweep(f"{slot.own}/work")
+        return True
 
     def _store(self, turn: Turn) -> None:
         """Keep a turn's result and output files, or have its report say why they cannot be.
@@ -4285,42 +4361,74 @@ def say(text: str) -> None:
         write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
-    """Run one function from a zip or a folder; 0 when it ends ok."""
-    path, log = Path(args.invoke), Log(form, "ERROR")
+def own_package(path: Path, target: Path, runtime: str | None) -> tuple[str, Package]:
+    """(runtime, package) of a function in a zip or a folder, copied; raises Ended and GiveUp."""
     if not path.exists():
         raise GiveUp(f"--invoke {path}: there is no such zip or folder")
-    asked = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
-             "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
-    given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-    report = Report()
+    if path.is_dir():
+        shutil.copytree(path, target, symlinks=True)
+        for one in (target, *target.rglob("*")):
+            if not one.is_symlink():
+                one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
+    elif path.suffix == ".zip" or zipfile.is_zipfile(path):
+        target.mkdir()
+        unpack(path, target)
+    else:
+        raise GiveUp(f"--invoke {path}: this is a file, neither a zip nor a folder; name the "
+                     f"folder that it is in: --invoke {path.parent}")
+    if runtime is None:
+        found = {entry: name for name, known in reversed(RUNTIMES.items())
+                 for entry in (*known.commands, *known.compiled) if (target / entry).is_file()}
+        if len(found) > 1:
+            raise GiveUp(f"--invoke {path}: it has {' and '.join(sorted(found))}; say by --runtime "
+                         "which of them is meant")
+        runtime = next(iter(found.values()), "python")
+    if runtime not in _RUNTIME_OF:
+        raise GiveUp(f"--runtime {runtime}: write one of {', '.join(_RUNTIME_OF)}")
+    return runtime, Package(target, "", find_entry(target, _RUNTIME_OF[runtime]))
+
+
+def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
+    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp."""
+    log, keep = Log(form, "ERROR"), args.output
+    report, names = Report(), list[str]()
     with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
         slots.try_out()
-        slot, target = slots.all[0], slots.base / "code" / "invoked"
+        slot = slots.all[0]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slot.cancel())
         try:
-            task = replace(parse_task(json.dumps(asked), settings, any_bucket=True), input=given)
+            runtime, package = own_package(args.invoke, slots.base / "code/invoked", args.runtime)
+            task = parse_task(json.dumps({
+                "requestId": "invoke", "functionId": args.function_id, "runtime": runtime,
+                "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb,
+            }), settings, any_bucket=True)
             report = replace(report, **task.known())
-            if path.is_dir():
-                shutil.copytree(path, target, symlinks=True)
-                for one in (target, *target.rglob("*")):
-                    if not one.is_symlink():
-                        one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
-            else:
-                target.mkdir()
-                unpack(path, target)
-            package = Package(target, "", find_entry(target, task.runtime))
+            has_input = sys.stdin and not sys.stdin.isatty()
+            task = replace(task, input=sys.stdin.buffer.read() if has_input else b"")
             run = slots.run_spec(task, slots.compile(task, package, slot), slot, tee=True)
-            report = replace(report, outcome=slot.run(run))
+            names, outcome = slots.outputs(slot, slot.run(run), task.request_id)
+            report = replace(report, outcome=outcome)
         except (Ended, Outage) as error:
             report = report.ended(error)
+        outcome = report.outcome
+        if keep:
+            try:
+                keep.mkdir(parents=True, exist_ok=True)
+                copy_outputs(slot.output, names, keep)
+                write_json(str(keep), "result.json",
+                           report.result(names, [outcome.peak_memory_bytes or 0]))
+            except OSError as error:
+                raise GiveUp(f"--output {keep}: {error}; name a folder to write to") from None
     log.least = 0
-    outcome = report.outcome
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
+    if outcome.reason == "compile":  # the compiler's own lines, which no run has shown
+        write_all(2, outcome.stderr.encode())
     if outcome.text:
-        log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
+        log("ERROR", f"{outcome.status}: {outcome.text}")
+    if names and not keep:
+        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(names[:9])}; --output DIR keeps it")
     log("INFO", "REPORT", **report.pairs())
     return 0 if outcome.status == "ok" else 1
 
@@ -4360,6 +4468,15 @@ def demo(settings: Settings, log: Log) -> None:
     say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
+TRIALS = {  # runtime: its entry file, which says the version of what runs or compiled it
+    "python": ("main.py", "import sys\nprint('runs', sys.version.split()[0])"),
+    "cpp": ("main.cpp", '#include <cstdio>\nint main() { std::puts("runs " __VERSION__); }'),
+    "nodejs": ("index.js", "console.log('runs', process.version)"),
+    "go": ("main.go", 'package main\nimport "runtime"\n'
+                      'func main() { println("runs", runtime.Version()) }'),
+}
+
+
 class Check:
     """--check: a line for each thing that the agent needs; changes nothing."""
 
@@ -4376,20 +4493,32 @@ class Check:
             self.failed = True
             say(f"FAIL  {name}: {error}")
 
-    def run(self, folder: Path | None) -> int:
+    def run(self, args: argparse.Namespace) -> int:
         """0 when all is usable, else 1."""
-        if folder:
+        if args.local:
             with self.of("folder") as is_ok:
-                found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
-                for one in (folder, *found):
+                found = filter(os.path.lexists, map(args.local.joinpath, FolderQueue.PARTS))
+                for one in (args.local, *found):
                     os.listdir(one)
                     if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
                         raise PermissionError(errno.EACCES, "Permission denied", str(one))
-                is_ok(str(folder))
-        else:
+                is_ok(str(args.local))
+        elif not (args.invoke or args.demo):
             self._aws()
-        with self.of("sandbox") as is_ok:
-            is_ok(self._sandbox())
+        with self.of("sandbox") as is_ok, contextlib.closing(
+                Slots(replace(self.settings, concurrency=1), self.log)) as slots:
+            slots.try_out()
+            names = list(RUNTIMES)
+            if args.invoke:
+                names = []
+                with self.of("function") as is_whole:
+                    name, package = own_package(
+                        args.invoke, slots.base / "code/invoked", args.runtime)
+                    names = [_RUNTIME_OF[name]]
+                    is_whole(f"{args.invoke} begins with {package.entry}, for {names[0]}")
+            for name in names:
+                self._runtime(slots, name)
+            is_ok(self._sandbox(slots))
         return int(self.failed)
 
     def _aws(self) -> None:
@@ -4410,7 +4539,7 @@ class Check:
             answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=url,
                                     AttributeNames=["All"])
             if error:
-                raise GiveUp(remedy(error, QUEUE_NEEDS, url) or str(error))
+                raise self.refused(error, QUEUE_NEEDS, url)
             attributes = answer["Attributes"]
             is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting")
         if attributes:
@@ -4431,44 +4560,78 @@ class Check:
             elif is_denied(error) and "perform: s3:ListBucket" in str(error):
                 is_ok(f"{bucket}: s3:ListBucket is not granted: a missing key is like a refusal")
             else:
-                raise GiveUp(f"{bucket}: {remedy(error, BUCKET_NEEDS.format(bucket)) or error}")
+                raise self.refused(error, BUCKET_NEEDS.format(bucket))
         with self.of("CloudWatch") as is_ok:
             # Nothing to write: who may not write is told so, who may is told that this is nothing.
             _, error = attempt(clients.cloudwatch.put_metric_data, MetricData=[],
                                Namespace=self.settings.namespace)
             if error and not re.search("Parameter|Validation", error_code(error)):
-                raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
+                raise self.refused(error, "cloudwatch:PutMetricData")
             is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
+        if bucket := self.settings.output_bucket:
+            with self.of("output bucket") as is_ok:
+                # A part of an upload that nobody began: refused to who may not write.
+                _, error = attempt(clients.s3.upload_part, Bucket=bucket, Key=key, Body=b"",
+                                   UploadId="none", PartNumber=1)
+                if error and error_code(error) not in ("NoSuchUpload", "500"):  # the latter: moto
+                    raise self.refused(error, f"s3:PutObject on arn:aws:s3:::{bucket}/*")
+                is_ok(f"{bucket}: s3:PutObject is not refused")
+        if url := self.settings.output_queue_url:
+            with self.of("output queue") as is_ok:
+                _, error = attempt(clients.sqs.send_message_batch, QueueUrl=url, Entries=[])
+                if error and not re.search("EmptyBatch|Parameter|Validation", error_code(error)):
+                    raise self.refused(error, "sqs:SendMessage on agent.output.queueUrl", url)
+                is_ok(f"{url} does not refuse a batch of no messages")
 
-    def _sandbox(self) -> str:
-        """Say a line for each runtime and the metadata; the sandbox's text. Raises GiveUp."""
-        with contextlib.closing(Slots(replace(self.settings, concurrency=1), self.log)) as slots:
-            slots.try_out()
-            for name, runtime in RUNTIMES.items():
-                if slots.programs[name] or getattr(self.settings, name):
-                    with self.of(f"runtime {name}") as is_ok:
-                        is_ok(slots.program("{program}", name))
-                else:
-                    say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
-                        "function can run; its tasks end as error")
-            slot, place, address = slots.all[0], slots.base / "code/trial", METADATA[socket.AF_INET]
-            place.mkdir(mode=0o755)
-            reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
-            (place / "run.sh").write_text(f"{reach}test -w .\n")
-            task = Task("check", "check", "cpp", "", "", 10_000, 64, b"")
-            outcome = slot.run(slots.run_spec(task, Package(place, "", "run.sh"), slot))
-            if reach:
-                with self.of("instance metadata") as is_ok:
-                    if "not permitted" not in outcome.stderr:
-                        raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
-                                     "close it by a firewall, or set agent.execution.network none")
-                    is_ok(f"{address} is refused to functions")
-            if outcome.status != "ok":
-                raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
-            who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
-            peak = outcome.peak_memory_bytes
-            return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
-                    f"{slots.isolation()}")
+    @staticmethod
+    def refused(error: Exception, needs: str, url: str | None = None) -> GiveUp:
+        """What AWS says, and what to do; also of what may pass."""
+        return GiveUp(remedy(error, needs, url) or f"{error}; it may pass: if it does not, check "
+                      "the network, agent.aws.region and agent.aws.endpointUrl")
+
+    def _runtime(self, slots: Slots, name: str) -> None:
+        """Say a line for a runtime: a program of its kind is run, and compiled if it is one."""
+        if not slots.programs[name] and not getattr(self.settings, name):
+            return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
+                       "that a function can run; its tasks end as error")
+        with self.of(f"runtime {name}") as is_ok:
+            program, (entry, source) = slots.program("{program}", name), TRIALS[name]
+            try:
+                outcome = self._trial(slots, name, entry, source)
+            except Ended as error:
+                outcome = error.outcome
+            said = outcome.stdout + outcome.stderr
+            if outcome.status != "ok" or not (found := re.fullmatch(r"runs (.*)\n", said)):
+                raise GiveUp(f"{program} does not run {entry} as it should ({outcome.status}: "
+                             f"{shown(said)}); name another in agent.runtimes.{name}")
+            is_ok(f"{program}, {found[1]}")
+
+    def _trial(self, slots: Slots, name: str, entry: str, source: str) -> Outcome:
+        """What a function of our own comes to; raises Ended."""
+        place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
+        place.mkdir(mode=0o755)
+        (place / entry).write_text(source)
+        task = Task("check", "check", name, "", "", 60_000, 512, b"")
+        package = slots.compile(task, Package(place, "", entry), slot)
+        return slot.run(slots.run_spec(task, package, slot))
+
+    def _sandbox(self, slots: Slots) -> str:
+        """Say a line for the metadata; the sandbox's text. Raises GiveUp."""
+        slot, address = slots.all[0], METADATA[socket.AF_INET]
+        reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
+        outcome = self._trial(slots, "cpp", "run.sh", f"{reach}test -w .\n")
+        if reach:
+            with self.of("instance metadata") as is_ok:
+                if "not permitted" not in outcome.stderr:
+                    raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
+                                 "close it by a firewall, or set agent.execution.network none")
+                is_ok(f"{address} is refused to functions")
+        if outcome.status != "ok":
+            raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
+        who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
+        peak = outcome.peak_memory_bytes
+        return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
+                f"{slots.isolation()}")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -4489,17 +4652,19 @@ def arguments() -> argparse.ArgumentParser:
     mode.add_argument("--demo", action="store_true",
                       help="run sample functions from a fresh folder, without settings or AWS "
                            "(default: no)")
-    mode.add_argument("--invoke", metavar="PATH",
+    mode.add_argument("--invoke", metavar="PATH", type=Path,
                       help="run one function here and now from a zip or a folder; its input is "
                            "standard input (default: no)")
     parser.add_argument("--drain", action="store_true",
                         help="end when the queue is empty, with a table of what ran (default: run "
                              "until SIGTERM or SIGINT)")
     parser.add_argument("--check", action="store_true",
-                        help="say, a line each, what is usable; change nothing (default: no)")
+                        help="say, a line each, what is usable; change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", default="python",
-                     help="python, cpp, nodejs or go (default: python)")
+    one.add_argument("--runtime", metavar="NAME",
+                     help="python, cpp, nodejs or go (default: that of its only entry file)")
+    one.add_argument("--output", metavar="DIR", type=Path,
+                     help="keep result.json and what it leaves in $OUTPUT_DIR (default: nothing)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
                      help="its time limit (default: execution.defaultTimeoutMs, "
                           f"{Settings.default_timeout_ms})")
@@ -4517,8 +4682,18 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def start_clean() -> None:
+    """Undo what whoever started this process left of descriptors and signals; exec keeps both."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket would take a closed one's place
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children end without a status
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
+    start_clean()
     if argv[:1] == ["--launcher"]:
         launch(socket.socket(fileno=int(argv[1])), argv[2])
         return 0
@@ -4538,7 +4713,7 @@ def main(argv: list[str]) -> int:
             log("WARNING", warning)
         if args.check:
             say(f"ok    settings: {path or 'defaults'}")
-            return Check(settings, Log(args.log_format, "ERROR")).run(args.local)
+            return Check(settings, Log(args.log_format, "ERROR")).run(args)
         if args.invoke:
             return invoke(settings, args.log_format, args)
         if args.demo:

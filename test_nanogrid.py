@@ -86,14 +86,20 @@ ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
 USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
 
 
+def patient(seconds: float) -> float:
+    """What takes `seconds` at most on an idle machine may take so long on this one, as busy as it is."""
+    busy = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return max(seconds, min(600.0, seconds * busy))
+
+
 def until(condition, seconds=180.0, what="condition"):
-    """Return the first true value of condition(); fail when `seconds` pass without one."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """Return the first true value of condition(); fail when patient(seconds) pass without one."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < patient(seconds):
         if value := condition():
             return value
         time.sleep(0.02)
-    raise AssertionError(f"{what} did not come within {seconds} s")
+    raise AssertionError(f"{what} did not come within {time.monotonic() - begun:.0f} s")
 
 
 def need(*programs: str, found=shutil.which) -> None:
@@ -201,7 +207,7 @@ class Agent:
 
     def end(self, seconds: float = 180) -> int:
         """The exit status; the log is complete when this returns."""
-        status = self.process.wait(seconds)
+        status = self.process.wait(patient(seconds))
         for reader in self._readers:
             reader.join(60)
         return status
@@ -617,7 +623,7 @@ def client_of(url: str, service: str):
                         aws_access_key_id="testing", aws_secret_access_key="testing")
 
 
-# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message)
+# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message), see as_aws()
 REFUSALS = {
     "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
     "status 503": (503, "ServiceUnavailable", "ServiceUnavailable", "Service is unavailable"),
@@ -674,23 +680,9 @@ def cbor(texts: dict[str, str]) -> bytes:
     return bytes((0xA0 + len(texts),)) + b"".join(coded)
 
 
-def proxy_refusal(fault: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of an AWS error in the protocol of the request."""
-    status, code, s3_code, message = REFUSALS[fault]
-    error = {"__type": f"com.amazon.coral.service#{code}", "message": message}
-    if "X-Amz-Target" in headers:
-        return status, {"Content-Type": "application/x-amz-json-1.0"}, json.dumps(error).encode()
-    if "Smithy-Protocol" in headers:
-        kind = {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
-        return status, kind, cbor(error)
-    xml = f"<Error><Code>{s3_code}</Code><Message>{message}</Message></Error>"
-    if b"Action=" in body:
-        xml = f"<ErrorResponse>{xml.replace(s3_code, code)}</ErrorResponse>"
-    return status, {"Content-Type": "application/xml"}, xml.encode()
-
-
 def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str) -> bytes:
-    """An error as AWS's own services answer it, from the status line to the last byte.
+    """An error as AWS's own services answer it, from the status line to the last byte; `twin` is
+    its query-compatible code, if any.
 
     SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
     S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
@@ -729,6 +721,20 @@ def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str
             "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\n\r\n").encode() + content
 
 
+def aws_refusal(fault: str, headers, body: bytes) -> tuple | None:
+    """as_aws()'s arguments for a fault of REFUSALS."""
+    if fault not in REFUSALS:
+        return None
+    status, code, s3_code, message = REFUSALS[fault]
+    is_s3 = not ("X-Amz-Target" in headers or "Smithy-Protocol" in headers or b"Action=" in body)
+    return status, s3_code if is_s3 else code, "", message
+
+
+def head_of(answer: bytes) -> bytes:
+    """What answers a HEAD: all but the body."""
+    return answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+
 class ProxyHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 300
@@ -738,11 +744,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
         operation = operation_of(self.command, self.path, self.headers, body)
         signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
         rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
-        if rule and rule.said:
-            return self.wfile.write(as_aws(self.headers, body, *rule.said))
         fault = rule.fault if rule else ""
-        if fault in REFUSALS:
-            return self.answer(*proxy_refusal(fault, self.headers, body))
+        if said := rule and (rule.said or aws_refusal(fault, self.headers, body)):
+            content = as_aws(self.headers, body, *said)
+            return self.wfile.write(content if self.command != "HEAD" else head_of(content))
         if fault == "reset":
             self.server.proxy.closing.wait(rule.seconds)
             return self.reset()
@@ -762,7 +767,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
             content = with_failed(content, refused)
         if operation == "ReceiveMessage" and status == 200:
             self.server.proxy.received += json.loads(content or b"{}").get("Messages") or []
-        self.answer(status, headers, content, cut=fault == "truncated")
+        if fault == "emulator":
+            headers.pop("ETag", None)
+            content = re.sub(rb'"SentTimestamp": "\d+",? ?', b"", content)
+        self.answer(status, headers, content, cut=fault == "truncated", ends=fault == "emulator")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
 
@@ -777,14 +785,18 @@ class ProxyHandler(BaseHTTPRequestHandler):
         finally:
             backend.close()
 
-    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False):
-        """Send the answer; `cut`: half of it, then end the connection."""
+    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False,
+               ends: bool = False):
+        """Send the answer; `cut`: half of it, then end the connection; `ends`: that ends it."""
         length = headers.get("Content-Length") if self.command == "HEAD" else None
         self.send_response_only(status)
         for name, value in headers.items():
             if name.lower() not in ("content-length", "connection", "transfer-encoding"):
                 self.send_header(name, value)
-        self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
+        if ends:
+            self.send_header("Connection", "close")  # sets close_connection, too
+        else:
+            self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content[:len(content) // 2] if cut else content)
@@ -837,7 +849,8 @@ class FaultProxy:
 
     Faults: those of REFUSALS; "reset" (after seconds=); "black hole" (read, never answered, not even after heal());
     "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
-    reset); "truncated" (half a body); "partial" (half of a batch's entries fail).
+    reset); "truncated" (half a body); "partial" (half of a batch's entries fail); "emulator" (done,
+    but no SentTimestamp, ETag and Content-Length is told).
     `requests` is what came, `received` the messages that were given out; `expired` are access keys
     that are answered as AWS answers expired ones.
     """
@@ -1912,12 +1925,6 @@ def link(name, target):
     return member(name, target.encode(), mode=stat.S_IFLNK | 0o777)
 
 
-def other_name(name, stored):
-    """The extra field that says what a name is in Unicode (0x7075)."""
-    data = b"\1" + struct.pack("<L", zlib.crc32(stored)) + name.encode()
-    return struct.pack("<HH", 0x7075, len(data)) + data
-
-
 def far(offset):
     """A zip (zip64) that says its only member begins at `offset`."""
     extra = struct.pack("<HHQ", 1, 8, offset)
@@ -1939,8 +1946,6 @@ REFUSED = {
     "drive": (bundle(member("C:/leak")), LEAVE),
     "drive alone": (bundle(member("C:")), LEAVE),
     "NUL": (bundle(member("a\0b")), "has a NUL"),
-    "dots in its Unicode name": (bundle(member(
-        "a", flags=0, extra=other_name("../leak", b"a"))), LEAVE),
     "not UTF-8": (bundle(member(b"a\xff")), "no zip that can be read"),
     "no name": (bundle(member("")), BOTH),
     "dot": (bundle(member(".")), BOTH),
@@ -2102,17 +2107,12 @@ def test_contents_and_names(unpack):
         name: f"<{name}>".encode() for name in names}
 
 
-@pytest.mark.parametrize("stored, flags, extra, name", [
-    ("한글.txt".encode(), 0, b"", "한글.txt"),        # as Info-ZIP writes it without a UTF-8 locale
-    ("한글.txt".encode(), 0x800, b"", "한글.txt"),
-    (b"\x81.txt", 0, b"", "ü.txt"),                 # code page 437
-    (b"\xc7.txt", 0, other_name("한.txt", b"\xc7.txt"), "한.txt"),
-    (b"\x81.txt", 0, other_name("한.txt", b"other"), "ü.txt"),
-    (b"\x81.txt", 0, b"up\1\0\1", "ü.txt"),
-    (b"a.txt", 0x800, other_name("b.txt", b"a.txt"), "a.txt"),
-])
-def test_names_in_utf_8_with_or_without_the_flag(unpack, stored, flags, extra, name):
-    assert unpack(bundle(member(stored, flags=flags, extra=extra))) == [name]
+@pytest.mark.parametrize("stored, flags, name", [
+    ("한글.txt".encode(), 0, "한글.txt"),  # as Info-ZIP writes it without a UTF-8 locale
+    ("한글.txt".encode(), 0x800, "한글.txt"),
+    (b"\x81.txt", 0, "ü.txt")])  # code page 437
+def test_names_in_utf_8_with_or_without_the_flag(unpack, stored, flags, name):
+    assert unpack(bundle(member(stored, flags=flags))) == [name]
 
 
 @pytest.mark.parametrize("extra, date, seconds", [
@@ -5385,13 +5385,75 @@ def test_invoke_fails_with_1(invoked, source, args, status):
     assert [report["status"] for report in reports(done.stderr.decode())] == [status], done.stderr
 
 
-@pytest.mark.parametrize("name, args", [
-    ("missing.zip", ["--runtime", "python"]), ("fn.zip", ["--runtime", "cobol"]),
-    ("fn.zip", ["--runtime", "python", "--timeout-ms", "0"]), ("fn.zip", ["--runtime", "cpp"])])
-def test_invoke_says_what_is_wrong(invoked, name, args):
-    done = invoke(invoked, invoked.top / name, *args)
-    assert done.returncode in (1, 2), done
-    assert done.stdout == b"" and b"Traceback" not in done.stderr and done.stderr.strip(), done
+MAIN_PY = {"main.py": "print('python')"}
+# how --invoke is called on a folder of these files: (files, arguments, what it says on standard error)
+INVOKED_WRONGLY = {
+    "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
+    "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
+    "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
+    "no such runtime": (MAIN_PY, "fn --runtime cobol", r"ERROR --runtime cobol: write one of python, cpp, .*\n"),
+    "no time": (MAIN_PY, "fn --timeout-ms 0", r"ERROR rejected: timeoutMs is 0; .*\n.* reason=task\n"),
+    "no entry file": ({"x.py": ""}, "fn", r"ERROR rejected: .* no main.py at its top.*\n.* reason=entry\n"),
+    "two entry files": ({**MAIN_PY, "index.js": ""}, "fn",
+                        r"ERROR --invoke fn: it has index.js and main.py; say by --runtime which of them is meant\n"),
+    "what does not compile": ({"main.cpp": "int main() { return x; }"}, "fn",
+                              r"main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
+                              r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
+    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR --output fn/main.py: .*File exists.*\n"),
+}
+
+
+@pytest.mark.parametrize("trouble", INVOKED_WRONGLY)
+def test_invoke_says_what_is_wrong_and_ends_with_1(tmp_path, trouble):
+    files, args, said = INVOKED_WRONGLY[trouble]
+    if "main.cpp" in files:
+        need("g++")
+    (tmp_path / "fn").mkdir()
+    for name, text in files.items():
+        (tmp_path / "fn" / name).write_text(text)
+    done = subprocess.run([sys.executable, MODULE, "--invoke", *args.split()], cwd=tmp_path, input="", text=True,
+                          capture_output=True, timeout=180, check=False)
+    assert done.returncode == 1, done
+    assert re.fullmatch(rf"(\S+ )?{said}", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("runtime, entry, source", [
+    ("python", "main.py", "print('python')"), ("nodejs", "index.js", "console.log('nodejs')"),
+    ("cpp", "run.sh", "echo cpp")])
+def test_invoke_knows_the_runtime_by_the_only_entry_file(invoked, runtime, entry, source):
+    need(*({"nodejs": ["node"]}.get(runtime, ())))
+    path = invoked.top / "one.zip"
+    path.write_bytes(make_zip({entry: source, "data.py": ""}))
+    done = invoke(invoked, path, "--timeout-ms", "60000")
+    assert done.stdout.decode() == f"{runtime}\n", done.stderr
+    assert reports(done.stderr.decode())[0]["runtime"] == runtime
+
+
+SAYS_AND_LEAVES = """
+import os, sys
+out = os.environ["OUTPUT_DIR"]
+os.mkdir(out + "/sub")
+open(out + "/a.txt", "w").write("a")
+open(out + "/sub/b.txt", "w").write("b")
+print("said", flush=True)
+sys.exit(3)
+"""
+
+
+def test_invoke_keeps_what_the_function_left_where_it_is_told_to(invoked, user):
+    """Beside what is there already; without --output it names what goes."""
+    path, kept = invoked.top / "leaves.zip", Path(tempfile.mkdtemp(dir=invoked.top))
+    path.write_bytes(make_zip({"main.py": SAYS_AND_LEAVES}))
+    kept.chmod(0o777)
+    (kept / "own").write_text("own")
+    done = invoke(invoked, path, "--output", kept, "--timeout-ms", "60000")
+    assert done.returncode == 1 and b"OUTPUT_DIR" not in done.stderr, done.stderr
+    assert [(kept / name).read_text() for name in ("a.txt", "sub/b.txt", "own")] == ["a", "b", "own"]
+    result = json.loads((kept / "result.json").read_text())
+    assert result["outputFiles"] == ["a.txt", "sub/b.txt"] and result["stdout"] == "said\n"
+    assert (result["status"], result["exitCode"], result["success"]) == ("failed", 3, False)
+    done = invoke(invoked, path, "--timeout-ms", "60000")
+    assert b"$OUTPUT_DIR is gone, with a.txt, sub/b.txt; --output DIR keeps it\n" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------
@@ -5917,8 +5979,7 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             taken = time.time()
             said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
-            assert held > 10, f"given up too early\n{agent.log}"
-            assert held < 60, f"given up too late\n{agent.log}"
+            assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
             aws.proxy.heal()
             until_settled(aws, agent)
             assert proxy_runs(aws.path) == {"r1": 1} and not dead(aws)
@@ -6007,24 +6068,27 @@ for _operation in ("PutObject", "SendMessage"):
 
 @trial
 def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
-    """Five are kept at most; four come while a request with five is under way."""
+    """Five are kept at most; four come while a request with some of them is under way."""
     prefix = [sys.executable, "-c", PATCHED.format("ng.CloudWatchMetrics.MOST_KEPT = 5")]
     with site(moto) as aws:
-        aws.proxy.fail("PutMetricData", "reset", seconds=3)
-        with start(aws, prefix=prefix, metrics={"flushSeconds": 3}) as agent:
+        aws.proxy.fail("PutMetricData", "reset", seconds=1)
+        with start(aws, prefix=prefix, metrics={"flushSeconds": 1}) as agent:
             for number in range(5):
                 job(aws, f"r{number}", function_id=aws.name)
             until(lambda: aws.proxy.count("PutMetricData"), what="a request to CloudWatch")
             for number in range(5, 9):
                 job(aws, f"r{number}", function_id=aws.name)
             until_settled(aws, agent)
-            agent.wait_for("publishing metrics to CloudWatch failed")
+            # All nine have come. Each request is made three times, so one of the next six is the
+            # first of a new one, which holds all that is kept.
+            before = aws.proxy.count("PutMetricData")
+            until(lambda: aws.proxy.count("PutMetricData") >= before + 6, what="another request")
             aws.proxy.heal()
-            agent.wait_for("publishing metrics to CloudWatch works again")
-            until(lambda: metric_values(aws, aws.name), what="values")
+            agent.wait_for(r"Successfully published 5 values to CloudWatch \(4 older ones")
             agent.stop()
         assert len(reports(agent.log)) == 9 and metric_values(aws, aws.name) == 5
-        assert "Successfully published 5 values to CloudWatch (4 older ones" in agent.log
+        assert agent.log.count("publishing metrics to CloudWatch failed") == 1
+        assert agent.log.count("publishing metrics to CloudWatch works again") == 1
 
 
 @trial
@@ -6136,6 +6200,44 @@ def full_disk_is_an_error_when_patience_ends_and_the_agent_lives(moto):
             assert seen == {("large", "error"), ("fine", "ok")}, agent.log
             assert re.search("No space left|File too large", agent.log)
             assert "Traceback" not in agent.log and agent.process.poll() is None
+
+
+@trial
+def full_disk_takes_idle_packages_before_any_run_ends_as_error(moto):
+    """16 MiB under taskBaseDir: there is room for one package of 6 and its zip, and not for two."""
+    with site(moto, visibility=60) as aws:
+        (aws.path / "task").mkdir()
+        prefix = in_mounts(f"mount -t tmpfs -o size=16m,mode=755 none {aws.path}/task")
+        with start(aws, prefix=prefix, execution={"patienceSeconds": 0}) as agent:
+            for name in "abc":
+                aws.put({"main.py": "print(1)", "ballast": os.urandom(6 << 20)}, f"{name}.zip")
+                aws.send(name, key=f"{name}.zip")
+                agent.wait_for(f"REPORT requestId={name} .*status=ok")
+            assert "packages that no run uses were removed" in agent.log
+
+
+def test_the_code_cache_takes_a_share_of_the_disk(folder, monkeypatch):
+    """Packages of 1 MiB, on a disk that has room for 6 with nothing else on it."""
+    def get(name):
+        folder.put({"main.py": "", "ballast": bytes(1020 * 1024)}, s3Key=name)
+        task = ng.Task("r", "f", "python", "", name, 1, 1, b"")
+        return cache.get(task, ng.Message("m", "", 1, time.time()))
+
+    (folder.path / "unpacked").mkdir()
+    cache = ng.CodeCache(ng.FolderCode(folder.path), folder.path / "unpacked", ng.Log())
+    monkeypatch.setattr(ng.shutil, "disk_usage", lambda path: types.SimpleNamespace(
+        free=(6 << 20) - sum(one.size for one in cache.packages.values())))
+    used = get("a")
+    for name in "bcd":
+        cache.release(get(name))
+    assert [key for _, key, _ in cache.packages] == ["a", "c", "d"]
+    cache.release(get("c"))
+    cache.release(get("e"))
+    assert [key for _, key, _ in cache.packages] == ["a", "c", "e"]
+    assert cache.evict() and not cache.evict()
+    assert list(cache.packages.values()) == [used]
+    cache.release(used)
+    assert cache.evict() and not os.listdir(folder.path / "unpacked")
 
 
 @trial
@@ -6354,10 +6456,10 @@ def lost_lease_is_said_and_its_result_is_not_deleted(moto):
 
 @trial
 def without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
-    with site(moto, visibility=15) as aws, start(aws) as agent:
+    with site(moto, visibility=20) as aws, start(aws) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
         for number in range(3):
-            job(aws, f"fits{number}", timeoutMs=8000)
+            job(aws, f"fits{number}", timeoutMs=12000)
             job(aws, f"long{number}", timeoutMs=60000)
         until_settled(aws, agent, 3, 180)
         agent.stop()
@@ -6641,7 +6743,7 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
 def test_run_that_is_let_go_of_before_it_begins_is_released():
     slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
     slot.cancel()
-    assert slot.run(ng.Job((), "", {}, "", "", 1, 1, 1, 1)) == {"status": "released"}
+    assert slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)) == ng.Outcome("released")
 
 
 @trial
@@ -6687,10 +6789,11 @@ class Imds(BaseHTTPRequestHandler):
 
 
 def test_spot_interruption_starts_the_same_shutdown(moto):
-    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.1", 0), Imds) as imds:
+    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.2", 0), Imds) as imds:
         threading.Thread(target=imds.serve_forever, args=(0.05,), daemon=True).start()
         Imds.announced = False
-        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{imds.server_port}",
+        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.2:{imds.server_port}",
+               "http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1",  # it would refuse
                "AGENT_AWS_SPOTINTERRUPTION": "true", "AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}
         with start(aws, env=env) as agent:
             job(aws, sleep=300, timeoutMs=400000)
@@ -6700,6 +6803,16 @@ def test_spot_interruption_starts_the_same_shutdown(moto):
             assert agent.end(90) == 0
         imds.shutdown()
         assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+        assert "notice failed" not in agent.log
+
+
+@slow_trial
+def metadata_that_do_not_answer_are_said_once(moto):
+    env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "AGENT_AWS_SPOTINTERRUPTION": "true"}
+    with site(moto) as aws, start(aws, env=env) as agent:
+        agent.wait_for("asking EC2 for a spot interruption notice failed: .*refused")
+        time.sleep(6)
+        assert agent.stop() == 0 and agent.log.count("spot interruption") == 1, agent.log
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
@@ -6962,7 +7075,12 @@ CHECKED = {
         "cloudwatch:PutMetricData", "*", "service control policy")),
         "FAIL  CloudWatch", "grant cloudwatch:PutMetricData in the service control policy"),
     "CloudWatch away": ("PutMetricData", (503, "ServiceUnavailable", "ServiceUnavailable", "Try later."),
-                        "FAIL  CloudWatch", "Try later."),
+                        "FAIL  CloudWatch", "Try later.*check the network, agent.aws.region and agent.aws.endpointUrl"),
+    "results may go": ("None", (0, "", "", ""), "ok    output bucket", "s3:PutObject is not refused\nok    output queue: "),
+    "results may not go": ("PutObject|SendMessageBatch", (403, "AccessDenied", "", "Access Denied"), "FAIL  output bucket",
+                           r"grant s3:PutObject on arn(.*\n)*FAIL  output queue: .*Access Denied; grant sqs:SendMessage"),
+    "no such output bucket": ("PutObject", (404, "NoSuchBucket", "", "The specified bucket does not exist"),
+                              "FAIL  output bucket", "check the bucket's name: .* agent.output.bucket"),
 }
 
 
@@ -6971,10 +7089,55 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check", execution={"metadata": "allow"}) as agent:
+        with start(aws, "--check", execution={"metadata": "allow"},
+                   output={"bucket": aws.bucket, "queueUrl": aws.queue_url}) as agent:
             assert agent.end() == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
+        assert aws.count() == 0 and len(aws.s3.list_objects_v2(Bucket=aws.bucket)["Contents"]) == 1
         assert line.startswith("ok") or said[3] in agent.out
+
+
+# --check of --invoke: (files, arguments, status, what it says)
+CHECKED_FUNCTIONS = {
+    "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
+                   r"ok    runtime python: /\S+, 3\.\d+\.\S+\n(.*metadata.*\n)?ok    sandbox: .*\n"),
+    "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
+    "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
+}
+
+
+@pytest.mark.parametrize("function", CHECKED_FUNCTIONS)
+def test_check_of_a_function_looks_at_what_that_needs(tmp_path, function):
+    files, args, status, said = CHECKED_FUNCTIONS[function]
+    (tmp_path / "fn").mkdir()
+    for name, text in files.items():
+        (tmp_path / "fn" / name).write_text(text)
+    with Agent("--invoke", "fn", "--check", *args.split(), cwd=tmp_path,
+               env={"AGENT_EXECUTION_METADATA": "allow"}) as agent:
+        assert agent.end() == status, agent.out
+    assert re.fullmatch(said, agent.out) and "credentials" not in agent.out, agent.out
+
+
+@pytest.mark.parametrize("runtime, program", [
+    ("python", "/bin/ls"), ("cpp", "/bin/true"), ("nodejs", "/bin/cat"), ("go", "/bin/true")])
+def test_check_starts_each_runtime_for_real(runtime, program):
+    with local_site() as folder:
+        name = f"AGENT_RUNTIMES_{runtime.upper()}"
+        with local(folder, "--check", env={name: program, "AGENT_EXECUTION_METADATA": "allow"}) as agent:
+            assert agent.end() == 1
+    lines = [line for line in agent.out.splitlines() if "runtime " in line]
+    [failed] = [line for line in lines if line.startswith("FAIL")]
+    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* name another in agent.runtimes.", failed)
+    assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
+
+
+def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
+    with site(moto) as aws:
+        aws.env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
+        with start(aws, "--check") as agent:
+            assert agent.end() == 1
+        for name in ("queue", "bucket", "CloudWatch"):
+            assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", agent.out, re.MULTILINE), agent.out
 
 
 def test_check_without_a_dlq_or_an_interpreter(moto):
@@ -7198,6 +7361,32 @@ def test_credentials_that_cannot_be_had_are_said_in_one_line(moto, kind):
             assert agent.stop() == 0 if kind == "web identity" else agent.end() == 1
         assert "Traceback" not in check.log + agent.log and not aws.proxy.requests
         assert len(complaints(agent.log)) <= 2, agent.log
+
+
+# How boto3 is set up here: (the environment, what is then said, by the agent and by --check).
+UNFIT = {
+    "old boto3": ({"PYTHONPATH": "{top}/old"}, r"boto3 is 1\.26\.27, and must be 1\.34\.101 at least"),
+    "key": ({"AWS_ACCESS_KEY_ID": "AKIA\nSAID"}, r"access_key \(env\) has a line break"),
+    "secret": ({"AWS_SECRET_ACCESS_KEY": "NEVERSAID\r"}, r"secret_key \(env\) has a line break"),
+    "token": ({"AWS_SESSION_TOKEN": "NEVER SAID"}, r"token \(env\) has a line break or a blank"),
+    "bundle": ({"AWS_CA_BUNDLE": "/nonexistent/ca.pem"}, "the CA bundle /nonexistent/ca.pem is no file"),
+    "requests' bundle": ({"AWS_CA_BUNDLE": "", "REQUESTS_CA_BUNDLE": "/nonexistent/ca.pem"},
+                         "bundle /nonexistent/ca.pem is"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_boto3_cannot_work_with_ends_the_start(moto, name):
+    environment, words = UNFIT[name]
+    with site(moto) as aws:
+        (aws.path / "old/boto3").mkdir(parents=True)
+        (aws.path / "old/boto3/__init__.py").write_text("__version__ = '1.26.27'")
+        aws.env.update({key: value.format(top=aws.path) for key, value in environment.items()})
+        with start(aws) as agent, start(aws, "--check") as check:
+            assert (agent.end(), check.end()) == (1, 1), agent.log + check.out
+        assert re.search(f"ERROR .*{words}", agent.log), agent.log
+        assert re.search(f"FAIL  credentials: .*{words}", check.out), check.out
+        assert not re.search("Traceback|SAID|NEVER", agent.log + check.out + check.log)
 
 
 NOT_LENT = ("User: arn:aws:iam::123456789012:user/base is not authorized to perform: sts:AssumeRole on "
@@ -7453,7 +7642,7 @@ class AsAws(BaseHTTPRequestHandler):
         if not said:
             content = b'{"Attributes": {"VisibilityTimeout": "30"}}'
             said = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
-        self.wfile.write(said.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.command == "HEAD" else said)
+        self.wfile.write(head_of(said) if self.command == "HEAD" else said)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -7664,6 +7853,21 @@ def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender
 
 
 @trial
+def emulator_that_tells_less_than_aws_is_served_all_the_same(moto):
+    with site(moto) as aws, start(aws) as agent:
+        aws.proxy.fail("ReceiveMessage", "emulator")
+        for number in range(4):
+            if number == 2:
+                aws.proxy.fail("GetObject", "emulator")
+            aws.put({"main.py": f"print('version {number}')"})
+            aws.send(f"r{number}")
+            agent.wait_for(f"REPORT requestId=r{number} .*status=ok")
+            assert f"[r{number}] stdout: version {number}" in agent.log
+        assert not agent.log.count("SentTimestamp") + agent.log.count("KeyError")
+        assert len(complaints(agent.log)) >= 4 and "the answer has no ETag, as S3's have" in agent.log
+
+
+@trial
 def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
     with site(moto, visibility=90) as aws, start(aws, execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
@@ -7675,6 +7879,64 @@ def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
         assert agent.stop() == 0
         assert Counter(each["status"] for each in reports(agent.log)) == {"error": 2, "ok": 2}
         assert "launcher" in "".join(complaints(agent.log))
+
+
+# What the agent may be started with: the words before its command.
+WITH_SIGNALS = "import os, signal, sys; {}; os.execvp(sys.argv[1], sys.argv[1:])"
+STARTED_WITH = {
+    "SIGCHLD ignored": [PYTHON, "-c", WITH_SIGNALS.format(
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)")],
+    "signals blocked": [PYTHON, "-c", WITH_SIGNALS.format(
+        "signal.pthread_sigmask(signal.SIG_SETMASK, range(1, 32))")],
+    **{name: ["sh", "-c", f'{what}; exec "$@"', "sh"] for name, what in (
+        ("umask 077", "umask 077"), ("no input", "exec <&-"), ("no output", "exec >&-"),
+        ("no error", "exec 2>&-"), ("no descriptor", "exec <&- >&- 2>&-"))}}
+
+
+@pytest.mark.parametrize("name", STARTED_WITH)
+def test_an_agent_works_whatever_it_was_started_with(grids, user, name):
+    """It makes its directories, runs, hears SIGTERM; no log line goes where it does not belong."""
+    grid = grids(user)
+    grid.env["AGENT_TASKBASEDIR"] = f"{grid.top}/new/task"
+    grid.put({"main.py": "import os; print(os.umask(0), sorted(map(int, os.listdir('/proc/self/fd'))))"},
+             request_id="python")
+    grid.put({"run.sh": "umask"}, "cpp", "cpp", "cpp")
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
+               prefix=[*as_user(user), *STARTED_WITH[name]]) as agent:
+        until(lambda: len(names(grid, "results")) == 2 and not names(grid, "running"), what="the results")
+        assert agent.stop() == 0
+    assert grid.result("python")["stdout"] == "18 [0, 1, 2, 3]\n", grid.result("python")
+    assert grid.result("cpp")["stdout"] == "0022\n", grid.result("cpp")
+    assert bool(agent.log) == (name not in ("no error", "no descriptor"))
+    assert agent.log.count("REPORT") == agent.log.count("status=ok") == 2 * bool(agent.log), agent.log
+
+
+def in_mounts(*commands: str) -> list[str]:
+    """The words before a command that run it where root has mounted so; else the test is skipped."""
+    prefix = ["unshare", "-m", "sh", "-c", " && ".join((*commands, 'exec "$@"')), "sh"]
+    if not ROOT or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("only root mounts a file system, and not everywhere")
+    return prefix
+
+
+def test_a_directory_without_exec_is_said_to_be_that(folder):
+    prefix = in_mounts(f"mount -t tmpfs -o noexec,mode=755 none {folder.base}")
+    for flag, status in (("--drain", 1), ("--check", 1)):
+        with Agent("--local", folder.path, flag, env=folder.env, prefix=prefix) as agent:
+            assert agent.end() == status
+        assert f"{folder.base} is mounted noexec" in agent.log + agent.out
+
+
+def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(folder):
+    usual, needed = "/tmp/task", (folder.top, MODULE.parent)
+    prefix = in_mounts("mount --bind /tmp /mnt", "mount -t tmpfs -o mode=1777 none /tmp", *(
+        f"mkdir {one} && mount --bind /mnt/{one.name} {one}" for one in needed if one.parent == Path("/tmp")),
+        f"mkdir {usual}", f"chown 12345 {usual}")
+    folder.put({"main.py": "import os; print(os.path.dirname(os.path.dirname(os.environ['HOME'])))"})
+    folder.env.pop("AGENT_TASKBASEDIR")
+    with Agent("--local", folder.path, "--drain", env=folder.env, prefix=prefix) as agent:
+        assert agent.end() == 0
+    assert folder.result("r00001")["stdout"].startswith(f"{usual}-0/agent-"), agent.log
 
 
 # ---------------------------------------------------------------------- --local
