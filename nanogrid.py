@@ -68,7 +68,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
 # Python 3.7 and older show this line as the one that they cannot read.
 if (running := sys.version_info) < (3, 9):  # NanoGrid needs Python 3.9 or newer
@@ -110,6 +110,12 @@ class Outcome:
     stderr: str = ""
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    returned: str = ""  # JSON, by a handler; "" when there was none
+
+    @property
+    def ended_at(self) -> float | None:
+        """When its run ended, in seconds since the epoch."""
+        return self.started_at and self.started_at + (self.duration_millis or 0) / 1000
 
 
 class Ended(Exception):
@@ -129,11 +135,11 @@ def rejected(reason: str, text: str, known: Mapping[str, Any] | None = None) -> 
 
 
 class Outage(Exception):
-    """A part of AWS or of the machine is away: a message is held; `reason` is REPORT's word."""
+    """A part of AWS or of the machine is away: a turn waits; `reason` is REPORT's word."""
 
-    def __init__(self, fault: Fault, reason: str, text: object):
-        super().__init__(str(text))
-        self.fault, self.reason = fault, reason
+    def __init__(self, needs: Dependency, reason: str, text: str):
+        super().__init__(text)
+        self.needs, self.reason = needs, reason
 
 
 # --------------------------------------------------------------------------------------------
@@ -347,6 +353,8 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
                "write the bucket's bare name, 3 characters or more, no ARN, no s3:// URL"),
     "network": ("host|none", "write host or none"),
     "metadata": ("refuse|allow", "write refuse or allow"),
+    "role": (r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}",
+             "write the role's ARN, such as arn:aws:iam::123456789012:role/NAME"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
     "command": (r"/.*[^/]|\w[^\s/]*", "write an absolute path, or a bare name to find on PATH"),
     "prefix": (r".{0,120}", "write at most 120 characters"),
@@ -389,9 +397,19 @@ def _share(whole: int) -> int:
     return max(1, whole // int(text))
 
 
-def _admitted_mb(whole: int) -> int:
-    """What functions may declare of that much memory; the rest is the system's and the agent's."""
-    return whole - max(256, whole // 10)
+def _admitted_mb() -> int:
+    """The memory that functions may declare together; the rest is the system's and the agent's.
+
+    It is of the machine's, or of the least memory.max that holds for this process.
+    """
+    whole = os.sysconf("SC_PHYS_PAGES") * PAGE
+    with contextlib.suppress(OSError):
+        root, path = cgroup_root(), own_cgroup()
+        while path.startswith(root):
+            limit = read_proc(f"{path}/memory.max").strip()
+            whole = min(whole, int(limit)) if limit.isdigit() else whole
+            path = os.path.dirname(path)
+    return whole // MIB - max(256, whole // MIB // 10)
 
 
 @dataclass(frozen=True)
@@ -409,7 +427,7 @@ class Settings:
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count",
-                         lambda: _share(_admitted_mb(usable_memory_mb())))
+                         lambda: _share(_admitted_mb()))
     default_timeout_ms: int = _at(
         "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
         f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
@@ -418,6 +436,7 @@ class Settings:
     patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0, 43_200)
     network: str = _at("execution.network", "network", "host")
     metadata: str = _at("execution.metadata", "metadata", "refuse")
+    function_role: str | None = _at("execution.functionRole", "role")
     run_as: str | None = _at("execution.runAs", "user")
     warm_start: bool = _at("execution.warmStart", "flag", True)
     max_open_files: int = _at("execution.maxOpenFiles", "count", 1024, 16)
@@ -434,7 +453,6 @@ class Settings:
     output_queue_url: str | None = _at("output.queueUrl", "queue")
     namespace: str = _at("metrics.namespace", "namespace", "NanoGrid/FunctionRunner")
     flush_seconds: int = _at("metrics.flushSeconds", "count", 10, 1, 3600)
-    count_runs: bool = _at("metrics.runs", "flag", False)
     task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
     file: Path | None = field(default=None, compare=False)  # where they stand
 
@@ -581,6 +599,8 @@ REPORTED = {"requestId": "request_id", "functionId": "function_id", "runtime": "
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
 _REQUEST_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}")
 _FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
+_STEP = r"[^\s./\\\x00-\x1f\x7f-\x9f\ud800-\udfff]+"
+_HANDLER = re.compile(rf"(?=.{{1,256}}\Z)(?:{_STEP}[./])*{_STEP}\.{_STEP}")
 _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone surrogates
 
 
@@ -593,18 +613,30 @@ class Runtime(NamedTuple):
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
-    compiled: dict[str, tuple[str, ...]]  # the compiler's command, which makes `main`
+    # The compiler's command, which makes `main`; {sources}: all of the entry's kind beside it.
+    compiled: dict[str, tuple[str, ...]]
+    handler_files: tuple[str, ...] = ()  # what may follow a handler's FILE; none: it has none
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
-    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
+    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {},
+                      (".py", "/__init__.py")),
     "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
-        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
-    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
+        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "{sources}")}),
+    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {},
+                      (".js", ".mjs", ".cjs")),
     "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
-        "main.go": ("{program}", "build", "-o", "main", "main.go")}),
+        # auto: as a module where there is a go.mod, and a plain package else
+        "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "main", ".")}),
 }
+# What a task's `env` cannot name, for the run gets it anyway; the second with functionRole only
+RUN_ENV = {"PATH", "LANG", "TZ", "HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID",
+           "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS", "AWS_LAMBDA_FUNCTION_NAME",
+           "AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "LAMBDA_TASK_ROOT", "_HANDLER"}
+ROLE_ENV = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION",
+            "AWS_DEFAULT_REGION"}
+MAX_ENV_BYTES = 32 * 1024  # all of a task's; Lambda allows 4 KB
 _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
 
@@ -620,6 +652,13 @@ class Task:
     timeout_ms: int
     memory_mb: int
     input: bytes
+    handler: str = ""  # FILE.FUNCTION, as AWS Lambda has it; "": the zip's entry file is run
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def code(self) -> tuple[str, str, str]:
+        """Which code it runs."""
+        return self.bucket, self.key, self.runtime
 
     def known(self) -> dict[str, Any]:
         """The fields that its Report has, too."""
@@ -633,7 +672,7 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     """
     given, input_text = _read_json(body)
     values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
-              "memoryMb": settings.default_memory_mb}
+              "memoryMb": settings.default_memory_mb, "handler": "", "env": {}}
     # null for an optional field is how many serializers write "not set"
     values.update((k, v) for k, v in given.items() if v is not None or k not in values)
     right: dict[str, Any] = {}
@@ -647,11 +686,16 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
             wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
+        if right.get("handler") and not RUNTIMES[right["runtime"]].handler_files:
+            wrong["handler"] = "task", f"handler is for python and nodejs, not {right['runtime']}"
+    if fault := _env_fault(right.get("env", {}), settings):
+        wrong["env"] = "task", fault
     if wrong:
         raise rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
                        {REPORTED[name]: right[name] for name in REPORTED if name in right})
     return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
-                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
+                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode(),
+                right["handler"], right["env"])
 
 
 def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, Any, str]]:
@@ -670,12 +714,30 @@ def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, A
         ("timeoutMs", "task", int, lambda v: 1 <= v <= MAX_TIMEOUT_MS,
          f"a whole number from 1 to {MAX_TIMEOUT_MS}"),
         ("memoryMb", "task", int, lambda v: v >= 1, "a whole number from 1 upwards"),
+        ("handler", "task", str, lambda v: not v or _HANDLER.fullmatch(v),
+         "FILE.FUNCTION, such as app.handler or src/index.handler"),
+        ("env", "task", dict, lambda v: True, "an object of strings"),
         ("s3Bucket", "task", str, lambda v: True, "a string"),
         ("s3Bucket", "bucket", str, lambda v: any_bucket or v in buckets,
          f"one of {', '.join(buckets)} (agent.s3.codeBucket and allowedBuckets)"),
         ("memoryMb", "memory", int, lambda v: v <= settings.memory_mb,
          f"at most {settings.memory_mb}, all that can be admitted (agent.execution.memoryMb)"),
     ]
+
+
+def _env_fault(env: dict[str, Any], settings: Settings) -> str:
+    """What is wrong with a task's `env`; "" when nothing is."""
+    taken, size = RUN_ENV | ROLE_ENV if settings.function_role else RUN_ENV, 0
+    for name, value in env.items():
+        said = f"env has {shown(name, in_json=True)}"
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            return f"{said}; names are of A-Z a-z 0-9 _ and begin with no digit"
+        if name in taken:
+            return f"{said}, which each run gets from the agent; take it out"
+        if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
+            return f"{said} as {shown(value, in_json=True)}; write a string, without NUL"
+        size += len(f"{name}={value}".encode())
+    return f"env has {size} bytes; at most {MAX_ENV_BYTES} are allowed" * (size > MAX_ENV_BYTES)
 
 
 def _read_json(body: str) -> tuple[dict[str, Any], str]:
@@ -686,11 +748,6 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
             raise ValueError(f"the key {shown(twice, in_json=True)} stands twice in one object")
         return dict(pairs)
 
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):  # NaN, 1e999: the function could not read it
-            raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
-        return value
-
     try:
         found = json.loads(body, object_pairs_hook=unique, parse_float=finite,
                            parse_constant=finite)
@@ -699,6 +756,13 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
         raise rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
     raise rejected("task", f"the message is {shown(found, in_json=True)}; it must be a JSON object")
+
+
+def finite(number: str) -> float:
+    """A number of JSON; ValueError for NaN and 1e999, which not every reader can read."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
+    return value
 
 
 def _why(error: Exception) -> str:
@@ -899,20 +963,32 @@ def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
     return rejected("zip", f"zip member {shown(member.orig_filename, in_json=True)} {what}")
 
 
-def find_entry(target: Path, runtime: str) -> str:
-    """The file, or link to one, that `runtime` starts with in a zip; or Ended("entry")."""
-    names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
-    hint = ""
+def entry_files(runtime: str, handler: str) -> list[str]:
+    """The files that a run may start with; it does with the first that is there."""
+    known = RUNTIMES[runtime]
+    if not handler:
+        return [*known.commands, *known.compiled]
+    file = handler.rpartition(".")[0]
+    file = file.replace(".", "/") if runtime == "python" else file
+    return [file + ending for ending in known.handler_files]
+
+
+def find_entry(target: Path, runtime: str, handler: str = "") -> str:
+    """The file, or link to one, that a run of a zip starts with; raises Ended("entry")."""
+    names, hint = entry_files(runtime, handler), ""
+    place = f"for the handler {handler}" if handler else "at its top"
+    if RUNTIMES[runtime].handler_files and not handler:
+        place += ", and the task names no handler"
     for name in names:
         if (target / name).is_file():
             if name != "main" or (target / name).stat().st_mode & 0o111:
                 return name
             hint = "; main is there but not executable: chmod +x before zipping"
-    below = sorted(path.parent.name for name in names for path in target.glob(f"*/{name}"))
+    below = sorted(path for name in names for path in target.glob(f"*/{glob.escape(name)}"))
     if below and not hint:
-        folder = shown(below[0], in_json=True)
+        folder = shown(below[0].relative_to(target).parts[0], in_json=True)
         hint = f"; {folder} has one: zip what is in that folder, not itself"
-    raise rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
+    raise rejected("entry", f"the zip has no {' or '.join(names)} {place}{hint}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -966,50 +1042,84 @@ MACHINE_AWAY = {
     errno.EAGAIN: "processes", errno.ENOMEM: "memory"}
 
 
-class Fault:
-    """A part of the world that may fail for a while: said when that begins and when it ends."""
+TRY_SECONDS = 10  # for so long one thread alone tries whether a part is back
 
-    def __init__(self, log: Log, name: str):
+
+class Dependency:
+    """A part of the world that can fail for a while: said when that begins and when it ends.
+
+    While it is away, who needs it is turned away without a try until `retry_at`.
+    """
+
+    def __init__(self, log: Log, name: str, shared: bool = True):
         self.log, self.name = log, name
+        self.shared = shared  # every task needs it, not those of one function alone
         self.lock = threading.Lock()
-        self.over = threading.Event()
-        self.over.set()
-        self.since = self.pause = self.retry_at = 0.0
+        self.since = 0.0  # time.monotonic() when it began to fail; 0: it works
+        self.pause = self.retry_at = 0.0
+        self.tried_at = -math.inf  # when somebody began to try, who does not know yet
+        self.reason = self.error = ""
 
-    def failed(self, error: object) -> float:
+    def failed(self, error: object, reason: str = "", longest: float = 10) -> float:
         """Note a failure; the jittered, growing pause in seconds before the next try."""
         with self.lock:
-            if self.over.is_set():
-                self.over.clear()
-                self.since, self.pause = time.monotonic(), 0.2
+            now = time.monotonic()
+            if not self.since:
+                self.since, self.pause = now, 0.2
                 self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
-            if time.monotonic() >= self.retry_at:  # slots that fail together are one failure
-                self.pause = min(10.0, self.pause * 2)
+            if now >= self.retry_at:  # threads that fail together are one failure
+                self.pause = min(longest, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
-            self.retry_at = time.monotonic() + pause
+            self.retry_at, self.tried_at = now + pause, -math.inf
+            self.reason, self.error = reason, f"{self.name} failed: {error}"
         return pause
 
     def worked(self) -> None:
         """Note a success."""
         with self.lock:
-            if not self.over.is_set():
-                self.over.set()
-                self.retry_at = 0.0
+            if self.since:
                 seconds = time.monotonic() - self.since
+                self.since = self.retry_at = 0.0
                 self.log("INFO", f"{self.name} works again after {seconds:.1f} s")
 
+    def may_try(self) -> bool:
+        """Whether it works, or it is time for one thread to see whether it does."""
+        return time.monotonic() >= max(self.retry_at, self.tried_at + TRY_SECONDS)
+
+    def check(self) -> None:
+        """Raise the Outage of the last failure if it is away, unless it is this thread's to try."""
+        with self.lock:
+            if not self.since:
+                return
+            if not self.may_try():
+                raise Outage(self, self.reason, self.error)
+            self.tried_at = time.monotonic()
+
+    def outage(self, error: object, reason: str) -> Outage:
+        """Note a failure; the Outage to raise."""
+        self.failed(error, reason)
+        return Outage(self, reason, self.error)
+
     @contextlib.contextmanager
-    def watched(self, goes_on: bool = False) -> Iterator[None]:
-        """Note how a block ends: an OSError that may pass is an Outage, or none if `goes_on`."""
+    def needed(self) -> Iterator[None]:
+        """A block that cannot do without it: an OSError that may pass becomes an Outage."""
+        self.check()
         try:
             yield
         except OSError as error:
-            if goes_on:
-                self.failed(error)
-            elif error.errno in MACHINE_AWAY:
-                raise Outage(self, MACHINE_AWAY[error.errno], error) from None
-            else:
+            if error.errno not in MACHINE_AWAY:
                 raise
+            raise self.outage(error, MACHINE_AWAY[error.errno]) from None
+        else:
+            self.worked()
+
+    @contextlib.contextmanager
+    def optional(self) -> Iterator[None]:
+        """A block that may fail: its OSError is noted, and passed over."""
+        try:
+            yield
+        except OSError as error:
+            self.failed(error)
         else:
             self.worked()
 
@@ -1169,20 +1279,85 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     return f"{error}; {advice}"
 
 
+class FunctionRole:
+    """The temporary credentials of agent.execution.functionRole, which functions get."""
+
+    SPARE_SECONDS = 300  # that they are good for beyond a run's time limit
+    HOUR, LONGEST = 3600, 43_200  # seconds of a session; a role may allow less than the latter
+
+    def __init__(self, clients: Clients, settings: Settings, log: Log):
+        self.arn, self.region = str(settings.function_role), str(settings.region)
+        self.sts = clients.session.client("sts", config=clients.results.meta.config)
+        self.part, self.lock = Dependency(log, f"assuming {self.arn}"), threading.Lock()
+        self.found: dict[str, str] = {}
+        self.ends = 0.0  # time.monotonic() when they do
+
+    def env(self, seconds: float) -> dict[str, str]:
+        """Variables that are good for a run of so long, where the role allows sessions that long.
+
+        Raises Ended when AWS refuses the role, Outage when STS is away.
+        """
+        needed = math.ceil(seconds) + self.SPARE_SECONDS
+        with self.lock:
+            if time.monotonic() + needed > self.ends:
+                self.part.check()
+                self._assume(min(max(needed, self.HOUR), self.LONGEST))
+            return self.found
+
+    def _assume(self, length: int) -> None:
+        asked = time.monotonic()
+        answer, error = attempt(self.sts.assume_role, RoleArn=self.arn, DurationSeconds=length,
+                                RoleSessionName="nanogrid")
+        if error and "DurationSeconds" in str(error) and length > self.HOUR:
+            return self._assume(self.HOUR)
+        if error and passes(error):
+            raise self.part.outage(error, "sts")
+        if error:
+            raise Ended(Outcome("error", "permission", f"{error}; grant the agent sts:AssumeRole "
+                                f"on {self.arn}, and name the agent in that role's trust policy"))
+        self.part.worked()
+        lent, self.ends = answer["Credentials"], asked + length
+        self.found = {"AWS_ACCESS_KEY_ID": lent["AccessKeyId"],
+                      "AWS_SECRET_ACCESS_KEY": lent["SecretAccessKey"],
+                      "AWS_SESSION_TOKEN": lent["SessionToken"],
+                      **dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), self.region)}
+
+
 # --------------------------------------------------------------------------------------------
 # Queue: where messages come from; SQS, or a folder
 # --------------------------------------------------------------------------------------------
-#
-# What the agent asks of either: receive(), held_until(), end(), is_empty() and close(). From its
-# receive to its end a message is held: its lease is kept alive.
 
 CHANGE_NEEDS = "sqs:ChangeMessageVisibility"
 QUEUE_NEEDS = "sqs:ReceiveMessage, sqs:DeleteMessage and sqs:GetQueueAttributes"
 BATCH = 10  # entries of one SQS batch request
 DELIVERY_SECONDS = 0.1  # how often what is due is sent
 ATTRIBUTES_SECONDS = 300  # how often the queue's own visibility timeout is looked at
+PERMISSION_SECONDS = 60  # until a permission that was denied is tried again
+LEAST_LEASE_SECONDS = 5  # asked for where the queue's own is shorter: no beat comes in time then
 ERROR_DELAY_SECONDS = 10  # until what ended as error is visible; x 4 for each further receive
+AT_ONCE = 3  # receives after which a rejected message is delayed, where no DLQ is to be seen
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
+POLL_SECONDS = 0.05  # how often a folder without tasks is looked at
+
+
+class Fate(NamedTuple):
+    """What a status means for the log, for a message of SQS, and for a task of a folder."""
+
+    level: str  # of its REPORT line
+    action: str  # delete; leave, until its lease ends; return: visible again at once
+    is_delayed: bool = False  # a return: after a delay that grows with each receive
+    takes: float = 3  # in a folder: the task is dead after so many; inf: this take does not count
+
+
+FATES = {
+    "ok": Fate("INFO", "delete"),
+    "failed": Fate("WARNING", "leave"),
+    "timeout": Fate("WARNING", "leave"),
+    "oom": Fate("WARNING", "leave"),
+    "rejected": Fate("WARNING", "return", takes=1),
+    "released": Fate("INFO", "return", takes=math.inf),
+    "error": Fate("ERROR", "return", is_delayed=True),
+}
 
 
 @dataclass(eq=False)
@@ -1199,8 +1374,31 @@ class Message:
     ends: float = math.inf  # when SQS makes it visible again
     beat: float = math.inf  # when to have SQS put that off
     last: float = math.inf  # LONGEST_LEASE_SECONDS after the receive: it is put off no further
-    aim: str = "keep"  # until its turn has ended: then delete or return, or lost before that
+    action: str = "keep"  # while its turn lasts; then delete or return
     delay: int = 0  # of a return: seconds until the message is visible again
+    is_lost: bool = False  # its lease has run out, which was said
+
+
+class Queue(Protocol):
+    """Where messages come from. From its receive to its end a message is in flight."""
+
+    def receive(self, limit: int, drain: bool) -> list[Message]:
+        """At most `limit` messages, after a while if there are none; raises what fails."""
+
+    def lease_ends(self, message: Message, needed: float = 0) -> float:
+        """When the message will no longer be ours (time.monotonic()); inf: it is kept.
+
+        Where it would end before `needed`, it is extended at once, if that is permitted.
+        """
+
+    def end(self, message: Message, status: str, result: object) -> None:
+        """Have become of a message what FATES says of the status of its turn."""
+
+    def is_empty(self) -> bool:
+        """Whether nothing waits that a receive would get now, or soon from us."""
+
+    def close(self, is_urgent: Callable[[], bool]) -> None:
+        """Send what is due; for at most 20 seconds, or one from when that is urgent."""
 
 
 class SqsQueue:
@@ -1210,16 +1408,18 @@ class SqsQueue:
         self.url, self.log, self.settings = settings.queue_url, log, settings
         self.polls, self.sqs = clients.polls, clients.sqs
         self.visibility = 30  # until the queue says another
+        self.has_dlq = False
         self.attributes_due = 0.0
-        self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: not tried yet
+        self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: to be tried
+        self.denied_at = 0.0
         self.lock = threading.Lock()
-        self.sending = threading.Lock()  # so that one fault is said once
-        self.held: dict[str, Message] = {}  # by id, each as it was received last
+        self.sending = threading.Lock()  # so that one failure is said once
+        self.in_flight: dict[str, Message] = {}  # by id, each as it was received last
         self.finished: OrderedDict[str, None] = OrderedDict()
         self.is_closing = False
-        changing = Fault(log, "extending or giving back messages")
-        self.faults = {"keep": changing, "return": changing,
-                       "delete": Fault(log, "deleting messages")}
+        changing = Dependency(log, "extending or giving back messages")
+        self.requests = {"keep": changing, "return": changing,
+                         "delete": Dependency(log, "deleting messages")}
         if error := self._look_at_attributes():
             if advice := remedy(error, QUEUE_NEEDS, self.url):
                 raise GiveUp(advice)
@@ -1231,9 +1431,11 @@ class SqsQueue:
     def _look_at_attributes(self) -> Exception | None:
         """Read the queue's visibility timeout, which may change while we run; the error, if any."""
         answer, error = attempt(self.polls.get_queue_attributes, QueueUrl=self.url,
-                                AttributeNames=["VisibilityTimeout"])
+                                AttributeNames=["VisibilityTimeout", "RedrivePolicy"])
         if not error:
-            self.visibility = max(1, int(answer["Attributes"]["VisibilityTimeout"]))
+            found = answer["Attributes"]
+            self.has_dlq = "RedrivePolicy" in found
+            self.visibility = max(LEAST_LEASE_SECONDS, int(found["VisibilityTimeout"]))
         self.attributes_due = time.monotonic() + (10 if error else ATTRIBUTES_SECONDS)
         return error
 
@@ -1241,73 +1443,89 @@ class SqsQueue:
         """At most `limit` messages, after at most waitTimeSeconds; raises what boto3 raises."""
         if time.monotonic() >= self.attributes_due:
             self._look_at_attributes()
-        asked = time.monotonic()
+        # A receive that does not wait asks only some of SQS's servers: no proof of an empty queue.
+        asked, wait = time.monotonic(), max(self.settings.wait_time_seconds, int(drain))
         answer = self.polls.receive_message(
             QueueUrl=self.url, MaxNumberOfMessages=limit, VisibilityTimeout=self.visibility,
-            WaitTimeSeconds=self.settings.wait_time_seconds,
+            WaitTimeSeconds=wait,
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"])
         with self.lock:
-            found = [self._hold(entry, asked) for entry in answer.get("Messages", [])]
+            found = [self._take_in(entry, asked) for entry in answer.get("Messages", [])]
         return [message for message in found if message]
 
-    def _hold(self, entry: Mapping[str, Any], asked: float) -> Message | None:
-        """Hold a message; None when it is a duplicate of one that runs or ended ok here."""
+    def _take_in(self, entry: Mapping[str, Any], asked: float) -> Message | None:
+        """Have a message in flight; None for a duplicate of one that runs or ended ok here."""
         key, attributes, now = entry["MessageId"], entry.get("Attributes", {}), time.monotonic()
-        old = self.held.get(key)
-        message = self.held[key] = Message(
+        old = self.in_flight.get(key)
+        message = self.in_flight[key] = Message(
             key, entry["Body"], int(attributes.get("ApproximateReceiveCount", 1)),
             float(attributes.get("SentTimestamp", math.inf)) / 1000, entry["ReceiptHandle"],
             ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
             last=now + LONGEST_LEASE_SECONDS - 1)
         if key in self.finished:
             self.log("INFO", f"message {key} came back after it had ended ok: deleted")
-            message.aim = "delete"
+            message.action = "delete"
             return None
-        if old and old.aim in ("keep", "lost"):
+        if old and old.action == "keep":
             self.log("WARNING", f"message {key} came again while it runs here: not started again")
             return None
         return message
 
     def end(self, message: Message, status: str, result: object) -> None:
-        """Have a message deleted, made visible again, or leave it until its lease runs out.
-
-        ok: deleted. rejected, released: visible at once; error: after a delay. Others are left.
-        """
+        """Have a message deleted, made visible again, or leave it until its lease runs out."""
+        action = FATES[status].action
         with self.lock:
-            held = self.held[message.id]
+            newest = self.in_flight[message.id]
             if status == "ok":
                 self.finished[message.id] = None
                 if len(self.finished) > REMEMBERED:
                     self.finished.popitem(last=False)
-            if held.aim == "lost" or status not in ("ok", "rejected", "released", "error"):
-                del self.held[message.id]
+            # Its newest handle deletes a message whose lease has run out, while nobody else has it.
+            if action == "leave" or action == "return" and newest.is_lost:
+                del self.in_flight[message.id]
                 return
-            held.aim = "delete" if status == "ok" else "return"
-            if status == "error":  # a machine that is ill must not empty the queue into the DLQ
-                delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
-                held.delay = int(min(delay, held.last - time.monotonic()))
+            newest.action, newest.delay = action, self._delay(newest, status)
 
-    def held_until(self, message: Message, until: float = 0) -> float:
-        """When the message will no longer be ours; inf: its lease is kept alive.
+    def _delay(self, message: Message, status: str) -> int:
+        """The seconds until a message that is returned is visible again."""
+        receives = message.receive_count
+        if status == "rejected" and not self.has_dlq:
+            receives -= AT_ONCE  # not every emulator says that there is one
+        elif not FATES[status].is_delayed:
+            return 0
+        if receives < 1:
+            return 0
+        delay = ERROR_DELAY_SECONDS * 4 ** min(receives - 1, 6)
+        return int(min(delay, message.last - time.monotonic()))
 
-        Where it ends before `until`, it is extended once, to see whether that is permitted.
-        """
-        held = self.held[message.id]
-        if self.may_change is None and held.ends - 1 < until:
+    def lease_ends(self, message: Message, needed: float = 0) -> float:
+        """When the message will no longer be ours; inf: its lease is kept alive."""
+        newest = self.in_flight[message.id]
+        if self._may_change() is None and newest.ends - 1 < needed:
             with self.sending:
-                self._send("keep", [held])
-        return held.ends - 1 if held.aim == "lost" or self.may_change is False else math.inf
+                self._send("keep", [newest])
+        is_over = newest.is_lost or newest.ends <= time.monotonic()
+        return newest.ends - 1 if is_over or self._may_change() is False else math.inf
+
+    def _may_change(self) -> bool | None:
+        """Whether ChangeMessageVisibility is permitted; None: to be tried (again)."""
+        if self.may_change is False and time.monotonic() > self.denied_at + PERMISSION_SECONDS:
+            return None  # a new policy takes minutes to hold
+        return self.may_change
 
     def is_empty(self) -> bool:
         """Whether no message is visible; what is in flight elsewhere is not ours."""
+        with self.lock:
+            if any(message.action == "return" for message in self.in_flight.values()):
+                return False
         answer = self.sqs.get_queue_attributes(
             QueueUrl=self.url, AttributeNames=["ApproximateNumberOfMessages"])
         return int(answer["Attributes"]["ApproximateNumberOfMessages"]) == 0
 
-    def close(self) -> None:
+    def close(self, is_urgent: Callable[[], bool]) -> None:
         """Send what is due, for at most 20 seconds."""
         self.is_closing = True
-        self.courier.join(20)
+        await_end(self.courier, 20, is_urgent)
 
     # The courier's thread.
 
@@ -1317,10 +1535,10 @@ class SqsQueue:
             time.sleep(DELIVERY_SECONDS)
             with self.lock:
                 due = self._due(time.monotonic())
-                aims = {message.aim for message in self.held.values()}
-            if self.is_closing and aims <= {"keep", "lost"}:
+                actions = {message.action for message in self.in_flight.values()}
+            if self.is_closing and actions <= {"keep"}:
                 return
-            batches = [(aim, messages[start:start + BATCH]) for aim, messages in due.items()
+            batches = [(action, messages[start:start + BATCH]) for action, messages in due.items()
                        for start in range(0, len(messages), BATCH)]
             # A request that is not answered takes eight seconds. After one the round ends, or the
             # next beats would come too late.
@@ -1328,71 +1546,84 @@ class SqsQueue:
                 all(self._send(*batch) for batch in batches)
 
     def _due(self, now: float) -> dict[str, list[Message]]:
-        """The messages to keep, return and delete now; what SQS has made visible is lost."""
+        """The messages to keep, return and delete now."""
         due: dict[str, list[Message]] = {"keep": [], "return": [], "delete": []}
-        for key, message in list(self.held.items()):
-            aim = message.aim
-            if message.ends <= now or aim == "return" and self.may_change is False:
-                if aim in ("keep", "delete"):
-                    self.log("WARNING" if aim == "keep" else "INFO", f"the lease of message {key} "
-                             "is lost: it may run again elsewhere, and is not deleted from here")
-                if aim == "keep":
-                    message.aim = "lost"
-                elif aim != "lost":
-                    del self.held[key]
+        may_change = self._may_change()
+        for key, message in list(self.in_flight.items()):
+            action = message.action
+            is_over = message.ends <= now
+            if action == "return" and (is_over or may_change is False):
+                del self.in_flight[key]  # SQS makes it visible by itself
                 continue
-            if aim in ("return", "delete") and self.faults[aim].retry_at <= now:
-                due[aim].append(message)
-            if (aim in ("keep", "delete") and message.beat <= now < message.last - 1
-                    and self.may_change is not False):
+            if is_over and not message.is_lost:
+                message.is_lost = True
+                self.log("WARNING" if action == "keep" else "INFO",
+                         f"the lease of message {key} is lost: it may run again elsewhere")
+            if action != "keep" and self.requests[action].retry_at <= now:
+                due[action].append(message)
+            if (action != "return" and not is_over and message.beat <= now < message.last - 1
+                    and may_change is not False):
                 message.beat = now + max(0.5, (message.ends - now) / 3)  # again, if this one fails
                 due["keep"].append(message)
         whole_batches = due["delete"][:len(due["delete"]) // BATCH * BATCH]
         due["delete"] = whole_batches or due["delete"]  # the rest waits for more
         return due
 
-    def _send(self, aim: str, messages: list[Message]) -> bool:
+    def _send(self, action: str, messages: list[Message]) -> bool:
         """Keep, return or delete messages in one request; whether SQS answered."""
-        asked, fault, call = time.monotonic(), self.faults[aim], self.sqs.delete_message_batch
+        asked, request = time.monotonic(), self.requests[action]
+        call = self.sqs.delete_message_batch
         entries: list[dict[str, Any]] = [
             {"Id": str(n), "ReceiptHandle": message.handle} for n, message in enumerate(messages)]
-        if aim != "delete":
+        if action != "delete":
             call = self.sqs.change_message_visibility_batch
             for entry, message in zip(entries, messages):
-                entry["VisibilityTimeout"] = message.delay if aim == "return" else min(
+                entry["VisibilityTimeout"] = message.delay if action == "return" else min(
                     self.visibility, int(message.last - asked))
         answer, error = attempt(call, QueueUrl=self.url, Entries=entries)
-        if error and aim != "delete" and is_denied(error):
+        if error and action != "delete" and is_denied(error):
             with self.lock:
                 if self.may_change is not False:
-                    self.may_change = False
                     self.log("WARNING", "no lease is extended, and tasks over the queue's "
                              f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
+                self.may_change, self.denied_at = False, asked
             return True
         failed = {one["Id"]: (one.get("SenderFault"), f"{one.get('Code')}: {one.get('Message')}")
                   for one in (answer or {}).get("Failed", [])}
         passing = [said for is_final, said in failed.values() if not is_final]
         if error or passing:
-            fault.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
+            request.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
         else:
-            fault.worked()
+            request.worked()
         if error:
             return False
         with self.lock:
-            if aim != "delete":
+            if action != "delete":
+                if self.may_change is False:
+                    self.log("INFO", "leases are extended: sqs:ChangeMessageVisibility is granted")
                 self.may_change = True
             for entry, message in zip(entries, messages):
                 is_final, said = failed.get(entry["Id"], (False, ""))
                 if is_final:  # its handle holds no longer, as after a delete whose answer was lost
                     message.ends = asked
-                    self.log("WARNING" if message.aim == "keep" else "INFO",
+                    self.log("WARNING" if message.action == "keep" else "INFO",
                              f"message {message.id} is no longer ours: {said}")
-                elif not said and aim == "keep":
+                elif not said and action == "keep":
                     message.ends = asked + entry["VisibilityTimeout"]
                     message.beat = asked + entry["VisibilityTimeout"] / 3
-                elif not said and self.held.get(message.id) is message:
-                    del self.held[message.id]
+                is_done = action != "keep" and (is_final or not said)
+                if is_done and self.in_flight.get(message.id) is message:
+                    del self.in_flight[message.id]
         return True
+
+
+def await_end(thread: threading.Thread, seconds: float, is_urgent: Callable[[], bool]) -> None:
+    """Wait for a thread's end, but not for longer than that, or than a second if it is urgent."""
+    last = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < last:
+        if is_urgent():
+            last = min(last, time.monotonic() + 1)
+        thread.join(0.05)
 
 
 class FolderQueue:
@@ -1402,7 +1633,6 @@ class FolderQueue:
     """
 
     TASKS = "[!.]*.json"
-    RECEIVES = 3
     PARTS = ("queue", "running", "dead", "results", "code")
 
     def __init__(self, root: Path, log: Log):
@@ -1411,12 +1641,9 @@ class FolderQueue:
         self.queue, self.running, self.dead = (f"{root}/{name}" for name in self.PARTS[:3])
         self.names: deque[str] = deque()  # of the last listing, not looked at yet
         self.refused: set[str] = set()  # those that cannot be taken, which was said
-        self.log, self.fault = log, Fault(log, f"writing to {root}")
-        self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
-        with contextlib.suppress(OSError):
-            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
-            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
-            self.notices = [fd]
+        self.lock = threading.RLock()
+        self.ended: list[tuple[Message, str, object]] = []  # to be put away
+        self.log, self.disk = log, Dependency(log, f"writing to {root}")
         self.recover()
 
     def recover(self) -> None:
@@ -1430,26 +1657,31 @@ class FolderQueue:
         """Leave a task that is gone or another's; say once of any other that it cannot be taken."""
         try:
             yield
+        except (BlockingIOError, FileExistsError):
+            pass  # another agent has it, or runs one of its name
         except OSError as error:
-            is_left = isinstance(error, BlockingIOError) or not os.path.lexists(path)
-            if not is_left and path not in self.refused:
+            if os.path.lexists(path) and path not in self.refused:
                 self.refused.add(path)
                 self.log("WARNING", f"{path} cannot be taken: {error}")
 
     def _put_back(self, name: str, takes: int) -> None:
         """Put a running task back, under another name where a new task has its own."""
-        new, number = name, 0
-        while os.path.lexists(f"{self.queue}/{new}"):
-            number += 1
-            new = f"{name[:-5]}.{number}.json"
-        self._count(name).unlink(missing_ok=True)
-        if takes:
-            with self.fault.watched(goes_on=True):  # a take that is not counted is one more try
-                self._count(new).write_text(str(takes))
-        os.rename(f"{self.running}/{name}", f"{self.queue}/{new}")
+        for number in itertools.count():
+            new = fitted(name[:-5], f".{number}.json") if number else name
+            if os.path.lexists(f"{self.queue}/{new}"):
+                continue
+            with self.disk.optional():  # a take that is not counted is one more try
+                self._count(new).unlink(missing_ok=True)
+                if takes:
+                    self._count(new).write_text(str(takes))
+            with contextlib.suppress(FileExistsError):
+                rename_new(f"{self.running}/{name}", f"{self.queue}/{new}")
+                break
+        if new != name:
+            self._count(name).unlink(missing_ok=True)
 
     def _count(self, name: str) -> Path:
-        return Path(f"{self.queue}/.{name}.takes")
+        return Path(self.queue, fitted(f".{name}", ".takes"))
 
     def _takes(self, name: str) -> int:
         try:
@@ -1458,61 +1690,104 @@ class FolderQueue:
             return 0
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks; waits half a second for one, but for a drain."""
+        """At most `limit` tasks; a moment later if there are none, but for a drain."""
+        self._put_away()
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
             self.names.extend(sorted(fnmatch.filter(os.listdir(self.queue), self.TASKS)))
         taken: list[Message] = []
         while self.names and len(taken) < limit:
             name = self.names.popleft()
-            path, target = f"{self.queue}/{name}", f"{self.running}/{name}"
-            if os.path.lexists(target):
-                continue  # one of that name is under way, and would be overwritten
+            path = f"{self.queue}/{name}"
             with self._passing_over(path), contextlib.ExitStack() as stack:
                 fd = stack.enter_context(locked(path)).fileno()
                 status = os.fstat(fd)
                 text = os.read(fd, status.st_size).decode("utf-8", "surrogateescape")
-                os.rename(path, target)
+                rename_new(path, f"{self.running}/{name}")
                 taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
                                      stack.pop_all()))
         if not taken and not drain:
-            for fd in select.select(self.notices, [], [], 0.5 if self.notices else 0.05)[0]:
-                os.read(fd, 65536)
+            time.sleep(POLL_SECONDS)
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
-        """Remove a task that succeeded; take another again at once, or bury it the third time."""
-        name, takes = message.id, message.receive_count
-        with message.handle:
-            if status == "released" or status != "ok" and takes < self.RECEIVES:
-                # A take that was given back does not count.
-                return self._put_back(name, takes - (status == "released"))
-            self._count(name).unlink(missing_ok=True)
-            if status == "ok":
-                return os.unlink(f"{self.running}/{name}")
-            with self.fault.watched(goes_on=True):  # the log says why the task failed, too
-                write_json(self.dead, f"{name[:-5]}.result.json", result)
-            os.rename(f"{self.running}/{name}", f"{self.dead}/{name}")
+        """Remove a task that succeeded; have another taken again at once, or bury it."""
+        with self.lock:
+            self.ended.append((message, status, result))
+            self._put_away()
 
-    def held_until(self, message: Message, until: float = 0) -> float:
+    def _put_away(self) -> None:
+        """Move what has ended out of running/; what the disk refuses is tried again later."""
+        with self.lock:
+            for one in list(self.ended) if self.disk.retry_at <= time.monotonic() else ():
+                with self.disk.optional():
+                    with contextlib.suppress(FileNotFoundError):  # somebody took it away
+                        self._move(*one)
+                    self.ended.remove(one)
+                    one[0].handle.close()
+
+    def _move(self, message: Message, status: str, result: object) -> None:
+        """Do what FATES says of a status with a running task. Raises OSError."""
+        name, takes, fate = message.id, message.receive_count, FATES[status]
+        if fate.action != "delete" and takes < fate.takes:
+            return self._put_back(name, takes if fate.takes < math.inf else takes - 1)
+        if fate.action == "delete":
+            self._count(name).unlink(missing_ok=True)
+            return os.unlink(f"{self.running}/{name}")
+        write_json(self.dead, fitted(name[:-5], ".result.json"), result)
+        os.rename(f"{self.running}/{name}", f"{self.dead}/{name}")
+        return self._count(name).unlink(missing_ok=True)
+
+    def lease_ends(self, message: Message, needed: float = 0) -> float:
         """Never: a lock lasts as long as its holder."""
         return math.inf
 
     def is_empty(self) -> bool:
         """Whether no task waits."""
         self.recover()
-        return all(f"{self.queue}/{name}" in self.refused
-                   for name in fnmatch.filter(os.listdir(self.queue), self.TASKS))
+        return not self.ended and all(
+            f"{self.queue}/{name}" in self.refused
+            for name in fnmatch.filter(os.listdir(self.queue), self.TASKS))
 
-    def close(self) -> None:
-        """Nothing is left to send."""
+    def close(self, is_urgent: Callable[[], bool]) -> None:
+        """Try once more what the disk refused."""
+        self.disk.retry_at = 0.0
+        self._put_away()
+
+
+def fitted(stem: str, ending: str) -> str:
+    """A file name: a stem that would make it longer than NAME_MAX ends in a checksum instead."""
+    content, most = os.fsencode(stem), MAX_PART_BYTES - len(ending)
+    if len(content) > most:
+        content = content[:most - 9] + b"~%08x" % zlib.crc32(content)
+    return os.fsdecode(content) + ending
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename a file unless something has that name: then raises FileExistsError."""
+    here, no_replace = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
+    try:
+        kernel("renameat2", here, os.fsencode(source), here, os.fsencode(target), no_replace)
+    except (OSError, AttributeError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        os.link(source, target)  # as on NFS, or with a C library that lacks it
+        os.unlink(source)
 
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[io.FileIO]:
     """A task's file, open and locked; raises BlockingIOError when another has it."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags)) as file:
+    def opener(name: str, _: int) -> int:
+        flags = os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            return os.open(name, flags | os.O_RDWR)  # NFS locks no descriptor that only reads
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return os.open(name, flags)
+
+    with open(path, "rb", buffering=0, opener=opener) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
             raise FileNotFoundError(path)  # moved before it was locked
@@ -1530,7 +1805,7 @@ def read_nonblocking(fd: int) -> bytes:
 def write_json(directory: str | Path, name: str, value: object) -> None:
     """Write a file that is there whole or not at all."""
     content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-    part = f"{directory}/.{name}.part"
+    part = f"{directory}/{fitted(f'.{name}', '.part')}"
     with open(part, "wb") as file:
         file.write(content)
     os.rename(part, f"{directory}/{name}")
@@ -1552,13 +1827,14 @@ class Package:
 
     path: Path
     etag: str
-    entry: str
     size: int = 0
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
+    refused: Outcome | None = None  # what is wrong with the zip, or its program: no run has it
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 1  # the cache, until it has another, and each run that needs it
     used: float = 0.0  # time.monotonic() of the last get()
+    is_read: bool = False  # its index.js, for a handler that no task names
 
     @property
     def built_path(self) -> Path:
@@ -1571,45 +1847,71 @@ class Package:
                 or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
 
 
+class CodeSource(Protocol):
+    """Where zips come from."""
+
+    def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
+        """Write the zip to `target`, unless `known` is still its ETag; its ETag and when it was so.
+
+        That is a time in seconds since the epoch by the source's own clock; 0: it has none. Raises
+        Ended for what no waiting mends, Outage when the source is away, OSError when the disk is.
+        """
+
+
 class S3Code:
     """The zips as S3 has them."""
 
+    MOST_NOTED = 10_000  # objects that could not be fetched
+
     def __init__(self, s3: Any, log: Log):
-        self.s3, self.fault = s3, Fault(log, "fetching code from S3")
+        self.s3, self.log = s3, log
+        # Each object has a pause of its own: S3 may refuse or lack one alone.
+        self.failing: dict[tuple[str, str], Dependency] = {}
 
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
-        """Write the zip to `target`, unless `known` is still its ETag; (ETag, S3's own time or 0).
-
-        Raises Ended for what no waiting mends, Outage when S3 is away, OSError when the disk is.
-        """
-        where = f"s3://{task.bucket}/{task.key}"
+        """As CodeSource has it; what was refused is not asked for again before a pause ends."""
+        where, key = f"s3://{task.bucket}/{task.key}", (task.bucket, task.key)
+        code = self.failing.get(key) or Dependency(self.log, f"fetching {where}", shared=False)
+        code.check()
         answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key,
                                 **({"IfNoneMatch": known} if known else {}))
-        code = error_code(error) if error else ""
-        if error and code in ("304", "NotModified"):
-            answer = getattr(error, "response", {})
-        elif error and passes(error):
-            raise Outage(self.fault, "s3", f"{where}: {error}")
-        elif code == "NoSuchKey":
+        said = error and error_code(error)
+        try:
+            if error and said in ("304", "NotModified"):
+                answer = getattr(error, "response", {})
+            elif error and said != "NoSuchKey":
+                raise self._refusal(code, task, error)
+            elif not error:
+                self._download(answer, target, code)
+                known = answer.get("ETag") or os.urandom(8).hex()  # none: another each time
+            code.worked()
+        finally:
+            self.failing.pop(key, None)
+            if code.since and len(self.failing) < self.MOST_NOTED:
+                self.failing[key] = code
+        if said == "NoSuchKey":
             raise rejected("key", f"{where} does not exist; upload it, or correct s3Key")
-        elif error:
-            reason = "permission" if is_denied(error) else "bucket" if "Bucket" in code else "s3"
-            raise Ended(Outcome("error", reason,
-                                f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}"))
-        else:
-            self._download(answer, target, where)
-            known = answer.get("ETag") or os.urandom(8).hex()  # none: it is another each time
-        self.fault.worked()
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         with contextlib.suppress(TypeError, ValueError):
             return known, parsedate_to_datetime(headers.get("date")).timestamp()
         return known, 0.0
 
-    def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
+    @staticmethod
+    def _refusal(code: Dependency, task: Task, error: Exception) -> Ended | Outage:
+        """What becomes of a task whose zip S3 does not give."""
+        if passes(error):
+            return code.outage(error, "s3")
+        is_bucket = "Bucket" in error_code(error)
+        reason = "permission" if is_denied(error) else "bucket" if is_bucket else "s3"
+        code.failed(remedy(error, BUCKET_NEEDS.format(task.bucket)), reason, longest=30)
+        return Ended(Outcome("error", reason, code.error))
+
+    @staticmethod
+    def _download(answer: Mapping[str, Any], target: Path, code: Dependency) -> None:
         size = answer.get("ContentLength", 0)
         for name in {"ETag", "ContentLength"}.difference(answer):
-            self.fault.log("WARNING", f"{where}: the answer has no {name}, as S3's have; look at "
-                                      "what stands in S3's place")
+            code.log("WARNING", f"{code.name}: the answer has no {name}, as S3's have; look at "
+                                "what stands in S3's place")
         try:
             with contextlib.closing(answer["Body"]) as body, open(target, "wb") as file:
                 chunks = body.iter_chunks(256 * 1024)
@@ -1619,9 +1921,9 @@ class S3Code:
         except OSError:  # the disk's: botocore's errors, also of a body that is short, are none
             raise
         except Exception as error:  # noqa: BLE001
-            raise Outage(self.fault, "s3", f"{where} was cut short: {error}") from None
+            raise code.outage(f"cut short: {error}", "s3") from None
         if size > MAX_UNPACKED:
-            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
+            raise rejected("zip", f"{code.name}: over {MAX_UNPACKED} bytes; make it smaller")
 
 
 class FolderCode:
@@ -1643,27 +1945,55 @@ class FolderCode:
 
 
 class CodeCache:
-    """Unpacked packages by (bucket, key, runtime), each as its source had it when last asked."""
+    """Unpacked packages by (bucket, key, runtime), each as its source had it when last asked.
 
-    def __init__(self, source: S3Code | FolderCode, directory: Path, log: Log):
+    A zip that was refused stands among them, too: it is not fetched again before it changes.
+    """
+
+    MOST = 10_000
+
+    def __init__(self, source: CodeSource, directory: Path, log: Log):
         self.source, self.directory = source, directory
-        self.fault = Fault(log, f"keeping code in {directory}")
+        self.disk = Dependency(log, f"keeping code in {directory}")
         self.lock = threading.Lock()
-        self.key_locks: dict[tuple[str, str, str], threading.Lock] = {}
         self.packages: dict[tuple[str, str, str], Package] = {}
 
+    def find(self, task: Task, message: Message) -> Package | None:
+        """The package of a task, to be given to release(), if it is here and known to be right.
+
+        Raises Ended where the zip was refused.
+        """
+        with self.lock:
+            package = self.packages.get(task.code)
+            if package and package.serves(message):
+                return self._lend(package)
+        return None
+
     def get(self, task: Task, message: Message) -> Package:
-        """The package of a task, to be given to release(); raises Ended and Outage."""
-        key = (task.bucket, task.key, task.runtime)
-        with self.key_locks.setdefault(key, threading.Lock()):
-            package = self.packages.get(key)
-            if package is None or not package.serves(message):
-                with self.fault.watched():
-                    package = self._refresh(key, task, package)
-            with self.lock:
-                package.users += 1
-                package.used = time.monotonic()
+        """The same, fetched where need be, by one thread at a time for each task.code.
+
+        Raises Ended and Outage.
+        """
+        if package := self.find(task, message):
             return package
+        with self.lock:
+            if old := self.packages.get(task.code):
+                old.users += 1  # it may be right still
+        try:
+            with self.disk.needed():
+                package = self._refresh(task, old)
+            return self._keep(task, package, old)
+        finally:
+            if old:
+                self.release(old)
+
+    @staticmethod
+    def _lend(package: Package) -> Package:
+        if package.refused:
+            raise Ended(package.refused)
+        package.users += 1
+        package.used = time.monotonic()
+        return package
 
     def release(self, package: Package) -> None:
         """Let go of a package, which is removed once it has no users."""
@@ -1673,8 +2003,8 @@ class CodeCache:
             for path in (package.path, package.built_path):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _refresh(self, key: tuple[str, str, str], task: Task, old: Package | None) -> Package:
-        """Ask the source: the old package if that is still right, else the new one, taken in."""
+    def _refresh(self, task: Task, old: Package | None) -> Package:
+        """Ask the source: the old package if that is still right, else a new one."""
         asked, name = time.monotonic(), self.directory / os.urandom(8).hex()
         archive, place = name.with_suffix(".zip"), name.with_suffix(".part")
         try:
@@ -1682,22 +2012,33 @@ class CodeCache:
             if old and etag == old.etag:
                 old.asked, old.confirmed = asked, confirmed
                 return old
+            package = Package(name, etag, asked=asked, confirmed=confirmed)
             place.mkdir(mode=0o755)
-            unpack(archive, place)
-            entry = find_entry(place, task.runtime)
-            size = sum(one.lstat().st_blocks * 512 for one in place.rglob("*"))
-            package = Package(place.rename(name), etag, entry, size, asked, confirmed)
+            try:
+                unpack(archive, place)
+            except Ended as refusal:
+                package.refused = refusal.outcome
+                return package
+            package.size = sum(one.lstat().st_blocks * 512 for one in place.rglob("*"))
+            place.rename(name)
+            return package
         finally:
             archive.unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
+
+    def _keep(self, task: Task, package: Package, old: Package | None) -> Package:
+        """Have a package in the cache in place of the old one, and lend it. Raises Ended."""
         with self.lock:
-            self.packages[key] = package
-        if old:
-            self.release(old)
-        whole = sum(one.size for one in list(self.packages.values()))
-        whole += shutil.disk_usage(self.directory).free
-        self.evict(whole * CACHE_SHARE)
-        return package
+            if package is not old:
+                if old and self.packages.get(task.code) is old:
+                    old.users -= 1
+                self.packages[task.code] = package
+            package.users += 1
+            whole = sum(one.size for one in self.packages.values())
+        self.evict((whole + shutil.disk_usage(self.directory).free) * CACHE_SHARE)
+        with self.lock:
+            package.users -= 1
+            return self._lend(package)
 
     def evict(self, most: float = -1) -> bool:
         """Remove packages that no run uses, longest unused first, down to `most` bytes; did any?"""
@@ -1705,14 +2046,12 @@ class CodeCache:
         with self.lock:
             size = sum(one.size for one in self.packages.values())
             for key, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                in_use = self.key_locks[key]  # also by get(), until its caller is one of the users
-                if size > most and one.users == 1 and in_use.acquire(blocking=False):
+                if one.users == 1 and (size > most or len(self.packages) > self.MOST):
                     gone.append(self.packages.pop(key))
                     size -= one.size
-                    in_use.release()
         for one in gone:
             self.release(one)
-        return bool(gone)
+        return any(one.size for one in gone)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1732,10 +2071,12 @@ USER = "nanogrid"  # the name that a function's user has for it
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
 OUTPUTS = ("stdout", "stderr")  # in a slot's feed
+RETURNED = "returned"  # beside them: what a handler returned, as JSON
+MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_CAPBSET_READ, PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 23, 24, 24
-PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
+PR_SET_SECCOMP, PR_SET_SECUREBITS, SECBIT_NOROOT = 22, 28, 1
 
 # Starts what is exec'd, one shell for each run. The kernel starts a child's ru_maxrss at its
 # parent's size, and exec keeps it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks
@@ -1815,6 +2156,7 @@ def become(channel, request):
     os.write(channel, marshal.dumps(("begun", os.getpid(), time.monotonic()), 2))
     os.close(channel)
     path = os.getcwd() + "/main.py"
+    command = request["command"]
     for name in set(sys.path_importer_cache).difference(looked_at):
         del sys.path_importer_cache[name]
     sys.path[0] = os.getcwd()
@@ -1823,13 +2165,17 @@ def become(channel, request):
     main = type(sys)("__main__")
     main.__dict__.update(bare, __file__=path)
     main.__loader__.path = path
+    sys.modules["__main__"] = main
+    if command[0] == "-c":
+        del main.__file__  # else multiprocessing would run it in its children
+        sys.argv[:] = "-c", *command[2:]
+        return main.__dict__, compile(command[1], "<string>", "exec", dont_inherit=True)
     with open(path, "rb") as file:
         source = file.read()
     try:
         code = compile(source, path, "exec", dont_inherit=True)
     except Exception:  # the interpreter itself words this best
         os.execv(sys.executable, [sys.executable, "main.py"])
-    sys.modules["__main__"] = main
     return main.__dict__, code
 
 # Modules in C whose objects do something when they go, and have no finalizer: these of the
@@ -1895,15 +2241,132 @@ sys.exit(status)
 '''
 
 
+# What runs a handler, as `python -c … FILE FUNCTION RETURNED` and `node -e …`, as Lambda runs it.
+# RETURNED is a pipe for what FUNCTION returns; its time is when the run began.
+PYTHON_HANDLER = r'''
+import json
+import os
+import sys
+import time
+
+file, function, returned = sys.argv[1:]
+pipe = open(returned, "w", encoding="utf-8", errors="backslashreplace")
+end = os.stat(returned).st_mtime + int(os.environ["TIMEOUT_MS"]) / 1000
+sys.path.insert(0, os.getcwd())
+
+class Context:
+    aws_request_id = log_stream_name = os.environ["REQUEST_ID"]
+    function_name = os.environ["FUNCTION_ID"]
+    function_version = "$LATEST"
+    memory_limit_in_mb = os.environ["MEMORY_MB"]  # a text, as in Lambda
+    log_group_name = "/aws/lambda/" + function_name
+    invoked_function_arn = "arn:aws:lambda:local:000000000000:function:" + function_name
+    client_context = identity = None
+
+    def get_remaining_time_in_millis(self):
+        return max(0, int((end - time.time()) * 1000))
+
+class Logging:
+    """A finder of modules: has logging begin as in Lambda, if anything imports it (10 ms)."""
+    def find_spec(name, *_, find=sys.meta_path[-1].find_spec):
+        if name == "logging":
+            sys.meta_path.remove(Logging)
+            spec = find(name)
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), add_handler(module))
+            return spec
+
+def add_handler(logging):
+    logging.basicConfig(
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
+    handler = logging.root.handlers[0]
+    handler.formatter.converter = time.gmtime
+    handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
+
+def number(value):
+    if type(value).__name__ == "Decimal":  # as DynamoDB has numbers
+        return int(value) if value == int(value) else float(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+sys.meta_path.insert(0, Logging)
+try:
+    module = file[:-len(".py")].removesuffix("/__init__").replace("/", ".")
+    __import__(module)
+    event = json.loads(sys.stdin.read() or "{}")
+    value = getattr(sys.modules[module], function)(event, Context())
+    pipe.write(json.dumps(value, default=number, ensure_ascii=False, allow_nan=False))
+    pipe.close()
+except Exception as error:
+    import traceback
+    print(f"[ERROR] {type(error).__name__}: {error}", file=sys.stderr)
+    traceback.print_exception(type(error), error, error.__traceback__.tb_next)
+    sys.exit(1)
+'''
+NODE_HANDLER = r'''
+"use strict";
+const fs = require("fs"), path = require("path"), url = require("url"), env = process.env;
+const [file, name, returned] = process.argv.slice(1);
+const pipe = fs.openSync(returned, "w");
+const end = fs.fstatSync(pipe).mtimeMs + Number(env.TIMEOUT_MS);
+let idle = () => {};  // what to do when nothing is left to wait for
+process.on("beforeExit", () => idle());
+
+function fail(error) {
+  const {name = typeof error, message = String(error), stack = ""} = Object(error);
+  console.error("ERROR\tInvoke Error\t" + JSON.stringify({
+    errorType: name, errorMessage: message, stack: String(stack).split("\n")}));
+  process.exit(1);
+}
+
+function succeed(value) {
+  try {
+    fs.writeFileSync(pipe, JSON.stringify(value) || "null");
+  } catch (error) {
+    fail(error);
+  }
+  process.exit(0);
+}
+
+function callback(error, value) {
+  if (error !== undefined && error !== null) fail(error);
+  if (!context.callbackWaitsForEmptyEventLoop) succeed(value);
+  idle = () => succeed(value);
+}
+
+const context = {
+  awsRequestId: env.REQUEST_ID, functionName: env.FUNCTION_ID, functionVersion: "$LATEST",
+  memoryLimitInMB: env.MEMORY_MB, logStreamName: env.REQUEST_ID,
+  logGroupName: "/aws/lambda/" + env.FUNCTION_ID,
+  invokedFunctionArn: "arn:aws:lambda:local:000000000000:function:" + env.FUNCTION_ID,
+  callbackWaitsForEmptyEventLoop: true, done: callback, succeed, fail,
+  getRemainingTimeInMillis: () => Math.max(0, Math.floor(end - Date.now())),
+};
+
+(async () => {
+  const found = await import(url.pathToFileURL(path.resolve(file)));
+  const handler = found[name] || Object(found.default)[name];
+  if (typeof handler !== "function") throw new TypeError(`${file} exports no function ${name}`);
+  idle = () => succeed(null);  // as in Lambda, where a callback that was forgotten is no error
+  const promise = handler(JSON.parse(fs.readFileSync(0, "utf8") || "{}"), context, callback);
+  if (promise && typeof promise.then === "function") {
+    idle = () => {};  // the process ends without a return value then, and so as failed
+    promise.then(succeed, fail);
+  }
+})().catch(fail);
+'''
+HANDLERS = {"python": ("-c", PYTHON_HANDLER), "nodejs": ("-e", NODE_HANDLER)}
+
+
 # --- What crosses from the agent to the launcher and back ---
 #
 # The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
 # supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
-# supervisor answers each with OUTCOME, NOT_BEGUN or LOST. Each is a line of JSON; what is said back
-# has its kind under "kind". What is fixed for a slot is in SlotSpec, what is fixed when a helper
-# starts is in RunSpec.helper, and what belongs to one run alone is in the rest of RunSpec.
+# supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of
+# JSON; what is said back has its kind under "kind". SlotSpec has what is fixed for a slot,
+# RunSpec.helper_env what is fixed when a helper starts, the rest of RunSpec what is one run's.
 
-READY, OUTCOME, NOT_BEGUN, LOST = "ready", "outcome", "not begun", "lost"
+READY, BEGUN, OUTCOME, NOT_BEGUN, LOST = "ready", "begun", "outcome", "not begun", "lost"
 
 
 @dataclass(frozen=True)
@@ -1937,6 +2400,7 @@ class RunSpec:
     memory_mb: int
     disk_mb: int
     files: int
+    has_handler: bool = False  # which must return something
     tee: bool = False  # pass the outputs through as they come
 
 
@@ -2022,91 +2486,55 @@ def own_cgroup() -> str:
     return os.path.join(cgroup_root(), os.fsdecode(found[1]) if found else "").rstrip("/")
 
 
-def usable_memory_mb() -> int:
-    """The machine's memory in MiB; less where a memory.max above this process says so."""
-    least = os.sysconf("SC_PHYS_PAGES") * PAGE
-    with contextlib.suppress(OSError):
-        root, path = cgroup_root(), own_cgroup()
-        while path.startswith(root):
-            limit = read_proc(f"{path}/memory.max").strip()
-            least = min(least, int(limit) if limit.isdigit() else least)
-            path = os.path.dirname(path)
-    return least // MIB
+def make_cgroups(slots: int, processes: int) -> str:
+    """The directory in which slot0, slot1, … are now, a cgroup each; raises OSError.
 
-
-def make_cgroups(slots: int, processes: int) -> tuple[str, int]:
-    """(directory, lock): where slot0, slot1, … are now; raises OSError.
-
-    They are made in this service's own cgroup where systemd delegated that to it (Delegate=), or
-    where a container has no other. Else in one of their own at the top.
+    It is this service's own where systemd delegated that (Delegate=), or a container has no other.
+    Elsewhere one is made at the top, named after this process.
     """
     root, top = cgroup_root(), own_cgroup()
     is_delegated = any(name.endswith(".delegate") for name in os.listxattr(top))
     if is_delegated or top == root and os.path.exists(f"{root}/cgroup.type"):
-        lock = os.open(top, os.O_RDONLY)
-        # What has processes of its own hands no controller down.
         os.makedirs(f"{top}/agent", exist_ok=True)
+        # What has processes of its own hands no controller down.
         Path(top, "agent/cgroup.procs").write_text("0")
     else:
-        for old in glob.glob(f"{root}/nanogrid-*"):
-            if (lock := lock_cgroup(old)) >= 0:  # its agent was killed
+        names = f"{root}/nanogrid-{os.stat('/proc/self/ns/pid').st_ino}-"
+        for old in glob.glob(f"{names}*"):
+            if not os.path.exists(f"/proc/{old[len(names):]}"):  # its agent was killed
                 remove_cgroups(old)
-                os.close(lock)
-        top, lock = _make_top(root)
+        top = f"{names}{os.getpid()}"
+        os.makedirs(top, exist_ok=True)
     try:
         _divide(top, slots, processes)
     except OSError:
         remove_cgroups(top)
-        os.close(lock)
         raise
-    return top, lock
-
-
-def _make_top(root: str) -> tuple[str, int]:
-    """A cgroup at the top, and its lock; another agent that starts now may remove the first."""
-    while True:
-        top = f"{root}/nanogrid-{os.urandom(4).hex()}"
-        os.mkdir(top)
-        os.chmod(top, 0o711)  # functions find their own cgroup below it, but cannot lock it
-        if (lock := lock_cgroup(top)) >= 0:
-            return top, lock
-
-
-def lock_cgroup(top: str) -> int:
-    """A lock on a cgroup, which nobody else removes then; -1 when another has it, or it is gone."""
-    lock = -1
-    with contextlib.suppress(OSError):
-        lock = os.open(top, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.stat(top)
-        return lock
-    if lock >= 0:
-        os.close(lock)
-    return -1
+    return top
 
 
 def _divide(top: str, slots: int, processes: int) -> None:
     """Make the slots' cgroups; raises OSError."""
     os.stat(f"{top}/cgroup.kill")  # Linux 5.14
-    is_delegated = os.path.exists(f"{top}/agent")
-    for path in [top] if is_delegated else [os.path.dirname(top), top]:
-        offered = Path(path, "cgroup.controllers").read_text().split()
-        if missing := {"memory", "pids", "cpu"}.difference(offered):
+    weighed, weight, dividing = f"{top}/agent", AGENT_WEIGHT, [top]
+    if not os.path.exists(weighed):
+        weighed, weight, dividing = top, SLOTS_WEIGHT, [os.path.dirname(top), top]
+    for path in dividing:
+        missing = {"memory", "pids", "cpu"}.difference(
+            Path(path, "cgroup.controllers").read_text().split())
+        if missing:
             names = " and ".join(sorted(missing))
             raise OSError(errno.ENOENT, f"this one has no controller for {names}", path)
         Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
-    if is_delegated:
-        Path(top, "agent/cpu.weight").write_text(str(AGENT_WEIGHT))
-    else:
-        Path(top, "cpu.weight").write_text(str(SLOTS_WEIGHT))
-    for number in range(slots):
-        slot = Path(top, f"slot{number}")
+    Path(weighed, "cpu.weight").write_text(str(weight))
+    for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
-        slot.chmod(0o755)  # a runtime that sizes itself by its cgroup reads it
         (slot / "pids.max").write_text(str(processes))
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
+        for path in (top, slot):  # a runtime that sizes itself by its cgroup reads it
+            os.chmod(path, 0o755)
 
 
 def empty_cgroup(path: str) -> None:
@@ -2123,9 +2551,7 @@ def empty_cgroup(path: str) -> None:
 
 
 def remove_cgroups(top: str) -> None:
-    """Remove the slots' cgroups with all that runs in them, and what was made for them, if any."""
-    if not top:
-        return
+    """Remove the slots' cgroups with all that runs in them, and what was made for them."""
     for slot in glob.glob(f"{top}/slot*"):
         with contextlib.suppress(OSError):
             empty_cgroup(slot)
@@ -2151,10 +2577,10 @@ class Cgroup:
 
     def begin(self, cap_mb: int) -> None:
         """Set the cap of the next run; raises OSError."""
+        self.before = self._kills()
         if cap_mb != self.cap_mb:
             Path(self.path, "memory.max").write_text(str(cap_mb * MIB))
             self.cap_mb = cap_mb
-        self.before = self._kills()
 
     def held(self) -> int:
         """The bytes that the run holds now. Page cache is none of it: it gives way at the cap."""
@@ -2574,7 +3000,7 @@ class Workspace:
         os.chmod(feed, 0o711)
         with open(f"{feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        for name in OUTPUTS:  # its own: it may open /dev/stdout again
+        for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
             os.mkfifo(f"{feed}/{name}")
             self._own(f"{feed}/{name}", 0o600)
 
@@ -2600,17 +3026,19 @@ class Workspace:
 
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 STOPPED = 0x137F  # a status of wait4(2)
+# linux/audit.h: x86_64, i386, aarch64, arm; the first of three system calls for keys there
+KEY_CALLS = {0xC000003E: 248, 0x40000003: 286, 0xC00000B7: 217, 0x40000028: 309}
 RLIM_NLIMITS = 16  # getrlimit(2)
 IOPRIO_GET = {"x86_64": 252, "aarch64": 31}.get(os.uname().machine, -1)
 
 class Output:
-    """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
+    """One output of a run: its first and its last bytes, and how many there were."""
 
-    def __init__(self, path: str, tee: int):
+    def __init__(self, path: str, tee: int = 0, most: int = KEPT_BYTES):
         # Opened for writing, too, it never ends: a function may close its outputs and open them
         # again (fifo(7)).
         self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        self.tee, self.count = tee, 0
+        self.tee, self.most, self.count = tee, most, 0
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
@@ -2619,10 +3047,10 @@ class Output:
         if self.tee:
             write_all(self.tee, chunk)
         self.count += len(chunk)
-        room = KEPT_BYTES - len(self.head)
+        room = self.most - len(self.head)
         self.head += chunk[:room]
         self.tail += chunk[room:]
-        del self.tail[:-KEPT_BYTES]
+        del self.tail[:-self.most]
         return bool(chunk)
 
     def close(self) -> str:
@@ -2640,6 +3068,23 @@ def write_all(fd: int, content: bytes) -> None:
     with contextlib.suppress(BrokenPipeError):
         while content:
             content = content[os.write(fd, content):]
+
+
+def key_filter() -> bytes:
+    """A seccomp program that knows no add_key(2), request_key(2) and keyctl(2).
+
+    The kernel keeps keys for a user, for days: each run would find those of the one before.
+    """
+    def step(code: int, value: int, jump: int = 0, other: int = 0) -> bytes:
+        return struct.pack("=HBBI", code, jump, other, value)
+
+    program = b""
+    for architecture, first in KEY_CALLS.items():
+        program += step(0x20, 4) + step(0x15, architecture, 0, 5)  # another: go on below
+        program += step(0x20, 0) + step(0x54, 0xBFFFFFFF)  # the call's number, x32's bit taken away
+        program += step(0x35, first, 0, 2) + step(0x25, first + 2, 1, 0)
+        program += step(0x06, 0x50000 | errno.ENOSYS)
+    return program + step(0x06, 0x7FFF0000)  # allowed
 
 
 def spawn(room: Room, argv: list[str], env: dict[str, str], cwd: str, files: list[int],
@@ -2671,6 +3116,9 @@ def spawn(room: Room, argv: list[str], env: dict[str, str], cwd: str, files: lis
             os.close(fd)
 
 
+KEY_FILTER = key_filter()
+
+
 def confine(room: Room) -> None:
     """In a new child: limits, priority, signals, and what the room keeps from it."""
     if room.spec.uid is None and not os.getuid():
@@ -2686,6 +3134,10 @@ def confine(room: Room) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
     if room.ruleset >= 0:
         kernel("syscall", LANDLOCK_RESTRICT, room.ruleset, 0)
+    program = ctypes.create_string_buffer(KEY_FILTER)
+    with contextlib.suppress(OSError):  # a kernel without seccomp
+        kernel("prctl", PR_SET_SECCOMP, 2, struct.pack(
+            "HP", len(KEY_FILTER) // 8, ctypes.addressof(program)))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
@@ -2765,6 +3217,11 @@ class ReadyPython:
         try:
             self.receive(30)
             self.traits = traits(self.pid)
+            threads = len(os.listdir(f"/proc/{self.pid}/task")) - 1
+            if threads or children_of(self.pid):  # no fork has them, but the locks that they hold
+                raise ConnectionError(f"it starts {threads} threads and "
+                                      f"{len(children_of(self.pid))} processes of its own (in a "
+                                      ".pth file or sitecustomize)")
         except ConnectionError:
             self.close()
             raise
@@ -2789,7 +3246,8 @@ class ReadyPython:
         self.runs += 1
         self.channel.send(marshal.dumps({
             "directory": self.spec.directory, "uid": self.spec.uid, "gid": self.spec.gid,
-            "groups": self.spec.groups, "env": run.env, "limits": limits}, 2))
+            "groups": self.spec.groups, "env": run.env, "limits": limits,
+            "command": run.command[1:]}, 2))
         kind, child, started = marshal.loads(self.receive())
         if kind != "begun":
             raise ConnectionError("the function's process ended before it began")
@@ -2832,6 +3290,22 @@ def allowed(limits: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+def with_returned(outcome: Outcome) -> Outcome:
+    """A handler's outcome: failed, where what it returned cannot be kept as JSON."""
+    if outcome.status != "ok":
+        return replace(outcome, returned="null")
+    text, size = "", len(outcome.returned.encode())
+    try:
+        json.loads(outcome.returned, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        text = f"what the handler returned cannot be read: {_why(error)}"
+    if size > MAX_RETURNED:
+        text = f"the handler returned over {MAX_RETURNED} bytes of JSON"
+    if not size:
+        text = "the process ended before its handler had returned"
+    return replace(outcome, status="failed", text=text, returned="null") if text else outcome
+
+
 class Supervisor:
     """One slot: runs its jobs, one at a time."""
 
@@ -2844,7 +3318,7 @@ class Supervisor:
         self.room = Room(spec)
         self.workspace = Workspace(spec, self.room)
         self.helpers: dict[str, ReadyPython] = {}  # by interpreter
-        self.unready = ""  # an interpreter that could not be made ready
+        self.unready: dict[str, str] = {}  # an interpreter that is not kept ready: why
         self.begun = False  # whether the function of the run has begun
         self.traits = traits(os.getpid())
         spec.limits.update(allowed(spec.limits))
@@ -2855,19 +3329,31 @@ class Supervisor:
         requests = self.agent.makefile("r", encoding="utf-8")
         while (self.life not in select.select([self.agent.fileno(), self.life], [], [])[0]
                and (line := requests.readline())):
-            self.begun = False
+            self.begun, run = False, RunSpec(**json.loads(line))
             try:
-                outcome = self.run(RunSpec(**json.loads(line)))
-                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.is_spent())
+                outcome = self.run(run)
+                outcome = with_returned(outcome) if run.has_handler else replace(
+                    outcome, returned="")
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.is_spent(),
+                       unready=self.unready)
             except OSError as error:  # ConnectionError is one
-                with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
-                    self.end_run(self.helpers)
-                # A helper that does not answer is as if it could not be forked.
-                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
+                self._fail(run, error)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
+
+    def _fail(self, run: RunSpec, error: OSError) -> None:
+        """End a run that cannot go on, and say what it came to."""
+        with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+            self.end_run(self.helpers)
+        if self.cgroup and self.cgroup.was_full():  # its cap is less than what its start takes
+            outcome = Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0,
+                              peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
+            answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=True)
+            return
+        # A helper that does not answer is as if it could not be forked.
+        number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+        answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
 
     def is_spent(self) -> bool:
         """Whether a run left what only another supervisor has not: IPC, which ends with its
@@ -2877,16 +3363,19 @@ class Supervisor:
 
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end. Raises OSError."""
-        self.room.begin(run.memory_mb, run.files)
         if self.cgroup:
             self.cgroup.begin(run.memory_mb)
+        self.room.begin(run.memory_mb, run.files)
         self.workspace.prepare(run.package, run.input)
         outputs = [Output(f"{self.room.feed}/{name}", fd if run.tee else 0)
                    for fd, name in enumerate(OUTPUTS, 1)]
+        outputs.append(Output(f"{self.room.feed}/{RETURNED}", most=MAX_RETURNED))
         try:
             helper, start = self._helper(run)
+            os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
             child, started = helper.start(run, self._limits(run))
             self.begun = True
+            answer(self.agent, BEGUN)
             started_at = time.time() - (time.monotonic() - started)
             watch = Watch(self, run, outputs, started)
             end = watch.wait(helper.done)
@@ -2909,7 +3398,7 @@ class Supervisor:
             "failed" if end == "disk" else end, reason="disk" if end == "disk" else None,
             exit_code=code, peak_memory_bytes=peak, duration_millis=round(duration * 1000),
             start=start, started_at=started_at, stdout=texts[0], stderr=texts[1],
-            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count)
+            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count, returned=texts[2])
 
     def _limits(self, run: RunSpec) -> dict[str, int]:
         """What a run's own processes are limited to where no cgroup does it."""
@@ -2931,7 +3420,7 @@ class Supervisor:
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
-        if run.interpreter and run.interpreter != self.unready:
+        if run.interpreter and run.interpreter not in self.unready:
             ready = self.helpers.get(run.interpreter)
             if ready and ready.runs < READY_RUNS and ready.is_as_made():
                 return ready, "warm"
@@ -2940,8 +3429,9 @@ class Supervisor:
                 ready = self.helpers[run.interpreter] = ReadyPython(
                     self.room, run.helper_env, self.procs, run.interpreter)
                 return ready, "cold"
-            except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
-                self.unready = run.interpreter
+            except ConnectionError as error:  # it is too old, or a wrapper, or does more than start
+                self.unready[run.interpreter] = str(error)
+                self.end_run()
         others = [helper.pid for helper in self.helpers.values()]
         return ForkShell(self.room, self.procs, others), "cold"
 
@@ -3024,7 +3514,8 @@ def launch(control: socket.socket, cgroups: str) -> None:
             end_descendants(others=[pid for pid, _, _ in supervisors.values()])
             for lock in locks:
                 os.close(lock)
-    remove_cgroups(cgroups)  # ends all runs; the agent may have been killed, and cannot do it
+    if cgroups:
+        remove_cgroups(cgroups)  # the agent may have been killed
     end_descendants()
 
 
@@ -3207,8 +3698,8 @@ class Report:
 
     def result(self, names: list[str], peaks: Collection[int]) -> dict[str, Any]:
         """The content of result.json, with the output files' names and the function's peaks."""
-        outcome, begin = self.outcome, self.outcome.started_at
-        end = begin and begin + (outcome.duration_millis or 0) / 1000
+        outcome = self.outcome
+        begin, end = outcome.started_at, outcome.ended_at
         wanted = words = None
         if peaks and self.memory_mb is not None:
             largest = max(peaks) / MIB
@@ -3218,7 +3709,9 @@ class Report:
                       "memoryMb fits")
             words = (f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of "
                      f"{self.memory_mb}: {advice}.")
-        return {**self.pairs(), "success": outcome.status == "ok", "stdout": outcome.stdout,
+        returned = {"returnValue": json.loads(outcome.returned)} if outcome.returned else {}
+        return {**self.pairs(), **returned,
+                "success": outcome.status == "ok", "stdout": outcome.stdout,
                 "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
                 "stderrBytes": outcome.stderr_bytes, "startedAt": begin and iso(begin),
                 "finishedAt": end and iso(end), "outputFiles": names,
@@ -3227,14 +3720,14 @@ class Report:
     def write(self, log: Log, label: str) -> None:
         """Log the function's kept output, each line after `label`, and the REPORT line."""
         outcome, lines, pairs = self.outcome, [], self.pairs()
+        level = FATES[outcome.status].level
         lines += said_by_function(log, label, "stdout", outcome.stdout, outcome.stdout_bytes)
         lines += said_by_function(log, label, "stderr", outcome.stderr, outcome.stderr_bytes)
         if outcome.text:
-            level = "ERROR" if outcome.status == "error" else "WARNING"
             lines.append(log.line(level, f"[{label}] {outcome.status}: {outcome.text}", {}))
         if self.request_id is None:  # it could not be read: what else would name it?
             pairs["messageId"] = re.sub(r"\s", "_", label)
-        log.write([*lines, log.line("INFO", "REPORT", pairs)])
+        log.write([*lines, log.line(level, "REPORT", pairs)])
 
 
 def said_by_function(log: Log, label: str, stream: str, text: str, count: int) -> list[str]:
@@ -3287,18 +3780,18 @@ def summary(reports: Iterable[Report]) -> str:
     return "\n".join(lines)
 
 
-def output_files(slot: Slot) -> tuple[list[str], int, int]:
-    """(names, bytes, left out) of the regular files a run left in $OUTPUT_DIR; raises Outage.
+def output_files(directory: str, uid: int | None) -> tuple[list[str], int, int]:
+    """(names, bytes, left out) of the regular files a run left in $OUTPUT_DIR; raises OSError.
 
     The names are relative, the bytes their full size, holes too. Left out is what cannot be listed
     or stored. A file that is not the run's own counts only if anybody may read it: it could be a
     hard link to something that the function may not.
     """
-    found, size, left_out, uid = [], 0, 0, slot.spec.uid
-    pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
+    found, size, left_out = [], 0, 0
+    pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
     for relative in pending:
         try:
-            entries = list(os.scandir(os.path.join(slot.output, relative)))
+            entries = list(os.scandir(os.path.join(directory, relative)))
         except PermissionError:  # of mode 000, and not read by root
             left_out += 1
             continue
@@ -3343,11 +3836,25 @@ def copy_outputs(directory: str, names: list[str], target: Path) -> None:
             shutil.copyfileobj(source, file)
 
 
+class Results(Protocol):
+    """Where results go, and the files that runs leave."""
+
+    def parts(self) -> list[Dependency]:
+        """What it needs: no function is run in vain while that is away."""
+
+    def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
+        """Store a result, and the files `names` of `directory`; raises Ended, Outage, OSError."""
+
+
 class FolderResults:
     """DIR/results/<requestId>/."""
 
     def __init__(self, root: Path, log: Log):
-        self.root, self.fault = root / "results", Fault(log, f"storing results in {root}")
+        self.root, self.disk = root / "results", Dependency(log, f"storing results in {root}")
+
+    def parts(self) -> list[Dependency]:
+        """The disk."""
+        return [self.disk]
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Keep a result, and copies of the files `names` of `directory`; raises Outage.
@@ -3355,7 +3862,7 @@ class FolderResults:
         They are there as a whole or not at all, in the place of those of an earlier receive.
         """
         target = self.root / result["requestId"]
-        with self.fault.watched():
+        with self.disk.needed():
             self.root.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".", dir=self.root) as part:
                 new = Path(part, "new")
@@ -3372,8 +3879,12 @@ class AwsResults:
 
     def __init__(self, clients: Clients, settings: Settings, log: Log):
         self.clients, self.settings = clients, settings
-        self.bucket = Fault(log, f"storing results in s3://{settings.output_bucket}")
-        self.queue = Fault(log, f"sending results to {settings.output_queue_url}")
+        self.bucket = Dependency(log, f"storing results in s3://{settings.output_bucket}")
+        self.queue = Dependency(log, f"sending results to {settings.output_queue_url}")
+
+    def parts(self) -> list[Dependency]:
+        """The bucket and the queue."""
+        return [self.bucket, self.queue]
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Upload the files, then result.json; raises Ended, Outage and OSError."""
@@ -3393,14 +3904,26 @@ class AwsResults:
                        self.clients.results.send_message, QueueUrl=url, MessageBody=text)
 
     @staticmethod
-    def _send(fault: Fault, needs: str, call: Callable[..., Any], **arguments: Any) -> None:
+    def _send(place: Dependency, needs: str, call: Callable[..., Any], **arguments: Any) -> None:
+        place.check()
         _, error = attempt(call, **arguments)
         if error and passes(error):
-            raise Outage(fault, "output", error)
+            raise place.outage(error, "output")
         if error:
-            raise Ended(Outcome("error", "output", "the result cannot be stored: "
-                                + remedy(error, needs, arguments.get("QueueUrl"))))
-        fault.worked()
+            said = remedy(error, needs, arguments.get("QueueUrl"))
+            place.failed(said, "output", longest=30)
+            raise Ended(Outcome("error", "output", f"the result cannot be stored: {said}"))
+        place.worked()
+
+
+class Metrics(Protocol):
+    """Where the peaks of runs go."""
+
+    def put(self, report: Report) -> None:
+        """Publish, now or later, the peak of a run, and when that ended; there may be none."""
+
+    def close(self, is_urgent: Callable[[], bool]) -> None:
+        """Publish what is kept; for at most 25 seconds, or one from when that is urgent."""
 
 
 class FolderMetrics:
@@ -3411,107 +3934,111 @@ class FolderMetrics:
         self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.count = 0
         self.lock = threading.Lock()
-        self.fault = Fault(log, f"writing {self.path}")
+        self.disk = Dependency(log, f"writing {self.path}")
 
     def put(self, report: Report) -> None:
         """Append the run's peak; a disk that is full loses it, and ends no job."""
         peak_bytes = report.outcome.peak_memory_bytes
         if peak_bytes is None:
             return
-        line = json.dumps({"timestamp": iso(time.time()), "namespace": self.settings.namespace,
+        ended = iso(report.outcome.ended_at or time.time())
+        line = json.dumps({"timestamp": ended, "namespace": self.settings.namespace,
                            "metricName": "PeakMemoryBytes", "value": peak_bytes,
                            "unit": "Bytes", "dimensions": {"FunctionId": report.function_id,
                                                            "Runtime": report.runtime}})
-        with self.lock, self.fault.watched(goes_on=True):
+        with self.lock, self.disk.optional():
             os.write(self.fd, line.encode() + b"\n")
             self.count += 1
 
-    def close(self) -> None:
+    def close(self, is_urgent: Callable[[], bool]) -> None:
         """Say how many there were."""
         if self.count:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
-Metric = tuple[str, str, tuple[tuple[str, str], ...]]  # name, unit, (dimension, value) of each
+Datum = tuple[str, str, int]  # functionId, runtime, the second in which its runs ended
 
 
 class CloudWatchMetrics:
-    """PeakMemoryBytes of each run, in batches; with metrics.runs also Runs, one for each turn."""
+    """PeakMemoryBytes of each run, in batches. What is not sent yet is lost with the process."""
 
     MOST_KEPT = 100_000  # while CloudWatch is away
     VALUES = 150  # PutMetricData's limit for one datum
-    DATA = 60  # of one request: its limit is 1,000, but also 1 MB, which these fit into
+    # Its limit for a request is 1 MB: what a datum and a value take of that in the query protocol
+    REQUEST_BYTES, DATUM_BYTES, VALUE_BYTES = 1_000_000, 1000, 100
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        self.values: deque[tuple[Metric, float]] = deque()
+        self.values: deque[tuple[Datum, float]] = deque()
         self.dropped = 0
-        self.fault = Fault(log, "publishing metrics to CloudWatch")
+        self.service = Dependency(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
         self.thread.start()
 
     def put(self, report: Report) -> None:
-        """Keep what is to be said of a turn for the next flush."""
-        peak_bytes = report.outcome.peak_memory_bytes
-        if peak_bytes is not None:
-            dimensions = (("FunctionId", str(report.function_id)),
-                          ("Runtime", str(report.runtime)))
-            self._keep([(("PeakMemoryBytes", "Bytes", dimensions), float(peak_bytes))])
-        if self.settings.count_runs:
-            self._keep([(("Runs", "Count", (("Status", report.outcome.status),)), 1.0)])
+        """Keep the run's peak for the next flush; the oldest may go."""
+        if report.outcome.peak_memory_bytes is not None:
+            ended = int(report.outcome.ended_at or time.time())
+            key = str(report.function_id), str(report.runtime), ended
+            with self.lock:
+                self.values.append((key, float(report.outcome.peak_memory_bytes)))
+                self._bound()
 
-    def _keep(self, values: list[tuple[Metric, float]], first: bool = False) -> None:
-        """Have these wait for the next flush, before or after the others; the oldest may go."""
-        with self.lock:
-            self.values.extendleft(values) if first else self.values.extend(values)
-            while len(self.values) > self.MOST_KEPT:
-                self.values.popleft()
-                self.dropped += 1
+    def _bound(self) -> None:
+        while len(self.values) > self.MOST_KEPT:
+            self.values.popleft()
+            self.dropped += 1
 
-    def close(self) -> None:
+    def close(self, is_urgent: Callable[[], bool]) -> None:
         """Flush a last time."""
         self.stopping.set()
-        self.thread.join(25)
+        await_end(self.thread, 25, is_urgent)
 
     def _publish(self) -> None:
         """Send what is kept every flushSeconds, after a failure's own pause, and at the close."""
         pause, is_last = float(self.settings.flush_seconds), False
         while not is_last:
             is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
-            groups: defaultdict[Metric, list[float]] = defaultdict(list)
-            with self.lock:
-                while self.values:
-                    key, value = self.values.popleft()
-                    groups[key].append(value)
-            data = [(key, values[start:start + self.VALUES]) for key, values in groups.items()
-                    for start in range(0, len(values), self.VALUES)]
-            while data:
-                now = data[:self.DATA]
+            while values := self._take():
                 _, error = attempt(
                     self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
-                    MetricData=[self._datum(*one) for one in now])
+                    MetricData=[self._datum(*one) for one in values])
                 if error:
-                    self._keep([(key, one) for key, values in data for one in values], first=True)
-                    pause = self.fault.failed(remedy(error, "cloudwatch:PutMetricData") or error)
+                    with self.lock:
+                        self.values.extendleft((key, one) for key, ones in values for one in ones)
+                        self._bound()
+                    pause = self.service.failed(remedy(error, "cloudwatch:PutMetricData") or error)
                     break
-                self.fault.worked()
-                sent += sum(len(values) for _, values in now)
-                del data[:self.DATA]
+                self.service.worked()
+                sent += sum(len(ones) for _, ones in values)
             if sent:
                 lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
                 self.dropped = 0
                 self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
+    def _take(self) -> list[tuple[Datum, list[float]]]:
+        """The oldest values, as many as one request may have, by datum."""
+        groups: dict[Datum, list[list[float]]] = {}
+        size = 0
+        with self.lock:
+            while self.values and size < self.REQUEST_BYTES - self.DATUM_BYTES:
+                key, value = self.values.popleft()
+                data = groups.setdefault(key, [])
+                if not data or len(data[-1]) == self.VALUES:
+                    data.append([])
+                    size += self.DATUM_BYTES
+                data[-1].append(value)
+                size += self.VALUE_BYTES
+        return [(key, values) for key, data in groups.items() for values in data]
+
     @staticmethod
-    def _datum(key: Metric, values: list[float]) -> dict[str, Any]:
-        name, unit, dimensions = key
-        counts = Counter(values)
-        return {"MetricName": name, "Unit": unit, "Values": list(counts),
-                "Counts": list(map(float, counts.values())),
-                "Dimensions": [{"Name": each, "Value": value} for each, value in dimensions],
-                "Timestamp": time.time()}
+    def _datum(key: Datum, values: list[float]) -> dict[str, Any]:
+        counts, names = Counter(values), ("FunctionId", "Runtime")
+        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": key[2],
+                "Values": list(counts), "Counts": list(map(float, counts.values())),
+                "Dimensions": [{"Name": name, "Value": value} for name, value in zip(names, key)]}
 
 
 # --------------------------------------------------------------------------------------------
@@ -3520,19 +4047,28 @@ class CloudWatchMetrics:
 
 # All that a function gets of the agent's own environment
 BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
+# Variables that take effect at a process's start, so that a ready interpreter is too late for them
+READ_AT_START = re.compile("PYTHON|LC_|LD_|MALLOC_|GLIBC_")
+EXPORTS_HANDLER = re.compile(r"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
-UNSTORED = 1000  # results that are kept for the return of their messages
+START_SECONDS = 2.0  # what was received ahead and has not started by then is given back
+ERRAND_THREADS = 8
+MOST_PARKED, MOST_PARKED_BYTES = 1000, 64 * MIB  # turns that wait for what is away, and bodies
+UNSTORED, UNSTORED_BYTES = 1000, 1024 * MIB  # results that wait for the return of their messages
+LAST_SECONDS = 5  # after the grace, for killed runs to be reported
 
 
 class Slot:
     """Where one function runs at a time, and the connection to its supervisor."""
 
     SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
+    PREPARE_SECONDS = 120  # for a run to begin: a large package may be linked on a slow disk
 
     def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket],
-                 fault: Fault):
-        self.spec, self.supervisor, self.fault = spec, supervisor, fault
+                 machine: Dependency, said: set[tuple[str, str]]):
+        self.spec, self.supervisor, self.machine = spec, supervisor, machine
+        self.said = said  # by any slot, of interpreters
         self.own = f"{spec.directory}/own"
         self.output = f"{self.own}/output"
         self.lock = threading.RLock()
@@ -3543,27 +4079,38 @@ class Slot:
 
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end; raises Ended, and Outage if it has not begun."""
-        with self.fault.watched():
+        begun = False
+        with self.machine.needed():
             try:
                 with self.lock:
                     if self.cancelled:
                         return Outcome("released")
                     connection = self.connect()
-                connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
+                connection.settimeout(self.PREPARE_SECONDS)
                 connection.sendall(json.dumps(vars(run)).encode() + b"\n")
+                self._answer()
+                begun = True
+                self.machine.worked()
+                connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
                 answer = self._answer()
-            except NotBegun as error:
+            except (OSError, RunLost) as error:
                 self.drop(kill=True)
-                if error.errno in MACHINE_AWAY:
-                    raise
-                text = f"no function can be run: {error}"
+                if self.cancelled:
+                    return Outcome("released")
+                if isinstance(error, OSError) and not begun:
+                    if isinstance(error, TimeoutError):  # of a disk that is slow, say
+                        raise OSError(errno.EAGAIN, "its preparation takes too long") from None
+                    if error.errno in MACHINE_AWAY:
+                        raise
+                    text = f"no function can be run: {error}"
+                else:  # what it did to its supervisor, it may do again
+                    text = f"what ran the function was lost ({error}); it may have killed it"
                 raise Ended(Outcome("error", "launcher", text)) from None
-            except (OSError, RunLost) as error:  # what it did to its supervisor, it may do again
-                self.drop(kill=True)
-                raise Ended(Outcome("error", "launcher", "what ran the function was lost "
-                                    f"({error}); it may have killed it")) from None
             if answer["is_spent"]:
                 self.drop()
+            for interpreter, why in answer["unready"].items() - self.said:
+                self.said.add((interpreter, why))
+                self.machine.log("WARNING", f"{interpreter} is started anew for each run: {why}")
             return Outcome(**answer["outcome"])
 
     def connect(self) -> socket.socket:
@@ -3636,12 +4183,12 @@ class Slots:
 
     def __init__(self, settings: Settings, log: Log):
         self.settings, self.log = settings, log
-        self.fault = Fault(log, "starting functions")
+        self.role: FunctionRole | None = None
+        self.machine = Dependency(log, "starting functions")
         self.cgroups, self.cgroup_gap = "", "not started as root"
         if not os.geteuid():
             try:
-                self.cgroups, self.cgroup_lock = make_cgroups(
-                    settings.concurrency, settings.max_processes)
+                self.cgroups = make_cgroups(settings.concurrency, settings.max_processes)
             except OSError as error:
                 self.cgroup_gap = f"{error.strerror}: {error.filename or 'cgroup2'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
@@ -3679,7 +4226,8 @@ class Slots:
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
         self.hidden, self.shown = hidden_and_shown(settings.file, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
-        self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.fault)
+        said: set[tuple[str, str]] = set()
+        self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
                     for number, user in enumerate(users)]
 
     def _launch(self) -> None:
@@ -3786,7 +4334,11 @@ class Slots:
                          "none is refused, start the agent as root)") from None
         slot.drop()  # an idle agent has no supervisor
         self.gaps = list(slot.gaps)
-        if settings.metadata == "refuse" and settings.network == "host" and self.metadata_gap:
+        # On a laptop, to somebody who tries functions of their own, this would say nothing.
+        is_ec2 = b"Amazon" in read_proc("/sys/class/dmi/id/sys_vendor")
+        has_role = slot.spec.uid is not None or settings.region or is_ec2
+        is_refused = settings.metadata == "refuse" and settings.network == "host"
+        if is_refused and self.metadata_gap and has_role:
             self.gaps.append(
                 f"functions reach the instance metadata, and with it this machine's role "
                 f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
@@ -3807,9 +4359,9 @@ class Slots:
                      "from the watcher can pass its cap, and take CPU from the others")
         return "; ".join((level, *self.gaps))
 
-    def program(self, first: str, runtime: str) -> str:
-        """What a command of a runtime starts with; raises Ended when this machine lacks it."""
-        program = self.programs[runtime] if first == "{program}" else first
+    def program(self, word: str, runtime: str) -> str:
+        """What a word of a command stands for; raises Ended when this machine lacks it."""
+        program = self.programs[runtime] if word == "{program}" else word
         if not program or program[0] == "/" and not os.path.exists(program):
             names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise Ended(Outcome("error", "runtime", f"this machine has no {names} that a function "
@@ -3817,49 +4369,81 @@ class Slots:
         return program
 
     def run_spec(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> RunSpec:
-        """What runs `package.entry`, or compiles it if it is a source; raises Ended.
-
-        All commands are made here.
-        """
-        runtime = RUNTIMES[task.runtime]
-        first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
-        program = self.program(first, task.runtime)
+        """What runs a package, or compiles it if it is a source; raises Ended and Outage."""
+        entry = find_entry(package.path, task.runtime, task.handler)
         # The ready interpreter is root's: its HOME is where nobody can make anything.
         helper_env = {**BASE_ENV, "PATH": self.path, "HOME": os.devnull}
-        env = {"HOME": f"{slot.own}/home", "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output,
-               "USER": USER, "LOGNAME": USER,
+        env = {**task.env, "HOME": f"{slot.own}/home", "TMPDIR": f"{slot.own}/tmp",
+               "OUTPUT_DIR": slot.output, "USER": USER, "LOGNAME": USER,
                "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
-        is_warm = task.runtime == "python" and self.settings.warm_start
-        return RunSpec((program, *rest), program if is_warm else "", helper_env, env,
+        if task.handler:
+            env.update({
+                "_HANDLER": task.handler, "LAMBDA_TASK_ROOT": f"{slot.own}/work",
+                "AWS_LAMBDA_FUNCTION_NAME": task.function_id,
+                "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(task.memory_mb)})
+        if self.role and entry not in RUNTIMES[task.runtime].compiled:
+            env.update(self.role.env(task.timeout_ms / 1000))
+        command = self._command(task, package, entry, f"{slot.spec.directory}/feed/{RETURNED}")
+        is_warm = (task.runtime == "python" and self.settings.warm_start
+                   and not any(map(READ_AT_START.match, task.env)))
+        return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
                        str(package.path), task.input.decode("utf-8", "surrogateescape"),
                        task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
-                       self.settings.max_files, tee)
+                       self.settings.max_files, bool(task.handler), tee)
+
+    def _command(self, task: Task, package: Package, entry: str, returned: str) -> list[str]:
+        """All commands are made here."""
+        runtime = RUNTIMES[task.runtime]
+        if task.handler:
+            program = self.program("{program}", task.runtime)
+            function = task.handler.rpartition(".")[2]
+            return [program, *HANDLERS[task.runtime], entry, function, returned]
+        if entry == "index.js":
+            self._look_for_handler(task, package)
+        command: list[str] = []
+        for word in {**runtime.commands, **runtime.compiled}[entry]:
+            if word == "{sources}":
+                kind = os.path.splitext(entry)[1]
+                command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+            else:
+                command.append(self.program(word, task.runtime))
+        return command
+
+    def _look_for_handler(self, task: Task, package: Package) -> None:
+        """Say once that index.js is of an AWS Lambda function, if it is: run so it does nothing."""
+        text = (package.path / "index.js").read_text(errors="replace") * (not package.is_read)
+        package.is_read = True
+        if EXPORTS_HANDLER.search(text):
+            self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
+                                'which nothing calls: send "handler": "index.handler" in the task')
 
     def compile(self, task: Task, package: Package, slot: Slot) -> Package:
         """The package with its program compiled, once; raises Ended with the compiler's words."""
-        if package.entry not in RUNTIMES[task.runtime].compiled:
+        entry = find_entry(package.path, task.runtime, task.handler)
+        if entry not in RUNTIMES[task.runtime].compiled:
             return package
-        built = Package(package.built_path, package.etag, "main")
+        built = Package(package.built_path, package.etag)
         with package.lock:
+            if package.refused:
+                raise Ended(package.refused)
             if built.path.exists():
                 return built
-            limited = replace(task, input=b"", timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
+            limited = replace(task, input=b"", env={}, timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
             outcome = slot.run(self.run_spec(limited, package, slot))
             if outcome.status == "released":
                 raise Ended(outcome)
-            fd = -1
-            if outcome.status == "ok":
-                with contextlib.suppress(OSError):
-                    fd = os.open(f"{slot.own}/work/main", os.O_RDONLY | os.O_NOFOLLOW)
-            if fd < 0:
+            made = f"{slot.own}/work/main"
+            is_made = os.path.isfile(made) and not os.path.islink(made)
+            if outcome.status != "ok" or not is_made:
                 ended = f"{outcome.status}, exit status {outcome.exit_code}"
-                raise Ended(replace(
+                package.refused = replace(
                     outcome, status="rejected", reason="compile", exit_code=None, start=None,
                     duration_millis=None, peak_memory_bytes=None, started_at=None,
-                    text=f"{package.entry} does not compile ({ended})"))
+                    text=f"{entry} does not compile ({ended})")
+                raise Ended(package.refused)
             part = package.path.with_suffix(".part")
-            with self.fault.watched(), open(fd, "rb") as program:
+            with self.machine.needed(), open(made, "rb") as program:
                 shutil.rmtree(part, ignore_errors=True)
                 shutil.copytree(package.path, part, symlinks=True, copy_function=os.link)
                 (part / "main").unlink(missing_ok=True)  # the zip's own, which is a link to it
@@ -3869,10 +4453,11 @@ class Slots:
                 os.rename(part, built.path)
             return built
 
-    def outputs(self, slot: Slot, outcome: Outcome, label: str) -> tuple[list[str], Outcome]:
+    def outputs(self, directory: str, uid: int | None, outcome: Outcome,
+                label: str) -> tuple[list[str], Outcome]:
         """The names of a run's output files, and its outcome, or what too many make of it."""
         settings = self.settings
-        names, size, left_out = output_files(slot)
+        names, size, left_out = output_files(directory, uid)
         if left_out:
             self.log("WARNING", f"[{label}] {left_out} entries of $OUTPUT_DIR left out: paths are "
                                 f"UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json, no closed "
@@ -3888,7 +4473,8 @@ class Slots:
     def close(self) -> None:
         """End all that runs, and remove all that was made for it."""
         self._end_launcher()
-        remove_cgroups(self.cgroups)
+        if self.cgroups:
+            remove_cgroups(self.cgroups)
         for uid in self.uid_locks:
             os.unlink(f"{self.lock_directory}/uid-{uid}")
         self.files.close()
@@ -3950,45 +4536,77 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     return own, lock
 
 
-@dataclass
+class Services(NamedTuple):
+    """Where an agent's work comes from, and where what becomes of it goes."""
+
+    queue: Queue
+    source: CodeSource
+    results: Results
+    metrics: Metrics
+
+
+@dataclass(eq=False)
 class Turn:
     """A message from its receive to its end."""
 
     message: Message
     report: Report  # what is known so far
-    task: Task | None = None  # None: it ends as `report` says
-    memory_mb: int = 0  # that is taken up by it
-    directory: str = ""  # where its output files are
-    names: list[str] = field(default_factory=list)  # of its output files
+    task: Task | None = None  # None: it was refused before it was understood
+    package: Package | None = None  # its code, once that is here
+    is_done: bool = False  # its outcome is known: it only has to be stored, and ended
+    has_begun: bool = False  # it runs, or its result is being stored: a shutdown lets it finish
+    is_over: bool = False  # somebody ends it, or has
+    is_ahead: bool = False  # it was taken before a slot was free, and may be given back
+    since: float = 0.0  # time.monotonic() when it began to wait as it does, or to be worked on
+    waits_until: float = 0.0  # while it is parked: no longer than this
+    patience_ends: float = 0.0  # 0: it has met no outage in this step
+    directory: str = ""  # where its output files are, once it ran
+    uid: int | None = None  # whose they are
+    is_aside: bool = False  # that directory is its own, and no slot's
+    names: list[str] | None = None  # of its output files
     result: dict[str, Any] = field(default_factory=dict)  # for result.json
-    begun: bool = False  # only its slot may end it from here on
-    ran_before: bool = False  # it ran when it was here before, and could not be stored
-    is_held: bool = False  # it waits out an outage
+    ran_before: bool = False  # when it was here before, and could not be stored
+    size: int = 0  # in bytes, of what it left then
+
+    @property
+    def memory_mb(self) -> int:
+        """What it takes up in a slot."""
+        return self.task.memory_mb if self.task else 0
 
 
 class Agent:
-    """The loop. One thread receives, and one for each slot runs what was received.
+    """The loop. One thread receives, one for each slot runs functions, some do what needs no slot.
 
-    The main thread handles signals, tells systemd how it goes, and ends the agent.
+    A turn waits for a slot (`waiting`), for an errand (`errands`: its code is fetched, its result
+    is stored again, or it only ends), or, parked, for a part that is away. Whatever a turn waits
+    for, its lease is kept alive, and others go on. The main thread handles signals, tells systemd
+    how it goes, has parked turns go on when it is time, and ends the agent. A turn is ended in
+    _end() alone, for whoever asks first.
     """
 
-    def __init__(self, settings: Settings, log: Log, queue: SqsQueue | FolderQueue,
-                 code: CodeCache, results: FolderResults | AwsResults,
-                 metrics: FolderMetrics | CloudWatchMetrics, slots: Slots):
-        self.settings, self.log, self.queue, self.code = settings, log, queue, code
-        self.results, self.metrics, self.slots = results, metrics, slots
-        self.local = isinstance(queue, FolderQueue)
+    def __init__(self, settings: Settings, log: Log, services: Services, slots: Slots):
+        self.settings, self.log, self.slots = settings, log, slots
+        self.queue, source, self.results, self.metrics = services
+        self.code = CodeCache(source, slots.base / "code", log)
+        self.local = isinstance(self.queue, FolderQueue)
         # Conditions on one lock: a finished run wakes who has use for it, and nobody else.
         self.lock = threading.RLock()
-        self.tasks = threading.Condition(self.lock)  # for the slots: something waits
+        self.to_run = threading.Condition(self.lock)  # for the slots: something waits
+        self.to_do = threading.Condition(self.lock)  # for errands
         self.space = threading.Condition(self.lock)  # for the receiver: something may be asked for
+        self.turns: set[Turn] = set()  # all in hand
         self.waiting: deque[Turn] = deque()
-        self.turns: dict[Slot, Turn] = {}
+        self.errands: deque[Turn] = deque()
+        self.parked: dict[Dependency, list[Turn]] = {}
+        self.running: dict[Slot, Turn] = {}
+        self.fetching: dict[tuple[str, str, str], Turn] = {}  # by Task.code
         self.unstored: OrderedDict[tuple[str, str], Turn] = OrderedDict()  # by message
         self.free_mb = settings.memory_mb
-        self.mean_seconds: float | None = None
-        self.hold_until = self.sick_seconds = 0.0
-        self.fault = Fault(log, "receiving messages")
+        self.mean_seconds: float | None = None  # that a run keeps a slot
+        self.troubles: set[object] = set()  # what failed since a function ran last
+        self.pause_seconds = self.pause_ends = 0.0  # of the receiver, when everything fails
+        self.receiving = Dependency(log, "receiving messages")
+        self.gave_up = ""  # why a drain cannot go on
         self.peaks: Callable[[str | None], deque[int]] = functools.lru_cache(10_000)(
             lambda function_id: deque(maxlen=RECENT))
         self.drain = False
@@ -4001,43 +4619,80 @@ class Agent:
     # The main thread: signals, systemd, the end.
 
     def run(self, drain: bool) -> None:
-        """Work until a signal, or with `drain` until the queue is empty."""
+        """Work until a signal, or with `drain` until the queue is empty. Raises GiveUp."""
         self.drain = drain
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.signals.append(number))
         poller = threading.Thread(target=self._poll, daemon=True)
         threads = [poller, *(threading.Thread(target=self._work, args=(slot,), daemon=True)
-                             for slot in self.slots.all)]
+                             for slot in self.slots.all),
+                   *(threading.Thread(target=self._run_errands, daemon=True)
+                     for _ in range(ERRAND_THREADS))]
         if self.settings.spot_interruption:
             threads.append(threading.Thread(target=self._await_spot_notice, daemon=True))
         for thread in threads:
             thread.start()
         notify("READY=1")
         self._attend(poller)
-        self.queue.close()
-        self.metrics.close()
+        self.queue.close(self._is_urgent)
+        self.metrics.close(self._is_urgent)
+        if self.gave_up:
+            raise GiveUp(self.gave_up)
+
+    def _is_urgent(self) -> bool:
+        """Whether a second signal has come."""
+        return len(self.signals) > 1
 
     def _attend(self, poller: threading.Thread) -> None:
         """Wait for the end; begin the shutdown when a signal comes, and keep systemd informed."""
-        watchdog, deadline = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6, math.inf
+        watchdog = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6
+        deadline, told = math.inf, 0.0
         # A slot's thread may hang in a download, whose message was released: none is waited for.
         while poller.is_alive() or self.turns:
-            period = 0.05 if self.stopping else min(5.0, watchdog or 5.0)
-            select.select([self.wake], [], [], period)
+            period = 0.05 if self.stopping else 0.1 if self.turns else 5.0
+            select.select([self.wake], [], [], min(period, watchdog or period))
             read_nonblocking(self.wake)
+            self._review()
+            now = time.monotonic()
             if self.signals and deadline == math.inf:
-                deadline = time.monotonic() + self.settings.shutdown_grace_seconds
+                deadline = now + self.settings.shutdown_grace_seconds
                 self._begin_stop()
-            is_urgent = len(self.signals) > 1
-            if is_urgent or time.monotonic() >= deadline:
+            if self._is_urgent():
+                deadline = min(deadline, now)
+            if now >= deadline:
                 for slot in self.slots.all:
                     slot.cancel()
-            if is_urgent and not self.turns:
+            if now >= deadline + (1 if self._is_urgent() else LAST_SECONDS):
+                self._release(list(self.turns))  # what is being stored is not waited for
+            if self._is_urgent() and not self.turns:
                 return  # the answer of a poll in flight is not waited for
-            good = self.counts["ok"]
-            notify(f"WATCHDOG=1\nSTATUS=running {len(self.turns)}, done {good}, "
+            if now < told + min(1.0, watchdog or 1.0) and not self.stopping:
+                continue
+            good, told = self.counts["ok"], now
+            notify(f"WATCHDOG=1\nSTATUS=running {len(self.running)}, done {good}, "
                    f"failed {sum(self.counts.values()) - good}")
+
+    def _review(self) -> None:
+        """Have parked turns go on when it is time; give back what cannot start soon."""
+        now = time.monotonic()
+        with self.lock:
+            for part, turns in list(self.parked.items()):
+                due = [turn for turn in turns if not part.since or turn.waits_until <= now]
+                if not due and part.may_try():  # first who only has a result to store
+                    due = sorted(turns, key=lambda turn: not turn.is_done)[:1]
+                for turn in due:
+                    turns.remove(turn)
+                    self._queue_up(turn)
+                if not turns:
+                    del self.parked[part]
+            late = [turn for turn in self.waiting
+                    if turn.is_ahead and turn.since + START_SECONDS < now]
+            if late and late[0] is self.waiting[0] and late[0].memory_mb > self.free_mb:
+                del late[0]  # it waits for memory, and would wait for ever if it went back
+            for turn in late:
+                self.waiting.remove(turn)
+        self._release(late, "ahead")
 
     def _begin_stop(self) -> None:
         """Stop polling; give back what was not started."""
@@ -4046,12 +4701,13 @@ class Agent:
                          "a second signal stops at once")
         notify("STOPPING=1")
         with self.lock:
-            preparing = [slot for slot, turn in self.turns.items() if not turn.begun]
-            unstarted = [*self.waiting, *map(self.turns.pop, preparing)]
-            self.waiting.clear()
             self._stop_taking()
-        for turn in unstarted:
-            self._release(turn)
+            unstarted = [turn for turn in self.turns if not turn.has_begun]
+            preparing = [slot for slot, turn in self.running.items() if not turn.has_begun]
+            self.waiting.clear()
+            self.errands.clear()
+            self.parked.clear()
+        self._release(unstarted)
         for slot in preparing:
             slot.cancel()  # it may be compiling
 
@@ -4059,8 +4715,8 @@ class Agent:
         """Have every thread end that has nothing more to do."""
         with self.lock:
             self.stopping = True
-            self.tasks.notify_all()
-            self.space.notify_all()
+            for condition in (self.to_run, self.to_do, self.space):
+                condition.notify_all()
 
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
@@ -4068,9 +4724,9 @@ class Agent:
         from http.client import HTTPConnection, HTTPException  # which knows of no proxy
         base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
         host = re.sub("^https?://|/.*", "", base)
-        fault = Fault(self.log, "asking EC2 for a spot interruption notice")
+        notices = Dependency(self.log, "asking EC2 for a spot interruption notice")
         while not self.stopping:
-            with contextlib.suppress(HTTPException), fault.watched(goes_on=True), \
+            with contextlib.suppress(HTTPException), notices.optional(), \
                     contextlib.closing(HTTPConnection(host, timeout=2)) as metadata:
                 metadata.request("PUT", "/latest/api/token", headers={
                     "X-aws-ec2-metadata-token-ttl-seconds": "60"})
@@ -4091,13 +4747,13 @@ class Agent:
         while limit := self._room():
             try:
                 messages = self.queue.receive(limit, self.drain)
-                self.fault.worked()
+                self.receiving.worked()
                 for message in messages:
                     self._take(message)
                 if messages:
                     continue
                 with self.lock:
-                    is_idle = not self.turns and not self.waiting
+                    is_idle = not self.turns
                     if self.drain and not is_idle:
                         self.space.wait(0.5)
                 if self.drain and is_idle and self.queue.is_empty():
@@ -4106,13 +4762,23 @@ class Agent:
                     self._pause(1)  # SQS answered at once
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
                 advice = remedy(error, QUEUE_NEEDS, self.settings.queue_url)
-                self._pause(self.fault.failed(advice or error))
+                pause = self.receiving.failed(advice or error)
+                spent = time.monotonic() - self.receiving.since
+                if self.drain and spent > self.settings.patience_seconds:
+                    self.gave_up = f"the drain is given up after {spent:.0f} s: {advice or error}"
+                    break
+                self._pause(pause)
         self._stop_taking()
-        os.write(self.waker, b"\n")
+        self._wake()
 
     def _pause(self, seconds: float) -> None:
         with self.lock:
             self.space.wait_for(lambda: self.stopping, seconds)
+
+    def _wake(self) -> None:
+        """Have the main thread look."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.waker, b"\n")
 
     def _room(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
@@ -4120,133 +4786,233 @@ class Agent:
         slots = len(self.slots.all)
         with self.lock:
             while not self.stopping:
-                wait = self.hold_until - time.monotonic()
-                ahead = 0
-                if self.waiting and self.waiting[0].memory_mb > self.free_mb:
-                    ahead = -slots  # what waits for memory goes first
-                elif self.mean_seconds and not any(turn.is_held for turn in self.turns.values()):
-                    ahead = min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)), 2 * most)
-                room = slots - len(self.turns) + ahead - len(self.waiting)
+                now = time.monotonic()
+                pause, ahead = self.pause_ends - now, self._ahead(now)
+                # What is fetched for longer than a moment is no reason for a slot to be idle.
+                fetched = [*self.errands, *self.fetching.values()]
+                soon = sum(turn.since + START_SECONDS > now for turn in fetched)
+                room = slots + ahead - len(self.running) - len(self.waiting) - soon
+                if len(fetched) >= MOST_PARKED:
+                    room = 0
                 # Short runs free a slot each moment: a request is worth a whole batch then.
-                if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.turns):
-                    return min(room, most)
-                self.space.wait(max(wait, 0.01) if wait > 0 else 5)
+                if pause <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
+                    return 1 if self.pause_seconds else min(room, most)
+                self.space.wait(max(pause, 0.01) if pause > 0 else 0.5 if soon else 5)
             return 0
 
-    def _take(self, message: Message) -> None:
-        """Check a message, and have it wait for a slot, to run or to be rejected there."""
-        turn = Turn(message, Report(receive_count=message.receive_count))
-        try:
-            task = parse_task(message.body, self.settings, any_bucket=self.local)
-            turn.report = replace(turn.report, **task.known())
-            ends = time.monotonic() + task.timeout_ms / 1000
-            if ends > self.queue.held_until(message, ends):
-                raise rejected("visibility", f"timeoutMs {task.timeout_ms} is over the queue's "
-                               "visibility timeout; raise it, or grant sqs:ChangeMessageVisibility")
-            turn.task, turn.memory_mb = task, task.memory_mb
-        except Exception as error:  # noqa: BLE001  # its batch's other messages have their turn
-            turn.report = turn.report.ended(error)
-        with self.lock:
-            if not self.stopping:
-                self.waiting.append(turn)
-                self.tasks.notify()
-                return
-        self._release(turn)
+    def _ahead(self, now: float) -> int:
+        """How many messages more than there are free slots can start soon."""
+        slots, most = len(self.slots.all), self.settings.max_number_of_messages
+        if self.waiting and self.waiting[0].memory_mb > self.free_mb:
+            return -slots  # what waits for memory goes first
+        is_long = any(turn.since + AHEAD_SECONDS < now for turn in self.running.values())
+        if is_long or not self.mean_seconds:
+            return 0
+        return min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)), 2 * most)
 
-    # The slots' threads.
+    def _take(self, message: Message) -> None:
+        """Check a message, and have it wait for what it needs first."""
+        turn = Turn(message, Report(receive_count=message.receive_count))
+        if old := self.unstored.pop((message.id, message.body), None):
+            turn = replace(old, message=message, ran_before=True, is_over=False, report=replace(
+                old.report, receive_count=message.receive_count))
+        else:
+            try:
+                turn.task = task = parse_task(message.body, self.settings, any_bucket=self.local)
+                turn.report = replace(turn.report, **task.known())
+                ends = time.monotonic() + task.timeout_ms / 1000
+                if ends > self.queue.lease_ends(message, ends):
+                    raise rejected("visibility", f"timeoutMs {task.timeout_ms} is over the queue's "
+                                   "visibility timeout; raise it, or grant "
+                                   "sqs:ChangeMessageVisibility")
+                turn.package = self.code.find(task, message)
+            except Exception as error:  # noqa: BLE001  # its batch's other messages have their turn
+                turn.report, turn.is_done = turn.report.ended(error), True
+        with self.lock:
+            self.turns.add(turn)
+            # One that was received before may go to the DLQ at the next receive.
+            turn.is_ahead = bool(turn.package) and message.receive_count == 1
+            self._queue_up(turn)
+            is_late = self.stopping
+        if is_late:
+            self._release([turn])
+        elif len(self.turns) == 1:
+            self._wake()  # it may be resting
+
+    def _queue_up(self, turn: Turn) -> None:
+        """Have a turn wait for what it needs next: a slot, or an errand."""
+        with self.lock:
+            if turn.is_over:
+                return
+            turn.since = time.monotonic()
+            needs_slot = turn.package and not turn.is_done
+            (self.waiting if needs_slot else self.errands).append(turn)
+            (self.to_run if needs_slot else self.to_do).notify()
+
+    # The threads of slots and errands.
+
+    def _do(self, turn: Turn, step: Callable[[], None]) -> None:
+        """Take a turn a step further: then it waits again, is parked, or has ended."""
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
+            if self._parks(turn, error):
+                return
+            turn.report, turn.is_done = turn.report.ended(error), True
+        if turn.is_done:
+            self._finish(turn)
+        else:
+            self._queue_up(turn)
+
+    def _run_errands(self) -> None:
+        """Fetch code, store again, end what never ran: one turn after another."""
+        while turn := self._next_errand():
+            self._do(turn, lambda: None if turn.is_done else self._fetch(turn))
+            with self.lock:
+                if turn.task and self.fetching.get(turn.task.code) is turn:
+                    del self.fetching[turn.task.code]
+                self.to_do.notify()
+                self.space.notify()
+
+    def _next_errand(self) -> Turn | None:
+        """The next turn that needs no slot, but not while another fetches the same code."""
+        with self.lock:
+            while not self.stopping or self.errands:
+                for turn in self.errands:
+                    code = turn.task.code if turn.task and not turn.is_done else None
+                    if code not in self.fetching:
+                        self.errands.remove(turn)
+                        if code:
+                            self.fetching[code] = turn
+                        return turn
+                self.to_do.wait()
+            return None
+
+    def _fetch(self, turn: Turn) -> None:
+        assert turn.task
+        turn.package = self.code.get(turn.task, turn.message)
+        turn.patience_ends = 0.0
 
     def _next(self, slot: Slot) -> Turn | None:
         """The next turn, in the order they came, once its memory is free; None at the end."""
         with self.lock:
-            while not (self.waiting and self.waiting[0].memory_mb <= self.free_mb):
+            while True:
+                for turn in self.waiting:
+                    assert turn.package
+                    if turn.package.lock.locked():
+                        continue  # another slot compiles its program
+                    if turn.memory_mb > self.free_mb:
+                        break
+                    self.waiting.remove(turn)
+                    self.running[slot] = turn
+                    turn.since = time.monotonic()
+                    self.free_mb -= turn.memory_mb
+                    if self.waiting:
+                        self.to_run.notify()  # it may fit into what is free now, too
+                    if len(self.waiting) <= self.settings.max_number_of_messages:
+                        self.space.notify()
+                    return turn
                 if self.stopping and not self.waiting:
                     return None
-                self.tasks.wait()
-            turn = self.turns[slot] = self.waiting.popleft()
-            self.free_mb -= turn.memory_mb
-            if self.waiting:
-                self.tasks.notify()  # it may fit into what is free now, too
-            if len(self.waiting) <= self.settings.max_number_of_messages:
-                self.space.notify()
-            return turn
+                self.to_run.wait()
 
     def _work(self, slot: Slot) -> None:
         """Take turns in one slot, one after another."""
         while turn := self._next(slot):
-            started = time.monotonic()
-            try:
-                turn.report = replace(turn.report, outcome=self._run(turn, slot))
-            except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
-                turn.report = turn.report.ended(error)
-            if not self._begin(turn, slot):
-                return
-            self._store(turn)
-            self._settle(turn)
-            spent = time.monotonic() - started
+            self._do(turn, lambda: self._run(turn, slot))
+            spent = time.monotonic() - turn.since
             with self.lock:
-                del self.turns[slot]
+                del self.running[slot]
                 self.free_mb += turn.memory_mb
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
-                # What fails for all takes messages more slowly, not to send them all to the DLQ.
-                outcome = turn.report.outcome
-                is_sick = outcome.status == "error" and outcome.reason != "runtime"
-                self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2)) * is_sick
-                self.hold_until = time.monotonic() + self.sick_seconds
-                (self.tasks if self.waiting else self.space).notify()
-        os.write(self.waker, b"\n")
+                (self.to_run if self.waiting else self.space).notify()
+        self._wake()
 
-    def _begin(self, turn: Turn, slot: Slot) -> bool:
-        """Mark the turn as begun, which no shutdown gives back; False if one has already."""
+    def _run(self, turn: Turn, slot: Slot) -> None:
+        """Run a turn's function, and its compiler before if need be; raises Ended and Outage."""
+        task, package = turn.task, turn.package
+        assert task and package
+        for part in self.results.parts():
+            if part.since and part.retry_at + TRY_SECONDS > time.monotonic():
+                raise Outage(part, part.reason, part.error)  # who has a result tries before
+        run = self.slots.run_spec(task, self.slots.compile(task, package, slot), slot)
         with self.lock:
-            turn.begun = self.turns.get(slot) is turn
-            return turn.begun
+            if turn.is_over:
+                return
+            if self.queue.lease_ends(turn.message) <= time.monotonic():
+                raise Ended(Outcome("released", "lease", "its lease ran out before it could start"))
+            turn.has_begun = True
+            if self.waiting:
+                self.to_run.notify()  # for its program, which is compiled now
+        self.log("DEBUG", f"[{task.request_id}] a run of {task.function_id} starts")
+        outcome = slot.run(run)
+        turn.report, turn.is_done = replace(turn.report, outcome=outcome), True
+        turn.patience_ends = 0.0
+        if outcome.status != "released":
+            turn.directory, turn.uid = slot.output, slot.spec.uid
+            self.troubles.clear()
+            self.pause_seconds = 0.0
 
-    def _run(self, turn: Turn, slot: Slot) -> Outcome:
-        """From the code to the end of the run; raises Ended and Outage."""
-        task, key = turn.task, (turn.message.id, turn.message.body)
-        if old := self.unstored.pop(key, None):
-            turn.directory, turn.names, turn.ran_before = old.directory, old.names, True
-            return old.report.outcome
-        if not task:
-            return turn.report.outcome
-        package = self._patiently(turn, lambda: self.code.get(task, turn.message))
+    def _finish(self, turn: Turn) -> None:
+        """Store a turn's result and end it; what cannot be stored is kept for its return."""
         try:
-            built = self._patiently(turn, lambda: self.slots.compile(task, package, slot))
-            run = self.slots.run_spec(task, built, slot)
-            if not self._begin(turn, slot):
-                raise Ended(Outcome("released"))
-            self.log("DEBUG", f"[{task.request_id}] a run of {task.function_id} starts")
-            outcome = self._patiently(turn, lambda: slot.run(run))
-        finally:
-            self.code.release(package)
-        turn.directory = slot.output
-        turn.names, outcome = self.slots.outputs(slot, outcome, task.request_id)
-        return outcome
+            self._store(turn)
+        except Exception as error:  # noqa: BLE001  # as in _do
+            if self._parks(turn, error):
+                return
+            ran, turn.report = turn.report, turn.report.ended(error)
+            turn.result.update(turn.report.pairs(), success=False)
+            if turn.directory and turn.report.outcome.status != "released":
+                self._keep_unstored(replace(turn, report=ran, package=None))
+        outcome = turn.report.outcome
+        if outcome.status == "error" and outcome.reason != "runtime":
+            self._note_trouble(turn.task and turn.task.code, False)
+        self._end(turn)
 
-    def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
-        """What `step` returns, tried again while what it needs is away; the message is held.
+    def _store(self, turn: Turn) -> None:
+        """Store a turn's result and output files; raises Ended, Outage and OSError."""
+        if turn.directory and turn.names is None:
+            with self.slots.machine.needed():
+                turn.names, outcome = self.slots.outputs(
+                    turn.directory, turn.uid, turn.report.outcome, turn.report.request_id or "")
+            turn.report = replace(turn.report, outcome=outcome)
+        report = turn.report
+        if not turn.result:
+            with self.lock:
+                peaks = self.peaks(report.function_id)
+                if report.outcome.peak_memory_bytes is not None and not turn.ran_before:
+                    peaks.append(report.outcome.peak_memory_bytes)
+                turn.result = report.result(turn.names or [], list(peaks))
+        if report.request_id and report.outcome.status != "released":
+            self.results.put(turn.result, turn.directory, turn.names or [])
+        if turn.is_aside:
+            with contextlib.suppress(OSError):
+                remove(turn.directory)
 
-        Raises its Outage when patience or the lease ends first, Ended when a shutdown begins.
-        """
-        end = time.monotonic() + self.settings.patience_seconds
-        while True:
-            try:
-                return step()
-            except Outage as outage:
-                if outage.reason == "disk" and self._make_room(turn):
-                    self.log("INFO", f"{outage}: packages that no run uses were removed")
-                    continue
-                fault, last = outage.fault, min(end, self.queue.held_until(turn.message))
-                again = min(time.monotonic() + fault.failed(outage), last)
-                if time.monotonic() >= last:
-                    raise
-            turn.is_held = True
-            while not self.stopping and time.monotonic() < again and not fault.over.wait(0.2):
-                pass
-            turn.is_held = False
-            if self.stopping:
-                raise Ended(Outcome("released"))
+    def _parks(self, turn: Turn, error: Exception) -> bool:
+        """Whether a turn waits out an error: an outage, while its lease and patience last."""
+        if not isinstance(error, Outage):
+            return False
+        if self.stopping:
+            self._release([turn])
+            return True
+        now, part = time.monotonic(), error.needs
+        turn.patience_ends = turn.patience_ends or now + self.settings.patience_seconds
+        last = min(turn.patience_ends, self.queue.lease_ends(turn.message))
+        with self.lock:
+            aside = [each for turns in self.parked.values() for each in turns]
+            is_full = (len(aside) >= MOST_PARKED
+                       or sum(len(each.message.body) for each in aside) >= MOST_PARKED_BYTES)
+            self._note_trouble(part, part.shared or is_full)
+            if now >= last or is_full or not self._set_aside(turn):
+                return False
+            turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
+            self.parked.setdefault(part, []).append(turn)
+            if error.reason == "disk" and self._make_room(turn):
+                self.log("INFO", f"{part.name}: packages that no run uses were removed")
+                part.retry_at = 0.0
+        return True
 
     def _make_room(self, turn: Turn) -> bool:
         """Remove packages that no run uses, and the links to them that idle slots still have."""
@@ -4254,65 +5020,79 @@ class Agent:
             return False
         with self.lock:  # none of them begins
             for slot in self.slots.all:
-                if self.turns.get(slot, turn) is turn:
+                if self.running.get(slot, turn) is turn:
                     with contextlib.suppress(OSError):
                         sweep(f"{slot.own}/work")
         return True
 
-    def _store(self, turn: Turn) -> None:
-        """Keep a turn's result and output files, or have its report say why they cannot be.
+    def _note_trouble(self, cause: object, is_shared: bool) -> None:
+        """Have the receiver slow down when everything fails, not to send all to the DLQ.
 
-        What cannot be stored is kept for the message's return: the function is not run again.
+        That is so when all tasks need what fails, or when three different functions in a row did.
         """
-        report = turn.report
         with self.lock:
-            peaks = self.peaks(report.function_id)
-            peak_bytes = report.outcome.peak_memory_bytes
-            if peak_bytes is not None and not turn.ran_before:
-                peaks.append(peak_bytes)
-            turn.result = report.result(turn.names, list(peaks))
-        if not report.request_id or report.outcome.status == "released":
-            return
-        try:
-            self._patiently(turn, lambda: self.results.put(turn.result, turn.directory, turn.names))
-            if turn.ran_before:
-                with contextlib.suppress(OSError):
-                    remove(turn.directory)
-        except Exception as error:  # noqa: BLE001  # as in _work
-            turn.report = report.ended(error)
-            turn.result.update(turn.report.pairs(), success=False)
-            if not turn.directory or turn.report.outcome.status == "released":
-                return
-            with contextlib.suppress(OSError):  # no room: then it runs again
-                if not turn.ran_before:
-                    aside = tempfile.mkdtemp(dir=self.slots.base / "code")  # no function sees it
-                    os.rename(turn.directory, aside)
-                    turn.directory = aside
-                with self.lock:
-                    self.unstored[turn.message.id, turn.message.body] = replace(turn, report=report)
-                    if len(self.unstored) > UNSTORED:
-                        remove(self.unstored.popitem(last=False)[1].directory)
+            self.troubles.add(cause)
+            now = time.monotonic()
+            if (is_shared or len(self.troubles) >= 3) and now >= self.pause_ends:
+                self.pause_seconds = min(30.0, max(0.25, self.pause_seconds * 2))
+                self.pause_ends = now + self.pause_seconds
 
-    def _settle(self, turn: Turn) -> None:
-        """Say how a turn ended, count it, and let go of its message."""
-        report, status = turn.report, turn.report.outcome.status
+    def _set_aside(self, turn: Turn) -> bool:
+        """Whether a turn can wait without its slot: its output files are moved out of there."""
+        if turn.directory and not turn.is_aside:
+            try:
+                aside = tempfile.mkdtemp(dir=self.slots.base / "code")  # no function sees it
+                os.rename(turn.directory, aside)
+            except OSError:
+                return False  # no room
+            turn.directory, turn.is_aside = aside, True
+        return True
+
+    def _keep_unstored(self, turn: Turn) -> None:
+        """Keep what a run left until its message is back; the oldest goes when it is too much."""
+        if not self._set_aside(turn):
+            return  # then it runs again
+        turn.size = disk_usage([turn.directory], sys.maxsize)[0]
+        with self.lock:
+            self.unstored[turn.message.id, turn.message.body] = turn
+            size = sum(each.size for each in self.unstored.values())
+            while 1 < len(self.unstored) and (len(self.unstored) > UNSTORED
+                                              or size > UNSTORED_BYTES):
+                _, oldest = self.unstored.popitem(last=False)
+                size -= oldest.size
+                self.log("WARNING", f"[{oldest.report.request_id}] its result is dropped: too many "
+                                    "wait to be stored; it runs again when its message is back")
+                remove(oldest.directory)
+
+    def _release(self, turns: list[Turn], reason: str | None = None) -> None:
+        """Give messages back that did not run, or not to the end."""
+        for turn in turns:
+            self._end(turn, Outcome("released", reason))
+
+    def _end(self, turn: Turn, outcome: Outcome | None = None) -> None:
+        """Say how a turn ended, count it, and let go of its message; the first who asks does it."""
+        with self.lock:
+            if turn.is_over:
+                return
+            turn.is_over = True
+        report = turn.report = replace(turn.report, outcome=outcome or turn.report.outcome)
+        status = report.outcome.status
         report.write(self.log, report.request_id or turn.message.id)
         if not turn.ran_before:  # else its values are published already
             self.metrics.put(report)
         try:
             self.queue.end(turn.message, status, turn.result)
-        except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
+        except Exception as error:  # noqa: BLE001  # the message is left, the slot goes on
             self.log("ERROR", f"[{turn.message.id}] cannot be put away: {error}")
+        if turn.package:
+            self.code.release(turn.package)
         with self.lock:
+            self.turns.discard(turn)
             self.counts[status] += 1
+            self.space.notify()
             if self.drain:
                 outcome = replace(report.outcome, stdout="", stderr="", text="")
                 self.drained.append(replace(report, outcome=outcome))
-
-    def _release(self, turn: Turn) -> None:
-        """Give a message back that was not started."""
-        turn.report = replace(turn.report, outcome=Outcome("released"))
-        self._settle(turn)
 
 
 def notify(state: str) -> None:
@@ -4338,21 +5118,28 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
     with contextlib.closing(Slots(settings, log)) as slots:
         clients = None if folder else make_clients(settings)  # while the launcher starts
         slots.try_out()
-        if folder:
-            try:
-                queue, source = FolderQueue(folder, log), FolderCode(folder)
-                results, metrics = FolderResults(folder, log), FolderMetrics(folder, settings, log)
-            except OSError as error:
-                raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
-        else:
-            queue, source = SqsQueue(clients, settings, log), S3Code(clients.s3, log)
-            results = AwsResults(clients, settings, log)
-            metrics = CloudWatchMetrics(clients.cloudwatch, settings, log)
-        code = CodeCache(source, slots.base / "code", log)
-        agent = Agent(settings, log, queue, code, results, metrics, slots)
+        services = open_services(settings, log, clients, folder)
+        if clients and settings.function_role:
+            slots.role = FunctionRole(clients, settings, log)
+        agent = Agent(settings, log, services, slots)
         agent.run(drain)
         if drain:
             say(summary(agent.drained))
+
+
+def open_services(settings: Settings, log: Log, clients: Clients | None,
+                  folder: Path | None) -> Services:
+    """Those of AWS, or the folder that stands in for them. Raises GiveUp."""
+    if clients:
+        return Services(SqsQueue(clients, settings, log), S3Code(clients.s3, log),
+                        AwsResults(clients, settings, log),
+                        CloudWatchMetrics(clients.cloudwatch, settings, log))
+    assert folder
+    try:
+        return Services(FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
+                        FolderMetrics(folder, settings, log))
+    except OSError as error:
+        raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
 
 
 def say(text: str) -> None:
@@ -4361,7 +5148,8 @@ def say(text: str) -> None:
         write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def own_package(path: Path, target: Path, runtime: str | None) -> tuple[str, Package]:
+def own_package(path: Path, target: Path, runtime: str | None,
+                handler: str) -> tuple[str, Package]:
     """(runtime, package) of a function in a zip or a folder, copied; raises Ended and GiveUp."""
     if not path.exists():
         raise GiveUp(f"--invoke {path}: there is no such zip or folder")
@@ -4377,15 +5165,15 @@ def own_package(path: Path, target: Path, runtime: str | None) -> tuple[str, Pac
         raise GiveUp(f"--invoke {path}: this is a file, neither a zip nor a folder; name the "
                      f"folder that it is in: --invoke {path.parent}")
     if runtime is None:
-        found = {entry: name for name, known in reversed(RUNTIMES.items())
-                 for entry in (*known.commands, *known.compiled) if (target / entry).is_file()}
+        found = {entry: name for name in reversed(RUNTIMES)
+                 for entry in entry_files(name, handler) if (target / entry).is_file()}
         if len(found) > 1:
             raise GiveUp(f"--invoke {path}: it has {' and '.join(sorted(found))}; say by --runtime "
                          "which of them is meant")
         runtime = next(iter(found.values()), "python")
     if runtime not in _RUNTIME_OF:
         raise GiveUp(f"--runtime {runtime}: write one of {', '.join(_RUNTIME_OF)}")
-    return runtime, Package(target, "", find_entry(target, _RUNTIME_OF[runtime]))
+    return runtime, Package(target, "")
 
 
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
@@ -4398,16 +5186,21 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slot.cancel())
         try:
-            runtime, package = own_package(args.invoke, slots.base / "code/invoked", args.runtime)
+            runtime, package = own_package(args.invoke, slots.base / "code/invoked", args.runtime,
+                                           args.handler)
             task = parse_task(json.dumps({
                 "requestId": "invoke", "functionId": args.function_id, "runtime": runtime,
                 "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb,
+                "handler": args.handler, "env": dict(args.env),
             }), settings, any_bucket=True)
             report = replace(report, **task.known())
-            has_input = sys.stdin and not sys.stdin.isatty()
-            task = replace(task, input=sys.stdin.buffer.read() if has_input else b"")
+            event = args.event
+            if not event and sys.stdin and not sys.stdin.isatty():
+                event = sys.stdin.buffer
+            task = replace(task, input=event.read() if event else b"")
             run = slots.run_spec(task, slots.compile(task, package, slot), slot, tee=True)
-            names, outcome = slots.outputs(slot, slot.run(run), task.request_id)
+            outcome = slot.run(run)
+            names, outcome = slots.outputs(slot.output, slot.spec.uid, outcome, task.request_id)
             report = replace(report, outcome=outcome)
         except (Ended, Outage) as error:
             report = report.ended(error)
@@ -4423,13 +5216,15 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
     log.least = 0
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
+    if outcome.returned and outcome.status == "ok":
+        say(outcome.returned)
     if outcome.reason == "compile":  # the compiler's own lines, which no run has shown
         write_all(2, outcome.stderr.encode())
     if outcome.text:
         log("ERROR", f"{outcome.status}: {outcome.text}")
     if names and not keep:
         log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(names[:9])}; --output DIR keeps it")
-    log("INFO", "REPORT", **report.pairs())
+    log(FATES[outcome.status].level, "REPORT", **report.pairs())
     return 0 if outcome.status == "ok" else 1
 
 
@@ -4496,34 +5291,39 @@ class Check:
     def run(self, args: argparse.Namespace) -> int:
         """0 when all is usable, else 1."""
         if args.local:
-            with self.of("folder") as is_ok:
-                found = filter(os.path.lexists, map(args.local.joinpath, FolderQueue.PARTS))
-                for one in (args.local, *found):
-                    os.listdir(one)
-                    if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
-                        raise PermissionError(errno.EACCES, "Permission denied", str(one))
-                is_ok(str(args.local))
+            self._folder(args.local)
         elif not (args.invoke or args.demo):
             self._aws()
         with self.of("sandbox") as is_ok, contextlib.closing(
                 Slots(replace(self.settings, concurrency=1), self.log)) as slots:
             slots.try_out()
-            names = list(RUNTIMES)
+            needed = list(RUNTIMES)
             if args.invoke:
-                names = []
+                needed = []
                 with self.of("function") as is_whole:
                     name, package = own_package(
-                        args.invoke, slots.base / "code/invoked", args.runtime)
-                    names = [_RUNTIME_OF[name]]
-                    is_whole(f"{args.invoke} begins with {package.entry}, for {names[0]}")
-            for name in names:
+                        args.invoke, slots.base / "code/invoked", args.runtime, args.handler)
+                    needed = [_RUNTIME_OF[name]]
+                    entry = find_entry(package.path, needed[0], args.handler)
+                    is_whole(f"{args.invoke} begins with {entry}, for {needed[0]}")
+            for name in needed:
                 self._runtime(slots, name)
             is_ok(self._sandbox(slots))
         return int(self.failed)
 
+    def _folder(self, folder: Path) -> None:
+        """Whether the parts of --local's folder can be listed, and written to."""
+        with self.of("folder") as is_ok:
+            found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
+            for one in (folder, *found):
+                os.listdir(one)
+                if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "Permission denied", str(one))
+            is_ok(str(folder))
+
     def _aws(self) -> None:
-        """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
-        clients, attributes, url = None, {}, self.settings.queue_url
+        """The credentials, and what of AWS the settings name."""
+        clients = None
         with self.of("credentials") as is_ok:
             made = make_clients(self.settings)
             credentials = made.session.get_credentials()
@@ -4531,20 +5331,47 @@ class Check:
             clients = made
             sts = clients.session.client("sts", config=clients.sqs.meta.config)
             answer, error = attempt(sts.get_caller_identity)
-            whose = f"sts:GetCallerIdentity does not say who ({error})" if error else answer["Arn"]
-            is_ok(f"{credentials.method}: {whose}")
+            is_ok(f"{credentials.method}: {answer['Arn'] if answer else error}")
         if not clients:
             return
+        self._queue(clients)
+        if arn := self.settings.function_role:
+            with self.of("function role") as is_ok:
+                FunctionRole(clients, self.settings, self.log).env(0)
+                is_ok(f"{arn} is lent to functions")
+        key = f"nanogrid-check-{os.urandom(8).hex()}"
+        with self.of("bucket") as is_ok:
+            bucket = str(self.settings.code_bucket)
+            self.ask(clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
+                     Bucket=bucket, Key=key)
+            is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
+        with self.of("CloudWatch") as is_ok:
+            # Nothing to write: who may not write is told so, who may is told that this is nothing.
+            self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
+                     "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
+            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
+        if bucket := self.settings.output_bucket:
+            with self.of("output bucket") as is_ok:
+                # A part of an upload that nobody began; moto answers 500.
+                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
+                         "NoSuchUpload|^500$", Bucket=bucket, Key=key, PartNumber=1,
+                         UploadId="none", Body=b"")
+                is_ok(f"{bucket}: s3:PutObject is not refused")
+        if url := self.settings.output_queue_url:
+            with self.of("output queue") as is_ok:
+                self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
+                         "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
+                is_ok(f"{url}: a batch of no messages is not refused")
+
+    def _queue(self, clients: Clients) -> None:
+        """The queue, its visibility timeout and its DLQ."""
+        url, attributes = self.settings.queue_url, {}
         with self.of("queue") as is_ok:
-            answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=url,
-                                    AttributeNames=["All"])
-            if error:
-                raise self.refused(error, QUEUE_NEEDS, url)
-            attributes = answer["Attributes"]
-            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting")
+            attributes = self.ask(clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
+                                  QueueUrl=url, AttributeNames=["All"])["Attributes"]
+            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting, with a "
+                  f"visibility timeout of {attributes.get('VisibilityTimeout')} s")
         if attributes:
-            with self.of("visibility timeout") as is_ok:
-                is_ok(f"{attributes.get('VisibilityTimeout')} s")
             with self.of("dead-letter queue") as is_ok:
                 policy = json.loads(attributes.get("RedrivePolicy") or "{}")
                 if "deadLetterTargetArn" not in policy:
@@ -4552,67 +5379,41 @@ class Check:
                                  "RedrivePolicy (setup_resources.sh does)")
                 receives = policy.get("maxReceiveCount")
                 is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
-        with self.of("bucket") as is_ok:
-            bucket, key = self.settings.code_bucket, f"nanogrid-check-{os.urandom(8).hex()}"
-            _, error = attempt(clients.s3.get_object, Bucket=str(bucket), Key=key)
-            if error is None or error_code(error) == "NoSuchKey":
-                is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
-            elif is_denied(error) and "perform: s3:ListBucket" in str(error):
-                is_ok(f"{bucket}: s3:ListBucket is not granted: a missing key is like a refusal")
-            else:
-                raise self.refused(error, BUCKET_NEEDS.format(bucket))
-        with self.of("CloudWatch") as is_ok:
-            # Nothing to write: who may not write is told so, who may is told that this is nothing.
-            _, error = attempt(clients.cloudwatch.put_metric_data, MetricData=[],
-                               Namespace=self.settings.namespace)
-            if error and not re.search("Parameter|Validation", error_code(error)):
-                raise self.refused(error, "cloudwatch:PutMetricData")
-            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
-        if bucket := self.settings.output_bucket:
-            with self.of("output bucket") as is_ok:
-                # A part of an upload that nobody began: refused to who may not write.
-                _, error = attempt(clients.s3.upload_part, Bucket=bucket, Key=key, Body=b"",
-                                   UploadId="none", PartNumber=1)
-                if error and error_code(error) not in ("NoSuchUpload", "500"):  # the latter: moto
-                    raise self.refused(error, f"s3:PutObject on arn:aws:s3:::{bucket}/*")
-                is_ok(f"{bucket}: s3:PutObject is not refused")
-        if url := self.settings.output_queue_url:
-            with self.of("output queue") as is_ok:
-                _, error = attempt(clients.sqs.send_message_batch, QueueUrl=url, Entries=[])
-                if error and not re.search("EmptyBatch|Parameter|Validation", error_code(error)):
-                    raise self.refused(error, "sqs:SendMessage on agent.output.queueUrl", url)
-                is_ok(f"{url} does not refuse a batch of no messages")
 
     @staticmethod
-    def refused(error: Exception, needs: str, url: str | None = None) -> GiveUp:
-        """What AWS says, and what to do; also of what may pass."""
-        return GiveUp(remedy(error, needs, url) or f"{error}; it may pass: if it does not, check "
-                      "the network, agent.aws.region and agent.aws.endpointUrl")
+    def ask(call: Callable[..., Any], needs: str, fine: str, **arguments: Any) -> dict[str, Any]:
+        """The answer of AWS, {} for an error whose code is `fine`; GiveUp with what to do."""
+        answer, error = attempt(call, **arguments)
+        if error and not re.search(fine, error_code(error)):
+            raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
+                         or f"{error}; it may pass: if it does not, check the network, "
+                            "agent.aws.region and agent.aws.endpointUrl")
+        return answer or {}
 
     def _runtime(self, slots: Slots, name: str) -> None:
-        """Say a line for a runtime: a program of its kind is run, and compiled if it is one."""
+        """Whether a program of this runtime runs, and which version runs or compiles it."""
         if not slots.programs[name] and not getattr(self.settings, name):
             return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
                        "that a function can run; its tasks end as error")
         with self.of(f"runtime {name}") as is_ok:
-            program, (entry, source) = slots.program("{program}", name), TRIALS[name]
+            program = slots.program("{program}", name)
             try:
-                outcome = self._trial(slots, name, entry, source)
-            except Ended as error:
+                outcome = self._trial(slots, name, *TRIALS[name])
+            except Ended as error:  # it does not compile
                 outcome = error.outcome
             said = outcome.stdout + outcome.stderr
-            if outcome.status != "ok" or not (found := re.fullmatch(r"runs (.*)\n", said)):
-                raise GiveUp(f"{program} does not run {entry} as it should ({outcome.status}: "
-                             f"{shown(said)}); name another in agent.runtimes.{name}")
-            is_ok(f"{program}, {found[1]}")
+            if outcome.status != "ok" or not said.startswith("runs "):
+                raise GiveUp(f"{program} does not run {TRIALS[name][0]} as it should "
+                             f"({outcome.status}: {shown(said)}); correct agent.runtimes.{name}")
+            is_ok(f"{program}, {said[5:].strip()}")
 
-    def _trial(self, slots: Slots, name: str, entry: str, source: str) -> Outcome:
+    def _trial(self, slots: Slots, runtime: str, entry: str, source: str) -> Outcome:
         """What a function of our own comes to; raises Ended."""
         place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
         place.mkdir(mode=0o755)
         (place / entry).write_text(source)
-        task = Task("check", "check", name, "", "", 60_000, 512, b"")
-        package = slots.compile(task, Package(place, "", entry), slot)
+        task = Task("check", "check", runtime, "", "", 60_000, 512, b"")
+        package = slots.compile(task, Package(place, ""), slot)
         return slot.run(slots.run_spec(task, package, slot))
 
     def _sandbox(self, slots: Slots) -> str:
@@ -4634,6 +5435,13 @@ class Check:
                 f"{slots.isolation()}")
 
 
+def pair(text: str) -> list[str]:
+    """[NAME, VALUE]; raises ArgumentTypeError."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text} is no NAME=VALUE")
+    return text.split("=", 1)
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -4644,41 +5452,41 @@ def arguments() -> argparse.ArgumentParser:
                "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
                "settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
-                        help="the settings (default: application.yml in the current directory)")
+                        help="the settings (default: application.yml here)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--local", metavar="DIR", type=Path,
-                      help="a folder stands in for SQS, S3 and CloudWatch; it must exist, settings "
-                           "need not (default: SQS)")
+                      help="a folder stands in for SQS, S3 and CloudWatch (default: AWS)")
     mode.add_argument("--demo", action="store_true",
-                      help="run sample functions from a fresh folder, without settings or AWS "
-                           "(default: no)")
+                      help="run sample functions, without settings or AWS (default: no)")
     mode.add_argument("--invoke", metavar="PATH", type=Path,
-                      help="run one function here and now from a zip or a folder; its input is "
-                           "standard input (default: no)")
+                      help="run one function here and now from a zip or a folder; standard input "
+                           "is its input (default: no)")
     parser.add_argument("--drain", action="store_true",
-                        help="end when the queue is empty, with a table of what ran (default: run "
-                             "until SIGTERM or SIGINT)")
+                        help="end when the queue is empty (default: at SIGTERM or SIGINT)")
     parser.add_argument("--check", action="store_true",
-                        help="say, a line each, what is usable; change nothing (default: run)")
+                        help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", metavar="NAME",
-                     help="python, cpp, nodejs or go (default: that of its only entry file)")
-    one.add_argument("--output", metavar="DIR", type=Path,
-                     help="keep result.json and what it leaves in $OUTPUT_DIR (default: nothing)")
+                     help="python, cpp, nodejs or go (default: its only entry file's)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
-                     help="its time limit (default: execution.defaultTimeoutMs, "
-                          f"{Settings.default_timeout_ms})")
+                     help="its time limit (default: execution.defaultTimeoutMs)")
     one.add_argument("--memory-mb", type=int, metavar="MB",
-                     help="its memory cap (default: execution.defaultMemoryMb, "
-                          f"{Settings.default_memory_mb})")
+                     help="its memory cap (default: execution.defaultMemoryMb)")
     one.add_argument("--function-id", default="invoke", metavar="ID",
-                     help="its name in the REPORT line (default: invoke)")
+                     help="its name in the REPORT line (default: %(default)s)")
+    one.add_argument("--output", metavar="DIR", type=Path,
+                     help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
+    one.add_argument("--handler", metavar="FILE.FUNCTION", default="",
+                     help="what to call, as in AWS Lambda (default: the entry file is run)")
+    one.add_argument("--env", metavar="NAME=VALUE", type=pair, action="append", default=[],
+                     help="a variable for it; may be repeated (default: none)")
+    one.add_argument("--event", metavar="FILE", type=argparse.FileType("rb"),
+                     help="its input (default: standard input)")
     parser.add_argument("--log-format", choices=("text", "json"), default="text",
-                        help="of the lines on standard error (default: text)")
+                        help="of the log's lines (default: %(default)s)")
     parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,
-                        help="the least that is logged (default: INFO)")
-    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}",
-                        help="say which version this is, and exit")
+                        help="the least that is logged (default: %(default)s)")
+    parser.add_argument("--version", action="version", version=f"nanogrid {__version__}")
     return parser
 
 

@@ -565,8 +565,7 @@ dashboard() {
 $panel, "stat": "Maximum", "title": "Messages that wait", "metrics": [["AWS/SQS", "ApproximateNumberOfMessagesVisible", "QueueName", "$QUEUE"]]}},
 $panel, "stat": "Maximum", "title": "Oldest message, in seconds", "metrics": [["AWS/SQS", "ApproximateAgeOfOldestMessage", "QueueName", "$QUEUE"]]}},
 $panel, "stat": "Maximum", "title": "Messages in the DLQ", "metrics": [["AWS/SQS", "ApproximateNumberOfMessagesVisible", "QueueName", "$DLQ"]]}},
-$panel, "title": "Peak memory of each function", "metrics": [[{"expression": "SEARCH('{$NAMESPACE,FunctionId,Runtime} MetricName=\"PeakMemoryBytes\"', 'Maximum', 60)"}]]}},
-$panel, "title": "Runs by status (metrics.runs)", "metrics": [[{"expression": "SEARCH('{$NAMESPACE,Status} MetricName=\"Runs\"', 'Sum', 60)"}]]}}
+$panel, "title": "Peak memory of each function", "metrics": [[{"expression": "SEARCH('{$NAMESPACE,FunctionId,Runtime} MetricName=\"PeakMemoryBytes\"', 'Maximum', 60)"}]]}}
 ]}
 END
 }
