@@ -4552,7 +4552,7 @@ for name in "lib", "lib/deep":
     os.chmod(name, 0o700)
 os.rename("lib/deep", "lib/left")
 os.mkdir("lib/deep")
-=== what stands above it is stopped
+=== what stands above it is stopped | timeoutMs=3000
 for pid in above():
     attempt(os.kill, pid, 19)
 === what stands above it has other limits
@@ -4682,11 +4682,13 @@ def leftovers(grids, user):
     for n, (name, case) in enumerate(LEFTOVERS.items()):
         source = LEFTOVER_HEAD + case.files["main.py"]
         grid.put({**tree, "main.py": source}, request_id=f"{n:02}-a-{slug(name)}", function_id=slug(name),
-                 **{**case.task, "timeoutMs": 120000, "input": [str(victim), shared]})
+                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared]})
         look(f"{n:02}-b-{slug(name)}")
+        if user == "ordinary" and "above" in name:
+            continue  # that is its supervisor: the agent kills one that hangs, but not at once
         grid.put({**tree, "main.py": source, "run.sh": f"exec {PYTHON} main.py"}, "cpp",
                  request_id=f"{n:02}-d-{slug(name)}", function_id=f"cold-{slug(name)}",
-                 **{**case.task, "timeoutMs": 120000, "input": [str(victim), shared]})
+                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared]})
         look(f"{n:02}-e-{slug(name)}")
     return grid.run()
 
@@ -4697,11 +4699,12 @@ def test_the_next_run_finds_what_the_first_one_found(leftovers, number, name):
     for kind in "bc":
         first = leftovers.result(f"00-{kind}")
         assert first["status"] == "ok", first
-        for before in "bd":
-            assert leftovers.reports[f"{number:02}-{'a' if before == 'b' else 'd'}-{slug(name)}"]
-            after = leftovers.result(f"{number:02}-{'b' if before == 'b' else 'e'}-{slug(name)}-{kind}")
-            assert after["status"] == "ok" and after["receiveCount"] == 1, after
-            assert json.loads(after["stdout"]) == {**json.loads(first["stdout"])}, (kind, before)
+        for did, looks in ("a", "b"), ("d", "e"):
+            if leftovers.reports[f"{number:02}-{did}-{slug(name)}"]:
+                after = leftovers.result(f"{number:02}-{looks}-{slug(name)}-{kind}")
+                assert after["status"] == "ok" and after["receiveCount"] == 1, after
+                assert json.loads(after["stdout"]) == json.loads(first["stdout"]), (did, kind)
+    assert leftovers.reports[f"{number:02}-a-{slug(name)}"]
 
 
 def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
