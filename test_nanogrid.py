@@ -5727,7 +5727,7 @@ def bare_run(place: Path, case: Case, elsewhere: bool = False) -> tuple:
         subprocess.run(["chown", "-R", f"{uid}:{uid}", place], check=True)
     env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TZ": "Asia/Seoul", "HOME": f"{place}/home",
            "TMPDIR": f"{place}/tmp", "OUTPUT_DIR": f"{place}/out", "REQUEST_ID": "r", "FUNCTION_ID": "f",
-           "MEMORY_MB": "256", "TIMEOUT_MS": "60000"}
+           "MEMORY_MB": "256", "TIMEOUT_MS": "60000", "USER": "nanogrid", "LOGNAME": "nanogrid"}
     given = json.dumps(case.task["input"]).encode() if "input" in case.task else b""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         streams = (out, err) if elsewhere else (subprocess.PIPE, subprocess.PIPE)
