@@ -1101,6 +1101,9 @@ class Dependency:
             if error.errno not in MACHINE_AWAY:
                 raise
             raise self.outage(error, MACHINE_AWAY[error.errno]) from None
+        except Exception:  # which says nothing of it: somebody else may try at once
+            self.tried_at = -math.inf
+            raise
         else:
             self.worked()
 
@@ -2460,9 +2463,9 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 
 # --- The cgroup: what a slot may use, held by the kernel (cgroups(7), version 2) ---
 
-AGENT_WEIGHT = 10_000  # cpu.weight, the most: no lease may be late; each slot has the usual 100
-SLOTS_WEIGHT = 33  # of all slots, beside the machine's own work: nice 5 weighs as much
-EMPTYING_SECONDS = 20  # what is killed is gone in some milliseconds, but on a disk that hangs
+AGENT_WEIGHT = "10000"  # cpu.weight, the most: no lease may be late; each slot has the usual 100
+SLOTS_WEIGHT = "33"  # of all slots, beside the machine's own work: nice 5 weighs as much
+EMPTYING_LOOKS = 200  # 20 s: what is killed is gone in milliseconds, but on a disk that hangs
 
 
 def cgroup_root() -> str:
@@ -2508,18 +2511,14 @@ def make_cgroups(slots: int, processes: int) -> str:
 
 def _divide(top: str, slots: int, processes: int) -> None:
     """Make the slots' cgroups; raises OSError."""
-    os.stat(f"{top}/cgroup.kill")  # Linux 5.14
-    weighed, weight, dividing = f"{top}/agent", AGENT_WEIGHT, [top]
-    if not os.path.exists(weighed):
-        weighed, weight, dividing = top, SLOTS_WEIGHT, [os.path.dirname(top), top]
-    for path in dividing:
-        missing = {"memory", "pids", "cpu"}.difference(
-            Path(path, "cgroup.controllers").read_text().split())
-        if missing:
-            names = " and ".join(sorted(missing))
-            raise OSError(errno.ENOENT, f"this one has no controller for {names}", path)
+    agent, root = f"{top}/agent", os.path.dirname(top)
+    is_delegated = os.path.exists(agent)
+    for path in [top] if is_delegated else [root, top]:
         Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
-    Path(weighed, "cpu.weight").write_text(str(weight))
+    if is_delegated:
+        Path(agent, "cpu.weight").write_text(AGENT_WEIGHT)
+    else:
+        Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
         (slot / "pids.max").write_text(str(processes))
@@ -2528,19 +2527,20 @@ def _divide(top: str, slots: int, processes: int) -> None:
             (slot / "memory.swap.max").write_text("0")
         for place in (top, slot):  # a runtime that sizes itself by its cgroup reads it
             os.chmod(place, 0o755)
+        (slot / "cgroup.kill").write_text("1")  # Linux 5.14
 
 
 def empty_cgroup(path: str) -> None:
     """Kill all that runs in a cgroup, and wait until it is gone; raises OSError."""
-    deadline = time.monotonic() + EMPTYING_SECONDS
     with open(f"{path}/cgroup.events", "rb", buffering=0) as events:
         changes = select.poll()
         changes.register(events, select.POLLPRI)
-        while b"populated 1" in os.pread(events.fileno(), 100, 0):
-            if time.monotonic() > deadline:
-                raise OSError(errno.EBUSY, "a process that was killed does not end", path)
+        for _ in range(EMPTYING_LOOKS):
+            if b"populated 0" in os.pread(events.fileno(), 100, 0):
+                return
             Path(path, "cgroup.kill").write_text("1")
             changes.poll(100)
+    raise OSError(errno.EBUSY, "a process that was killed does not end", path)
 
 
 def remove_cgroups(top: str) -> None:
@@ -3585,29 +3585,27 @@ class Watch:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
             self.next_disk_look = now + max(DISK_LOOK_SECONDS, min(10 * (now - began), 3.0))
-        self.next_look = now + max(LOOK_SECONDS, time.monotonic() - now)
+        # A look at many processes is slow: it has a fifth of the time.
+        self.next_look = now + max(LOOK_SECONDS, 5 * (time.monotonic() - now))
         return ""
 
     def _held(self) -> int:
-        """The bytes that the run holds now, all its processes together; exact where it matters."""
+        """The bytes that the run holds now, all its processes together, shared pages once."""
         if self.supervisor.cgroup:
             return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
         sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
-        apart = sum(int((content.split() or [b"0", b"0"])[1]) * PAGE for content in sizes.values())
-        # Each alone counts what it shares with others. So that sum is no less than what is asked.
-        if len(pids) < 2 or apart <= self.largest:
-            return apart
         together = 0
-        for pid, content in sizes.items():
+        for pid, size in sizes.items():
             # A look at many can be long: each read waits for a process that is in a fork.
             if time.monotonic() > self.deadline:
                 break
+            if len(pids) == 1:
+                together = int((size.split() or [0, 0])[1]) * PAGE
             # Who is between vfork and exec has its parent's memory, not a copy of it.
-            if content == sizes.get(parent_of(pid)):
-                continue
-            found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
-            together += int(found[1]) * 1024 if found else 0
+            elif size != sizes.get(parent_of(pid)):
+                found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
+                together += int(found[1]) * 1024 if found else 0
         return together
 
 
@@ -4179,7 +4177,7 @@ class Slots:
             try:
                 self.cgroups = make_cgroups(settings.concurrency, settings.max_processes)
             except OSError as error:
-                self.cgroup_gap = f"{error.strerror}: {error.filename or 'cgroup2'}"
+                self.cgroup_gap = f"{error.strerror}: {error.filename or 'its controllers'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
         self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
         is_refused = settings.metadata == "refuse" and settings.network == "host"

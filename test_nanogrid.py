@@ -4338,8 +4338,8 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
 @under_cgroup
 def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=1)
-    run = Lasting(grid, "lasting", timeoutMs=3000)
-    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 3")]
+    run = Lasting(grid, "lasting", timeoutMs=10000)
+    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 20")]
     with grid.agent(prefix=prefix) as agent:
         os.kill(run.begun()[1], signal.SIGSTOP)
         agent.wait_for("REPORT requestId=lasting .*status=error")
@@ -7278,6 +7278,23 @@ def test_delays_grow_with_each_receive(party, status, has_dlq, delays):
         queue.has_dlq = has_dlq
         found = [queue._delay(ng.Message("m", "", count, 0.0, last=math.inf), status) for count in range(1, 6)]
     assert found == delays
+
+
+def test_who_needs_what_is_away_is_turned_away_until_one_has_tried():
+    """That one may learn nothing of it; then the next one tries."""
+    disk = ng.Dependency(log := Heard(), "a disk")
+    with pytest.raises(ng.Outage), disk.needed():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(ng.Outage, match="No space left"), disk.needed():
+        pytest.fail("tried before its time")
+    disk.retry_at = 0.0
+    with pytest.raises(KeyError), disk.needed():
+        with pytest.raises(ng.Outage), disk.needed():
+            pytest.fail("tried while another does")
+        raise KeyError
+    with disk.needed():
+        pass
+    assert not disk.since and [line.split(" ")[1] for line in log.lines] == ["WARNING", "INFO"]
 
 
 def test_run_whose_preparation_does_not_end_has_not_begun():
