@@ -2885,13 +2885,13 @@ def test_duration_is_what_the_function_itself_sees(timed, kind):
     results = [timed[f"{kind}-{n}"] for n in range(5)]
     more = [each["durationMillis"] - float(each["stdout"]) for each in results]
     assert min(more) >= -1, results  # a whole number of milliseconds
-    assert min(more) <= 500, results  # how near it comes is the benchmark's business
+    assert min(more) <= 500 * busy(), results  # how near it comes is the benchmark's business
 
 
 @pytest.mark.parametrize("name", ["sleeps", "spins", "stops its group"])
 def test_a_run_has_its_time_limit_and_not_much_more(timed, name):
     durations = [int(report["durationMillis"]) for report in timed.reports[slug(name)]]
-    assert 399 <= min(durations) <= 5400, durations  # the best of three takes
+    assert 399 <= min(durations) <= 400 + 5000 * busy(), durations  # the best of three takes
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root to read the memory of other users' processes")
@@ -6636,7 +6636,7 @@ def fault_trial(moto: str, what: str, fault: str):
         if what in ("code", "visibility"):
             assert {each["receiveCount"] for each in reports(log)} == {"1"}, log
         if what in ("receive", "delete", "metrics"):
-            assert cpu < 0.01, f"{cpu:.1%} of a core meanwhile\n{log}"
+            assert cpu < 0.01 * busy(), f"{cpu:.1%} of a core meanwhile\n{log}"
         if what == "visibility":
             assert len(aws.proxy.received) == 2, f"the lease was lost\n{log}"
         if what == "start":
@@ -6788,7 +6788,7 @@ def outage_trial(moto: str, what: str, seconds: float):
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
+        assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert runs_in(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
             [("ok", "1")] * len(JOBS), agent.log
@@ -6860,7 +6860,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
             begun, used = time.monotonic(), cpu_seconds(first.process.pid)
             time.sleep(seconds)
             used = (cpu_seconds(first.process.pid) - used) / (time.monotonic() - begun)
-            assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
+            assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
             last = first
             if number:
                 first.stop(number)
@@ -7427,7 +7427,7 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         cpu = cpu_seconds(pid)
         time.sleep(5)
         assert agent.process.poll() is None, agent.log
-        assert cpu_seconds(pid) - cpu < 1.0
+        assert cpu_seconds(pid) - cpu < 1.0 * busy()
         resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
         until(lambda: metric_values(aws, aws.name) >= 1, what="the value that could not be sent")
         finish(aws, agent)
