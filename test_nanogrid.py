@@ -8143,6 +8143,93 @@ def test_each_service_is_asked_at_its_own_endpoint(moto):
             [{"GetObject"}, {"PutMetricData"}]
 
 
+# ---------------------------------------------------------------------- functionRole
+
+FUNCTION_ROLE = "arn:aws:iam::123456789012:role/functions"
+TOO_LONG = (400, "ValidationError", "", "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
+NO_ROLE = (403, "AccessDenied", "", f"User: {WORKER} is not authorized to perform: sts:AssumeRole on "
+                                    f"resource: {FUNCTION_ROLE}")
+
+
+def sessions(aws: Aws) -> list[int]:
+    """How long the sessions were that were asked for, in seconds."""
+    return [int(urllib.parse.parse_qs(seen.body.decode())["DurationSeconds"][0])
+            for seen in aws.proxy.requests if seen.operation == "AssumeRole"]
+
+
+def lent(agent: Agent, request_id: str) -> dict[str, str]:
+    """What a run of LENT saw of AWS."""
+    return json.loads(re.search(rf"\[{request_id}\] stdout: (.*)", agent.log)[1])
+
+
+LENT = {"main.py": "import json, os\nprint(json.dumps({k: v for k, v in os.environ.items() if 'AWS' in k}))\n",
+        "app.py": "def handler(event, context): import main\n"}
+
+
+def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        with start(aws, execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
+            for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
+                                     ("long", {"timeoutMs": 7_200_000}), ("short", {})):
+                aws.send(request_id, **task)
+                agent.wait_for(f"requestId={request_id} ")
+            aws.proxy.fail("AssumeRole", "too long", times=1, said=TOO_LONG)
+            aws.send("chained", timeoutMs=40_000_000)
+            agent.wait_for("requestId=chained ")
+            assert agent.stop() == 0
+    assert sessions(aws) == [3600, 7500, 40_300, 3600], agent.log
+    first = lent(agent, "warm")
+    assert first.keys() == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+                            "AWS_REGION", "AWS_DEFAULT_REGION"}
+    assert first["AWS_REGION"] == first["AWS_DEFAULT_REGION"] == "ap-northeast-2"
+    assert first["AWS_ACCESS_KEY_ID"].startswith("ASIA") and "testing" not in first.values()
+    assert first.items() <= lent(agent, "warm2").items()
+    assert lent(agent, "long")["AWS_ACCESS_KEY_ID"] == lent(agent, "short")["AWS_ACCESS_KEY_ID"]
+    assert len({lent(agent, each)["AWS_ACCESS_KEY_ID"] for each in ("warm", "long", "chained")}) == 3
+
+
+def test_without_a_role_functions_get_no_credentials(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.send("r1", env={"AWS_REGION": "eu-west-1"})
+        with start(aws, "--drain") as agent:
+            assert agent.end() == 0
+    assert lent(agent, "r1") == {"AWS_REGION": "eu-west-1"}
+
+
+def test_a_role_that_is_refused_is_an_error_in_awss_words(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
+        role = {"functionRole": FUNCTION_ROLE}
+        with start(aws, "--check", execution=role) as check:
+            assert check.end() == 1
+        assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
+                         f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
+        aws.send()
+        with start(aws, execution=role) as agent:
+            agent.wait_for("REPORT .*status=error .*reason=permission")
+            agent.stop()
+        assert "not authorized to perform: sts:AssumeRole" in agent.log and aws.count() == 1
+        aws.proxy.heal()
+        with start(aws, "--check", execution=role) as check:
+            assert check.end() == 0, check.out
+        assert f"\nok    function role: {FUNCTION_ROLE}" in check.out
+
+
+def test_sts_away_is_an_outage_that_costs_no_receive(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.proxy.fail("AssumeRole", "status 503")
+        aws.send()
+        with start(aws, execution={"functionRole": FUNCTION_ROLE}) as agent:
+            agent.wait_for(f"assuming {FUNCTION_ROLE} failed")
+            aws.proxy.heal()
+            finish(aws, agent, ends={"ok": 1})
+        assert "receiveCount=1 " in agent.log and f"assuming {FUNCTION_ROLE} works again" in agent.log
+
+
 # ---------------------------------------------------------------------- AWS's errors, by call
 
 # Where a row's code, status and words are from.
