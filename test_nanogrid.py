@@ -10089,6 +10089,55 @@ def test_what_the_cli_makes_is_what_the_script_makes(shell, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_triggers_a_task_sends_one(shell, tmp_path):
+    """The lines are run; what the emulator stores and does not deliver is filled in as AWS does it."""
+    need("jq")
+    url = shell.client("sqs").create_queue(QueueName="nanogrid-task-queue")["QueueUrl"]
+    for bucket in (CODE_BUCKET, "pictures", "results"):
+        shell.run(f"aws s3 mb s3://{bucket} >/dev/null")
+    topic = shell.client("sns").create_topic(Name="orders")["TopicArn"]
+    (tmp_path / "function.zip").write_bytes(make_zip({"lambda_function.py": ""}))
+    settings = ng.Settings(code_bucket=CODE_BUCKET)
+    env = {"QUEUE_URL": url, "QUEUE_ARN": "arn:aws:sqs:ap-northeast-2:123456789012:nanogrid-task-queue",
+           "ACCOUNT_ID": "123456789012", "ROLE_ARN": "arn:aws:iam::123456789012:role/sender",
+           "TOPIC_ARN": topic, "OUTPUT_BUCKET": "results"}
+
+    def received() -> ng.Task:
+        message, = shell.client("sqs").receive_message(QueueUrl=url)["Messages"]
+        shell.client("sqs").delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+        return ng.parse_task(message["Body"], settings)
+
+    shell.run(BLOCKS["queue policy"], **env)
+    shell.run(BLOCKS["lambda"], BUCKET=CODE_BUCKET)
+    task = received()
+    assert (task.handler, task.env, task.input) == (
+        "lambda_function.lambda_handler", {"TABLE": "orders"}, b'{"order": 7}')
+    shell.run(BLOCKS["topic"], **env)
+    assert received().request_id == "shop-2"
+    shell.run(BLOCKS["schedule"], **env)
+    target = shell.client("scheduler").get_schedule(Name="shop-nightly")["Target"]
+    body = target["Input"].replace("<aws.scheduler.execution-id>", "d32c5kddcf5bb8c3").replace(
+        "<aws.scheduler.scheduled-time>", "2026-11-28T03:00:00Z")
+    assert target["Arn"] == env["QUEUE_ARN"]
+    assert ng.parse_task(body, settings).input == b'{"time": "2026-11-28T03:00:00Z"}'
+    shell.run(BLOCKS["upload"], **env)
+    target, = shell.client("events").list_targets_by_rule(Rule="thumbnails")["Targets"]
+    change = target["InputTransformer"]
+    event = {"id": "17793124-05d4-b198-2fde-7ededc63b103",
+             "detail": {"bucket": {"name": "pictures"}, "object": {"key": "a/cat 1.png"}}}
+    body = change["InputTemplate"]
+    for name, path in change["InputPathsMap"].items():
+        value = functools.reduce(lambda part, step: part[step], path.split(".")[1:], event)
+        body = body.replace(f"<{name}>", json.dumps(value))
+    task = ng.parse_task(body, settings)
+    assert (task.request_id, json.loads(task.input)["Records"][0]["s3"]["object"]["key"]) == (
+        event["id"], "a/cat 1.png")
+    result = {"status": "ok", "returnValue": [1], "stdout": ""}
+    shell.client("s3").put_object(Bucket="results", Key="outputs/shop-1/result.json", Body=json.dumps(result))
+    assert json.loads(shell.run(BLOCKS["returned"], **env).stdout) == {"status": "ok", "returnValue": [1]}
+
+
+@pytest.mark.slow
 def test_profile_and_group(shell):
     ec2 = shell.client("ec2")
     [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
