@@ -2,24 +2,14 @@
 from __future__ import annotations
 
 import collections
-import re
-from pathlib import Path
 
 import pytest
 
-# Fixtures that many tests look at, the slowest first; each is the first argument of its tests.
-SHARED = ("trials", "started", "runs", "escaped", "leftovers", "confined", "room", "hoards",
-          "timed", "built", "invoked")
-# Test to the shared fixture that it looks at.
-TESTS = Path(__file__).with_name("test_nanogrid.py").read_text()
-SHARES = {test: first for test, first in re.findall(r"^def (test_\w+)\((\w+)", TESTS, re.MULTILINE)
-          if first in SHARED}
+# Fixtures that many tests look at, and that take long to make; the slowest first.
+SHARED = ("trials", "started", "runs", "refusals", "escaped", "leftovers", "confined", "room",
+          "hoards", "timed", "built", "invoked")
 # Reason to the tests that were skipped for it, in the order in which they were.
 NOT_RUN: dict[str, list[str]] = collections.defaultdict(list)
-
-
-def name_of(nodeid: str) -> str:
-    return nodeid.partition("[")[0].rpartition("::")[2]
 
 
 def pytest_addoption(parser):
@@ -31,12 +21,19 @@ def pytest_collection_modifyitems(config, items):
     slow = [item for item in items if item.get_closest_marker("slow")]
     if slow and not config.getoption("slow"):
         config.hook.pytest_deselected(items=slow)
-        items[:] = [one for one in items if one not in slow]
+        items[:] = [item for item in items if item not in slow]
     if hasattr(config, "workerinput"):
         # One of several workers: what takes long goes first, lest one be alone with it at the end.
         # Shared fixtures do, then the file from its end, for its first parts are the quick ones.
         items.reverse()
-        items.sort(key=lambda item: [*SHARED, None].index(SHARES.get(name_of(item.nodeid))))
+        items.sort(key=lambda item: [*SHARED, ""].index(shared_by(item)))
+        for item in filter(shared_by, items):  # the scheduler sees no more of a test than this
+            item._nodeid = f"{item.nodeid}@{shared_by(item)}"
+
+
+def shared_by(item) -> str:
+    """The shared fixture that a test looks at, "" for none."""
+    return next((name for name in SHARED if name in item.fixturenames), "")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,7 +46,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class BySharedFixture(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return SHARES.get(name_of(nodeid), nodeid)
+            shared = nodeid.rpartition("@")[2]
+            return shared if shared in SHARED else nodeid
 
     config.option.loadscopereorder = False
     return BySharedFixture(config, log)
@@ -59,8 +57,9 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_runtest_logreport(report):
     """Under xdist, too, the process that writes the summary sees every report."""
     if report.skipped and isinstance(report.longrepr, tuple):
-        name = name_of(report.nodeid).replace("test_", "", 1).replace("_", " ")
-        NOT_RUN[report.longrepr[2].replace("Skipped: ", "")].append(name)
+        test = report.nodeid.partition("[")[0].partition("@")[0].rpartition("::")[2]
+        reason = report.longrepr[2].replace("Skipped: ", "")
+        NOT_RUN[reason].append(test.replace("test_", "", 1).replace("_", " "))
 
 
 def pytest_terminal_summary(terminalreporter):

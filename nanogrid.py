@@ -69,7 +69,11 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
+
+# Python 3.7 and older show this line as the one that they cannot read.
+if (running := sys.version_info) < (3, 9):  # NanoGrid needs Python 3.9 or newer
+    sys.exit(f"NanoGrid needs Python 3.9 or newer; this is Python {running[0]}.{running[1]}")
 
 __version__ = "1.0.0"
 FILE = os.path.abspath(__file__)
@@ -107,6 +111,12 @@ class Outcome:
     stderr: str = ""
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    returned: str = ""  # JSON, by a handler; "" when there was none
+
+    @property
+    def ended_at(self) -> float | None:
+        """When its run ended, in seconds since the epoch."""
+        return self.started_at and self.started_at + (self.duration_millis or 0) / 1000
 
 
 class Ended(Exception):
@@ -126,11 +136,11 @@ def rejected(reason: str, text: str, known: Mapping[str, Any] | None = None) -> 
 
 
 class Outage(Exception):
-    """A part of AWS or of the machine is away: a message is held; `reason` is REPORT's word."""
+    """A part of AWS or of the machine is away: a turn waits; `reason` is REPORT's word."""
 
-    def __init__(self, fault: Fault, reason: str, text: object):
-        super().__init__(str(text))
-        self.fault, self.reason = fault, reason
+    def __init__(self, needs: Dependency, reason: str, text: str):
+        super().__init__(text)
+        self.needs, self.reason = needs, reason
 
 
 # --------------------------------------------------------------------------------------------
@@ -184,6 +194,15 @@ def parse_yaml(text: str, name: str = "application.yml") -> dict[str, Any]:
 Keys = tuple[str, ...]  # from the top of the file to an entry
 
 
+@dataclass
+class _Block:
+    """A map or a list whose lines are being read."""
+
+    indent: int
+    path: Keys
+    content: Any
+
+
 class _YamlReader:
     """Reads line by line: `tree`, and `entries`: each path of keys, its line and its map."""
 
@@ -191,33 +210,49 @@ class _YamlReader:
         self.name, self.number = name, 0  # of the line that is being read
         self.tree: dict[str, Any] = {}
         self.entries: dict[Keys, tuple[int, dict[str, Any]]] = {}
-        blocks: list[tuple[int, Keys, Any]] = []  # (indent, path, map or list), innermost last
-        below: Keys | None = ()  # the path whose block may begin in this line
+        self.blocks: list[_Block] = []  # that are open, the innermost last
+        self.opening: Keys | None = ()  # the path whose block may begin in this line
         for indent, body in self.content(text.removeprefix("\ufeff")):
+            if self.opening == () and body[0] == "{" and _EMPTY.fullmatch(body):
+                self.opening = None  # no block is open: no further line fits
+                continue
             item = _ITEM.match(body)
-            if below == ():
-                below = None
-                if body[0] == "{" and _EMPTY.fullmatch(body):
-                    continue  # no block is open: no further line fits
-                blocks.append((indent, (), self.tree))
-            elif below and (indent > blocks[-1][0] or item and indent == blocks[-1][0]):
-                if len(below) > 50:
-                    self.fail("nested too deep; use at most 50 levels")
-                block: Any = [] if item else {}
-                blocks[-1][2][below[-1]] = block
-                blocks.append((indent, below, block))
-            while blocks and (indent < blocks[-1][0] or indent == blocks[-1][0] and not item
-                              and isinstance(blocks[-1][2], list)):
-                blocks.pop()  # also a list at its key's own indent
-            if not blocks or indent != blocks[-1][0]:
-                self.fail("indented unlike its siblings, or text that goes on from the line above; "
-                          "give them one indent, and write a value in its key's line")
-            _, path, block = blocks[-1]
-            if item and isinstance(block, list):
-                block.append(self.scalar(body[item.end():]))
-                below = None
+            self.open_block(indent, bool(item))
+            self.close_blocks(indent, bool(item))
+            block = self.blocks[-1]
+            if item and isinstance(block.content, list):
+                block.content.append(self.scalar(body[item.end():]))
+                self.opening = None
             else:
-                below = self.entry(body, path, block)
+                self.opening = self.entry(body, block)
+
+    def open_block(self, indent: int, is_item: bool) -> None:
+        """Begin the document's map, or the block of the key above, if this is its first line."""
+        path = self.opening
+        if path is None:
+            return
+        if path == ():
+            self.blocks.append(_Block(indent, (), self.tree))
+            return
+        above = self.blocks[-1]
+        if indent > above.indent or is_item and indent == above.indent:
+            if len(path) > 50:
+                self.fail("nested too deep; use at most 50 levels")
+            content: Any = [] if is_item else {}
+            above.content[path[-1]] = content
+            self.blocks.append(_Block(indent, path, content))
+
+    def close_blocks(self, indent: int, is_item: bool) -> None:
+        """End the blocks this line is not of; a list may stand at the indent of its key."""
+        while self.blocks:
+            block = self.blocks[-1]
+            ends_list = isinstance(block.content, list) and not is_item
+            if indent > block.indent or indent == block.indent and not ends_list:
+                break
+            self.blocks.pop()
+        if not self.blocks or indent != self.blocks[-1].indent:
+            self.fail("indented unlike its siblings, or text that goes on from the line above; "
+                      "give them one indent, and write a value in its key's line")
 
     def fail(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.name}:{self.number}: {problem}")
@@ -241,20 +276,20 @@ class _YamlReader:
                 begun = True
                 yield len(line) - len(body), body.rstrip(" ")
 
-    def entry(self, body: str, path: Keys, block: dict[str, Any]) -> Keys | None:
+    def entry(self, body: str, block: _Block) -> Keys | None:
         """Read a line of a map; the path of its key, if nothing stands behind it."""
         key, _, rest = self.token(body)
         if not (colon := _COLON.match(rest)):
             self.fail(f"{shown(body)} is no `key: value`; write a space after the colon, and a "
                       "value in its key's line")
-        text, here = rest[colon.end():], (*path, key)
+        text, here = rest[colon.end():], (*block.path, key)
         if here in self.entries:
             self.fail(f"the key {shown(key)} stands in line {self.entries[here][0]} too; keep one")
-        self.entries[here] = self.number, block
+        self.entries[here] = self.number, block.content
         if empty := _EMPTY.fullmatch(text):
-            block[key] = [] if empty[1][0] == "[" else {}
+            block.content[key] = [] if empty[1][0] == "[" else {}
         else:
-            block[key] = self.scalar(text)
+            block.content[key] = self.scalar(text)
         return None if text else here
 
     def scalar(self, text: str) -> Any:
@@ -315,9 +350,12 @@ _KINDS = {  # kind of value: what its text must match; what to write when it doe
     "region": (r"(?!.*[0-9][a-z]$)[a-z0-9-]+", "write a region such as ap-northeast-2"),
     "url": (_URL, "write a URL that begins with https:// or http://"),
     "queue": (_URL, "write the queue's URL, as SQS shows it under Details"),
-    "bucket": (r"[A-Za-z0-9._-]{3,255}", "write the bucket's bare name, no ARN, no s3:// URL"),
+    "bucket": (r"[A-Za-z0-9._-]{3,255}",
+               "write the bucket's bare name, 3 characters or more, no ARN, no s3:// URL"),
     "network": ("host|none", "write host or none"),
     "metadata": ("refuse|allow", "write refuse or allow"),
+    "role": (r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[\w+=,.@/-]{1,512}",
+             "write the role's ARN, such as arn:aws:iam::123456789012:role/NAME"),
     "user": (r"[0-9]{1,9}|[1-3][0-9]{9}|[^\W\d][^\s:/]*", "write a user name or a uid"),
     "command": (r"/.*[^/]|\w[^\s/]*", "write an absolute path, or a bare name to find on PATH"),
     "prefix": (r".{0,120}", "write at most 120 characters"),
@@ -352,15 +390,27 @@ def _at(path: str, *columns: Any) -> Any:
     return field(metadata={"row": row}, **{preset: row.default})
 
 
-_TOTAL_MB = os.sysconf("SC_PHYS_PAGES") * PAGE // MIB  # a tenth is for the system and the agents
-
-
 def _share(whole: int) -> int:
     """This agent's share of the machine: NANOGRID_AGENTS, as the systemd template sets it."""
     text = os.environ.get("NANOGRID_AGENTS") or "1"
     if not re.fullmatch("[1-9][0-9]{0,2}", text):
         raise ConfigError(f"NANOGRID_AGENTS: is {shown(text)}; write how many agents there are")
     return max(1, whole // int(text))
+
+
+def _admitted_mb() -> int:
+    """The memory that functions may declare together; the rest is the system's and the agent's.
+
+    It is of the machine's, or of the least memory.max that holds for this process.
+    """
+    whole = os.sysconf("SC_PHYS_PAGES") * PAGE
+    with contextlib.suppress(OSError):
+        root, path = cgroup_root(), own_cgroup()
+        while path.startswith(root):
+            limit = read_proc(f"{path}/memory.max").strip()
+            whole = min(whole, int(limit)) if limit.isdigit() else whole
+            path = os.path.dirname(path)
+    return whole // MIB - max(256, whole // MIB // 10)
 
 
 @dataclass(frozen=True)
@@ -378,7 +428,7 @@ class Settings:
     concurrency: int = _at("execution.concurrency", "count",
                            lambda: _share(len(os.sched_getaffinity(0))), 1, 1000)
     memory_mb: int = _at("execution.memoryMb", "count",
-                         lambda: _share(_TOTAL_MB - max(256, _TOTAL_MB // 10)))
+                         lambda: _share(_admitted_mb()))
     default_timeout_ms: int = _at(
         "execution.defaultTimeoutMs", "count", 10_000, 1, MAX_TIMEOUT_MS,
         f"SQS lends a message for 12 h, so 1 to {MAX_TIMEOUT_MS} are allowed")
@@ -387,6 +437,7 @@ class Settings:
     patience_seconds: int = _at("execution.patienceSeconds", "count", 600, 0, 43_200)
     network: str = _at("execution.network", "network", "host")
     metadata: str = _at("execution.metadata", "metadata", "refuse")
+    function_role: str | None = _at("execution.functionRole", "role")
     run_as: str | None = _at("execution.runAs", "user")
     warm_start: bool = _at("execution.warmStart", "flag", True)
     max_open_files: int = _at("execution.maxOpenFiles", "count", 1024, 16)
@@ -403,7 +454,6 @@ class Settings:
     output_queue_url: str | None = _at("output.queueUrl", "queue")
     namespace: str = _at("metrics.namespace", "namespace", "NanoGrid/FunctionRunner")
     flush_seconds: int = _at("metrics.flushSeconds", "count", 10, 1, 3600)
-    count_runs: bool = _at("metrics.runs", "flag", False)
     task_base_dir: str = _at("taskBaseDir", "directory", "/tmp/task")
     file: Path | None = field(default=None, compare=False)  # where they stand
 
@@ -425,6 +475,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str],
     `local` needs nothing of AWS. Raises ConfigError with every problem at once.
     """
     written, problems, warnings = _from_file(path) if path else ({}, [], [])
+    _look_at_names(environ, problems, warnings)
     values: dict[str, Any] = {"file": path}
     for keys, row in _ROWS.items():
         names = (row.variable, *(() if local else _FALLBACKS.get(row.field, ())))
@@ -452,7 +503,8 @@ def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list
         reader = _YamlReader(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}:1: cannot be read ({error.strerror}); copy "
-                          "application.yml.example there, or name another with --config") from None
+                          "application.yml.example there, or name another with --config. Without "
+                          "settings --demo shows what this is, and --help the rest") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
@@ -474,6 +526,20 @@ def _from_file(path: Path) -> tuple[dict[Keys, tuple[Any, str]], list[str], list
             nearest = known[get_close_matches(dotted.lower(), known, 1, 0)[0]]
             problems.append(f"{where}: {dotted} is no known key; the nearest is {nearest}")
     return written, problems, warnings
+
+
+def _look_at_names(environ: Mapping[str, str], problems: list[str], warnings: list[str]) -> None:
+    """Add what is wrong with the names of variables AGENT_..., and which are passed over."""
+    known = [row.variable for row in SETTINGS]
+    for name in sorted(environ):
+        dotted = name.lower().replace("_", ".") + "."
+        if not name.startswith("AGENT_") or re.sub("(?<=BUCKETS)_[0-9]+$", "", name) in known:
+            continue
+        if dotted.startswith(tuple(f"{section.lower()}." for section in _SPRING_ONLY)):
+            warnings.append(f"{name} is for the Spring Boot agent; passed over")
+        else:
+            nearest = get_close_matches(name, known, 1, 0)[0]
+            problems.append(f"{name}: is no setting; the nearest is {nearest}")
 
 
 def _from_variable(name: str, row: Setting, environ: Mapping[str, str]) -> Any:
@@ -534,6 +600,8 @@ REPORTED = {"requestId": "request_id", "functionId": "function_id", "runtime": "
 _PART = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9._:-]+"
 _REQUEST_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}")
 _FUNCTION_ID = re.compile(rf"(?=.{{1,128}}\Z){_PART}(?:/{_PART})*")
+_STEP = r"[^\s./\\\x00-\x1f\x7f-\x9f\ud800-\udfff]+"
+_HANDLER = re.compile(rf"(?=.{{1,256}}\Z)(?:{_STEP}[./])*{_STEP}\.{_STEP}")
 _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone surrogates
 
 
@@ -546,18 +614,30 @@ class Runtime(NamedTuple):
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
-    compiled: dict[str, tuple[str, ...]]  # the compiler's command, which makes `main`
+    # The compiler's command, which makes `main`; {sources}: all of the entry's kind beside it.
+    compiled: dict[str, tuple[str, ...]]
+    handler_files: tuple[str, ...] = ()  # what may follow a handler's FILE; none: it has none
 
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
-    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {}),
+    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {},
+                      (".py", "/__init__.py")),
     "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
-        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "main.cpp")}),
-    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {}),
+        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "{sources}")}),
+    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {},
+                      (".js", ".mjs", ".cjs")),
     "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
-        "main.go": ("{program}", "build", "-o", "main", "main.go")}),
+        # auto: as a module where there is a go.mod, and a plain package else
+        "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "main", ".")}),
 }
+# What a task's `env` cannot name, for the run gets it anyway; the second with functionRole only
+RUN_ENV = {"PATH", "LANG", "TZ", "HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID",
+           "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS", "AWS_LAMBDA_FUNCTION_NAME",
+           "AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "LAMBDA_TASK_ROOT", "_HANDLER"}
+ROLE_ENV = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION",
+            "AWS_DEFAULT_REGION"}
+MAX_ENV_BYTES = 32 * 1024  # all of a task's; Lambda allows 4 KB
 _RUNTIME_OF = {alias: name for name, runtime in RUNTIMES.items()
                for alias in (name, *runtime.aliases)}
 
@@ -573,6 +653,13 @@ class Task:
     timeout_ms: int
     memory_mb: int
     input: bytes
+    handler: str = ""  # FILE.FUNCTION, as AWS Lambda has it; "": the zip's entry file is run
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def code(self) -> tuple[str, str, str]:
+        """Which code it runs."""
+        return self.bucket, self.key, self.runtime
 
     def known(self) -> dict[str, Any]:
         """The fields that its Report has, too."""
@@ -586,7 +673,7 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     """
     given, input_text = _read_json(body)
     values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
-              "memoryMb": settings.default_memory_mb}
+              "memoryMb": settings.default_memory_mb, "handler": "", "env": {}}
     # null for an optional field is how many serializers write "not set"
     values.update((k, v) for k, v in given.items() if v is not None or k not in values)
     right: dict[str, Any] = {}
@@ -600,11 +687,16 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
             wrong[name] = reason, f"{name} is {found}; it must be {allowed}"
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
+        if right.get("handler") and not RUNTIMES[right["runtime"]].handler_files:
+            wrong["handler"] = "task", f"handler is for python and nodejs, not {right['runtime']}"
+    if fault := _env_fault(right.get("env", {}), settings):
+        wrong["env"] = "task", fault
     if wrong:
         raise rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
                        {REPORTED[name]: right[name] for name in REPORTED if name in right})
     return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
-                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode())
+                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode(),
+                right["handler"], right["env"])
 
 
 def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, Any, str]]:
@@ -623,12 +715,30 @@ def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, A
         ("timeoutMs", "task", int, lambda v: 1 <= v <= MAX_TIMEOUT_MS,
          f"a whole number from 1 to {MAX_TIMEOUT_MS}"),
         ("memoryMb", "task", int, lambda v: v >= 1, "a whole number from 1 upwards"),
+        ("handler", "task", str, lambda v: not v or _HANDLER.fullmatch(v),
+         "FILE.FUNCTION, such as app.handler or src/index.handler"),
+        ("env", "task", dict, lambda v: True, "an object of strings"),
         ("s3Bucket", "task", str, lambda v: True, "a string"),
         ("s3Bucket", "bucket", str, lambda v: any_bucket or v in buckets,
          f"one of {', '.join(buckets)} (agent.s3.codeBucket and allowedBuckets)"),
         ("memoryMb", "memory", int, lambda v: v <= settings.memory_mb,
          f"at most {settings.memory_mb}, all that can be admitted (agent.execution.memoryMb)"),
     ]
+
+
+def _env_fault(env: dict[str, Any], settings: Settings) -> str:
+    """What is wrong with a task's `env`; "" when nothing is."""
+    taken, size = RUN_ENV | ROLE_ENV if settings.function_role else RUN_ENV, 0
+    for name, value in env.items():
+        said = f"env has {shown(name, in_json=True)}"
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            return f"{said}; names are of A-Z a-z 0-9 _ and begin with no digit"
+        if name in taken:
+            return f"{said}, which each run gets from the agent; take it out"
+        if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):
+            return f"{said} as {shown(value, in_json=True)}; write a string, without NUL"
+        size += len(f"{name}={value}".encode())
+    return f"env has {size} bytes; at most {MAX_ENV_BYTES} are allowed" * (size > MAX_ENV_BYTES)
 
 
 def _read_json(body: str) -> tuple[dict[str, Any], str]:
@@ -638,11 +748,6 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"the key {shown(twice, in_json=True)} stands twice in one object")
         return dict(pairs)
-
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):  # NaN, 1e999: the function could not read it
-            raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
-        return value
 
     try:
         found = json.loads(body, object_pairs_hook=unique, parse_float=finite,
@@ -654,6 +759,13 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
     raise rejected("task", f"the message is {shown(found, in_json=True)}; it must be a JSON object")
 
 
+def finite(number: str) -> float:
+    """A number of JSON; ValueError for NaN and 1e999, which not every reader can read."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:80]!r} is no number of JSON, or too large")
+    return value
+
+
 def _why(error: Exception) -> str:
     """What a library's error says, fit for a log line."""
     return ascii(str(error) or type(error).__name__)[1:-1][:200]
@@ -661,14 +773,18 @@ def _why(error: Exception) -> str:
 
 # --- Zips: checked, unpacked, and the file that a run starts with ---
 
-MAX_UNPACKED = 250 * MIB           # of the zip itself, too; AWS Lambda's limit on a function's code
-MAX_MEMBERS = 10_000
+MAX_UNPACKED = 1024 * MIB          # of the zip itself, too; torch unpacks to 951
+MAX_MEMBERS = 50_000
 MAX_PATHS = 2 * MAX_MEMBERS        # members and the folders that their names imply
-MAX_DIRECTORY = 800 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
+MAX_DIRECTORY = 400 * MAX_MEMBERS  # bytes of the zip's own directory, which zipfile reads at once
 MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less room for our part
 MAX_PART_BYTES = 255               # NAME_MAX
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
-_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:|\\|(?:\A|/)\.\.(?:/|\Z)")
+_OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
+BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
+                    "or Python's shutil.make_archive")
+UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
+TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
             ValueError, OverflowError)  # what zipfile raises for wrong bytes; never OSError
 
@@ -676,8 +792,9 @@ _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplement
 def unpack(archive: Path, target: Path) -> list[str]:
     """Unpack a zip into the new or empty folder `target`; the sorted paths of its regular files.
 
-    Modes are 0755 for folders and what is executable, else 0644. Raises Ended("zip"); nothing is
-    written outside of `target`, which the caller removes then. An OSError is the machine's.
+    Modes are 0755 for folders and what is executable, else 0644; files keep their times, as those
+    of shipped .pyc must. Raises Ended("zip"); nothing is written outside of `target`, which the
+    caller removes then. An OSError is the machine's.
     """
     with _Archive(archive) as source:
         try:
@@ -690,16 +807,20 @@ def unpack(archive: Path, target: Path) -> list[str]:
         for path in folders:
             (target / path).mkdir(exist_ok=True)
             (target / path).chmod(0o755)
-        left = MAX_UNPACKED
+        has_modes = any(map(_mode, bundle.infolist()))
         for path in files:
             member = tree[path][1]
+            is_program = _mode(member) & 0o111 or path == "main" and not has_modes
             with open(target / path, "xb") as file:
-                file.writelines(_content(bundle, member, left))
-                os.fchmod(file.fileno(), 0o755 if _mode(member) & 0o111 else 0o644)
-                left -= file.tell()
+                file.writelines(_content(bundle, member))
+                file.flush()
+                os.fchmod(file.fileno(), 0o755 if is_program else 0o644)
+                os.utime(file.fileno(), (_modified(member),) * 2)
         for path in links:  # last, so that nothing can be written through one
             member = tree[path][1]
-            link = os.fsdecode(b"".join(_content(bundle, member, MAX_NAME_BYTES)))
+            if member.file_size > MAX_NAME_BYTES:
+                raise _bad(member, f"is a link of over {MAX_NAME_BYTES} bytes; make it shorter")
+            link = os.fsdecode(b"".join(_content(bundle, member)))
             # A link's parents are real folders, so that '..' at its beginning goes where it says;
             # behind a name it would not, if that name is a link.
             parts = [part for part in link.split("/") if part not in ("", ".")]
@@ -728,17 +849,19 @@ class _Archive(io.FileIO):
 
 def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, tuple[str, Any]]:
     """Each path of a zip of `size` bytes: its kind, and its member (None: names imply it)."""
-    if not 1 <= len(members) <= MAX_MEMBERS:
-        raise rejected("zip", f"the zip has {len(members)} members; it may have 1 to {MAX_MEMBERS}")
+    if not members:
+        raise rejected("zip", "the zip has no members; zip the function's files")
+    _check_size(members)
     if sum(member.compress_size for member in members) > size:
         raise rejected("zip", "members of the zip share their bytes, as in a zip bomb")
     tree: dict[str, tuple[str, Any]] = {"": ("folder", None)}
     for member in members:
         path, kind = _checked(member)
-        if path in tree and tree[path][1]:
-            raise _bad(member, "stands twice in the zip; leave one out")
-        if path in tree and kind != "folder":
+        known, other = tree.get(path, (kind, None))
+        if known != kind and "folder" in (known, kind):
             raise _bad(member, "is both a file and a folder; rename one")
+        if other and kind != "folder":
+            raise _bad(member, "stands twice in the zip; leave one out")
         tree[path] = kind, member
         while (path := path.rpartition("/")[0]) not in tree:
             tree[path] = "folder", None
@@ -750,17 +873,38 @@ def _tree(members: list[zipfile.ZipInfo], size: int) -> dict[str, tuple[str, Any
     return tree
 
 
+def _check_size(members: list[zipfile.ZipInfo]) -> None:
+    """Refuse a zip that is too large, by the names of the folders that make it so."""
+    for limit, unit, what, weights in (
+            (MAX_MEMBERS, 1, "members", [1 for _ in members]),
+            # zipfile unpacks no more of a member than this
+            (MAX_UNPACKED, MIB, "MiB unpacked", [member.file_size for member in members])):
+        if sum(weights) <= limit:
+            continue
+        folders: Counter[str] = Counter()
+        for member, weight in zip(members, weights):
+            first, *deeper = _name(member).split("/")[:-1] or ["."]
+            folders[first] += weight
+            if deeper:
+                folders[f"{first}/{deeper[0]}"] += weight
+        largest = [f"{shown(name, in_json=True)} {math.ceil(weight / unit)}"
+                   for name, weight in folders.most_common(4)]
+        total = math.ceil(sum(weights) / unit)
+        raise rejected("zip", f"the zip has {total} {what}; {limit // unit} are allowed; the "
+                              f"largest folders: {', '.join(largest)}")
+
+
 def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
     """A member's path below the target ("": the target itself) and kind; Ended if it may not be."""
-    name, method = member.filename, member.compress_type
+    name, method = _name(member), member.compress_type
     parts = [part for part in name.split("/") if part not in ("", ".")]
     too_long = len(name.encode()) > MAX_NAME_BYTES or any(
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
-            (_UNPRINTED.search(member.orig_filename + name),  # zipfile ends filename at a NUL
-             "has a control character in its name; rename it"),
+            ("\0" in name, "has a NUL in its name; rename it"),
+            ("\\" in name, f"has a backslash in its name, {BACKSLASH_ADVICE}"),
             (_OUTSIDE.search(name),
-             "may leave the zip's folder (absolute, '..', backslash or drive); make it relative"),
+             "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
             (member.flag_bits & 0x1, "is encrypted; zip it without a password"),
             # a read of 600 bytes of bzip2 can take a gigabyte: zipfile sets no bound to it
@@ -774,20 +918,43 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
     return "/".join(parts), kind
 
 
+def _name(member: zipfile.ZipInfo) -> str:
+    """Its whole name, which is UTF-8 where it can be, for many a tool does not set the flag."""
+    with contextlib.suppress(UnicodeDecodeError):
+        if not member.flag_bits & UTF8_NAME:  # zipfile reads such as code page 437
+            return member.orig_filename.encode("cp437").decode()
+    return member.orig_filename
+
+
 def _mode(member: zipfile.ZipInfo) -> int:
     """Its file mode, where Unix or macOS made the zip (APPNOTE.TXT 4.4.2)."""
     return member.external_attr >> 16 if member.create_system in (3, 19) else 0
 
 
-def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> Iterator[bytes]:
-    """The member's bytes in pieces; Ended when they are corrupt or more than `most`."""
+def _modified(member: zipfile.ZipInfo) -> float:
+    """When it was changed, in seconds since the epoch."""
+    for kind, start in TIMES.items():
+        if len(_extra(member, kind)) >= start + 4:
+            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
+    return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
+
+
+def _extra(member: zipfile.ZipInfo, kind: int) -> bytes:
+    """What an extra field of this kind holds; b"" when there is none."""
+    start, extra = 0, member.extra
+    while start + 4 <= len(extra):
+        found, size = struct.unpack_from("<HH", extra, start)
+        start += 4 + size
+        if found == kind:
+            return extra[start - size:start]
+    return b""
+
+
+def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The member's bytes in pieces; Ended when they are corrupt."""
     try:
         with bundle.open(member) as stream:
             while piece := stream.read(65536):
-                most -= len(piece)
-                if most < 0:
-                    raise _bad(member, f"is too large: a zip may unpack to {MAX_UNPACKED} bytes, "
-                                       f"a link to {MAX_NAME_BYTES}")
                 yield piece
     except _CORRUPT as error:
         raise _bad(member, f"is corrupt: {_why(error)}; zip it again") from None
@@ -797,20 +964,32 @@ def _bad(member: zipfile.ZipInfo, what: str) -> Ended:
     return rejected("zip", f"zip member {shown(member.orig_filename, in_json=True)} {what}")
 
 
-def find_entry(target: Path, runtime: str) -> str:
-    """The file, or link to one, that `runtime` starts with in a zip; or Ended("entry")."""
-    names = (*RUNTIMES[runtime].commands, *RUNTIMES[runtime].compiled)
-    hint = ""
+def entry_files(runtime: str, handler: str) -> list[str]:
+    """The files that a run may start with; it does with the first that is there."""
+    known = RUNTIMES[runtime]
+    if not handler:
+        return [*known.commands, *known.compiled]
+    file = handler.rpartition(".")[0]
+    file = file.replace(".", "/") if runtime == "python" else file
+    return [file + ending for ending in known.handler_files]
+
+
+def find_entry(target: Path, runtime: str, handler: str = "") -> str:
+    """The file, or link to one, that a run of a zip starts with; raises Ended("entry")."""
+    names, hint = entry_files(runtime, handler), ""
+    place = f"for the handler {handler}" if handler else "at its top"
+    if RUNTIMES[runtime].handler_files and not handler:
+        place += ", and the task names no handler"
     for name in names:
         if (target / name).is_file():
             if name != "main" or (target / name).stat().st_mode & 0o111:
                 return name
             hint = "; main is there but not executable: chmod +x before zipping"
-    below = sorted(path.parent.name for name in names for path in target.glob(f"*/{name}"))
+    below = sorted(path for name in names for path in target.glob(f"*/{glob.escape(name)}"))
     if below and not hint:
-        folder = shown(below[0], in_json=True)
+        folder = shown(below[0].relative_to(target).parts[0], in_json=True)
         hint = f"; {folder} has one: zip what is in that folder, not itself"
-    raise rejected("entry", f"the zip has no {' or '.join(names)} at its top{hint}")
+    raise rejected("entry", f"the zip has no {' or '.join(names)} {place}{hint}")
 
 
 # --------------------------------------------------------------------------------------------
@@ -864,50 +1043,84 @@ MACHINE_AWAY = {
     errno.EAGAIN: "processes", errno.ENOMEM: "memory"}
 
 
-class Fault:
-    """A part of the world that may fail for a while: said when that begins and when it ends."""
+TRY_SECONDS = 10  # for so long one thread alone tries whether a part is back
 
-    def __init__(self, log: Log, name: str):
+
+class Dependency:
+    """A part of the world that can fail for a while: said when that begins and when it ends.
+
+    While it is away, who needs it is turned away without a try until `retry_at`.
+    """
+
+    def __init__(self, log: Log, name: str, shared: bool = True):
         self.log, self.name = log, name
+        self.shared = shared  # every task needs it, not those of one function alone
         self.lock = threading.Lock()
-        self.over = threading.Event()
-        self.over.set()
-        self.since = self.pause = self.retry_at = 0.0
+        self.since = 0.0  # time.monotonic() when it began to fail; 0: it works
+        self.pause = self.retry_at = 0.0
+        self.tried_at = -math.inf  # when somebody began to try, who does not know yet
+        self.reason = self.error = ""
 
-    def failed(self, error: object) -> float:
+    def failed(self, error: object, reason: str = "", longest: float = 10) -> float:
         """Note a failure; the jittered, growing pause in seconds before the next try."""
         with self.lock:
-            if self.over.is_set():
-                self.over.clear()
-                self.since, self.pause = time.monotonic(), 0.2
+            now = time.monotonic()
+            if not self.since:
+                self.since, self.pause = now, 0.2
                 self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
-            if time.monotonic() >= self.retry_at:  # slots that fail together are one failure
-                self.pause = min(10.0, self.pause * 2)
+            if now >= self.retry_at:  # threads that fail together are one failure
+                self.pause = min(longest, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
-            self.retry_at = time.monotonic() + pause
+            self.retry_at, self.tried_at = now + pause, -math.inf
+            self.reason, self.error = reason, f"{self.name} failed: {error}"
         return pause
 
     def worked(self) -> None:
         """Note a success."""
         with self.lock:
-            if not self.over.is_set():
-                self.over.set()
-                self.retry_at = 0.0
+            if self.since:
                 seconds = time.monotonic() - self.since
+                self.since = self.retry_at = 0.0
                 self.log("INFO", f"{self.name} works again after {seconds:.1f} s")
 
+    def may_try(self) -> bool:
+        """Whether it works, or it is time for one thread to see whether it does."""
+        return time.monotonic() >= max(self.retry_at, self.tried_at + TRY_SECONDS)
+
+    def check(self) -> None:
+        """Raise the Outage of the last failure if it is away, unless it is this thread's to try."""
+        with self.lock:
+            if not self.since:
+                return
+            if not self.may_try():
+                raise Outage(self, self.reason, self.error)
+            self.tried_at = time.monotonic()
+
+    def outage(self, error: object, reason: str) -> Outage:
+        """Note a failure; the Outage to raise."""
+        self.failed(error, reason)
+        return Outage(self, reason, self.error)
+
     @contextlib.contextmanager
-    def watched(self, goes_on: bool = False) -> Iterator[None]:
-        """Note how a block ends: an OSError that may pass is an Outage, or none if `goes_on`."""
+    def needed(self) -> Iterator[None]:
+        """A block that cannot do without it: an OSError that may pass becomes an Outage."""
+        self.check()
         try:
             yield
         except OSError as error:
-            if goes_on:
-                self.failed(error)
-            elif error.errno in MACHINE_AWAY:
-                raise Outage(self, MACHINE_AWAY[error.errno], error) from None
-            else:
+            if error.errno not in MACHINE_AWAY:
                 raise
+            raise self.outage(error, MACHINE_AWAY[error.errno]) from None
+        else:
+            self.worked()
+
+    @contextlib.contextmanager
+    def optional(self) -> Iterator[None]:
+        """A block that may fail: its OSError is noted, and passed over."""
+        try:
+            yield
+        except OSError as error:
+            self.failed(error)
         else:
             self.worked()
 
@@ -924,6 +1137,9 @@ PASSING = re.compile(
 LASTING = ("ParamValidationError", "InvalidRegionError", "PermanentRedirect")  # not 4xx, these
 # Where botocore gets credentials from: what is refused there is no permission of the call itself.
 LENDERS = ("AssumeRole", "AssumeRoleWithWebIdentity", "GetRoleCredentials")
+
+
+LEAST_BOTO3 = (1, 34, 101)  # the first whose ReceiveMessage has MessageSystemAttributeNames
 
 
 class Clients(NamedTuple):
@@ -946,16 +1162,24 @@ def make_clients(settings: Settings) -> Clients:
         import boto3  # not at the top: --local does without, and so does the launcher
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
+        from botocore.session import get_session
     except ImportError:
         raise GiveUp("boto3 is not installed for this Python; run: "
                      f"{sys.executable} -m pip install boto3") from None
+    if tuple(map(int, re.findall("[0-9]+", boto3.__version__)[:3])) < LEAST_BOTO3:
+        least = ".".join(map(str, LEAST_BOTO3))
+        raise GiveUp(f"boto3 is {boto3.__version__}, and must be {least} at least; run: "
+                     f"{sys.executable} -m pip install 'boto3>={least}'")
     if settings.endpoint_url:  # so that AWS_ENDPOINT_URL_SQS and the like win, as boto3 has it
         os.environ["AWS_ENDPOINT_URL"] = settings.endpoint_url
     try:
-        session = boto3.session.Session(region_name=settings.region)
-        if session.get_credentials() is None:
-            raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
-                         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        core = get_session()
+        session = boto3.session.Session(botocore_session=core, region_name=settings.region)
+        check_credentials(session.get_credentials())
+        bundle = core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        if bundle and not os.path.isfile(bundle):
+            raise GiveUp(f"the CA bundle {bundle} is no file; correct AWS_CA_BUNDLE, "
+                         "REQUESTS_CA_BUNDLE or ca_bundle in ~/.aws/config")
 
         def client(service: str, read_seconds: int = 8, attempts: int = 3) -> Any:
             made = session.client(service, config=Config(
@@ -968,6 +1192,20 @@ def make_clients(settings: Settings) -> Clients:
                        client("sqs", attempts=1), client("sqs"), client("s3"), client("cloudwatch"))
     except (BotoCoreError, OSError, ValueError) as error:  # no such profile, process, URL
         raise GiveUp(f"boto3 cannot work as it is set up here: {error}") from None
+
+
+def check_credentials(credentials: Any) -> None:
+    """Refuse, by GiveUp, none, and what HTTP cannot send: its error would show them in the log."""
+    from botocore.credentials import RefreshableCredentials
+    if credentials is None:
+        raise GiveUp("no AWS credentials (none found); attach the role to the instance, or set "
+                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(credentials, RefreshableCredentials):  # a look would ask for them
+        return
+    for name in ("access_key", "secret_key", "token"):
+        if re.search("[^!-~]", getattr(credentials, name) or ""):
+            raise GiveUp(f"the AWS credentials' {name} ({credentials.method}) has a line break or "
+                         "a blank in it; write it again, in one line")
 
 
 def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
@@ -1031,25 +1269,96 @@ def remedy(error: Exception, needs: str, url: str | None = None) -> str:
     elif is_denied(error):
         policy = re.search(r"because no (.*? policy)|explicit deny in an? (.*? policy)", str(error))
         advice = f"grant {needs}" + (f" in the {policy[1] or policy[2]}" if policy else "")
+    elif "Bucket" in code:
+        advice = "check the bucket's name: agent.s3.codeBucket, agent.output.bucket, s3Bucket"
+    elif code in ("PermanentRedirect", "IllegalLocationConstraintException"):
+        advice = "the bucket is in another region; use one in agent.aws.region"
+    elif code.isdigit():
+        advice = "AWS words no error like this; check agent.aws.endpointUrl"
     else:
-        advice = "see what AWS says of it"
+        advice = "AWS will answer so again; change what it names"
     return f"{error}; {advice}"
+
+
+class FunctionRole:
+    """The temporary credentials of agent.execution.functionRole, which functions get."""
+
+    SPARE_SECONDS = 300  # that they are good for beyond a run's time limit
+    HOUR, LONGEST = 3600, 43_200  # seconds of a session; a role may allow less than the latter
+
+    def __init__(self, clients: Clients, settings: Settings, log: Log):
+        self.arn, self.region = str(settings.function_role), str(settings.region)
+        self.sts = clients.session.client("sts", config=clients.results.meta.config)
+        self.part, self.lock = Dependency(log, f"assuming {self.arn}"), threading.Lock()
+        self.found: dict[str, str] = {}
+        self.ends = 0.0  # time.monotonic() when they do
+
+    def env(self, seconds: float) -> dict[str, str]:
+        """Variables that are good for a run of so long, where the role allows sessions that long.
+
+        Raises Ended when AWS refuses the role, Outage when STS is away.
+        """
+        needed = math.ceil(seconds) + self.SPARE_SECONDS
+        with self.lock:
+            if time.monotonic() + needed > self.ends:
+                self.part.check()
+                self._assume(min(max(needed, self.HOUR), self.LONGEST))
+            return self.found
+
+    def _assume(self, length: int) -> None:
+        asked = time.monotonic()
+        answer, error = attempt(self.sts.assume_role, RoleArn=self.arn, DurationSeconds=length,
+                                RoleSessionName="nanogrid")
+        if error and "DurationSeconds" in str(error) and length > self.HOUR:
+            return self._assume(self.HOUR)
+        if error and passes(error):
+            raise self.part.outage(error, "sts")
+        if error:
+            raise Ended(Outcome("error", "permission", f"{error}; grant the agent sts:AssumeRole "
+                                f"on {self.arn}, and name the agent in that role's trust policy"))
+        self.part.worked()
+        lent, self.ends = answer["Credentials"], asked + length
+        self.found = {"AWS_ACCESS_KEY_ID": lent["AccessKeyId"],
+                      "AWS_SECRET_ACCESS_KEY": lent["SecretAccessKey"],
+                      "AWS_SESSION_TOKEN": lent["SessionToken"],
+                      **dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), self.region)}
 
 
 # --------------------------------------------------------------------------------------------
 # Queue: where messages come from; SQS, or a folder
 # --------------------------------------------------------------------------------------------
-#
-# What the agent asks of either: receive(), held_until(), end(), is_empty() and close(). From its
-# receive to its end a message is held: its lease is kept alive.
 
 CHANGE_NEEDS = "sqs:ChangeMessageVisibility"
 QUEUE_NEEDS = "sqs:ReceiveMessage, sqs:DeleteMessage and sqs:GetQueueAttributes"
 BATCH = 10  # entries of one SQS batch request
 DELIVERY_SECONDS = 0.1  # how often what is due is sent
 ATTRIBUTES_SECONDS = 300  # how often the queue's own visibility timeout is looked at
+PERMISSION_SECONDS = 60  # until a permission that was denied is tried again
+LEAST_LEASE_SECONDS = 5  # asked for where the queue's own is shorter: no beat comes in time then
 ERROR_DELAY_SECONDS = 10  # until what ended as error is visible; x 4 for each further receive
+AT_ONCE = 3  # receives after which a rejected message is delayed, where no DLQ is to be seen
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
+POLL_SECONDS = 0.05  # how often a folder without tasks is looked at
+
+
+class Fate(NamedTuple):
+    """What a status means for the log, for a message of SQS, and for a task of a folder."""
+
+    level: str  # of its REPORT line
+    action: str  # delete; leave, until its lease ends; return: visible again at once
+    is_delayed: bool = False  # a return: after a delay that grows with each receive
+    takes: float = 3  # in a folder: the task is dead after so many; inf: this take does not count
+
+
+FATES = {
+    "ok": Fate("INFO", "delete"),
+    "failed": Fate("WARNING", "leave"),
+    "timeout": Fate("WARNING", "leave"),
+    "oom": Fate("WARNING", "leave"),
+    "rejected": Fate("WARNING", "return", takes=1),
+    "released": Fate("INFO", "return", takes=math.inf),
+    "error": Fate("ERROR", "return", is_delayed=True),
+}
 
 
 @dataclass(eq=False)
@@ -1059,15 +1368,38 @@ class Message:
     id: str
     body: str
     receive_count: int
-    sent: float  # the first time, in seconds since the epoch by the queue's clock
+    sent: float  # the first time, in seconds since the epoch by the queue's clock; inf: not told
     handle: Any = None  # SQS's receipt handle; of a folder, what unlocks the file at its end
     # From here on times are time.monotonic()'s. But for this one all is of SQS alone.
     received: float = field(default_factory=time.monotonic)
     ends: float = math.inf  # when SQS makes it visible again
     beat: float = math.inf  # when to have SQS put that off
     last: float = math.inf  # LONGEST_LEASE_SECONDS after the receive: it is put off no further
-    aim: str = "keep"  # until its turn has ended: then delete or return, or lost before that
+    action: str = "keep"  # while its turn lasts; then delete or return
     delay: int = 0  # of a return: seconds until the message is visible again
+    is_lost: bool = False  # its lease has run out, which was said
+
+
+class Queue(Protocol):
+    """Where messages come from. From its receive to its end a message is in flight."""
+
+    def receive(self, limit: int, drain: bool) -> list[Message]:
+        """At most `limit` messages, after a while if there are none; raises what fails."""
+
+    def lease_ends(self, message: Message, needed: float = 0) -> float:
+        """When the message will no longer be ours (time.monotonic()); inf: it is kept.
+
+        Where it would end before `needed`, it is extended at once, if that is permitted.
+        """
+
+    def end(self, message: Message, status: str, result: object) -> None:
+        """Have become of a message what FATES says of the status of its turn."""
+
+    def is_empty(self) -> bool:
+        """Whether nothing waits that a receive would get now, or soon from us."""
+
+    def close(self, is_urgent: Callable[[], bool]) -> None:
+        """Send what is due; for at most 20 seconds, or one from when that is urgent."""
 
 
 class SqsQueue:
@@ -1077,16 +1409,18 @@ class SqsQueue:
         self.url, self.log, self.settings = settings.queue_url, log, settings
         self.polls, self.sqs = clients.polls, clients.sqs
         self.visibility = 30  # until the queue says another
+        self.has_dlq = False
         self.attributes_due = 0.0
-        self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: not tried yet
+        self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: to be tried
+        self.denied_at = 0.0
         self.lock = threading.Lock()
-        self.sending = threading.Lock()  # so that one fault is said once
-        self.held: dict[str, Message] = {}  # by id, each as it was received last
+        self.sending = threading.Lock()  # so that one failure is said once
+        self.in_flight: dict[str, Message] = {}  # by id, each as it was received last
         self.finished: OrderedDict[str, None] = OrderedDict()
         self.is_closing = False
-        changing = Fault(log, "extending or giving back messages")
-        self.faults = {"keep": changing, "return": changing,
-                       "delete": Fault(log, "deleting messages")}
+        changing = Dependency(log, "extending or giving back messages")
+        self.requests = {"keep": changing, "return": changing,
+                         "delete": Dependency(log, "deleting messages")}
         if error := self._look_at_attributes():
             if advice := remedy(error, QUEUE_NEEDS, self.url):
                 raise GiveUp(advice)
@@ -1098,9 +1432,11 @@ class SqsQueue:
     def _look_at_attributes(self) -> Exception | None:
         """Read the queue's visibility timeout, which may change while we run; the error, if any."""
         answer, error = attempt(self.polls.get_queue_attributes, QueueUrl=self.url,
-                                AttributeNames=["VisibilityTimeout"])
+                                AttributeNames=["VisibilityTimeout", "RedrivePolicy"])
         if not error:
-            self.visibility = max(1, int(answer["Attributes"]["VisibilityTimeout"]))
+            found = answer["Attributes"]
+            self.has_dlq = "RedrivePolicy" in found
+            self.visibility = max(LEAST_LEASE_SECONDS, int(found["VisibilityTimeout"]))
         self.attributes_due = time.monotonic() + (10 if error else ATTRIBUTES_SECONDS)
         return error
 
@@ -1108,73 +1444,89 @@ class SqsQueue:
         """At most `limit` messages, after at most waitTimeSeconds; raises what boto3 raises."""
         if time.monotonic() >= self.attributes_due:
             self._look_at_attributes()
-        asked = time.monotonic()
+        # A receive that does not wait asks only some of SQS's servers: no proof of an empty queue.
+        asked, wait = time.monotonic(), max(self.settings.wait_time_seconds, int(drain))
         answer = self.polls.receive_message(
             QueueUrl=self.url, MaxNumberOfMessages=limit, VisibilityTimeout=self.visibility,
-            WaitTimeSeconds=self.settings.wait_time_seconds,
+            WaitTimeSeconds=wait,
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"])
         with self.lock:
-            found = [self._hold(entry, asked) for entry in answer.get("Messages", [])]
+            found = [self._take_in(entry, asked) for entry in answer.get("Messages", [])]
         return [message for message in found if message]
 
-    def _hold(self, entry: Mapping[str, Any], asked: float) -> Message | None:
-        """Hold a message; None when it is a duplicate of one that runs or ended ok here."""
+    def _take_in(self, entry: Mapping[str, Any], asked: float) -> Message | None:
+        """Have a message in flight; None for a duplicate of one that runs or ended ok here."""
         key, attributes, now = entry["MessageId"], entry.get("Attributes", {}), time.monotonic()
-        old = self.held.get(key)
-        message = self.held[key] = Message(
+        old = self.in_flight.get(key)
+        message = self.in_flight[key] = Message(
             key, entry["Body"], int(attributes.get("ApproximateReceiveCount", 1)),
-            int(attributes.get("SentTimestamp", 0)) / 1000, entry["ReceiptHandle"],
+            float(attributes.get("SentTimestamp", math.inf)) / 1000, entry["ReceiptHandle"],
             ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
             last=now + LONGEST_LEASE_SECONDS - 1)
         if key in self.finished:
             self.log("INFO", f"message {key} came back after it had ended ok: deleted")
-            message.aim = "delete"
+            message.action = "delete"
             return None
-        if old and old.aim in ("keep", "lost"):
+        if old and old.action == "keep":
             self.log("WARNING", f"message {key} came again while it runs here: not started again")
             return None
         return message
 
     def end(self, message: Message, status: str, result: object) -> None:
-        """Have a message deleted, made visible again, or leave it until its lease runs out.
-
-        ok: deleted. rejected, released: visible at once; error: after a delay. Others are left.
-        """
+        """Have a message deleted, made visible again, or leave it until its lease runs out."""
+        action = FATES[status].action
         with self.lock:
-            held = self.held[message.id]
+            newest = self.in_flight[message.id]
             if status == "ok":
                 self.finished[message.id] = None
                 if len(self.finished) > REMEMBERED:
                     self.finished.popitem(last=False)
-            if held.aim == "lost" or status not in ("ok", "rejected", "released", "error"):
-                del self.held[message.id]
+            # Its newest handle deletes a message whose lease has run out, while nobody else has it.
+            if action == "leave" or action == "return" and newest.is_lost:
+                del self.in_flight[message.id]
                 return
-            held.aim = "delete" if status == "ok" else "return"
-            if status == "error":  # a machine that is ill must not empty the queue into the DLQ
-                delay = ERROR_DELAY_SECONDS * 4 ** min(message.receive_count - 1, 6)
-                held.delay = int(min(delay, held.last - time.monotonic()))
+            newest.action, newest.delay = action, self._delay(newest, status)
 
-    def held_until(self, message: Message, until: float = 0) -> float:
-        """When the message will no longer be ours; inf: its lease is kept alive.
+    def _delay(self, message: Message, status: str) -> int:
+        """The seconds until a message that is returned is visible again."""
+        receives = message.receive_count
+        if status == "rejected" and not self.has_dlq:
+            receives -= AT_ONCE  # not every emulator says that there is one
+        elif not FATES[status].is_delayed:
+            return 0
+        if receives < 1:
+            return 0
+        delay = ERROR_DELAY_SECONDS * 4 ** min(receives - 1, 6)
+        return int(min(delay, message.last - time.monotonic()))
 
-        Where it ends before `until`, it is extended once, to see whether that is permitted.
-        """
-        held = self.held[message.id]
-        if self.may_change is None and held.ends - 1 < until:
+    def lease_ends(self, message: Message, needed: float = 0) -> float:
+        """When the message will no longer be ours; inf: its lease is kept alive."""
+        newest = self.in_flight[message.id]
+        if self._may_change() is None and newest.ends - 1 < needed:
             with self.sending:
-                self._send("keep", [held])
-        return held.ends - 1 if held.aim == "lost" or self.may_change is False else math.inf
+                self._send("keep", [newest])
+        is_over = newest.is_lost or newest.ends <= time.monotonic()
+        return newest.ends - 1 if is_over or self._may_change() is False else math.inf
+
+    def _may_change(self) -> bool | None:
+        """Whether ChangeMessageVisibility is permitted; None: to be tried (again)."""
+        if self.may_change is False and time.monotonic() > self.denied_at + PERMISSION_SECONDS:
+            return None  # a new policy takes minutes to hold
+        return self.may_change
 
     def is_empty(self) -> bool:
         """Whether no message is visible; what is in flight elsewhere is not ours."""
+        with self.lock:
+            if any(message.action == "return" for message in self.in_flight.values()):
+                return False
         answer = self.sqs.get_queue_attributes(
             QueueUrl=self.url, AttributeNames=["ApproximateNumberOfMessages"])
         return int(answer["Attributes"]["ApproximateNumberOfMessages"]) == 0
 
-    def close(self) -> None:
+    def close(self, is_urgent: Callable[[], bool]) -> None:
         """Send what is due, for at most 20 seconds."""
         self.is_closing = True
-        self.courier.join(20)
+        await_end(self.courier, 20, is_urgent)
 
     # The courier's thread.
 
@@ -1184,10 +1536,10 @@ class SqsQueue:
             time.sleep(DELIVERY_SECONDS)
             with self.lock:
                 due = self._due(time.monotonic())
-                aims = {message.aim for message in self.held.values()}
-            if self.is_closing and aims <= {"keep", "lost"}:
+                actions = {message.action for message in self.in_flight.values()}
+            if self.is_closing and actions <= {"keep"}:
                 return
-            batches = [(aim, messages[start:start + BATCH]) for aim, messages in due.items()
+            batches = [(action, messages[start:start + BATCH]) for action, messages in due.items()
                        for start in range(0, len(messages), BATCH)]
             # A request that is not answered takes eight seconds. After one the round ends, or the
             # next beats would come too late.
@@ -1195,71 +1547,84 @@ class SqsQueue:
                 all(self._send(*batch) for batch in batches)
 
     def _due(self, now: float) -> dict[str, list[Message]]:
-        """The messages to keep, return and delete now; what SQS has made visible is lost."""
+        """The messages to keep, return and delete now."""
         due: dict[str, list[Message]] = {"keep": [], "return": [], "delete": []}
-        for key, message in list(self.held.items()):
-            aim = message.aim
-            if message.ends <= now or aim == "return" and self.may_change is False:
-                if aim in ("keep", "delete"):
-                    self.log("WARNING" if aim == "keep" else "INFO", f"the lease of message {key} "
-                             "is lost: it may run again elsewhere, and is not deleted from here")
-                if aim == "keep":
-                    message.aim = "lost"
-                elif aim != "lost":
-                    del self.held[key]
+        may_change = self._may_change()
+        for key, message in list(self.in_flight.items()):
+            action = message.action
+            is_over = message.ends <= now
+            if action == "return" and (is_over or may_change is False):
+                del self.in_flight[key]  # SQS makes it visible by itself
                 continue
-            if aim in ("return", "delete") and self.faults[aim].retry_at <= now:
-                due[aim].append(message)
-            if (aim in ("keep", "delete") and message.beat <= now < message.last - 1
-                    and self.may_change is not False):
+            if is_over and not message.is_lost:
+                message.is_lost = True
+                self.log("WARNING" if action == "keep" else "INFO",
+                         f"the lease of message {key} is lost: it may run again elsewhere")
+            if action != "keep" and self.requests[action].retry_at <= now:
+                due[action].append(message)
+            if (action != "return" and not is_over and message.beat <= now < message.last - 1
+                    and may_change is not False):
                 message.beat = now + max(0.5, (message.ends - now) / 3)  # again, if this one fails
                 due["keep"].append(message)
         whole_batches = due["delete"][:len(due["delete"]) // BATCH * BATCH]
         due["delete"] = whole_batches or due["delete"]  # the rest waits for more
         return due
 
-    def _send(self, aim: str, messages: list[Message]) -> bool:
+    def _send(self, action: str, messages: list[Message]) -> bool:
         """Keep, return or delete messages in one request; whether SQS answered."""
-        asked, fault, call = time.monotonic(), self.faults[aim], self.sqs.delete_message_batch
+        asked, request = time.monotonic(), self.requests[action]
+        call = self.sqs.delete_message_batch
         entries: list[dict[str, Any]] = [
             {"Id": str(n), "ReceiptHandle": message.handle} for n, message in enumerate(messages)]
-        if aim != "delete":
+        if action != "delete":
             call = self.sqs.change_message_visibility_batch
             for entry, message in zip(entries, messages):
-                entry["VisibilityTimeout"] = message.delay if aim == "return" else min(
+                entry["VisibilityTimeout"] = message.delay if action == "return" else min(
                     self.visibility, int(message.last - asked))
         answer, error = attempt(call, QueueUrl=self.url, Entries=entries)
-        if error and aim != "delete" and is_denied(error):
+        if error and action != "delete" and is_denied(error):
             with self.lock:
                 if self.may_change is not False:
-                    self.may_change = False
                     self.log("WARNING", "no lease is extended, and tasks over the queue's "
                              f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
+                self.may_change, self.denied_at = False, asked
             return True
         failed = {one["Id"]: (one.get("SenderFault"), f"{one.get('Code')}: {one.get('Message')}")
                   for one in (answer or {}).get("Failed", [])}
         passing = [said for is_final, said in failed.values() if not is_final]
         if error or passing:
-            fault.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
+            request.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
         else:
-            fault.worked()
+            request.worked()
         if error:
             return False
         with self.lock:
-            if aim != "delete":
+            if action != "delete":
+                if self.may_change is False:
+                    self.log("INFO", "leases are extended: sqs:ChangeMessageVisibility is granted")
                 self.may_change = True
             for entry, message in zip(entries, messages):
                 is_final, said = failed.get(entry["Id"], (False, ""))
                 if is_final:  # its handle holds no longer, as after a delete whose answer was lost
                     message.ends = asked
-                    self.log("WARNING" if message.aim == "keep" else "INFO",
+                    self.log("WARNING" if message.action == "keep" else "INFO",
                              f"message {message.id} is no longer ours: {said}")
-                elif not said and aim == "keep":
+                elif not said and action == "keep":
                     message.ends = asked + entry["VisibilityTimeout"]
                     message.beat = asked + entry["VisibilityTimeout"] / 3
-                elif not said and self.held.get(message.id) is message:
-                    del self.held[message.id]
+                is_done = action != "keep" and (is_final or not said)
+                if is_done and self.in_flight.get(message.id) is message:
+                    del self.in_flight[message.id]
         return True
+
+
+def await_end(thread: threading.Thread, seconds: float, is_urgent: Callable[[], bool]) -> None:
+    """Wait for a thread's end, but not for longer than that, or than a second if it is urgent."""
+    last = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < last:
+        if is_urgent():
+            last = min(last, time.monotonic() + 1)
+        thread.join(0.05)
 
 
 class FolderQueue:
@@ -1269,7 +1634,6 @@ class FolderQueue:
     """
 
     TASKS = "[!.]*.json"
-    RECEIVES = 3
     PARTS = ("queue", "running", "dead", "results", "code")
 
     def __init__(self, root: Path, log: Log):
@@ -1278,12 +1642,9 @@ class FolderQueue:
         self.queue, self.running, self.dead = (f"{root}/{name}" for name in self.PARTS[:3])
         self.names: deque[str] = deque()  # of the last listing, not looked at yet
         self.refused: set[str] = set()  # those that cannot be taken, which was said
-        self.log, self.fault = log, Fault(log, f"writing to {root}")
-        self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
-        with contextlib.suppress(OSError):
-            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
-            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
-            self.notices = [fd]
+        self.lock = threading.RLock()
+        self.ended: list[tuple[Message, str, object]] = []  # to be put away
+        self.log, self.disk = log, Dependency(log, f"writing to {root}")
         self.recover()
 
     def recover(self) -> None:
@@ -1297,26 +1658,31 @@ class FolderQueue:
         """Leave a task that is gone or another's; say once of any other that it cannot be taken."""
         try:
             yield
+        except (BlockingIOError, FileExistsError):
+            pass  # another agent has it, or runs one of its name
         except OSError as error:
-            is_left = isinstance(error, BlockingIOError) or not os.path.lexists(path)
-            if not is_left and path not in self.refused:
+            if os.path.lexists(path) and path not in self.refused:
                 self.refused.add(path)
                 self.log("WARNING", f"{path} cannot be taken: {error}")
 
     def _put_back(self, name: str, takes: int) -> None:
         """Put a running task back, under another name where a new task has its own."""
-        new, number = name, 0
-        while os.path.lexists(f"{self.queue}/{new}"):
-            number += 1
-            new = f"{name[:-5]}.{number}.json"
-        self._count(name).unlink(missing_ok=True)
-        if takes:
-            with self.fault.watched(goes_on=True):  # a take that is not counted is one more try
-                self._count(new).write_text(str(takes))
-        os.rename(f"{self.running}/{name}", f"{self.queue}/{new}")
+        for number in itertools.count():
+            new = fitted(name[:-5], f".{number}.json") if number else name
+            if os.path.lexists(f"{self.queue}/{new}"):
+                continue
+            with self.disk.optional():  # a take that is not counted is one more try
+                self._count(new).unlink(missing_ok=True)
+                if takes:
+                    self._count(new).write_text(str(takes))
+            with contextlib.suppress(FileExistsError):
+                rename_new(f"{self.running}/{name}", f"{self.queue}/{new}")
+                break
+        if new != name:
+            self._count(name).unlink(missing_ok=True)
 
     def _count(self, name: str) -> Path:
-        return Path(f"{self.queue}/.{name}.takes")
+        return Path(self.queue, fitted(f".{name}", ".takes"))
 
     def _takes(self, name: str) -> int:
         try:
@@ -1325,61 +1691,104 @@ class FolderQueue:
             return 0
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks; waits half a second for one, but for a drain."""
+        """At most `limit` tasks; a moment later if there are none, but for a drain."""
+        self._put_away()
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
             self.names.extend(sorted(fnmatch.filter(os.listdir(self.queue), self.TASKS)))
         taken: list[Message] = []
         while self.names and len(taken) < limit:
             name = self.names.popleft()
-            path, target = f"{self.queue}/{name}", f"{self.running}/{name}"
-            if os.path.lexists(target):
-                continue  # one of that name is under way, and would be overwritten
+            path = f"{self.queue}/{name}"
             with self._passing_over(path), contextlib.ExitStack() as stack:
                 fd = stack.enter_context(locked(path)).fileno()
                 status = os.fstat(fd)
                 text = os.read(fd, status.st_size).decode("utf-8", "surrogateescape")
-                os.rename(path, target)
+                rename_new(path, f"{self.running}/{name}")
                 taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
                                      stack.pop_all()))
         if not taken and not drain:
-            for fd in select.select(self.notices, [], [], 0.5 if self.notices else 0.05)[0]:
-                os.read(fd, 65536)
+            time.sleep(POLL_SECONDS)
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
-        """Remove a task that succeeded; take another again at once, or bury it the third time."""
-        name, takes = message.id, message.receive_count
-        with message.handle:
-            if status == "released" or status != "ok" and takes < self.RECEIVES:
-                # A take that was given back does not count.
-                return self._put_back(name, takes - (status == "released"))
-            self._count(name).unlink(missing_ok=True)
-            if status == "ok":
-                return os.unlink(f"{self.running}/{name}")
-            with self.fault.watched(goes_on=True):  # the log says why the task failed, too
-                write_json(self.dead, f"{name[:-5]}.result.json", result)
-            os.rename(f"{self.running}/{name}", f"{self.dead}/{name}")
+        """Remove a task that succeeded; have another taken again at once, or bury it."""
+        with self.lock:
+            self.ended.append((message, status, result))
+            self._put_away()
 
-    def held_until(self, message: Message, until: float = 0) -> float:
+    def _put_away(self) -> None:
+        """Move what has ended out of running/; what the disk refuses is tried again later."""
+        with self.lock:
+            for one in list(self.ended) if self.disk.retry_at <= time.monotonic() else ():
+                with self.disk.optional():
+                    with contextlib.suppress(FileNotFoundError):  # somebody took it away
+                        self._move(*one)
+                    self.ended.remove(one)
+                    one[0].handle.close()
+
+    def _move(self, message: Message, status: str, result: object) -> None:
+        """Do what FATES says of a status with a running task. Raises OSError."""
+        name, takes, fate = message.id, message.receive_count, FATES[status]
+        if fate.action != "delete" and takes < fate.takes:
+            return self._put_back(name, takes if fate.takes < math.inf else takes - 1)
+        if fate.action == "delete":
+            self._count(name).unlink(missing_ok=True)
+            return os.unlink(f"{self.running}/{name}")
+        write_json(self.dead, fitted(name[:-5], ".result.json"), result)
+        os.rename(f"{self.running}/{name}", f"{self.dead}/{name}")
+        return self._count(name).unlink(missing_ok=True)
+
+    def lease_ends(self, message: Message, needed: float = 0) -> float:
         """Never: a lock lasts as long as its holder."""
         return math.inf
 
     def is_empty(self) -> bool:
         """Whether no task waits."""
         self.recover()
-        return all(f"{self.queue}/{name}" in self.refused
-                   for name in fnmatch.filter(os.listdir(self.queue), self.TASKS))
+        return not self.ended and all(
+            f"{self.queue}/{name}" in self.refused
+            for name in fnmatch.filter(os.listdir(self.queue), self.TASKS))
 
-    def close(self) -> None:
-        """Nothing is left to send."""
+    def close(self, is_urgent: Callable[[], bool]) -> None:
+        """Try once more what the disk refused."""
+        self.disk.retry_at = 0.0
+        self._put_away()
+
+
+def fitted(stem: str, ending: str) -> str:
+    """A file name: a stem that would make it longer than NAME_MAX ends in a checksum instead."""
+    content, most = os.fsencode(stem), MAX_PART_BYTES - len(ending)
+    if len(content) > most:
+        content = content[:most - 9] + b"~%08x" % zlib.crc32(content)
+    return os.fsdecode(content) + ending
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename a file unless something has that name: then raises FileExistsError."""
+    here, no_replace = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
+    try:
+        kernel("renameat2", here, os.fsencode(source), here, os.fsencode(target), no_replace)
+    except (OSError, AttributeError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        os.link(source, target)  # as on NFS, or with a C library that lacks it
+        os.unlink(source)
 
 
 @contextlib.contextmanager
 def locked(path: str) -> Iterator[io.FileIO]:
     """A task's file, open and locked; raises BlockingIOError when another has it."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags)) as file:
+    def opener(name: str, _: int) -> int:
+        flags = os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            return os.open(name, flags | os.O_RDWR)  # NFS locks no descriptor that only reads
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return os.open(name, flags)
+
+    with open(path, "rb", buffering=0, opener=opener) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
             raise FileNotFoundError(path)  # moved before it was locked
@@ -1394,10 +1803,10 @@ def read_nonblocking(fd: int) -> bytes:
         return b""
 
 
-def write_json(directory: str, name: str, value: object) -> None:
+def write_json(directory: str | Path, name: str, value: object) -> None:
     """Write a file that is there whole or not at all."""
     content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-    part = f"{directory}/.{name}.part"
+    part = f"{directory}/{fitted(f'.{name}', '.part')}"
     with open(part, "wb") as file:
         file.write(content)
     os.rename(part, f"{directory}/{name}")
@@ -1408,7 +1817,7 @@ def write_json(directory: str, name: str, value: object) -> None:
 # --------------------------------------------------------------------------------------------
 
 CLOCK_SKEW_SECONDS = 2  # between S3's Date and SQS's SentTimestamp; Date has whole seconds
-CACHE_BYTES = 8 * 1024 * MIB  # beyond it packages go that no run uses, longest unused first
+CACHE_SHARE = 0.5  # of the disk, less what others have there: beyond it idle packages go
 BUCKET_NEEDS = ("s3:GetObject on arn:aws:s3:::{0}/* (or s3:ListBucket on {0}: without it a key "
                 "that does not exist looks like this, too)")
 
@@ -1419,13 +1828,14 @@ class Package:
 
     path: Path
     etag: str
-    entry: str
     size: int = 0
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
+    refused: Outcome | None = None  # what is wrong with the zip, or its program: no run has it
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 1  # the cache, until it has another, and each run that needs it
     used: float = 0.0  # time.monotonic() of the last get()
+    is_read: bool = False  # its index.js, for a handler that no task names
 
     @property
     def built_path(self) -> Path:
@@ -1438,52 +1848,83 @@ class Package:
                 or message.sent + CLOCK_SKEW_SECONDS < self.confirmed)
 
 
+class CodeSource(Protocol):
+    """Where zips come from."""
+
+    def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
+        """Write the zip to `target`, unless `known` is still its ETag; its ETag and when it was so.
+
+        That is a time in seconds since the epoch by the source's own clock; 0: it has none. Raises
+        Ended for what no waiting mends, Outage when the source is away, OSError when the disk is.
+        """
+
+
 class S3Code:
     """The zips as S3 has them."""
 
+    MOST_NOTED = 10_000  # objects that could not be fetched
+
     def __init__(self, s3: Any, log: Log):
-        self.s3, self.fault = s3, Fault(log, "fetching code from S3")
+        self.s3, self.log = s3, log
+        # Each object has a pause of its own: S3 may refuse or lack one alone.
+        self.failing: dict[tuple[str, str], Dependency] = {}
 
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
-        """Write the zip to `target`, unless `known` is still its ETag; (ETag, S3's own time or 0).
-
-        Raises Ended for what no waiting mends, Outage when S3 is away, OSError when the disk is.
-        """
-        where = f"s3://{task.bucket}/{task.key}"
+        """As CodeSource has it; what was refused is not asked for again before a pause ends."""
+        where, key = f"s3://{task.bucket}/{task.key}", (task.bucket, task.key)
+        code = self.failing.get(key) or Dependency(self.log, f"fetching {where}", shared=False)
+        code.check()
         answer, error = attempt(self.s3.get_object, Bucket=task.bucket, Key=task.key,
                                 **({"IfNoneMatch": known} if known else {}))
-        code = error and error_code(error)
-        if error and code in ("304", "NotModified"):
-            answer = error.response
-        elif error and passes(error):
-            raise Outage(self.fault, "s3", f"{where}: {error}")
-        elif code == "NoSuchKey":
+        said = error and error_code(error)
+        try:
+            if error and said in ("304", "NotModified"):
+                answer = getattr(error, "response", {})
+            elif error and said != "NoSuchKey":
+                raise self._refusal(code, task, error)
+            elif not error:
+                self._download(answer, target, code)
+                known = answer.get("ETag") or os.urandom(8).hex()  # none: another each time
+            code.worked()
+        finally:
+            self.failing.pop(key, None)
+            if code.since and len(self.failing) < self.MOST_NOTED:
+                self.failing[key] = code
+        if said == "NoSuchKey":
             raise rejected("key", f"{where} does not exist; upload it, or correct s3Key")
-        elif code == "NoSuchBucket":
-            raise Ended(Outcome("error", "bucket", f"{where}: {error}; check "
-                                "agent.s3.codeBucket, or s3Bucket in the message"))
-        elif error:
-            raise Ended(Outcome("error", "permission" if is_denied(error) else "s3",
-                                f"{where}: {remedy(error, BUCKET_NEEDS.format(task.bucket))}"))
-        else:
-            self._download(answer, target, where)
-            known = answer["ETag"]
-        self.fault.worked()
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         with contextlib.suppress(TypeError, ValueError):
             return known, parsedate_to_datetime(headers.get("date")).timestamp()
         return known, 0.0
 
-    def _download(self, answer: Mapping[str, Any], target: Path, where: str) -> None:
-        if answer["ContentLength"] > MAX_UNPACKED:
-            raise rejected("zip", f"{where} is over {MAX_UNPACKED} bytes; make it smaller")
+    @staticmethod
+    def _refusal(code: Dependency, task: Task, error: Exception) -> Ended | Outage:
+        """What becomes of a task whose zip S3 does not give."""
+        if passes(error):
+            return code.outage(error, "s3")
+        is_bucket = "Bucket" in error_code(error)
+        reason = "permission" if is_denied(error) else "bucket" if is_bucket else "s3"
+        code.failed(remedy(error, BUCKET_NEEDS.format(task.bucket)), reason, longest=30)
+        return Ended(Outcome("error", reason, code.error))
+
+    @staticmethod
+    def _download(answer: Mapping[str, Any], target: Path, code: Dependency) -> None:
+        size = answer.get("ContentLength", 0)
+        for name in {"ETag", "ContentLength"}.difference(answer):
+            code.log("WARNING", f"{code.name}: the answer has no {name}, as S3's have; look at "
+                                "what stands in S3's place")
         try:
             with contextlib.closing(answer["Body"]) as body, open(target, "wb") as file:
-                file.writelines(body.iter_chunks(256 * 1024))
+                chunks = body.iter_chunks(256 * 1024)
+                while size <= MAX_UNPACKED and (chunk := next(chunks, b"")):
+                    file.write(chunk)
+                    size = max(size, file.tell())
         except OSError:  # the disk's: botocore's errors, also of a body that is short, are none
             raise
         except Exception as error:  # noqa: BLE001
-            raise Outage(self.fault, "s3", f"{where} was cut short: {error}") from None
+            raise code.outage(f"cut short: {error}", "s3") from None
+        if size > MAX_UNPACKED:
+            raise rejected("zip", f"{code.name}: over {MAX_UNPACKED} bytes; make it smaller")
 
 
 class FolderCode:
@@ -1505,27 +1946,55 @@ class FolderCode:
 
 
 class CodeCache:
-    """Unpacked packages by (bucket, key, runtime), each as its source had it when last asked."""
+    """Unpacked packages by (bucket, key, runtime), each as its source had it when last asked.
 
-    def __init__(self, source: S3Code | FolderCode, directory: Path, log: Log):
+    A zip that was refused stands among them, too: it is not fetched again before it changes.
+    """
+
+    MOST = 10_000
+
+    def __init__(self, source: CodeSource, directory: Path, log: Log):
         self.source, self.directory = source, directory
-        self.fault = Fault(log, f"keeping code in {directory}")
+        self.disk = Dependency(log, f"keeping code in {directory}")
         self.lock = threading.Lock()
-        self.key_locks: dict[tuple[str, str, str], threading.Lock] = {}
         self.packages: dict[tuple[str, str, str], Package] = {}
 
+    def find(self, task: Task, message: Message) -> Package | None:
+        """The package of a task, to be given to release(), if it is here and known to be right.
+
+        Raises Ended where the zip was refused.
+        """
+        with self.lock:
+            package = self.packages.get(task.code)
+            if package and package.serves(message):
+                return self._lend(package)
+        return None
+
     def get(self, task: Task, message: Message) -> Package:
-        """The package of a task, to be given to release(); raises Ended and Outage."""
-        key = (task.bucket, task.key, task.runtime)
-        with self.key_locks.setdefault(key, threading.Lock()):
-            package = self.packages.get(key)
-            if package is None or not package.serves(message):
-                with self.fault.watched():
-                    package = self._refresh(key, task, package)
-            with self.lock:
-                package.users += 1
-                package.used = time.monotonic()
+        """The same, fetched where need be, by one thread at a time for each task.code.
+
+        Raises Ended and Outage.
+        """
+        if package := self.find(task, message):
             return package
+        with self.lock:
+            if old := self.packages.get(task.code):
+                old.users += 1  # it may be right still
+        try:
+            with self.disk.needed():
+                package = self._refresh(task, old)
+            return self._keep(task, package, old)
+        finally:
+            if old:
+                self.release(old)
+
+    @staticmethod
+    def _lend(package: Package) -> Package:
+        if package.refused:
+            raise Ended(package.refused)
+        package.users += 1
+        package.used = time.monotonic()
+        return package
 
     def release(self, package: Package) -> None:
         """Let go of a package, which is removed once it has no users."""
@@ -1535,8 +2004,8 @@ class CodeCache:
             for path in (package.path, package.built_path):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _refresh(self, key: tuple[str, str, str], task: Task, old: Package | None) -> Package:
-        """Ask the source: the old package if that is still right, else the new one, taken in."""
+    def _refresh(self, task: Task, old: Package | None) -> Package:
+        """Ask the source: the old package if that is still right, else a new one."""
         asked, name = time.monotonic(), self.directory / os.urandom(8).hex()
         archive, place = name.with_suffix(".zip"), name.with_suffix(".part")
         try:
@@ -1544,25 +2013,46 @@ class CodeCache:
             if old and etag == old.etag:
                 old.asked, old.confirmed = asked, confirmed
                 return old
+            package = Package(name, etag, asked=asked, confirmed=confirmed)
             place.mkdir(mode=0o755)
-            unpack(archive, place)
-            entry = find_entry(place, task.runtime)
-            size = sum(one.lstat().st_size for one in place.rglob("*"))
-            package = Package(place.rename(name), etag, entry, size, asked, confirmed)
+            try:
+                unpack(archive, place)
+            except Ended as refusal:
+                package.refused = refusal.outcome
+                return package
+            package.size = sum(one.lstat().st_blocks * 512 for one in place.rglob("*"))
+            place.rename(name)
+            return package
         finally:
             archive.unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
+
+    def _keep(self, task: Task, package: Package, old: Package | None) -> Package:
+        """Have a package in the cache in place of the old one, and lend it. Raises Ended."""
         with self.lock:
-            self.packages[key] = package
-            gone = [old] if old else []
+            if package is not old:
+                if old and self.packages.get(task.code) is old:
+                    old.users -= 1
+                self.packages[task.code] = package
+            package.users += 1
+            whole = sum(one.size for one in self.packages.values())
+        self.evict((whole + shutil.disk_usage(self.directory).free) * CACHE_SHARE)
+        with self.lock:
+            package.users -= 1
+            return self._lend(package)
+
+    def evict(self, most: float = -1) -> bool:
+        """Remove packages that no run uses, longest unused first, down to `most` bytes; did any?"""
+        gone = []
+        with self.lock:
             size = sum(one.size for one in self.packages.values())
-            for name, one in sorted(self.packages.items(), key=lambda item: item[1].used):
-                if size > CACHE_BYTES and one.users == 1 and not self.key_locks[name].locked():
-                    gone.append(self.packages.pop(name))
+            for key, one in sorted(self.packages.items(), key=lambda item: item[1].used):
+                if one.users == 1 and (size > most or len(self.packages) > self.MOST):
+                    gone.append(self.packages.pop(key))
                     size -= one.size
         for one in gone:
             self.release(one)
-        return package
+        return any(one.size for one in gone)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1579,7 +2069,10 @@ class CodeCache:
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
+UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
 OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
+RETURNED = "out/returned"  # beside them: what a handler returned, as JSON
+MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
 PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
@@ -1617,7 +2110,7 @@ prctl = ctypes.CDLL(None).prctl
 compile("", "", "exec")  # makes the types of syntax trees: 0.6 ms that no fork need spend again
 extra = [name for name in sys.modules if name not in here]
 
-def fork_each(channel=3):
+def fork_each(channel=3, procs=4):
     """Fork for each request; return it in the child."""
     prctl(4, 0, 0, 0, 0)  # not dumpable: no process of the same user may trace it
     for capability in range(64):
@@ -1631,6 +2124,8 @@ def fork_each(channel=3):
             os._exit(0)
         child = os.fork()
         if not child:
+            os.write(procs, b"0")  # into the slot's cgroup
+            os.close(procs)
             return channel, marshal.loads(request)
         pid = 0
         while pid != child:  # clone(CLONE_PARENT) makes others its children
@@ -1660,6 +2155,7 @@ def become(channel, request):
     os.write(channel, marshal.dumps(("begun", os.getpid(), time.monotonic()), 2))
     os.close(channel)
     path = os.getcwd() + "/main.py"
+    command = request["command"]
     for name in set(sys.path_importer_cache).difference(looked_at):
         del sys.path_importer_cache[name]
     sys.path[0] = os.getcwd()
@@ -1668,13 +2164,17 @@ def become(channel, request):
     main = type(sys)("__main__")
     main.__dict__.update(bare, __file__=path)
     main.__loader__.path = path
+    sys.modules["__main__"] = main
+    if command[0] == "-c":
+        del main.__file__  # else multiprocessing would run it in its children
+        sys.argv[:] = "-c", *command[2:]
+        return main.__dict__, compile(command[1], "<string>", "exec", dont_inherit=True)
     with open(path, "rb") as file:
         source = file.read()
     try:
         code = compile(source, path, "exec", dont_inherit=True)
     except Exception:  # the interpreter itself words this best
         os.execv(sys.executable, [sys.executable, "main.py"])
-    sys.modules["__main__"] = main
     return main.__dict__, code
 
 # Modules in C whose objects do something when they go, and have no finalizer: these of the
@@ -1721,6 +2221,7 @@ try:
 except SystemExit as error:
     status = 0 if error.code is None else error.code
     if type(status) is not int or not 0 <= status <= 255:
+        del names, code  # else they outlive the interpreter, and are not finalized
         raise
 except BaseException as error:
     # What the interpreter prints begins at the function's own frame. Python 3.9 and 3.10 keep the
@@ -1739,15 +2240,132 @@ sys.exit(status)
 '''
 
 
+# What runs a handler, as `python -c … FILE FUNCTION RETURNED` and `node -e …`, as Lambda runs it.
+# RETURNED is a pipe for what FUNCTION returns; its time is when the run began.
+PYTHON_HANDLER = r'''
+import json
+import os
+import sys
+import time
+
+file, function, returned = sys.argv[1:]
+pipe = open(returned, "w", encoding="utf-8", errors="backslashreplace")
+end = os.stat(returned).st_mtime + int(os.environ["TIMEOUT_MS"]) / 1000
+sys.path.insert(0, os.getcwd())
+
+class Context:
+    aws_request_id = log_stream_name = os.environ["REQUEST_ID"]
+    function_name = os.environ["FUNCTION_ID"]
+    function_version = "$LATEST"
+    memory_limit_in_mb = os.environ["MEMORY_MB"]  # a text, as in Lambda
+    log_group_name = "/aws/lambda/" + function_name
+    invoked_function_arn = "arn:aws:lambda:local:000000000000:function:" + function_name
+    client_context = identity = None
+
+    def get_remaining_time_in_millis(self):
+        return max(0, int((end - time.time()) * 1000))
+
+class Logging:
+    """A finder of modules: has logging begin as in Lambda, if anything imports it (10 ms)."""
+    def find_spec(name, *_, find=sys.meta_path[-1].find_spec):
+        if name == "logging":
+            sys.meta_path.remove(Logging)
+            spec = find(name)
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), add_handler(module))
+            return spec
+
+def add_handler(logging):
+    logging.basicConfig(
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
+    handler = logging.root.handlers[0]
+    handler.formatter.converter = time.gmtime
+    handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
+
+def number(value):
+    if type(value).__name__ == "Decimal":  # as DynamoDB has numbers
+        return int(value) if value == int(value) else float(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+sys.meta_path.insert(0, Logging)
+try:
+    module = file[:-len(".py")].removesuffix("/__init__").replace("/", ".")
+    __import__(module)
+    event = json.loads(sys.stdin.read() or "{}")
+    value = getattr(sys.modules[module], function)(event, Context())
+    pipe.write(json.dumps(value, default=number, ensure_ascii=False, allow_nan=False))
+    pipe.close()
+except Exception as error:
+    import traceback
+    print(f"[ERROR] {type(error).__name__}: {error}", file=sys.stderr)
+    traceback.print_exception(type(error), error, error.__traceback__.tb_next)
+    sys.exit(1)
+'''
+NODE_HANDLER = r'''
+"use strict";
+const fs = require("fs"), path = require("path"), url = require("url"), env = process.env;
+const [file, name, returned] = process.argv.slice(1);
+const pipe = fs.openSync(returned, "w");
+const end = fs.fstatSync(pipe).mtimeMs + Number(env.TIMEOUT_MS);
+let idle = () => {};  // what to do when nothing is left to wait for
+process.on("beforeExit", () => idle());
+
+function fail(error) {
+  const {name = typeof error, message = String(error), stack = ""} = Object(error);
+  console.error("ERROR\tInvoke Error\t" + JSON.stringify({
+    errorType: name, errorMessage: message, stack: String(stack).split("\n")}));
+  process.exit(1);
+}
+
+function succeed(value) {
+  try {
+    fs.writeFileSync(pipe, JSON.stringify(value) || "null");
+  } catch (error) {
+    fail(error);
+  }
+  process.exit(0);
+}
+
+function callback(error, value) {
+  if (error !== undefined && error !== null) fail(error);
+  if (!context.callbackWaitsForEmptyEventLoop) succeed(value);
+  idle = () => succeed(value);
+}
+
+const context = {
+  awsRequestId: env.REQUEST_ID, functionName: env.FUNCTION_ID, functionVersion: "$LATEST",
+  memoryLimitInMB: env.MEMORY_MB, logStreamName: env.REQUEST_ID,
+  logGroupName: "/aws/lambda/" + env.FUNCTION_ID,
+  invokedFunctionArn: "arn:aws:lambda:local:000000000000:function:" + env.FUNCTION_ID,
+  callbackWaitsForEmptyEventLoop: true, done: callback, succeed, fail,
+  getRemainingTimeInMillis: () => Math.max(0, Math.floor(end - Date.now())),
+};
+
+(async () => {
+  const found = await import(url.pathToFileURL(path.resolve(file)));
+  const handler = found[name] || Object(found.default)[name];
+  if (typeof handler !== "function") throw new TypeError(`${file} exports no function ${name}`);
+  idle = () => succeed(null);  // as in Lambda, where a callback that was forgotten is no error
+  const promise = handler(JSON.parse(fs.readFileSync(0, "utf8") || "{}"), context, callback);
+  if (promise && typeof promise.then === "function") {
+    idle = () => {};  // the process ends without a return value then, and so as failed
+    promise.then(succeed, fail);
+  }
+})().catch(fail);
+'''
+HANDLERS = {"python": ("-c", PYTHON_HANDLER), "nodejs": ("-e", NODE_HANDLER)}
+
+
 # --- What crosses from the agent to the launcher and back ---
 #
 # The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
 # supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
-# supervisor answers each with OUTCOME, NOT_BEGUN or LOST. Each is a line of JSON; what is said back
-# has its kind under "kind". What is fixed for a slot is in SlotSpec, what is fixed when a helper
-# starts is in RunSpec.helper, and what belongs to one run alone is in the rest of RunSpec.
+# supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of
+# JSON; what is said back has its kind under "kind". SlotSpec has what is fixed for a slot,
+# RunSpec.helper_env what is fixed when a helper starts, the rest of RunSpec what is one run's.
 
-READY, OUTCOME, NOT_BEGUN, LOST = "ready", "outcome", "not begun", "lost"
+READY, BEGUN, OUTCOME, NOT_BEGUN, LOST = "ready", "begun", "outcome", "not begun", "lost"
 
 
 @dataclass(frozen=True)
@@ -1758,7 +2376,8 @@ class SlotSpec:
     uid: int | None  # None: as the agent's own user
     gid: int | None
     groups: tuple[int, ...]
-    own_uid: bool  # nobody else has this uid: whatever runs under it belongs to the slot
+    cgroup: str  # its directory; "" where there is none
+    processes: int  # RLIMIT_NPROC where there is none
     shell: str
     limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
     network: str  # host or none
@@ -1780,6 +2399,7 @@ class RunSpec:
     memory_mb: int
     disk_mb: int
     files: int
+    has_handler: bool = False  # which must return something
     tee: bool = False  # pass the outputs through as they come
 
 
@@ -1793,7 +2413,7 @@ class RunLost(Exception):
 
 def kernel(name: str, *arguments: Any) -> int:
     """What a function of the C library answers, such as prctl(2); raises OSError."""
-    answer = getattr(LIBC, name)(*arguments)
+    answer: int = getattr(LIBC, name)(*arguments)
     if answer < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
     return answer
@@ -1844,36 +2464,156 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
             time.sleep(0.001)
 
 
+# --- The cgroup: what a slot may use, held by the kernel (cgroups(7), version 2) ---
+
+AGENT_WEIGHT = 10_000  # cpu.weight, the most: no lease may be late; each slot has the usual 100
+SLOTS_WEIGHT = 33  # of all slots, beside the machine's own work: nice 5 weighs as much
+EMPTYING_SECONDS = 20  # what is killed is gone in some milliseconds, but on a disk that hangs
+
+
+def cgroup_root() -> str:
+    """Where this machine's cgroup v2 is mounted; raises OSError."""
+    found = re.search(rb"(?m)^(?:\S+ ){4}(\S+) .* - cgroup2 ", read_proc("/proc/self/mountinfo"))
+    if not found:
+        raise OSError(errno.ENOENT, "there is none here")
+    return os.fsdecode(found[1])
+
+
+def own_cgroup() -> str:
+    """The directory of this process's cgroup; raises OSError."""
+    found = re.search(rb"(?m)^0::/(.*)$", read_proc("/proc/self/cgroup"))
+    return os.path.join(cgroup_root(), os.fsdecode(found[1]) if found else "").rstrip("/")
+
+
+def make_cgroups(slots: int, processes: int) -> str:
+    """The directory in which slot0, slot1, … are now, a cgroup each; raises OSError.
+
+    It is this service's own where systemd delegated that (Delegate=), or a container has no other.
+    Elsewhere one is made at the top, named after this process.
+    """
+    root, top = cgroup_root(), own_cgroup()
+    is_delegated = any(name.endswith(".delegate") for name in os.listxattr(top))
+    if is_delegated or top == root and os.path.exists(f"{root}/cgroup.type"):
+        os.makedirs(f"{top}/agent", exist_ok=True)
+        # What has processes of its own hands no controller down.
+        Path(top, "agent/cgroup.procs").write_text("0")
+    else:
+        names = f"{root}/nanogrid-{os.stat('/proc/self/ns/pid').st_ino}-"
+        for old in glob.glob(f"{names}*"):
+            if not os.path.exists(f"/proc/{old[len(names):]}"):  # its agent was killed
+                remove_cgroups(old)
+        top = f"{names}{os.getpid()}"
+        os.makedirs(top, exist_ok=True)
+    try:
+        _divide(top, slots, processes)
+    except OSError:
+        remove_cgroups(top)
+        raise
+    return top
+
+
+def _divide(top: str, slots: int, processes: int) -> None:
+    """Make the slots' cgroups; raises OSError."""
+    os.stat(f"{top}/cgroup.kill")  # Linux 5.14
+    weighed, weight, dividing = f"{top}/agent", AGENT_WEIGHT, [top]
+    if not os.path.exists(weighed):
+        weighed, weight, dividing = top, SLOTS_WEIGHT, [os.path.dirname(top), top]
+    for path in dividing:
+        missing = {"memory", "pids", "cpu"}.difference(
+            Path(path, "cgroup.controllers").read_text().split())
+        if missing:
+            names = " and ".join(sorted(missing))
+            raise OSError(errno.ENOENT, f"this one has no controller for {names}", path)
+        Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
+    Path(weighed, "cpu.weight").write_text(str(weight))
+    for slot in [Path(top, f"slot{number}") for number in range(slots)]:
+        slot.mkdir(exist_ok=True)
+        (slot / "pids.max").write_text(str(processes))
+        (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
+        with contextlib.suppress(FileNotFoundError):  # a kernel without swap
+            (slot / "memory.swap.max").write_text("0")
+        for path in (top, slot):  # a runtime that sizes itself by its cgroup reads it
+            os.chmod(path, 0o755)
+
+
+def empty_cgroup(path: str) -> None:
+    """Kill all that runs in a cgroup, and wait until it is gone; raises OSError."""
+    deadline = time.monotonic() + EMPTYING_SECONDS
+    with open(f"{path}/cgroup.events", "rb", buffering=0) as events:
+        changes = select.poll()
+        changes.register(events, select.POLLPRI)
+        while b"populated 1" in os.pread(events.fileno(), 100, 0):
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "a process that was killed does not end", path)
+            Path(path, "cgroup.kill").write_text("1")
+            changes.poll(100)
+
+
+def remove_cgroups(top: str) -> None:
+    """Remove the slots' cgroups with all that runs in them, and what was made for them."""
+    for slot in glob.glob(f"{top}/slot*"):
+        with contextlib.suppress(OSError):
+            empty_cgroup(slot)
+            os.rmdir(slot)
+    with contextlib.suppress(OSError):  # the agent is still in there when its launcher does this
+        if os.path.exists(f"{top}/agent"):
+            Path(top, "cgroup.subtree_control").write_text("-memory -pids -cpu")
+            Path(top, "cgroup.procs").write_text("0")
+            os.rmdir(f"{top}/agent")
+        else:
+            os.rmdir(top)
+
+
+class Cgroup:
+    """A slot's cgroup, as its supervisor uses it for one run after another."""
+
+    def __init__(self, path: str):
+        empty_cgroup(path)  # what a supervisor that was killed left
+        self.path, self.cap_mb = path, 0
+        # Who writes 0 into this is in the cgroup. It counts who opened it, not who writes.
+        self.procs = os.open(f"{path}/cgroup.procs", os.O_WRONLY)
+        self.stat = os.open(f"{path}/memory.stat", os.O_RDONLY)
+
+    def begin(self, cap_mb: int) -> None:
+        """Set the cap of the next run; raises OSError."""
+        self.before = self._kills()
+        if cap_mb != self.cap_mb:
+            Path(self.path, "memory.max").write_text(str(cap_mb * MIB))
+            self.cap_mb = cap_mb
+
+    def held(self) -> int:
+        """The bytes that the run holds now. Page cache is none of it: it gives way at the cap."""
+        content = os.pread(self.stat, 4096, 0)
+        return sum(map(int, re.findall(rb"(?m)^(?:anon|shmem) (\d+)$", content)))
+
+    def was_full(self) -> bool:
+        """Whether the kernel killed the run at its cap, and not for want in the whole machine."""
+        return all(now > then for now, then in zip(self._kills(), self.before))
+
+    def _kills(self) -> list[int]:
+        """How often the cap was met, and how many were killed."""
+        content = read_proc(f"{self.path}/memory.events")
+        return [int(count) for count in re.findall(rb"(?m)^oom(?:_kill)? (\d+)$", content)]
+
+
 # --- The room: what a slot sees of the machine (namespaces(7), mount(2), landlock(7)) ---
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
-MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
-MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
+MS_REC, MS_SLAVE = 16384, 1 << 19
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
-# landlock(7): system calls with one number on every architecture; rights; scopes
-LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-MAY_WRITE, MAY_REFER, MAY_TRUNCATE = 1 << 1, 1 << 13, 1 << 14
-MAY_CHANGE = sum(1 << right for right in range(4, 13))  # make and remove, each kind of file
+# landlock(7): system calls with one number on every architecture; a right; scopes
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MAY_REFER = 444, 445, 446, 1 << 13
 SCOPES = 3  # no abstract socket and no process outside can be reached
-DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "nvidia*", "dri",
-           "kfd")
 OWN = ("work", "home", "tmp", "output")  # a slot's directories, beneath its own/
 OWN_TMP = {"/tmp": "machine-tmp", "/var/tmp": "machine-var-tmp"}  # what a slot has in its place
 SHM = "/dev/shm"
 METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
-# proc(5): what lists System V's IPC, the column that tells its size, and the bytes of each there
-SYSVIPC = (("shm", 14, 1), ("sem", 3, 128), ("msg", 3, 1))
 
 
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """mount(2); raises OSError."""
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
-
-
-def reopen(path: str) -> None:
-    """Have a mount be writable again; raises OSError."""
-    mount("none", path, "", MS_REMOUNT | MS_BIND | os.statvfs(path).f_flag & MS_KEPT)
 
 
 def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -1884,7 +2624,7 @@ def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list
     else of the machine stays to be seen.
     """
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
-    for file in map(os.path.realpath, filter(None, (FILE, settings))):
+    for file in map(os.path.realpath, (FILE, str(settings or FILE))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
         found.append(file if is_system else os.path.dirname(file))
@@ -1907,13 +2647,10 @@ def refuse_metadata(first_uid: int, last_uid: int) -> list[int]:
     It does while a descriptor returned is open (bpf(2); Linux 5.7, cgroup v2). A routing rule
     would not do: a socket that is bound to a device goes past it.
     """
-    mounts = re.findall(rb"(?m)^(?:\S+ ){4}(\S+) .* - cgroup2 ", read_proc("/proc/self/mountinfo"))
-    if not mounts:
-        raise OSError(errno.ENOENT, "there is no cgroup v2 here")
     ipv4, ipv6 = (socket.inet_pton(family, address) for family, address in METADATA.items())
     mapped = bytes(10) + b"\xff\xff" + ipv4
     bpf = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, -1)
-    group, links = os.open(mounts[0], os.O_RDONLY), []
+    group, links = os.open(cgroup_root(), os.O_RDONLY), []
     # BPF_CGROUP_INET4_CONNECT and 6, and where struct bpf_sock_addr has the address
     for kind, offset, addresses in (10, 4, [ipv4]), (11, 8, [ipv6, mapped]):
         code = ctypes.create_string_buffer(_refusal(addresses, offset, first_uid, last_uid))
@@ -1973,11 +2710,9 @@ class Room:
             if not os.geteuid():  # before Linux 5.8, which knows no `invisible`, it is refused
                 self._try("functions see other users' processes in /proc", lambda: mount(
                     "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
-        # What lies on these is counted where it is: on disk, or in /dev/shm.
-        self.devices = {os.stat(path).st_dev for path in (spec.directory, *self.own)}
         os.makedirs(f"{self.feed}/out", exist_ok=True)
-        self._try("functions may use the machine's abstract sockets" if spec.uid is not None else
-                  "functions may write and signal whatever this user may", self._make_ruleset)
+        if spec.uid is not None:
+            self._try("functions may use the machine's abstract sockets", self._make_ruleset)
 
     def _try(self, effect: str, step: Callable[[], None]) -> bool:
         try:
@@ -2024,13 +2759,9 @@ class Room:
                 to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
         to_cover.difference_update(kept)
         covered = []
-        if spec.uid is None:
-            self._try("functions may change modes and times of all files of this user",
-                      self._make_read_only)
         for path in sorted({*spec.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
-                reopen(path)
             elif path in to_cover or os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
@@ -2053,17 +2784,6 @@ class Room:
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
 
-    @staticmethod
-    def _make_read_only() -> None:
-        """Have all the machine's mounts be read-only, but for /proc (mount_setattr(2), Linux 5.12).
-
-        Landlock keeps no one from chmod(2), chown(2), utime(2) and setxattr(2), and cannot tell
-        what is shown again below /tmp from /tmp.
-        """
-        attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
-        kernel("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes))
-        reopen("/proc")
-
     def _show(self, path: str, fd: int) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered."""
         if stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -2072,38 +2792,24 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
-        if path == f"{self.spec.directory}/own":
-            reopen(path)
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
 
-        A slot with a uid of its own needs no rules for files. It gets the one right MAY_REFER: who
+        A uid of its own needs no rules for files. It gets the one right MAY_REFER everywhere: who
         is under any rule for files may mount nothing, not even in a user namespace that it makes.
         """
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
-        is_other = self.spec.uid is not None
         if version < 2:  # it would let no file be moved to another directory
             raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
         if version < 6:
-            self.gaps.append("functions may use the machine's abstract sockets" + (
-                "" if is_other else " and signal this user's processes"))
-        change = MAY_WRITE | MAY_REFER | MAY_CHANGE | (MAY_TRUNCATE if version >= 3 else 0)
-        rules = {"/": MAY_REFER}
-        if not is_other:
-            devices = [path for name in DEVICES for path in glob.glob(f"/dev/{name}")]
-            # Without mounts of its own it needs the machine's /dev/shm: semaphores lie there.
-            mine = [*(f"{self.spec.directory}/own/{name}" for name in OWN),
-                    *filter(os.path.isdir, (*(self.own or [SHM]), self.queues))]
-            rules = dict.fromkeys((f"{self.feed}/out", *devices), MAY_WRITE)
-            rules.update(dict.fromkeys(mine, change))
-        attributes = struct.pack("QQQ", MAY_REFER if is_other else change, 0,
-                                 SCOPES if version >= 6 else 0)
+            self.gaps.append("functions may use the machine's abstract sockets")
+        attributes = struct.pack("QQQ", MAY_REFER, 0, SCOPES if version >= 6 else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
-        for path, right in rules.items():
-            fd = os.open(path, os.O_PATH)
-            kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, struct.pack("=Qi", right, fd), 0)
-            os.close(fd)
+        root = os.open("/", os.O_PATH)
+        rule = struct.pack("=Qi", MAY_REFER, root)
+        kernel("syscall", LANDLOCK_ADD, self.ruleset, 1, rule, 0)
+        os.close(root)
 
     # For each run.
 
@@ -2118,28 +2824,17 @@ class Room:
             if os.path.exists(path) and not os.path.samefile(path, nothing):
                 mount(nothing, path, "", MS_BIND)
 
-    def shm_bytes(self) -> int:
-        """What lies in /dev/shm, mapped or not, and what System V's IPC holds."""
-        if SHM not in self.own:
-            return 0
-        status = os.statvfs(SHM)
-        return (status.f_blocks - status.f_bfree) * status.f_frsize + sum(self._sysvipc())
-
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
-        return bool(self.queues and os.listdir(self.queues) or self.own and self._sysvipc())
-
-    @staticmethod
-    def _sysvipc() -> list[int]:
-        """The bytes of each segment, set of semaphores and queue of System V's IPC."""
-        return [int(row.split()[column]) * size for kind, column, size in SYSVIPC
-                for row in read_proc(f"/proc/sysvipc/{kind}").splitlines()[1:]]
+        lists = [read_proc(f"/proc/sysvipc/{kind}") for kind in ("shm", "sem", "msg")]
+        is_left = any(content.count(b"\n") > 1 for content in lists)  # below its title
+        return bool(self.own and is_left or self.queues and os.listdir(self.queues))
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
 
 
-def is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a directory, and no link to one."""
     return entry.is_dir(follow_symlinks=False)
 
@@ -2190,7 +2885,7 @@ class Workspace:
         self.tidied = {own: OWN, **room.own}  # path -> names that stay there
         self.on_disk = [own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
-        self.put = os.link if self.linked else shutil.copy
+        self.put = os.link if self.linked else shutil.copy2
         self.is_tidy = False
 
     def prepare(self, package: str, text: str) -> None:
@@ -2232,12 +2927,12 @@ class Workspace:
     def _feed(self, text: str) -> None:
         """Make the input and the outputs anew: none may see those of the next run."""
         feed = self.room.feed
-        for name in ("stdin", "run", *OUTPUTS):
+        for name in ("stdin", "run", *OUTPUTS, RETURNED):
             if os.path.lexists(f"{feed}/{name}"):
                 remove(f"{feed}/{name}")
         with open(f"{feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
-        for name in OUTPUTS:  # its own: it may open /dev/stdout again
+        for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
             os.mkfifo(f"{feed}/{name}")
             self._own(f"{feed}/{name}", 0o600)
 
@@ -2251,8 +2946,9 @@ class Workspace:
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
-        if self.linked:
-            os.chown(path, self.spec.uid, self.spec.gid)
+        uid, gid = self.spec.uid, self.spec.gid
+        if self.linked and uid is not None and gid is not None:
+            os.chown(path, uid, gid)
         os.chmod(path, mode)
 
 
@@ -2261,23 +2957,25 @@ class Workspace:
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
 
 class Output:
-    """One output of a run: its first and its last KEPT_BYTES, and how many bytes there were."""
+    """One output of a run: its first and its last bytes, and how many there were."""
 
-    def __init__(self, path: str, tee: int):
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        self.tee, self.count = tee, 0
+    def __init__(self, path: str, tee: int = 0, most: int = KEPT_BYTES):
+        # Opened for writing, too, it never ends: a function may close its outputs and open them
+        # again (fifo(7)).
+        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        self.tee, self.most, self.count = tee, most, 0
         self.head, self.tail = bytearray(), bytearray()
 
     def read(self) -> bool:
-        """Take what is there now; False at the end of the stream."""
+        """Take what is there now; False when that is nothing."""
         chunk = read_nonblocking(self.fd)
         if self.tee:
             write_all(self.tee, chunk)
         self.count += len(chunk)
-        room = KEPT_BYTES - len(self.head)
+        room = self.most - len(self.head)
         self.head += chunk[:room]
         self.tail += chunk[room:]
-        del self.tail[:-KEPT_BYTES]
+        del self.tail[:-self.most]
         return bool(chunk)
 
     def close(self) -> str:
@@ -2305,7 +3003,10 @@ class Helper:
 
     def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
                  files: list[int]):
-        """Exec argv with `files` as its descriptors, but for 3, its end of the channel."""
+        """Exec argv with `files` as its descriptors, but for 3, its end of the channel.
+
+        Who writes 0 into the last of them is in the slot's cgroup.
+        """
         self.room, self.spec = room, room.spec
         self.runs = 0
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -2333,10 +3034,7 @@ class Helper:
         # has another helper.
         os.setsid()
         for name, value in self.spec.limits.items():
-            # RLIMIT_NPROC is the run's alone: a helper that forks under the uid of a fork bomb next
-            # door must not be refused.
-            if name != "RLIMIT_NPROC":
-                resource.setrlimit(getattr(resource, name), (value, value))
+            resource.setrlimit(getattr(resource, name), (value, value))
         # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
         with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
@@ -2349,13 +3047,14 @@ class Helper:
         os.closerange(len(files), 1024)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        if self.spec.uid is not None and not self.privileged:
+        uid, gid = self.spec.uid, self.spec.gid
+        if uid is not None and gid is not None and not self.privileged:
             with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
                 for capability in range(64):
                     kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
             os.setgroups(self.spec.groups)
-            os.setresgid(*[self.spec.gid] * 3)
-            os.setresuid(*[self.spec.uid] * 3)  # takes all capabilities, too
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)  # takes all capabilities, too
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
@@ -2377,22 +3076,24 @@ class Helper:
 class ForkShell(Helper):
     """A shell that forks what is exec'd (FORK_SHELL says why)."""
 
-    def __init__(self, room: Room, env: dict[str, str]):
+    def __init__(self, room: Room, env: dict[str, str], procs: int):
         gate, self.gate = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
         super().__init__(room, [room.spec.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
-                         env, "/", [null, null, null, gate])
+                         env, "/", [null, null, null, gate, os.dup(procs)])
 
-    def start(self, run: RunSpec, data_bytes: int) -> tuple[int, float]:
+    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
         feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.spec.directory}/own/work")
-        processes = self.spec.limits["RLIMIT_NPROC"]
-        lines = [f"ulimit -d {data_bytes // 1024}",
-                 f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}",  # bash; dash
-                 f"cd {work}", "unset PWD OLDPWD SHLVL",
+        lines = ["echo 0 >&5"]
+        if limits:
+            data_kib, processes = limits["RLIMIT_DATA"] // 1024, limits["RLIMIT_NPROC"]
+            lines += [f"ulimit -d {data_kib}",
+                      f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}"]  # bash; dash
+        lines = [*lines, f"cd {work}", "unset PWD OLDPWD SHLVL",
                  *(f"export {name}={shlex.quote(value)}" for name, value in run.env.items()),
                  (f"exec {shlex.join(run.command)} <{feed}/stdin "
-                  f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&-")]
+                  f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&- 5>&-")]
         with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
             file.write("\n".join((*lines, "")))
         self.channel.send(b"\n")
@@ -2421,23 +3122,28 @@ class ReadyPython(Helper):
 
     privileged = True
 
-    def __init__(self, room: Room, env: dict[str, str], interpreter: str):
+    def __init__(self, room: Room, env: dict[str, str], procs: int, interpreter: str):
         directory = os.path.dirname(room.spec.shell)
         null = os.open(os.devnull, os.O_RDWR)
         unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
-        super().__init__(room, [interpreter, "main.py"], env, directory, [null, output, output])
+        super().__init__(room, [interpreter, "main.py"], env, directory,
+                         [null, output, output, os.dup(procs)])
         os.close(unread)
         self.done = self.channel.fileno()
         self.receive(30)
+        threads, children = len(os.listdir(f"/proc/{self.pid}/task")) - 1, children_of(self.pid)
+        if threads or children:  # no fork has its threads, but the locks that they hold
+            self.close()
+            raise ConnectionError(f"it starts {threads} threads and {len(children)} processes of "
+                                  "its own (in a .pth file or sitecustomize)")
 
-    def start(self, run: RunSpec, data_bytes: int) -> tuple[int, float]:
+    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of the interpreter, and when. Raises ConnectionError."""
         self.runs += 1
-        processes = self.spec.limits["RLIMIT_NPROC"]
         self.channel.send(marshal.dumps({
             "directory": self.spec.directory, "uid": self.spec.uid, "gid": self.spec.gid,
-            "groups": self.spec.groups, "env": run.env,
-            "limits": {"RLIMIT_DATA": data_bytes, "RLIMIT_NPROC": processes}}, 2))
+            "groups": self.spec.groups, "env": run.env, "limits": limits,
+            "command": run.command[1:]}, 2))
         kind, child, started = marshal.loads(self.receive())
         if kind != "begun":
             raise ConnectionError("the function's process ended before it began")
@@ -2451,12 +3157,42 @@ class ReadyPython(Helper):
 
 # --- The supervisor: one run from its workspace to its outcome ---
 
-# A run that failed ends as oom when the end of its stderr matches this. The kernel keeps no count
-# of the allocations that it refuses, so these are the runtimes' own words for one.
+# A run that failed ends as oom when the end of its stderr matches these, the runtimes' own words
+# for an allocation that was refused. Some size their heap by the cap, and say when that is full.
+HEAP_FULL = re.compile(r"JavaScript heap out of memory|OutOfMemoryError: Java heap space")
+# Without a cgroup the kernel refuses what is beyond RLIMIT_DATA, and keeps no count of it.
 REFUSED = re.compile(
-    r"(?m)^(\S*MemoryError\b|terminate called after throwing an instance of 'std::bad_alloc'"
-    r"|fatal error: runtime: (out of memory|cannot allocate memory)|.*heap out of memory"
-    r"|RangeError: Array buffer allocation failed|.*Cannot allocate memory)")
+    r"(?m)^(MemoryError\b|numpy\S*MemoryError\b|terminate called after throwing an instance of "
+    r"'std::bad_alloc'|fatal error: runtime: (out of memory|cannot allocate memory)"
+    r"|.*Cannot allocate memory|memory allocation of \d+ bytes failed|.*OutOfMemoryError"
+    r"|(\[FATAL\]|.*:) failed to allocate memory|Out of memory(!| in perl))")
+# Node.js says this of more than there can ever be, too.
+NO_BUFFER = "RangeError: Array buffer allocation failed"
+
+
+def allowed(limits: Mapping[str, int]) -> dict[str, int]:
+    """These limits, or the hard ones that this process has itself where those are lower."""
+    found = {}
+    for name, value in limits.items():
+        hard = resource.getrlimit(getattr(resource, name))[1]
+        found[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    return found
+
+
+def with_returned(outcome: Outcome) -> Outcome:
+    """A handler's outcome: failed, where what it returned cannot be kept as JSON."""
+    if outcome.status != "ok":
+        return replace(outcome, returned="null")
+    text, size = "", len(outcome.returned.encode())
+    try:
+        json.loads(outcome.returned, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        text = f"what the handler returned cannot be read: {_why(error)}"
+    if size > MAX_RETURNED:
+        text = f"the handler returned over {MAX_RETURNED} bytes of JSON"
+    if not size:
+        text = "the process ended before its handler had returned"
+    return replace(outcome, status="failed", text=text, returned="null") if text else outcome
 
 
 class Supervisor:
@@ -2465,89 +3201,124 @@ class Supervisor:
     def __init__(self, spec: SlotSpec, agent: socket.socket, life: int):
         self.spec, self.agent = spec, agent
         self.life = life  # ends with the launcher
+        self.cgroup = Cgroup(spec.cgroup) if spec.cgroup else None
+        # What takes a run into its cgroup (Cgroup.procs), or nowhere
+        self.procs = self.cgroup.procs if self.cgroup else os.open(os.devnull, os.O_WRONLY)
         self.room = Room(spec)
         self.workspace = Workspace(spec, self.room)
         self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
-        self.unready = ""  # an interpreter that could not be made ready
+        self.unready: dict[str, str] = {}  # an interpreter that is not kept ready: why
         self.begun = False  # whether the function of the run has begun
-        for name, value in spec.limits.items():
-            hard = resource.getrlimit(getattr(resource, name))[1]
-            spec.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        spec.limits.update(allowed(spec.limits))
 
     def work(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
         answer(self.agent, READY, pid=os.getpid(), gaps=self.room.gaps)
         requests = self.agent.makefile("r", encoding="utf-8")
-        while (self.life not in select.select([self.agent, self.life], [], [])[0]
+        while (self.life not in select.select([self.agent.fileno(), self.life], [], [])[0]
                and (line := requests.readline())):
-            self.begun = False
+            self.begun, run = False, RunSpec(**json.loads(line))
             try:
-                outcome = self.run(RunSpec(**json.loads(line)))
+                outcome = self.run(run)
+                outcome = with_returned(outcome) if run.has_handler else replace(
+                    outcome, returned="")
                 # What is left of IPC ends with its namespace, and that with its supervisor.
-                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc())
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc(),
+                       unready=self.unready)
             except OSError as error:  # ConnectionError is one
-                self.end_run(self.helpers)
-                # A helper that does not answer is as if it could not be forked.
-                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
+                self._fail(run, error)
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
 
+    def _fail(self, run: RunSpec, error: OSError) -> None:
+        """End a run that cannot go on, and say what it came to."""
+        with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+            self.end_run(self.helpers)
+        if self.cgroup and self.cgroup.was_full():  # its cap is less than what its start takes
+            outcome = Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0,
+                              peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
+            answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=True)
+            return
+        # A helper that does not answer is as if it could not be forked.
+        number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+        answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
+
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end. Raises OSError."""
+        if self.cgroup:
+            self.cgroup.begin(run.memory_mb)
         self.room.begin(run.memory_mb, run.files)
         self.workspace.prepare(run.package, run.input)
         outputs = [Output(f"{self.room.feed}/{name}", fd if run.tee else 0)
                    for fd, name in enumerate(OUTPUTS, 1)]
+        outputs.append(Output(f"{self.room.feed}/{RETURNED}", most=MAX_RETURNED))
         try:
             helper, start = self._helper(run)
-            # Thread stacks and calloc count as data and are free until touched: "several times
-            # the cap" is free, and what outruns the watcher is stopped by the kernel.
-            child, started = helper.start(run, max(3 * run.memory_mb,
-                                                   2 * run.memory_mb + 192) * MIB)
+            os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
+            child, started = helper.start(run, self._limits(run))
             self.begun = True
+            answer(self.agent, BEGUN)
             started_at = time.time() - (time.monotonic() - started)
             watch = Watch(self, run, outputs, started)
             end = watch.wait(helper.done)
             duration = time.monotonic() - started
             if end != "exit":  # leaving the status of its first process to be taken
-                self._kill_user()
-                signal_all([child, *self.run_pids()], signal.SIGKILL)
+                self._kill(child)
             status, peak_kib = helper.wait(child)
+            if end == "exit" and self.cgroup and self.cgroup.was_full():
+                end = "oom"
             self.end_run()
         finally:
             texts = [output.close() for output in outputs]
-        peak = max(peak_kib * 1024, watch.largest)
+        cap, peak = run.memory_mb * MIB, max(peak_kib * 1024, watch.largest)
         code = os.waitstatus_to_exitcode(status)
         if end == "exit":
-            end = "oom" if peak > run.memory_mb * MIB else "failed" if code else "ok"
-            if end == "failed" and (REFUSED.search(texts[1][-2000:])
-                                    or self.room.shm_bytes() >= run.memory_mb * MIB):
-                end = "oom"
+            end = self._verdict(code, texts[1][-2000:], peak, cap)
+        elif end == "oom" and self.cgroup:
+            peak = min(peak, cap)
         return Outcome(
             "failed" if end == "disk" else end, reason="disk" if end == "disk" else None,
             exit_code=code, peak_memory_bytes=peak, duration_millis=round(duration * 1000),
             start=start, started_at=started_at, stdout=texts[0], stderr=texts[1],
-            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count)
+            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count, returned=texts[2])
+
+    def _limits(self, run: RunSpec) -> dict[str, int]:
+        """What a run's own processes are limited to where no cgroup does it."""
+        if self.cgroup:
+            return {}
+        # Thread stacks, heaps and calloc count as data and are free until touched. So the limit is
+        # several times the cap, enough for 60 threads or a JVM. It stops what outruns the watcher.
+        data_mb = 4 * run.memory_mb + 512
+        return allowed({"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.processes})
+
+    def _verdict(self, code: int, stderr: str, peak: int, cap: int) -> str:
+        """What a run came to that ended by itself."""
+        is_full = bool(HEAP_FULL.search(stderr))
+        if not self.cgroup:
+            if peak > cap:  # the watcher came too late
+                return "oom"
+            is_full |= bool(REFUSED.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
+        return "ok" if not code else "oom" if is_full else "failed"
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
         self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
             os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
-        if run.interpreter and run.interpreter != self.unready:
+        if run.interpreter and run.interpreter not in self.unready:
             ready = self.helpers.get(run.interpreter)
             if ready and ready.runs < READY_RUNS:
                 return ready, "warm"
             self._close([run.interpreter])
             try:
                 ready = self.helpers[run.interpreter] = ReadyPython(
-                    self.room, run.helper_env, run.interpreter)
+                    self.room, run.helper_env, self.procs, run.interpreter)
                 return ready, "cold"
-            except ConnectionError:  # it cannot be kept ready (too old, a wrapper): start it cold
-                self.unready = run.interpreter
+            except ConnectionError as error:  # it is too old, or a wrapper, or does more than start
+                self.unready[run.interpreter] = str(error)
+                self.end_run()
         if "" not in self.helpers:
-            self.helpers[""] = ForkShell(self.room, run.helper_env)
+            self.helpers[""] = ForkShell(self.room, run.helper_env, self.procs)
         return self.helpers[""], "cold"
 
     def _close(self, names: Iterable[str]) -> None:
@@ -2560,25 +3331,19 @@ class Supervisor:
         """All processes of the run."""
         return descendants([helper.pid for helper in self.helpers.values()])
 
-    def _kill_user(self) -> None:
-        """Kill all that runs under a uid of the slot's own, at once (kill(2), pid -1)."""
-        if not self.spec.own_uid:
-            return
-        if killer := os.fork():
-            os.waitpid(killer, 0)
-            self._close([""])
-            return
-        try:
-            os.setresuid(*[self.spec.uid] * 3)
-            os.kill(-1, signal.SIGKILL)
-        finally:
-            os._exit(0)
+    def _kill(self, child: int) -> None:
+        """Kill all that is running of a run."""
+        if self.cgroup:
+            empty_cgroup(self.cgroup.path)
+        else:
+            signal_all([child, *self.run_pids()], signal.SIGKILL)
 
     def end_run(self, helpers: Iterable[str] = ()) -> None:
         """Kill all that is left of a run, daemons and other sessions too, and these `helpers`."""
         self._close(helpers)
+        if self.cgroup:
+            empty_cgroup(self.cgroup.path)
         if self.run_pids():
-            self._kill_user()
             # What clone(CLONE_PARENT) made a helper's child, it won't reap.
             self._close([name for name, helper in self.helpers.items() if children_of(helper.pid)])
             end_descendants([helper.pid for helper in self.helpers.values()])
@@ -2587,7 +3352,7 @@ class Supervisor:
 # --- The launcher ---
 
 
-def launch(control: socket.socket) -> None:
+def launch(control: socket.socket, cgroups: str) -> None:
     """The launcher's life: a supervisor for each slot that the agent asks for, until it is gone."""
     os.setsid()
     os.umask(0o022)
@@ -2599,41 +3364,52 @@ def launch(control: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
-    supervisors: dict[int, int] = {}  # pidfd -> pid
+    # pidfd -> pid; its slot's cgroup; what locks the uid of its slot
+    supervisors: dict[int, tuple[int, str, list[int]]] = {}
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
         ready = {fd for fd, _ in poll.poll()}
         if control.fileno() in ready:
-            message, fds, _, _ = socket.recv_fds(control, 65536, 1)
+            message, fds, _, _ = socket.recv_fds(control, 65536, 2)
             if not message:
                 break
             with socket.socket(fileno=fds[0]) as agent:
                 try:
+                    spec = SlotSpec(**json.loads(message))
                     pid = os.fork()
                     if not pid:
-                        supervise(agent, life, message, (control.fileno(), held, *supervisors))
+                        supervise(agent, life, spec, (control.fileno(), held, *supervisors))
                     pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid
+                    supervisors[pidfd] = pid, spec.cgroup, fds[1:]
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
-            os.waitpid(supervisors.pop(pidfd), 0)
+            pid, cgroup, locks = supervisors.pop(pidfd)
+            os.waitpid(pid, 0)
             os.close(pidfd)
-            end_descendants(others=supervisors.values())  # what it left, when it was itself killed
+            # What it left, when it was killed; the next of its slot empties the cgroup itself.
+            if cgroup and cgroup not in [other for _, other, _ in supervisors.values()]:
+                with contextlib.suppress(OSError):
+                    Path(cgroup, "cgroup.kill").write_text("1")
+            end_descendants(others=[pid for pid, _, _ in supervisors.values()])
+            for lock in locks:
+                os.close(lock)
+    if cgroups:
+        remove_cgroups(cgroups)  # the agent may have been killed
     end_descendants()
 
 
-def supervise(agent: socket.socket, life: int, message: bytes, others: tuple[int, ...]) -> NoReturn:
+def supervise(agent: socket.socket, life: int, spec: SlotSpec, others: tuple[int, ...]) -> NoReturn:
     """A supervisor's life, in a fork of the launcher."""
     try:
         for other in others:
             os.close(other)
         os.setsid()
         kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
-        Supervisor(SlotSpec(**json.loads(message)), agent, life).work()
+        Supervisor(spec, agent, life).work()
     except OSError as error:
         answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
     finally:
@@ -2651,10 +3427,8 @@ def answer(agent: socket.socket, kind: str, **content: Any) -> None:
 # --------------------------------------------------------------------------------------------
 
 LOOK_SECONDS = 0.010  # how often the watcher looks at a run's memory
-FILL_BYTES_PER_SECOND = 16 << 30  # more than the processors here write
 DISK_LOOK_SECONDS = 0.25  # how often it looks at a run's disk
-PSS = re.compile(rb"^Pss: +(\d+)", re.MULTILINE)  # proc(5): a page's share, by how many have it
-MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+) *(.*)$", re.MULTILINE)  # inode, path
+PSS = re.compile(rb"(?m)^Pss: +(\d+)")  # proc(5): a page's share, by how many have it
 
 
 class Watch:
@@ -2666,10 +3440,7 @@ class Watch:
         self.deadline = started + run.timeout_ms / 1000
         self.next_look = started + LOOK_SECONDS
         self.next_disk_look = started + DISK_LOOK_SECONDS
-        self.largest = 0  # bytes: the largest sum over several processes and /dev/shm that was seen
-        # When last looked exactly: the bytes of all together, and those of each (_sizes).
-        self.together, self.sizes = 0, {}
-        self.unnamed: dict[tuple[int, int], int] = {}  # when last looked (unnamed_files)
+        self.largest = 0  # bytes: the most that was seen held by all of the run together
 
     def wait(self, done: int) -> str:
         """How the run ends: exit (`done` is readable), timeout, oom, disk, or released."""
@@ -2689,122 +3460,75 @@ class Watch:
             if agent in ready:
                 return "released"
             for fd in ready:
-                if not self.outputs[fd].read():
-                    poll.unregister(fd)
+                self.outputs[fd].read()
         return "timeout"
 
     def _look(self, now: float) -> str:
         """Whether the run is over its memory or its disk; "" when it is not."""
-        cap, spec = self.run.memory_mb * MIB, self.supervisor.spec
-        if self._held(cap) > cap:
+        self.largest = max(self.largest, self._held())
+        if self.largest > self.run.memory_mb * MIB and not self.supervisor.cgroup:
             return "oom"
         if now >= self.next_disk_look:
             began = time.monotonic()
             size, count = disk_usage(self.supervisor.workspace.on_disk, self.run.files)
-            self.unnamed = unnamed_files(self.supervisor.run_pids())
-            size += self._unnamed_bytes({os.stat(spec.directory).st_dev})
             if size > self.run.disk_mb * MIB or count > self.run.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
             self.next_disk_look = now + max(DISK_LOOK_SECONDS, min(10 * (now - began), 3.0))
-        # A look at many processes is slow, so the pause is four times as long as the look. But it
-        # is never longer than a run needs to write its cap and 256 MiB more.
-        self.next_look = now + max(LOOK_SECONDS, min(4 * (time.monotonic() - now),
-                                                     (cap + 256 * MIB) / FILL_BYTES_PER_SECOND))
+        self.next_look = now + max(LOOK_SECONDS, time.monotonic() - now)
         return ""
 
-    def _held(self, cap: int) -> int:
-        """An upper bound of the bytes that the run holds; exact when it is over `cap`.
-
-        An exact look costs much. The bound is what the last one found, and all that each process
-        and /dev/shm have grown by since. When it is over the cap, or over the largest sum that was
-        seen before, the run is looked at exactly.
-        """
+    def _held(self) -> int:
+        """The bytes that the run holds now, all its processes together; exact where it matters."""
+        if self.supervisor.cgroup:
+            return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
-        sizes = self._sizes(pids)
-        if len(pids) < 2 and not sizes[0]:
-            return sum(sizes.values())
-        held = self.together + sum(
-            max(0, size - self.sizes.get(pid, 0)) for pid, size in sizes.items())
-        if held <= min(cap, self.largest * 1.01):
-            return held
-        # On a busy machine each of the run's processes gets as much time as this one, and could
-        # outrun the look. So they are stopped for it when they seem to be over the cap.
-        running = [pid for pid in pids if held > cap and read_proc(
-            f"/proc/{pid}/stat").rpartition(b")")[2][1:2] not in b"TtZ"]
-        signal_all(running, signal.SIGSTOP)
-        self.unnamed = unnamed_files(pids)
-        self.sizes = self._sizes(pids)
-        # A read of a process waits until that one, if it is in a fork, has its turn on a processor:
-        # beside five hundred others that took 20 seconds. What is left at the deadline is not read.
-        in_time = itertools.takewhile(lambda _: time.monotonic() < self.deadline, pids)
-        # Where none could be read, the bound stands.
-        held = self.together = self._resident_together(in_time) or sum(self.sizes.values())
-        signal_all(running, signal.SIGCONT)
-        self.largest = max(self.largest, held)
-        return held
-
-    def _sizes(self, pids: list[int]) -> dict[int, int]:
-        """pid -> its resident bytes; a page that is shared counts in each process that has it.
-
-        Under 0, which is no pid, are the bytes that any of them may have mapped, once: /dev/shm,
-        System V's IPC, and files in memory that have no name.
-        """
-        sizes = {pid: int((read_proc(f"/proc/{pid}/statm").split() or [0, 0])[1]) * PAGE
-                 for pid in pids}
-        room = self.supervisor.room
-        in_memory = {device for device, _ in self.unnamed} - room.devices
-        return {0: room.shm_bytes() + self._unnamed_bytes(in_memory), **sizes}
-
-    def _unnamed_bytes(self, devices: Collection[int]) -> int:
-        return sum(size for (device, _), size in self.unnamed.items() if device in devices)
-
-    def _resident_together(self, pids: Iterable[int]) -> int:
-        """The resident bytes of these processes, shared pages once; walks their page tables.
-
-        What they have mapped of /dev/shm and the like counts under 0 of `sizes` already.
-        """
-        total = shm = self.sizes[0]
-        counted = (os.fsencode(SHM), b"/SYSV") if SHM in self.supervisor.room.own else ()
-        inodes = {inode for _, inode in self.unnamed}
-        for pid in pids:
-            # smaps_rollup has one entry, of all mappings.
-            content = read_proc(f"/proc/{pid}/{'smaps' if shm else 'smaps_rollup'}")
-            entries = MAPPING.split(content)[1:]
-            for inode, path, entry in zip(entries[::3], entries[1::3], entries[2::3]):
-                is_memfd = path.startswith(b"/memfd:") and int(inode) in inodes
-                if not is_memfd and not path.startswith(counted):
-                    total += int(PSS.search(entry)[1]) * 1024
-        return total
+        sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
+        apart = sum(int((content.split() or [b"0", b"0"])[1]) * PAGE for content in sizes.values())
+        # Each alone counts what it shares with others. So that sum is no less than what is asked.
+        if len(pids) < 2 or apart <= self.largest:
+            return apart
+        together = 0
+        for pid, content in sizes.items():
+            # A look at many can be long: each read waits for a process that is in a fork.
+            if time.monotonic() > self.deadline:
+                break
+            # Who is between vfork and exec has its parent's memory, not a copy of it.
+            if content == sizes.get(parent_of(pid)):
+                continue
+            found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
+            together += int(found[1]) * 1024 if found else 0
+        return together
 
 
-def unnamed_files(pids: list[int]) -> dict[tuple[int, int], int]:
-    """(device, inode) -> bytes of the files without a name that these have open.
-
-    Not those that are only mapped: to list these waits for a process that is in a fork (_held).
-    """
-    found = {}
-    for path in [path for pid in pids for path in glob.glob(f"/proc/{pid}/fd/*")]:
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode) and not status.st_nlink:
-                found[status.st_dev, status.st_ino] = status.st_blocks * 512
-    return found
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 when it is gone."""
+    found = re.search(rb"(?m)^PPid:\t(\d+)", read_proc(f"/proc/{pid}/status"))
+    return int(found[1]) if found else 0
 
 
 def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
-    """(bytes, files) below these directories; stops counting beyond `most_files`."""
+    """(bytes, files) below these directories; stops counting beyond `most_files`.
+
+    What cannot be listed, for its path is too long or its mode closed, is more than that.
+    """
     size = count = 0
     pending = list(paths)
     while pending and count <= most_files:
-        with contextlib.suppress(OSError):  # it changes while we look
-            for entry in os.scandir(pending.pop()):
-                count += 1
+        try:
+            entries = list(os.scandir(pending.pop()))
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+                count += most_files + 1
+            continue  # it has gone while we look, or the look failed
+        count += len(entries)
+        for entry in entries:
+            with contextlib.suppress(OSError):
                 if is_folder(entry):
                     pending.append(entry.path)
                 else:
                     status = entry.stat(follow_symlinks=False)
-                    size += status.st_blocks * 512 // status.st_nlink
+                    size += status.st_blocks * 512 // max(1, status.st_nlink)
     return size, count
 
 
@@ -2812,6 +3536,8 @@ def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
 # Report: what is said and kept of a message's turn
 # --------------------------------------------------------------------------------------------
 
+MOST_LINES = 100  # of each end of a stream in the log
+PIECE_BYTES = 8192  # of a line of the log: journald breaks those over 48 KiB (its LineMax=)
 RECENT = 20  # runs of a function whose peaks make its recommendation
 LONGEST_OUTPUT = 768  # of the 1,024 bytes of S3's keys; requestId and s3Prefix may have 128 each
 
@@ -2855,8 +3581,8 @@ class Report:
 
     def result(self, names: list[str], peaks: Collection[int]) -> dict[str, Any]:
         """The content of result.json, with the output files' names and the function's peaks."""
-        outcome, begin = self.outcome, self.outcome.started_at
-        end = begin and begin + (outcome.duration_millis or 0) / 1000
+        outcome = self.outcome
+        begin, end = outcome.started_at, outcome.ended_at
         wanted = words = None
         if peaks and self.memory_mb is not None:
             largest = max(peaks) / MIB
@@ -2866,7 +3592,9 @@ class Report:
                       "memoryMb fits")
             words = (f"The largest of the last {len(peaks)} peaks was {largest:.1f} MiB of "
                      f"{self.memory_mb}: {advice}.")
-        return {**self.pairs(), "success": outcome.status == "ok", "stdout": outcome.stdout,
+        returned = {"returnValue": json.loads(outcome.returned)} if outcome.returned else {}
+        return {**self.pairs(), **returned,
+                "success": outcome.status == "ok", "stdout": outcome.stdout,
                 "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
                 "stderrBytes": outcome.stderr_bytes, "startedAt": begin and iso(begin),
                 "finishedAt": end and iso(end), "outputFiles": names,
@@ -2874,24 +3602,55 @@ class Report:
 
     def write(self, log: Log, label: str) -> None:
         """Log the function's kept output, each line after `label`, and the REPORT line."""
-        lines, outcome = [], self.outcome
-        for stream, text in (("stdout", outcome.stdout), ("stderr", outcome.stderr)):
-            for line in text.removesuffix("\n").split("\n") if text else ():
-                said, pairs = f"[{label}] {stream}: {line}", {}
-                if log.json:
-                    said, pairs = line, {"requestId": label, "stream": stream}
-                lines.append(log.line("INFO", said, pairs))
+        outcome, lines, pairs = self.outcome, [], self.pairs()
+        level = FATES[outcome.status].level
+        lines += said_by_function(log, label, "stdout", outcome.stdout, outcome.stdout_bytes)
+        lines += said_by_function(log, label, "stderr", outcome.stderr, outcome.stderr_bytes)
         if outcome.text:
-            level = "ERROR" if outcome.status == "error" else "WARNING"
             lines.append(log.line(level, f"[{label}] {outcome.status}: {outcome.text}", {}))
-        log.write([*lines, log.line("INFO", "REPORT", self.pairs())])
+        if self.request_id is None:  # it could not be read: what else would name it?
+            pairs["messageId"] = re.sub(r"\s", "_", label)
+        log.write([*lines, log.line(level, "REPORT", pairs)])
+
+
+def said_by_function(log: Log, label: str, stream: str, text: str, count: int) -> list[str]:
+    """A function's output as lines of the log, of which it may not take much: the ends of many.
+
+    `count` is of the bytes that it wrote, also of those which were not kept.
+    """
+    lines, notes = text.removesuffix("\n").split("\n") if text else [], []
+    first, last = lines[:MOST_LINES], lines[MOST_LINES:]
+    if (left_out := len(last) - MOST_LINES) > 0:
+        last = last[-MOST_LINES:]
+        note = f"[{label}] {left_out} lines of {stream} are left out here"
+        if count > 2 * KEPT_BYTES:
+            note += f", and {count - 2 * KEPT_BYTES} bytes that were not kept"
+        notes = [log.line("INFO", note, {})]
+    return [*(piece for line in first for piece in in_pieces(log, label, stream, line)), *notes,
+            *(piece for line in last for piece in in_pieces(log, label, stream, line))]
+
+
+def in_pieces(log: Log, label: str, stream: str, line: str) -> list[str]:
+    """A line of output as one of the log, or as several of at most PIECE_BYTES."""
+    if log.json:
+        said = log.line("INFO", line, {"requestId": label, "stream": stream})
+    else:
+        said = log.line("INFO", f"[{label}] {stream}: {line}", {})
+    if len(said.encode("utf-8", "backslashreplace")) <= PIECE_BYTES:
+        return [said]
+    middle = len(line) // 2
+    return [piece for half in (line[:middle], line[middle:])
+            for piece in in_pieces(log, label, stream, half)]
 
 
 def summary(reports: Iterable[Report]) -> str:
     """The table that ends --drain: a line for each function."""
     runs: defaultdict[str, list[Report]] = defaultdict(list)
     for report in reports:
-        runs[report.function_id or "-"].append(report)
+        if report.outcome.start or report.outcome.status != "released":
+            runs[report.function_id or "-"].append(report)
+    if not runs:
+        return "no task was run: nothing waited in the queue"
     width = max([8, *map(len, runs)])
     lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
@@ -2899,60 +3658,103 @@ def summary(reports: Iterable[Report]) -> str:
         spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
         peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
                          if each.outcome.peak_memory_bytes), default=(0, 0))
-        bar = "#" * round(min(1.0, peak / (cap or 1)) * 20)
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
-                     f"{statistics.median(spent):10.0f} {max(spent):8}  [{bar:20}] "
-                     f"{peak:.1f} of {cap} MiB")
+                     f"{statistics.median(spent):10.0f} {max(spent):8}  {peak:.1f} of {cap} MiB")
     return "\n".join(lines)
 
 
-def output_files(slot: Slot) -> tuple[list[str], int]:
-    """The regular files a run left in $OUTPUT_DIR, as relative names; raises Outage.
+def output_files(directory: str, uid: int | None) -> tuple[list[str], int, int]:
+    """(names, bytes, left out) of the regular files a run left in $OUTPUT_DIR; raises OSError.
 
-    A file that is not its own counts only if anybody may read it: it could be a hard link to
-    something that the function may not. Also how many entries have names that cannot be stored.
+    The names are relative, the bytes their full size, holes too. Left out is what cannot be listed
+    or stored. A file that is not the run's own counts only if anybody may read it: it could be a
+    hard link to something that the function may not.
     """
-    found, unnamed, uid = [], 0, slot.spec.uid
-    with slot.fault.watched():
-        pending = [""] if os.path.isdir(slot.output) and not os.path.islink(slot.output) else []
-        for relative in pending:
-            for entry in os.scandir(os.path.join(slot.output, relative)):
-                name = os.path.join(relative, entry.name)
-                status = entry.stat(follow_symlinks=False)
-                text = name.encode("utf-8", "ignore")
-                is_kept = text == os.fsencode(name) != b"result.json"
-                if not is_kept or len(text) > LONGEST_OUTPUT:
-                    unnamed += 1
-                elif is_folder(entry):
-                    pending.append(name)
-                    if uid is None:
-                        os.chmod(entry.path, 0o700)
-                elif stat.S_ISREG(status.st_mode) and (
-                        uid is None or status.st_uid == uid or status.st_mode & 0o004):
-                    found.append(name)
-    return sorted(found), unnamed
+    found, size, left_out = [], 0, 0
+    pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
+    for relative in pending:
+        try:
+            entries = list(os.scandir(os.path.join(directory, relative)))
+        except PermissionError:  # of mode 000, and not read by root
+            left_out += 1
+            continue
+        for entry in entries:
+            name = os.path.join(relative, entry.name)
+            status = entry.stat(follow_symlinks=False)
+            text = name.encode("utf-8", "ignore")
+            is_named = text == os.fsencode(name) != b"result.json"
+            if not is_named or len(text) > LONGEST_OUTPUT:
+                left_out += 1
+            elif is_folder(entry):
+                pending.append(name)
+            elif stat.S_ISREG(status.st_mode) and (
+                    uid is None or status.st_uid == uid or status.st_mode & 0o004):
+                found.append(name)
+                size += status.st_size
+    return sorted(found), size, left_out
+
+
+def open_output(directory: str, name: str) -> BinaryIO:
+    """A regular file below a directory, open for reading; follows no link. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_NOFOLLOW)
+    for part in name.split("/"):
+        above, flags = fd, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(part, flags, dir_fd=above)
+        finally:
+            os.close(above)
+    file = open(fd, "rb")
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        file.close()
+        raise FileNotFoundError(errno.ENOENT, "no regular file", name)
+    return file
+
+
+def copy_outputs(directory: str, names: list[str], target: Path) -> None:
+    """Copy a run's output files into another directory; raises OSError."""
+    for name in names:
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with open_output(directory, name) as source, open(copy, "wb") as file:
+            shutil.copyfileobj(source, file)
+
+
+class Results(Protocol):
+    """Where results go, and the files that runs leave."""
+
+    def parts(self) -> list[Dependency]:
+        """What it needs: no function is run in vain while that is away."""
+
+    def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
+        """Store a result, and the files `names` of `directory`; raises Ended, Outage, OSError."""
 
 
 class FolderResults:
     """DIR/results/<requestId>/."""
 
     def __init__(self, root: Path, log: Log):
-        self.root, self.fault = root / "results", Fault(log, f"storing results in {root}")
+        self.root, self.disk = root / "results", Dependency(log, f"storing results in {root}")
+
+    def parts(self) -> list[Dependency]:
+        """The disk."""
+        return [self.disk]
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
-        """Keep a result, and the files `names` that are moved out of `directory`; raises Outage."""
-        target = f"{self.root}/{result['requestId']}"
-        with self.fault.watched():
-            os.makedirs(target, exist_ok=True)
-            for name in names:
-                source, copy = os.path.join(directory, name), Path(target, name)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if os.path.lexists(source):  # else an earlier try has moved it
-                    shutil.move(source, copy)
-                if os.geteuid() == 0:
-                    os.chown(copy, 0, 0)
-                os.chmod(copy, 0o644)
-            write_json(target, "result.json", result)
+        """Keep a result, and copies of the files `names` of `directory`; raises Outage.
+
+        They are there as a whole or not at all, in the place of those of an earlier receive.
+        """
+        target = self.root / result["requestId"]
+        with self.disk.needed():
+            self.root.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.root) as part:
+                new = Path(part, "new")
+                new.mkdir()
+                write_json(new, "result.json", result)
+                copy_outputs(directory, names, new)
+                if os.path.lexists(target):
+                    os.rename(target, f"{part}/old")
+                os.rename(new, target)
 
 
 class AwsResults:
@@ -2960,8 +3762,12 @@ class AwsResults:
 
     def __init__(self, clients: Clients, settings: Settings, log: Log):
         self.clients, self.settings = clients, settings
-        self.bucket = Fault(log, f"storing results in s3://{settings.output_bucket}")
-        self.queue = Fault(log, f"sending results to {settings.output_queue_url}")
+        self.bucket = Dependency(log, f"storing results in s3://{settings.output_bucket}")
+        self.queue = Dependency(log, f"sending results to {settings.output_queue_url}")
+
+    def parts(self) -> list[Dependency]:
+        """The bucket and the queue."""
+        return [self.bucket, self.queue]
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
         """Upload the files, then result.json; raises Ended, Outage and OSError."""
@@ -2973,8 +3779,7 @@ class AwsResults:
                 self._send, self.bucket, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
                 self.clients.s3.put_object, Bucket=bucket)
             for name in names:
-                fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
-                with open(fd, "rb") as body:
+                with open_output(directory, name) as body:
                     put(Key=prefix + name, Body=body)
             put(Key=f"{prefix}result.json", Body=text.encode(), ContentType="application/json")
         if url := self.settings.output_queue_url:
@@ -2982,14 +3787,26 @@ class AwsResults:
                        self.clients.results.send_message, QueueUrl=url, MessageBody=text)
 
     @staticmethod
-    def _send(fault: Fault, needs: str, call: Callable[..., Any], **arguments: Any) -> None:
+    def _send(place: Dependency, needs: str, call: Callable[..., Any], **arguments: Any) -> None:
+        place.check()
         _, error = attempt(call, **arguments)
         if error and passes(error):
-            raise Outage(fault, "output", error)
+            raise place.outage(error, "output")
         if error:
-            raise Ended(Outcome("error", "output", "the result cannot be stored: "
-                                + remedy(error, needs, arguments.get("QueueUrl"))))
-        fault.worked()
+            said = remedy(error, needs, arguments.get("QueueUrl"))
+            place.failed(said, "output", longest=30)
+            raise Ended(Outcome("error", "output", f"the result cannot be stored: {said}"))
+        place.worked()
+
+
+class Metrics(Protocol):
+    """Where the peaks of runs go."""
+
+    def put(self, report: Report) -> None:
+        """Publish, now or later, the peak of a run, and when that ended; there may be none."""
+
+    def close(self, is_urgent: Callable[[], bool]) -> None:
+        """Publish what is kept; for at most 25 seconds, or one from when that is urgent."""
 
 
 class FolderMetrics:
@@ -3000,103 +3817,111 @@ class FolderMetrics:
         self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self.count = 0
         self.lock = threading.Lock()
-        self.fault = Fault(log, f"writing {self.path}")
+        self.disk = Dependency(log, f"writing {self.path}")
 
     def put(self, report: Report) -> None:
         """Append the run's peak; a disk that is full loses it, and ends no job."""
         peak_bytes = report.outcome.peak_memory_bytes
         if peak_bytes is None:
             return
-        line = json.dumps({"timestamp": iso(time.time()), "namespace": self.settings.namespace,
+        ended = iso(report.outcome.ended_at or time.time())
+        line = json.dumps({"timestamp": ended, "namespace": self.settings.namespace,
                            "metricName": "PeakMemoryBytes", "value": peak_bytes,
                            "unit": "Bytes", "dimensions": {"FunctionId": report.function_id,
                                                            "Runtime": report.runtime}})
-        with self.lock, self.fault.watched(goes_on=True):
+        with self.lock, self.disk.optional():
             os.write(self.fd, line.encode() + b"\n")
             self.count += 1
 
-    def close(self) -> None:
+    def close(self, is_urgent: Callable[[], bool]) -> None:
         """Say how many there were."""
         if self.count:
-            self.log("INFO", f"Successfully published {self.count} values to {self.path}")
+            self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
+
+
+Datum = tuple[str, str, int]  # functionId, runtime, the second in which its runs ended
 
 
 class CloudWatchMetrics:
-    """PeakMemoryBytes of each run, in batches; with metrics.runs also Runs, one for each turn."""
+    """PeakMemoryBytes of each run, in batches. What is not sent yet is lost with the process."""
 
     MOST_KEPT = 100_000  # while CloudWatch is away
     VALUES = 150  # PutMetricData's limit for one datum
-    DATA = 60  # of one request: its limit is 1,000, but also 1 MB, which these fit into
+    # Its limit for a request is 1 MB: what a datum and a value take of that in the query protocol
+    REQUEST_BYTES, DATUM_BYTES, VALUE_BYTES = 1_000_000, 1000, 100
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        self.values: deque[tuple[tuple, float]] = deque()  # (metric, unit, (dimension, value), ...)
+        self.values: deque[tuple[Datum, float]] = deque()
         self.dropped = 0
-        self.fault = Fault(log, "publishing metrics to CloudWatch")
+        self.service = Dependency(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
         self.thread.start()
 
     def put(self, report: Report) -> None:
-        """Keep what is to be said of a turn for the next flush."""
-        peak_bytes = report.outcome.peak_memory_bytes
-        if peak_bytes is not None:
-            self._keep([(("PeakMemoryBytes", "Bytes", ("FunctionId", report.function_id),
-                          ("Runtime", report.runtime)), float(peak_bytes))])
-        if self.settings.count_runs:
-            self._keep([(("Runs", "Count", ("Status", report.outcome.status)), 1.0)])
+        """Keep the run's peak for the next flush; the oldest may go."""
+        if report.outcome.peak_memory_bytes is not None:
+            ended = int(report.outcome.ended_at or time.time())
+            key = str(report.function_id), str(report.runtime), ended
+            with self.lock:
+                self.values.append((key, float(report.outcome.peak_memory_bytes)))
+                self._bound()
 
-    def _keep(self, values: list[tuple[tuple, float]], first: bool = False) -> None:
-        """Have these wait for the next flush, before or after the others; the oldest may go."""
-        with self.lock:
-            self.values.extendleft(values) if first else self.values.extend(values)
-            while len(self.values) > self.MOST_KEPT:
-                self.values.popleft()
-                self.dropped += 1
+    def _bound(self) -> None:
+        while len(self.values) > self.MOST_KEPT:
+            self.values.popleft()
+            self.dropped += 1
 
-    def close(self) -> None:
+    def close(self, is_urgent: Callable[[], bool]) -> None:
         """Flush a last time."""
         self.stopping.set()
-        self.thread.join(25)
+        await_end(self.thread, 25, is_urgent)
 
     def _publish(self) -> None:
         """Send what is kept every flushSeconds, after a failure's own pause, and at the close."""
         pause, is_last = float(self.settings.flush_seconds), False
         while not is_last:
             is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
-            groups: defaultdict[tuple, list[float]] = defaultdict(list)
-            with self.lock:
-                while self.values:
-                    key, value = self.values.popleft()
-                    groups[key].append(value)
-            data = [(key, values[start:start + self.VALUES]) for key, values in groups.items()
-                    for start in range(0, len(values), self.VALUES)]
-            while data:
-                now = data[:self.DATA]
+            while values := self._take():
                 _, error = attempt(
                     self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
-                    MetricData=[self._datum(*one) for one in now])
+                    MetricData=[self._datum(*one) for one in values])
                 if error:
-                    self._keep([(key, one) for key, values in data for one in values], first=True)
-                    pause = self.fault.failed(remedy(error, "cloudwatch:PutMetricData") or error)
+                    with self.lock:
+                        self.values.extendleft((key, one) for key, ones in values for one in ones)
+                        self._bound()
+                    pause = self.service.failed(remedy(error, "cloudwatch:PutMetricData") or error)
                     break
-                self.fault.worked()
-                sent += sum(len(values) for _, values in now)
-                del data[:self.DATA]
+                self.service.worked()
+                sent += sum(len(ones) for _, ones in values)
             if sent:
                 lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
                 self.dropped = 0
                 self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
+    def _take(self) -> list[tuple[Datum, list[float]]]:
+        """The oldest values, as many as one request may have, by datum."""
+        groups: dict[Datum, list[list[float]]] = {}
+        size = 0
+        with self.lock:
+            while self.values and size < self.REQUEST_BYTES - self.DATUM_BYTES:
+                key, value = self.values.popleft()
+                data = groups.setdefault(key, [])
+                if not data or len(data[-1]) == self.VALUES:
+                    data.append([])
+                    size += self.DATUM_BYTES
+                data[-1].append(value)
+                size += self.VALUE_BYTES
+        return [(key, values) for key, data in groups.items() for values in data]
+
     @staticmethod
-    def _datum(key: tuple, values: list[float]) -> dict[str, Any]:
-        name, unit, *dimensions = key
-        counts = Counter(values)
-        return {"MetricName": name, "Unit": unit, "Values": list(counts),
-                "Counts": list(map(float, counts.values())),
-                "Dimensions": [{"Name": each, "Value": value} for each, value in dimensions],
-                "Timestamp": time.time()}
+    def _datum(key: Datum, values: list[float]) -> dict[str, Any]:
+        counts, names = Counter(values), ("FunctionId", "Runtime")
+        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": key[2],
+                "Values": list(counts), "Counts": list(map(float, counts.values())),
+                "Dimensions": [{"Name": name, "Value": value} for name, value in zip(names, key)]}
 
 
 # --------------------------------------------------------------------------------------------
@@ -3105,19 +3930,28 @@ class CloudWatchMetrics:
 
 # All that a function gets of the agent's own environment
 BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
+# Variables that take effect at a process's start, so that a ready interpreter is too late for them
+READ_AT_START = re.compile("PYTHON|LC_|LD_|MALLOC_|GLIBC_")
+EXPORTS_HANDLER = re.compile(r"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
-UNSTORED = 1000  # results that are kept for the return of their messages
+START_SECONDS = 2.0  # what was received ahead and has not started by then is given back
+ERRAND_THREADS = 8
+MOST_PARKED, MOST_PARKED_BYTES = 1000, 64 * MIB  # turns that wait for what is away, and bodies
+UNSTORED, UNSTORED_BYTES = 1000, 1024 * MIB  # results that wait for the return of their messages
+LAST_SECONDS = 5  # after the grace, for killed runs to be reported
 
 
 class Slot:
     """Where one function runs at a time, and the connection to its supervisor."""
 
     SPARE_SECONDS = 30  # more than a run's limit: then its supervisor hangs
+    PREPARE_SECONDS = 120  # for a run to begin: a large package may be linked on a slow disk
 
     def __init__(self, spec: SlotSpec, supervisor: Callable[[SlotSpec], socket.socket],
-                 fault: Fault):
-        self.spec, self.supervisor, self.fault = spec, supervisor, fault
+                 machine: Dependency, said: set[tuple[str, str]]):
+        self.spec, self.supervisor, self.machine = spec, supervisor, machine
+        self.said = said  # by any slot, of interpreters
         self.own = f"{spec.directory}/own"
         self.output = f"{self.own}/output"
         self.lock = threading.RLock()
@@ -3128,31 +3962,42 @@ class Slot:
 
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end; raises Ended, and Outage if it has not begun."""
-        with self.fault.watched():
+        begun = False
+        with self.machine.needed():
             try:
                 with self.lock:
                     if self.cancelled:
                         return Outcome("released")
-                    self.connect()
-                self.connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
-                self.connection.sendall(json.dumps(vars(run)).encode() + b"\n")
+                    connection = self.connect()
+                connection.settimeout(self.PREPARE_SECONDS)
+                connection.sendall(json.dumps(vars(run)).encode() + b"\n")
+                self._answer()
+                begun = True
+                self.machine.worked()
+                connection.settimeout(run.timeout_ms / 1000 + self.SPARE_SECONDS)
                 answer = self._answer()
-            except NotBegun as error:
+            except (OSError, RunLost) as error:
                 self.drop(kill=True)
-                if error.errno in MACHINE_AWAY:
-                    raise
-                text = f"no function can be run: {error}"
+                if self.cancelled:
+                    return Outcome("released")
+                if isinstance(error, OSError) and not begun:
+                    if isinstance(error, TimeoutError):  # of a disk that is slow, say
+                        raise OSError(errno.EAGAIN, "its preparation takes too long") from None
+                    if error.errno in MACHINE_AWAY:
+                        raise
+                    text = f"no function can be run: {error}"
+                else:  # what it did to its supervisor, it may do again
+                    text = f"what ran the function was lost ({error}); it may have killed it"
                 raise Ended(Outcome("error", "launcher", text)) from None
-            except (OSError, RunLost) as error:  # what it did to its supervisor, it may do again
-                self.drop(kill=True)
-                raise Ended(Outcome("error", "launcher", "what ran the function was lost "
-                                    f"({error}); it may have killed it")) from None
             if answer["is_spent"]:
                 self.drop()
+            for interpreter, why in answer["unready"].items() - self.said:
+                self.said.add((interpreter, why))
+                self.machine.log("WARNING", f"{interpreter} is started anew for each run: {why}")
             return Outcome(**answer["outcome"])
 
-    def connect(self) -> None:
-        """Have a supervisor; one that ended while it was idle is replaced. Raises OSError."""
+    def connect(self) -> socket.socket:
+        """To a supervisor; one that ended while it was idle is replaced. Raises OSError."""
         if self.connection:
             idle = select.poll()  # select(2) knows no descriptor over 1,023
             idle.register(self.connection, select.POLLIN)
@@ -3164,6 +4009,7 @@ class Slot:
             self.answers = self.connection.makefile("rb")
             answer = self._answer()
             self.pid, self.gaps = answer["pid"], answer["gaps"]
+        return self.connection
 
     def _answer(self) -> dict[str, Any]:
         """What the supervisor says next; raises NotBegun, RunLost and OSError."""
@@ -3220,7 +4066,14 @@ class Slots:
 
     def __init__(self, settings: Settings, log: Log):
         self.settings, self.log = settings, log
-        self.fault = Fault(log, "starting functions")
+        self.role: FunctionRole | None = None
+        self.machine = Dependency(log, "starting functions")
+        self.cgroups, self.cgroup_gap = "", "not started as root"
+        if not os.geteuid():
+            try:
+                self.cgroups = make_cgroups(settings.concurrency, settings.max_processes)
+            except OSError as error:
+                self.cgroup_gap = f"{error.strerror}: {error.filename or 'cgroup2'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
         self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
         is_refused = settings.metadata == "refuse" and settings.network == "host"
@@ -3228,12 +4081,15 @@ class Slots:
             try:
                 self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
             except OSError as error:
-                self.metadata_gap = error.strerror
+                self.metadata_gap = error.strerror or str(error)
         self.launching = threading.Lock()
         self._launch()
         self.gaps: list[str] = []  # that of all slots
         self.base, self.lock = make_task_dir(settings, log)
-        self.uid_locks: list[socket.socket] = []
+        can_lock = os.access(UID_LOCKS, os.W_OK) or os.access("/run", os.W_OK)
+        self.lock_directory = UID_LOCKS if can_lock else str(self.base.parent)
+        self.files = contextlib.ExitStack()
+        self.uid_locks: dict[int, int] = {}  # uid -> descriptor of its locked file
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
         self.shell = self.base / "sh"
         # Its user may not read it, so that the kernel lets none of that user's processes trace it
@@ -3253,7 +4109,8 @@ class Slots:
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
         self.hidden, self.shown = hidden_and_shown(settings.file, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
-        self.all = [Slot(self._spec(number, *user), self.supervisor, self.fault)
+        said: set[tuple[str, str]] = set()
+        self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
                     for number, user in enumerate(users)]
 
     def _launch(self) -> None:
@@ -3263,7 +4120,8 @@ class Slots:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno())],
+                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno()),
+                 self.cgroups],
                 env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
     def supervisor(self, spec: SlotSpec) -> socket.socket:
@@ -3274,7 +4132,9 @@ class Slots:
                 self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
                 self._end_launcher()
                 self._launch()
-            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()], [theirs.fileno()])
+            locks = [lock for uid, lock in self.uid_locks.items() if uid == spec.uid]
+            socket.send_fds(self.control, [json.dumps(vars(spec)).encode()],
+                            [theirs.fileno(), *locks])
         return ours
 
     def _end_launcher(self) -> None:
@@ -3282,27 +4142,22 @@ class Slots:
         self.launcher.wait()
         end_descendants()
 
-    def _spec(self, number: int, uid: int | None, gid: int | None, groups: tuple[int, ...],
-               private: bool) -> SlotSpec:
+    def _spec(self, number: int, uid: int | None, gid: int | None,
+              groups: tuple[int, ...]) -> SlotSpec:
         """What is fixed for a slot, with its directory made."""
         directory = self.base / f"slot{number}"
         directory.mkdir(mode=0o711)
         os.mknod(directory / "nothing", 0)  # what is mounted over a file that is hidden
-        if uid is not None:
+        if uid is not None and gid is not None:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
-                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB,
-                  "RLIMIT_NPROC": self.settings.max_processes + self.other_tasks}
-        # A link needs code and workspace under one mount; who has no uid of its own has copies, and
-        # sees nothing of the other slots.
-        ours, hidden = [self.base], self.hidden
-        if uid is None:
-            ours = [self.base / "code", self.shell, self.base / "main.py", directory,
-                    directory / "own"]
-            hidden = sorted({*hidden, str(self.base)})
-        return SlotSpec(str(directory), uid, gid, groups, private, str(self.shell), limits,
-                     self.settings.network, tuple(hidden), (*self.shown, *map(str, ours)))
+                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB}
+        cgroup = f"{self.cgroups}/slot{number}" if self.cgroups else ""
+        # A link needs code and workspace under one mount: that of all slots.
+        return SlotSpec(str(directory), uid, gid, groups, cgroup,
+                        self.settings.max_processes + self.other_tasks, str(self.shell), limits,
+                        self.settings.network, tuple(self.hidden), (*self.shown, str(self.base)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
@@ -3318,6 +4173,9 @@ class Slots:
             if not name.isdecimal():
                 raise GiveUp(f"agent.execution.runAs is {name}; here is no such user") from None
             uid, gid, groups = int(name), int(name), ()
+        if uid == 0:
+            raise GiveUp(f"agent.execution.runAs is {name}: functions would own this machine; name "
+                         "another user, or leave runAs out for a uid of each slot's own")
         if can_become(uid):
             return uid, gid, groups, False
         if uid != os.geteuid():
@@ -3326,18 +4184,21 @@ class Slots:
         return None, None, (), False
 
     def _free_uid(self) -> int:
-        """A uid that nobody has, for as long as this agent lives (an abstract socket's name)."""
+        """A uid that nobody has, and that no other agent of this machine takes.
+
+        A file that only root may open is locked for it. The launcher has it, too: it may still be
+        ending what runs under that uid when this agent has been killed.
+        """
         for uid in range(FIRST_UID + len(self.uid_locks), LAST_UID + 1):
-            lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                lock.bind(f"\0nanogrid-uid-{uid}")
+            path = f"{self.lock_directory}/uid-{uid}"
+            with contextlib.suppress(KeyError):
                 pwd.getpwuid(uid)
-            except KeyError:
-                self.uid_locks.append(lock)
+                continue
+            with contextlib.suppress(OSError):  # another agent's
+                os.makedirs(self.lock_directory, exist_ok=True)
+                os.close(os.open(path, os.O_CREAT | os.O_NOFOLLOW, 0o600))
+                self.uid_locks[uid] = self.files.enter_context(locked(path)).fileno()
                 return uid
-            except OSError:  # another agent's
-                pass
-            lock.close()
         raise GiveUp(f"no uid of {FIRST_UID} to {LAST_UID} is free; lower execution.concurrency")
 
     def try_out(self) -> None:
@@ -3349,20 +4210,35 @@ class Slots:
             raise GiveUp(f"no function can be run here: {error} (where agent.execution.network "
                          "none is refused, start the agent as root)") from None
         slot.drop()  # an idle agent has no supervisor
-        found = self.gaps = list(slot.gaps)
-        if settings.metadata == "refuse" and settings.network == "host" and self.metadata_gap:
-            found.append(f"functions reach the instance metadata, and with it this machine's role "
-                         f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
-                         "firewall, or set agent.execution.network to none")
-        if slot.spec.uid is None:
-            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
-            found.insert(0, f"{why}: functions run as this agent's own user, and read what it may")
-        if found:
-            self.log("WARNING", "; ".join(found))
+        self.gaps = list(slot.gaps)
+        # On a laptop, to somebody who tries functions of their own, this would say nothing.
+        is_ec2 = b"Amazon" in read_proc("/sys/class/dmi/id/sys_vendor")
+        has_role = slot.spec.uid is not None or settings.region or is_ec2
+        is_refused = settings.metadata == "refuse" and settings.network == "host"
+        if is_refused and self.metadata_gap and has_role:
+            self.gaps.append(
+                f"functions reach the instance metadata, and with it this machine's role "
+                f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
+                "firewall, or set agent.execution.network to none")
+        is_whole = self.cgroups and slot.spec.uid is not None and not self.gaps
+        self.log("INFO" if is_whole else "WARNING", f"isolation: {self.isolation()}")
 
-    def program(self, first: str, runtime: str) -> str:
-        """What a command of a runtime starts with; raises Ended when this machine lacks it."""
-        program = self.programs[runtime] if first == "{program}" else first
+    def isolation(self) -> str:
+        """Which of three levels this is, and by its effect what is missing."""
+        if self.all[0].spec.uid is None:
+            why = "not started as root" if os.geteuid() else "this user namespace has no other uid"
+            level = (f"an ordinary user's ({why}), for development and for code that you trust: "
+                     "functions run as the agent's own user, and read and change what it may")
+        elif self.cgroups:
+            level = "root's with cgroup v2, for anybody's functions"
+        else:
+            level = (f"root's without cgroup v2 ({self.cgroup_gap}): a function that hides memory "
+                     "from the watcher can pass its cap, and take CPU from the others")
+        return "; ".join((level, *self.gaps))
+
+    def program(self, word: str, runtime: str) -> str:
+        """What a word of a command stands for; raises Ended when this machine lacks it."""
+        program = self.programs[runtime] if word == "{program}" else word
         if not program or program[0] == "/" and not os.path.exists(program):
             names = getattr(self.settings, runtime) or " or ".join(RUNTIMES[runtime].programs)
             raise Ended(Outcome("error", "runtime", f"this machine has no {names} that a function "
@@ -3370,47 +4246,79 @@ class Slots:
         return program
 
     def run_spec(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> RunSpec:
-        """What runs `package.entry`, or compiles it if it is a source; raises Ended.
-
-        All commands are made here.
-        """
-        runtime = RUNTIMES[task.runtime]
-        first, *rest = {**runtime.commands, **runtime.compiled}[package.entry]
-        program = self.program(first, task.runtime)
+        """What runs a package, or compiles it if it is a source; raises Ended and Outage."""
+        entry = find_entry(package.path, task.runtime, task.handler)
         helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
                       "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
-        env = {"REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
+        env = {**task.env, "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
-        is_warm = task.runtime == "python" and self.settings.warm_start
-        return RunSpec((program, *rest), program if is_warm else "", helper_env, env,
+        if task.handler:
+            env.update({
+                "_HANDLER": task.handler, "LAMBDA_TASK_ROOT": f"{slot.own}/work",
+                "AWS_LAMBDA_FUNCTION_NAME": task.function_id,
+                "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(task.memory_mb)})
+        if self.role and entry not in RUNTIMES[task.runtime].compiled:
+            env.update(self.role.env(task.timeout_ms / 1000))
+        command = self._command(task, package, entry, f"{slot.spec.directory}/feed/{RETURNED}")
+        is_warm = (task.runtime == "python" and self.settings.warm_start
+                   and not any(map(READ_AT_START.match, task.env)))
+        return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
                        str(package.path), task.input.decode("utf-8", "surrogateescape"),
                        task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
-                       self.settings.max_files, tee)
+                       self.settings.max_files, bool(task.handler), tee)
+
+    def _command(self, task: Task, package: Package, entry: str, returned: str) -> list[str]:
+        """All commands are made here."""
+        runtime = RUNTIMES[task.runtime]
+        if task.handler:
+            program = self.program("{program}", task.runtime)
+            function = task.handler.rpartition(".")[2]
+            return [program, *HANDLERS[task.runtime], entry, function, returned]
+        if entry == "index.js":
+            self._look_for_handler(task, package)
+        command: list[str] = []
+        for word in {**runtime.commands, **runtime.compiled}[entry]:
+            if word == "{sources}":
+                kind = os.path.splitext(entry)[1]
+                command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+            else:
+                command.append(self.program(word, task.runtime))
+        return command
+
+    def _look_for_handler(self, task: Task, package: Package) -> None:
+        """Say once that index.js is of an AWS Lambda function, if it is: run so it does nothing."""
+        text = (package.path / "index.js").read_text(errors="replace") * (not package.is_read)
+        package.is_read = True
+        if EXPORTS_HANDLER.search(text):
+            self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
+                                'which nothing calls: send "handler": "index.handler" in the task')
 
     def compile(self, task: Task, package: Package, slot: Slot) -> Package:
         """The package with its program compiled, once; raises Ended with the compiler's words."""
-        if package.entry not in RUNTIMES[task.runtime].compiled:
+        entry = find_entry(package.path, task.runtime, task.handler)
+        if entry not in RUNTIMES[task.runtime].compiled:
             return package
-        built = Package(package.built_path, package.etag, "main")
+        built = Package(package.built_path, package.etag)
         with package.lock:
+            if package.refused:
+                raise Ended(package.refused)
             if built.path.exists():
                 return built
-            limited = replace(task, input=b"", timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
+            limited = replace(task, input=b"", env={}, timeout_ms=COMPILE_MS, memory_mb=COMPILE_MB)
             outcome = slot.run(self.run_spec(limited, package, slot))
             if outcome.status == "released":
                 raise Ended(outcome)
-            fd = -1
-            if outcome.status == "ok":
-                with contextlib.suppress(OSError):
-                    fd = os.open(f"{slot.own}/work/main", os.O_RDONLY | os.O_NOFOLLOW)
-            if fd < 0:
+            made = f"{slot.own}/work/main"
+            is_made = os.path.isfile(made) and not os.path.islink(made)
+            if outcome.status != "ok" or not is_made:
                 ended = f"{outcome.status}, exit status {outcome.exit_code}"
-                raise Ended(replace(
+                package.refused = replace(
                     outcome, status="rejected", reason="compile", exit_code=None, start=None,
                     duration_millis=None, peak_memory_bytes=None, started_at=None,
-                    text=f"{package.entry} does not compile ({ended})"))
+                    text=f"{entry} does not compile ({ended})")
+                raise Ended(package.refused)
             part = package.path.with_suffix(".part")
-            with self.fault.watched(), open(fd, "rb") as program:
+            with self.machine.needed(), open(made, "rb") as program:
                 shutil.rmtree(part, ignore_errors=True)
                 shutil.copytree(package.path, part, symlinks=True, copy_function=os.link)
                 (part / "main").unlink(missing_ok=True)  # the zip's own, which is a link to it
@@ -3420,12 +4328,36 @@ class Slots:
                 os.rename(part, built.path)
             return built
 
+    def outputs(self, directory: str, uid: int | None, outcome: Outcome,
+                label: str) -> tuple[list[str], Outcome]:
+        """The names of a run's output files, and its outcome, or what too many make of it."""
+        settings = self.settings
+        names, size, left_out = output_files(directory, uid)
+        if left_out:
+            self.log("WARNING", f"[{label}] {left_out} entries of $OUTPUT_DIR left out: paths are "
+                                f"UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json, no closed "
+                                "directory")
+        if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
+            text = (f"$OUTPUT_DIR has {len(names)} files of {size / MIB:.0f} MiB with their "
+                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            names = []
+            if outcome.status in ("ok", "failed"):
+                outcome = replace(outcome, status="failed", reason="disk", text=text)
+        return names, outcome
+
     def close(self) -> None:
-        """End all that runs, and remove all that was made on disk."""
+        """End all that runs, and remove all that was made for it."""
         self._end_launcher()
+        if self.cgroups:
+            remove_cgroups(self.cgroups)
+        for uid in self.uid_locks:
+            os.unlink(f"{self.lock_directory}/uid-{uid}")
+        self.files.close()
         with contextlib.suppress(OSError):  # another agent's may be there
-            sweep(self.base, ["lock"])
-            remove(self.base)
+            os.rmdir(self.lock_directory)
+        with contextlib.suppress(OSError):
+            sweep(str(self.base), ["lock"])
+            remove(str(self.base))
             self.base.parent.rmdir()
 
 
@@ -3451,18 +4383,21 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         log("WARNING", f"agent.taskBaseDir is {root}, but {closed[0]} is closed to the functions' "
                        f"users; {usual} is used instead (chmod o+x {closed[0]} opens it)")
         root = usual
-    if root == usual and root.exists() and not os.access(root, os.W_OK):
+    if root == usual and root.exists() and root.stat().st_uid != os.geteuid():
         root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
+    umask = os.umask(0o022)  # functions' users pass through what is made here
     try:
         root.mkdir(mode=0o755, parents=True, exist_ok=True)
         owner = root.lstat()
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
+        if os.statvfs(root).f_flag & os.ST_NOEXEC:
+            raise PermissionError(f"{root} is mounted noexec: no program can run there")
         for old in root.glob("agent-*"):
             with contextlib.suppress(OSError), open(old / "lock", "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                sweep(old, ["lock"])  # the last to go: what is left by a kill is found again
-                remove(old)
+                sweep(str(old), ["lock"])  # the last to go: what is left by a kill is found again
+                remove(str(old))
         own = Path(tempfile.mkdtemp(prefix="agent-", dir=root))
         lock = os.open(own / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -3471,49 +4406,84 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
     except OSError as error:
         raise GiveUp(f"agent.taskBaseDir {root} cannot be used ({error}); name a directory of the "
                      "agent's own user") from None
+    finally:
+        os.umask(umask)
     return own, lock
 
 
-@dataclass
+class Services(NamedTuple):
+    """Where an agent's work comes from, and where what becomes of it goes."""
+
+    queue: Queue
+    source: CodeSource
+    results: Results
+    metrics: Metrics
+
+
+@dataclass(eq=False)
 class Turn:
     """A message from its receive to its end."""
 
     message: Message
     report: Report  # what is known so far
-    task: Task | None = None  # None: it ends as `report` says
-    memory_mb: int = 0  # that is taken up by it
-    directory: str = ""  # where its output files are
-    names: list[str] = field(default_factory=list)  # of its output files
+    task: Task | None = None  # None: it was refused before it was understood
+    package: Package | None = None  # its code, once that is here
+    is_done: bool = False  # its outcome is known: it only has to be stored, and ended
+    has_begun: bool = False  # it runs, or its result is being stored: a shutdown lets it finish
+    is_over: bool = False  # somebody ends it, or has
+    is_ahead: bool = False  # it was taken before a slot was free, and may be given back
+    since: float = 0.0  # time.monotonic() when it began to wait as it does, or to be worked on
+    waits_until: float = 0.0  # while it is parked: no longer than this
+    patience_ends: float = 0.0  # 0: it has met no outage in this step
+    directory: str = ""  # where its output files are, once it ran
+    uid: int | None = None  # whose they are
+    is_aside: bool = False  # that directory is its own, and no slot's
+    names: list[str] | None = None  # of its output files
     result: dict[str, Any] = field(default_factory=dict)  # for result.json
-    begun: bool = False  # only its slot may end it from here on
-    ran_before: bool = False  # it ran when it was here before, and could not be stored
-    is_held: bool = False  # it waits out an outage
+    ran_before: bool = False  # when it was here before, and could not be stored
+    size: int = 0  # in bytes, of what it left then
+
+    @property
+    def memory_mb(self) -> int:
+        """What it takes up in a slot."""
+        return self.task.memory_mb if self.task else 0
 
 
 class Agent:
-    """The loop. One thread receives, and one for each slot runs what was received.
+    """The loop. One thread receives, one for each slot runs functions, some do what needs no slot.
 
-    The main thread handles signals, tells systemd how it goes, and ends the agent.
+    A turn waits for a slot (`waiting`), for an errand (`errands`: its code is fetched, its result
+    is stored again, or it only ends), or, parked, for a part that is away. Whatever a turn waits
+    for, its lease is kept alive, and others go on. The main thread handles signals, tells systemd
+    how it goes, has parked turns go on when it is time, and ends the agent. A turn is ended in
+    _end() alone, for whoever asks first.
     """
 
-    def __init__(self, settings: Settings, log: Log, queue: SqsQueue | FolderQueue,
-                 code: CodeCache, results: FolderResults | AwsResults,
-                 metrics: FolderMetrics | CloudWatchMetrics, slots: Slots):
-        self.settings, self.log, self.queue, self.code = settings, log, queue, code
-        self.results, self.metrics, self.slots = results, metrics, slots
-        self.local = isinstance(queue, FolderQueue)
+    def __init__(self, settings: Settings, log: Log, services: Services, slots: Slots):
+        self.settings, self.log, self.slots = settings, log, slots
+        self.queue, source, self.results, self.metrics = services
+        self.code = CodeCache(source, slots.base / "code", log)
+        self.local = isinstance(self.queue, FolderQueue)
         # Conditions on one lock: a finished run wakes who has use for it, and nobody else.
         self.lock = threading.RLock()
-        self.tasks = threading.Condition(self.lock)  # for the slots: something waits
+        self.to_run = threading.Condition(self.lock)  # for the slots: something waits
+        self.to_do = threading.Condition(self.lock)  # for errands
         self.space = threading.Condition(self.lock)  # for the receiver: something may be asked for
+        self.turns: set[Turn] = set()  # all in hand
         self.waiting: deque[Turn] = deque()
-        self.turns: dict[Slot, Turn] = {}
+        self.errands: deque[Turn] = deque()
+        self.parked: dict[Dependency, list[Turn]] = {}
+        self.running: dict[Slot, Turn] = {}
+        self.fetching: dict[tuple[str, str, str], Turn] = {}  # by Task.code
         self.unstored: OrderedDict[tuple[str, str], Turn] = OrderedDict()  # by message
         self.free_mb = settings.memory_mb
-        self.mean_seconds: float | None = None
-        self.hold_until = self.sick_seconds = 0.0
-        self.fault = Fault(log, "receiving messages")
-        self.peaks = functools.lru_cache(10_000)(lambda function_id: deque(maxlen=RECENT))
+        self.mean_seconds: float | None = None  # that a run keeps a slot
+        self.troubles: set[object] = set()  # what failed since a function ran last
+        self.pause_seconds = self.pause_ends = 0.0  # of the receiver, when everything fails
+        self.receiving = Dependency(log, "receiving messages")
+        self.gave_up = ""  # why a drain cannot go on
+        self.peaks: Callable[[str | None], deque[int]] = functools.lru_cache(10_000)(
+            lambda function_id: deque(maxlen=RECENT))
         self.drain = False
         self.drained: list[Report] = []  # for summary()
         self.counts: Counter[str] = Counter()
@@ -3524,56 +4494,95 @@ class Agent:
     # The main thread: signals, systemd, the end.
 
     def run(self, drain: bool) -> None:
-        """Work until a signal, or with `drain` until the queue is empty."""
+        """Work until a signal, or with `drain` until the queue is empty. Raises GiveUp."""
         self.drain = drain
         signal.set_wakeup_fd(self.waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.signals.append(number))
         poller = threading.Thread(target=self._poll, daemon=True)
         threads = [poller, *(threading.Thread(target=self._work, args=(slot,), daemon=True)
-                             for slot in self.slots.all)]
+                             for slot in self.slots.all),
+                   *(threading.Thread(target=self._run_errands, daemon=True)
+                     for _ in range(ERRAND_THREADS))]
         if self.settings.spot_interruption:
             threads.append(threading.Thread(target=self._await_spot_notice, daemon=True))
         for thread in threads:
             thread.start()
         notify("READY=1")
         self._attend(poller)
-        self.queue.close()
-        self.metrics.close()
+        self.queue.close(self._is_urgent)
+        self.metrics.close(self._is_urgent)
+        if self.gave_up:
+            raise GiveUp(self.gave_up)
+
+    def _is_urgent(self) -> bool:
+        """Whether a second signal has come."""
+        return len(self.signals) > 1
 
     def _attend(self, poller: threading.Thread) -> None:
         """Wait for the end; begin the shutdown when a signal comes, and keep systemd informed."""
-        watchdog, deadline = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6, math.inf
+        watchdog = int(os.environ.get("WATCHDOG_USEC") or "0") / 2e6
+        deadline, told = math.inf, 0.0
         # A slot's thread may hang in a download, whose message was released: none is waited for.
         while poller.is_alive() or self.turns:
-            period = 0.05 if self.stopping else min(5.0, watchdog or 5.0)
-            select.select([self.wake], [], [], period)
+            period = 0.05 if self.stopping else 0.1 if self.turns else 5.0
+            select.select([self.wake], [], [], min(period, watchdog or period))
             read_nonblocking(self.wake)
+            self._review()
+            now = time.monotonic()
             if self.signals and deadline == math.inf:
-                deadline = time.monotonic() + self.settings.shutdown_grace_seconds
+                deadline = now + self.settings.shutdown_grace_seconds
                 self._begin_stop()
-            is_urgent = len(self.signals) > 1
-            if is_urgent or time.monotonic() >= deadline:
+            if self._is_urgent():
+                deadline = min(deadline, now)
+            if now >= deadline:
                 for slot in self.slots.all:
                     slot.cancel()
-            if is_urgent and not self.turns:
+            if now >= deadline + (1 if self._is_urgent() else LAST_SECONDS):
+                self._release(list(self.turns))  # what is being stored is not waited for
+            if self._is_urgent() and not self.turns:
                 return  # the answer of a poll in flight is not waited for
-            good = self.counts["ok"]
-            notify(f"WATCHDOG=1\nSTATUS=running {len(self.turns)}, done {good}, "
+            if now < told + min(1.0, watchdog or 1.0) and not self.stopping:
+                continue
+            good, told = self.counts["ok"], now
+            notify(f"WATCHDOG=1\nSTATUS=running {len(self.running)}, done {good}, "
                    f"failed {sum(self.counts.values()) - good}")
+
+    def _review(self) -> None:
+        """Have parked turns go on when it is time; give back what cannot start soon."""
+        now = time.monotonic()
+        with self.lock:
+            for part, turns in list(self.parked.items()):
+                due = [turn for turn in turns if not part.since or turn.waits_until <= now]
+                if not due and part.may_try():  # first who only has a result to store
+                    due = sorted(turns, key=lambda turn: not turn.is_done)[:1]
+                for turn in due:
+                    turns.remove(turn)
+                    self._queue_up(turn)
+                if not turns:
+                    del self.parked[part]
+            late = [turn for turn in self.waiting
+                    if turn.is_ahead and turn.since + START_SECONDS < now]
+            if late and late[0] is self.waiting[0] and late[0].memory_mb > self.free_mb:
+                del late[0]  # it waits for memory, and would wait for ever if it went back
+            for turn in late:
+                self.waiting.remove(turn)
+        self._release(late, "ahead")
 
     def _begin_stop(self) -> None:
         """Stop polling; give back what was not started."""
         grace = self.settings.shutdown_grace_seconds
-        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s")
+        self.log("INFO", f"stopping: nothing more is taken; running functions have {grace} s; "
+                         "a second signal stops at once")
         notify("STOPPING=1")
         with self.lock:
-            preparing = [slot for slot, turn in self.turns.items() if not turn.begun]
-            unstarted = [*self.waiting, *map(self.turns.pop, preparing)]
-            self.waiting.clear()
             self._stop_taking()
-        for turn in unstarted:
-            self._release(turn)
+            unstarted = [turn for turn in self.turns if not turn.has_begun]
+            preparing = [slot for slot, turn in self.running.items() if not turn.has_begun]
+            self.waiting.clear()
+            self.errands.clear()
+            self.parked.clear()
+        self._release(unstarted)
         for slot in preparing:
             slot.cancel()  # it may be compiling
 
@@ -3581,24 +4590,29 @@ class Agent:
         """Have every thread end that has nothing more to do."""
         with self.lock:
             self.stopping = True
-            self.tasks.notify_all()
-            self.space.notify_all()
+            for condition in (self.to_run, self.to_do, self.space):
+                condition.notify_all()
 
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
         # Imported here, for it brings ssl: 20 ms of the start, and 2 MiB of each process.
-        from urllib.request import Request, urlopen
+        from http.client import HTTPConnection, HTTPException  # which knows of no proxy
         base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254")
-        latest = f"{base.rstrip('/')}/latest"
+        host = re.sub("^https?://|/.*", "", base)
+        notices = Dependency(self.log, "asking EC2 for a spot interruption notice")
         while not self.stopping:
-            with contextlib.suppress(OSError, ValueError):  # HTTPError of 404 is one: no notice
-                with urlopen(Request(f"{latest}/api/token", method="PUT", headers={
-                        "X-aws-ec2-metadata-token-ttl-seconds": "60"}), timeout=2) as answer:
-                    token = answer.read().decode()
-                urlopen(Request(f"{latest}/meta-data/spot/instance-action", headers={
-                    "X-aws-ec2-metadata-token": token}), timeout=2).close()
-                self.log("WARNING", "EC2 will interrupt this spot instance")
-                return os.kill(os.getpid(), signal.SIGTERM)
+            with contextlib.suppress(HTTPException), notices.optional(), \
+                    contextlib.closing(HTTPConnection(host, timeout=2)) as metadata:
+                metadata.request("PUT", "/latest/api/token", headers={
+                    "X-aws-ec2-metadata-token-ttl-seconds": "60"})
+                answer = metadata.getresponse()
+                if answer.status != 200:
+                    raise OSError(f"{host} answers {answer.status}")
+                metadata.request("GET", "/latest/meta-data/spot/instance-action", headers={
+                    "X-aws-ec2-metadata-token": answer.read().decode()})
+                if metadata.getresponse().status == 200:  # 404: no notice
+                    self.log("WARNING", "EC2 will interrupt this spot instance")
+                    return os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
     # The receiving thread.
@@ -3608,13 +4622,13 @@ class Agent:
         while limit := self._room():
             try:
                 messages = self.queue.receive(limit, self.drain)
-                self.fault.worked()
+                self.receiving.worked()
                 for message in messages:
                     self._take(message)
                 if messages:
                     continue
                 with self.lock:
-                    is_idle = not self.turns and not self.waiting
+                    is_idle = not self.turns
                     if self.drain and not is_idle:
                         self.space.wait(0.5)
                 if self.drain and is_idle and self.queue.is_empty():
@@ -3623,13 +4637,23 @@ class Agent:
                     self._pause(1)  # SQS answered at once
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
                 advice = remedy(error, QUEUE_NEEDS, self.settings.queue_url)
-                self._pause(self.fault.failed(advice or error))
+                pause = self.receiving.failed(advice or error)
+                spent = time.monotonic() - self.receiving.since
+                if self.drain and spent > self.settings.patience_seconds:
+                    self.gave_up = f"the drain is given up after {spent:.0f} s: {advice or error}"
+                    break
+                self._pause(pause)
         self._stop_taking()
-        os.write(self.waker, b"\n")
+        self._wake()
 
     def _pause(self, seconds: float) -> None:
         with self.lock:
             self.space.wait_for(lambda: self.stopping, seconds)
+
+    def _wake(self) -> None:
+        """Have the main thread look."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.waker, b"\n")
 
     def _room(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
@@ -3637,187 +4661,313 @@ class Agent:
         slots = len(self.slots.all)
         with self.lock:
             while not self.stopping:
-                wait = self.hold_until - time.monotonic()
-                ahead = 0
-                if self.waiting and self.waiting[0].memory_mb > self.free_mb:
-                    ahead = -slots  # what waits for memory goes first
-                elif self.mean_seconds and not any(turn.is_held for turn in self.turns.values()):
-                    ahead = min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)), 2 * most)
-                room = slots - len(self.turns) + ahead - len(self.waiting)
+                now = time.monotonic()
+                pause, ahead = self.pause_ends - now, self._ahead(now)
+                # What is fetched for longer than a moment is no reason for a slot to be idle.
+                fetched = [*self.errands, *self.fetching.values()]
+                soon = sum(turn.since + START_SECONDS > now for turn in fetched)
+                room = slots + ahead - len(self.running) - len(self.waiting) - soon
+                if len(fetched) >= MOST_PARKED:
+                    room = 0
                 # Short runs free a slot each moment: a request is worth a whole batch then.
-                if wait <= 0 and room > 0 and (room >= most or ahead < most or not self.turns):
-                    return min(room, most)
-                self.space.wait(max(wait, 0.01) if wait > 0 else 5)
+                if pause <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
+                    return 1 if self.pause_seconds else min(room, most)
+                self.space.wait(max(pause, 0.01) if pause > 0 else 0.5 if soon else 5)
             return 0
 
-    def _take(self, message: Message) -> None:
-        """Check a message, and have it wait for a slot, to run or to be rejected there."""
-        turn = Turn(message, Report(receive_count=message.receive_count))
-        try:
-            task = parse_task(message.body, self.settings, any_bucket=self.local)
-            turn.report = replace(turn.report, **task.known())
-            ends = time.monotonic() + task.timeout_ms / 1000
-            if ends > self.queue.held_until(message, ends):
-                raise rejected("visibility", f"timeoutMs {task.timeout_ms} is over the queue's "
-                               "visibility timeout; raise it, or grant sqs:ChangeMessageVisibility")
-            turn.task, turn.memory_mb = task, task.memory_mb
-        except Exception as error:  # noqa: BLE001  # its batch's other messages have their turn
-            turn.report = turn.report.ended(error)
-        with self.lock:
-            if not self.stopping:
-                self.waiting.append(turn)
-                self.tasks.notify()
-                return
-        self._release(turn)
+    def _ahead(self, now: float) -> int:
+        """How many messages more than there are free slots can start soon."""
+        slots, most = len(self.slots.all), self.settings.max_number_of_messages
+        if self.waiting and self.waiting[0].memory_mb > self.free_mb:
+            return -slots  # what waits for memory goes first
+        is_long = any(turn.since + AHEAD_SECONDS < now for turn in self.running.values())
+        if is_long or not self.mean_seconds:
+            return 0
+        return min(int(slots * AHEAD_SECONDS / max(self.mean_seconds, 1e-4)), 2 * most)
 
-    # The slots' threads.
+    def _take(self, message: Message) -> None:
+        """Check a message, and have it wait for what it needs first."""
+        turn = Turn(message, Report(receive_count=message.receive_count))
+        if old := self.unstored.pop((message.id, message.body), None):
+            turn = replace(old, message=message, ran_before=True, is_over=False, report=replace(
+                old.report, receive_count=message.receive_count))
+        else:
+            try:
+                turn.task = task = parse_task(message.body, self.settings, any_bucket=self.local)
+                turn.report = replace(turn.report, **task.known())
+                ends = time.monotonic() + task.timeout_ms / 1000
+                if ends > self.queue.lease_ends(message, ends):
+                    raise rejected("visibility", f"timeoutMs {task.timeout_ms} is over the queue's "
+                                   "visibility timeout; raise it, or grant "
+                                   "sqs:ChangeMessageVisibility")
+                turn.package = self.code.find(task, message)
+            except Exception as error:  # noqa: BLE001  # its batch's other messages have their turn
+                turn.report, turn.is_done = turn.report.ended(error), True
+        with self.lock:
+            self.turns.add(turn)
+            # One that was received before may go to the DLQ at the next receive.
+            turn.is_ahead = bool(turn.package) and message.receive_count == 1
+            self._queue_up(turn)
+            is_late = self.stopping
+        if is_late:
+            self._release([turn])
+        elif len(self.turns) == 1:
+            self._wake()  # it may be resting
+
+    def _queue_up(self, turn: Turn) -> None:
+        """Have a turn wait for what it needs next: a slot, or an errand."""
+        with self.lock:
+            if turn.is_over:
+                return
+            turn.since = time.monotonic()
+            needs_slot = turn.package and not turn.is_done
+            (self.waiting if needs_slot else self.errands).append(turn)
+            (self.to_run if needs_slot else self.to_do).notify()
+
+    # The threads of slots and errands.
+
+    def _do(self, turn: Turn, step: Callable[[], None]) -> None:
+        """Take a turn a step further: then it waits again, is parked, or has ended."""
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
+            if self._parks(turn, error):
+                return
+            turn.report, turn.is_done = turn.report.ended(error), True
+        if turn.is_done:
+            self._finish(turn)
+        else:
+            self._queue_up(turn)
+
+    def _run_errands(self) -> None:
+        """Fetch code, store again, end what never ran: one turn after another."""
+        while turn := self._next_errand():
+            self._do(turn, lambda: None if turn.is_done else self._fetch(turn))
+            with self.lock:
+                if turn.task and self.fetching.get(turn.task.code) is turn:
+                    del self.fetching[turn.task.code]
+                self.to_do.notify()
+                self.space.notify()
+
+    def _next_errand(self) -> Turn | None:
+        """The next turn that needs no slot, but not while another fetches the same code."""
+        with self.lock:
+            while not self.stopping or self.errands:
+                for turn in self.errands:
+                    code = turn.task.code if turn.task and not turn.is_done else None
+                    if code not in self.fetching:
+                        self.errands.remove(turn)
+                        if code:
+                            self.fetching[code] = turn
+                        return turn
+                self.to_do.wait()
+            return None
+
+    def _fetch(self, turn: Turn) -> None:
+        assert turn.task
+        turn.package = self.code.get(turn.task, turn.message)
+        turn.patience_ends = 0.0
 
     def _next(self, slot: Slot) -> Turn | None:
         """The next turn, in the order they came, once its memory is free; None at the end."""
         with self.lock:
-            while not (self.waiting and self.waiting[0].memory_mb <= self.free_mb):
+            while True:
+                for turn in self.waiting:
+                    assert turn.package
+                    if turn.package.lock.locked():
+                        continue  # another slot compiles its program
+                    if turn.memory_mb > self.free_mb:
+                        break
+                    self.waiting.remove(turn)
+                    self.running[slot] = turn
+                    turn.since = time.monotonic()
+                    self.free_mb -= turn.memory_mb
+                    if self.waiting:
+                        self.to_run.notify()  # it may fit into what is free now, too
+                    if len(self.waiting) <= self.settings.max_number_of_messages:
+                        self.space.notify()
+                    return turn
                 if self.stopping and not self.waiting:
                     return None
-                self.tasks.wait()
-            turn = self.turns[slot] = self.waiting.popleft()
-            self.free_mb -= turn.memory_mb
-            if self.waiting:
-                self.tasks.notify()  # it may fit into what is free now, too
-            if len(self.waiting) <= self.settings.max_number_of_messages:
-                self.space.notify()
-            return turn
+                self.to_run.wait()
 
     def _work(self, slot: Slot) -> None:
         """Take turns in one slot, one after another."""
         while turn := self._next(slot):
-            started = time.monotonic()
-            try:
-                turn.report = replace(turn.report, outcome=self._run(turn, slot))
-            except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
-                turn.report = turn.report.ended(error)
-            if not self._begin(turn, slot):
-                return
-            self._store(turn)
-            self._settle(turn)
-            spent = time.monotonic() - started
+            self._do(turn, lambda: self._run(turn, slot))
+            spent = time.monotonic() - turn.since
             with self.lock:
-                del self.turns[slot]
+                del self.running[slot]
                 self.free_mb += turn.memory_mb
                 mean = self.mean_seconds
                 self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
-                # What fails for all takes messages more slowly, not to send them all to the DLQ.
-                outcome = turn.report.outcome
-                is_sick = outcome.status == "error" and outcome.reason != "runtime"
-                self.sick_seconds = min(30.0, max(0.25, self.sick_seconds * 2)) * is_sick
-                self.hold_until = time.monotonic() + self.sick_seconds
-                (self.tasks if self.waiting else self.space).notify()
-        os.write(self.waker, b"\n")
+                (self.to_run if self.waiting else self.space).notify()
+        self._wake()
 
-    def _begin(self, turn: Turn, slot: Slot) -> bool:
-        """Mark the turn as begun, which no shutdown gives back; False if one has already."""
+    def _run(self, turn: Turn, slot: Slot) -> None:
+        """Run a turn's function, and its compiler before if need be; raises Ended and Outage."""
+        task, package = turn.task, turn.package
+        assert task and package
+        for part in self.results.parts():
+            if part.since and part.retry_at + TRY_SECONDS > time.monotonic():
+                raise Outage(part, part.reason, part.error)  # who has a result tries before
+        run = self.slots.run_spec(task, self.slots.compile(task, package, slot), slot)
         with self.lock:
-            turn.begun = self.turns.get(slot) is turn
-            return turn.begun
+            if turn.is_over:
+                return
+            if self.queue.lease_ends(turn.message) <= time.monotonic():
+                raise Ended(Outcome("released", "lease", "its lease ran out before it could start"))
+            turn.has_begun = True
+            if self.waiting:
+                self.to_run.notify()  # for its program, which is compiled now
+        self.log("DEBUG", f"[{task.request_id}] a run of {task.function_id} starts")
+        outcome = slot.run(run)
+        turn.report, turn.is_done = replace(turn.report, outcome=outcome), True
+        turn.patience_ends = 0.0
+        if outcome.status != "released":
+            turn.directory, turn.uid = slot.output, slot.spec.uid
+            self.troubles.clear()
+            self.pause_seconds = 0.0
 
-    def _run(self, turn: Turn, slot: Slot) -> Outcome:
-        """From the code to the end of the run; raises Ended and Outage."""
-        task, key = turn.task, (turn.message.id, turn.message.body)
-        if old := self.unstored.pop(key, None):
-            turn.directory, turn.names, turn.ran_before = old.directory, old.names, True
-            return old.report.outcome
-        if not task:
-            return turn.report.outcome
-        package = self._patiently(turn, lambda: self.code.get(task, turn.message))
+    def _finish(self, turn: Turn) -> None:
+        """Store a turn's result and end it; what cannot be stored is kept for its return."""
         try:
-            built = self._patiently(turn, lambda: self.slots.compile(task, package, slot))
-            run = self.slots.run_spec(task, built, slot)
-            if not self._begin(turn, slot):
-                raise Ended(Outcome("released"))
-            outcome = self._patiently(turn, lambda: slot.run(run))
-        finally:
-            self.code.release(package)
-        turn.directory = slot.output
-        turn.names, unnamed = self._patiently(turn, lambda: output_files(slot))
-        if unnamed:
-            self.log("WARNING", f"[{task.request_id}] {unnamed} entries of $OUTPUT_DIR left out: "
-                                f"paths are UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json")
-        return outcome
-
-    def _patiently(self, turn: Turn, step: Callable[[], Any]) -> Any:
-        """What `step` returns, tried again while what it needs is away; the message is held.
-
-        Raises its Outage when patience or the lease ends first, Ended when a shutdown begins.
-        """
-        end = time.monotonic() + self.settings.patience_seconds
-        while True:
-            try:
-                return step()
-            except Outage as outage:
-                fault, last = outage.fault, min(end, self.queue.held_until(turn.message))
-                again = min(time.monotonic() + fault.failed(outage), last)
-                if time.monotonic() >= last:
-                    raise
-            turn.is_held = True
-            while not self.stopping and time.monotonic() < again and not fault.over.wait(0.2):
-                pass
-            turn.is_held = False
-            if self.stopping:
-                raise Ended(Outcome("released"))
+            self._store(turn)
+        except Exception as error:  # noqa: BLE001  # as in _do
+            if self._parks(turn, error):
+                return
+            ran, turn.report = turn.report, turn.report.ended(error)
+            turn.result.update(turn.report.pairs(), success=False)
+            if turn.directory and turn.report.outcome.status != "released":
+                self._keep_unstored(replace(turn, report=ran, package=None))
+        outcome = turn.report.outcome
+        if outcome.status == "error" and outcome.reason != "runtime":
+            self._note_trouble(turn.task and turn.task.code, False)
+        self._end(turn)
 
     def _store(self, turn: Turn) -> None:
-        """Keep a turn's result and output files, or have its report say why they cannot be.
-
-        What cannot be stored is kept for the message's return: the function is not run again.
-        """
+        """Store a turn's result and output files; raises Ended, Outage and OSError."""
+        if turn.directory and turn.names is None:
+            with self.slots.machine.needed():
+                turn.names, outcome = self.slots.outputs(
+                    turn.directory, turn.uid, turn.report.outcome, turn.report.request_id or "")
+            turn.report = replace(turn.report, outcome=outcome)
         report = turn.report
-        with self.lock:
-            peaks = self.peaks(report.function_id)
-            peak_bytes = report.outcome.peak_memory_bytes
-            if peak_bytes is not None and not turn.ran_before:
-                peaks.append(peak_bytes)
-            turn.result = report.result(turn.names, list(peaks))
-        if not report.request_id or report.outcome.status == "released":
-            return
-        try:
-            self._patiently(turn, lambda: self.results.put(turn.result, turn.directory, turn.names))
-            if turn.ran_before:
-                with contextlib.suppress(OSError):
-                    remove(turn.directory)
-        except Exception as error:  # noqa: BLE001  # as in _work
-            turn.report = report.ended(error)
-            turn.result.update(turn.report.pairs(), success=False)
-            if not turn.directory or turn.report.outcome.status == "released":
-                return
-            with contextlib.suppress(OSError):  # no room: then it runs again
-                if not turn.ran_before:
-                    aside = tempfile.mkdtemp(dir=self.slots.base / "code")  # no function sees it
-                    os.rename(turn.directory, aside)
-                    turn.directory = aside
-                with self.lock:
-                    self.unstored[turn.message.id, turn.message.body] = replace(turn, report=report)
-                    if len(self.unstored) > UNSTORED:
-                        remove(self.unstored.popitem(last=False)[1].directory)
+        if not turn.result:
+            with self.lock:
+                peaks = self.peaks(report.function_id)
+                if report.outcome.peak_memory_bytes is not None and not turn.ran_before:
+                    peaks.append(report.outcome.peak_memory_bytes)
+                turn.result = report.result(turn.names or [], list(peaks))
+        if report.request_id and report.outcome.status != "released":
+            self.results.put(turn.result, turn.directory, turn.names or [])
+        if turn.is_aside:
+            with contextlib.suppress(OSError):
+                remove(turn.directory)
 
-    def _settle(self, turn: Turn) -> None:
-        """Say how a turn ended, count it, and let go of its message."""
-        report, status = turn.report, turn.report.outcome.status
+    def _parks(self, turn: Turn, error: Exception) -> bool:
+        """Whether a turn waits out an error: an outage, while its lease and patience last."""
+        if not isinstance(error, Outage):
+            return False
+        if self.stopping:
+            self._release([turn])
+            return True
+        now, part = time.monotonic(), error.needs
+        turn.patience_ends = turn.patience_ends or now + self.settings.patience_seconds
+        last = min(turn.patience_ends, self.queue.lease_ends(turn.message))
+        with self.lock:
+            aside = [each for turns in self.parked.values() for each in turns]
+            is_full = (len(aside) >= MOST_PARKED
+                       or sum(len(each.message.body) for each in aside) >= MOST_PARKED_BYTES)
+            self._note_trouble(part, part.shared or is_full)
+            if now >= last or is_full or not self._set_aside(turn):
+                return False
+            turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
+            self.parked.setdefault(part, []).append(turn)
+            if error.reason == "disk" and self._make_room(turn):
+                self.log("INFO", f"{part.name}: packages that no run uses were removed")
+                part.retry_at = 0.0
+        return True
+
+    def _make_room(self, turn: Turn) -> bool:
+        """Remove packages that no run uses, and the links to them that idle slots still have."""
+        if not self.code.evict():
+            return False
+        with self.lock:  # none of them begins
+            for slot in self.slots.all:
+                if self.running.get(slot, turn) is turn:
+                    with contextlib.suppress(OSError):
+                        sweep(f"{slot.own}/work")
+        return True
+
+    def _note_trouble(self, cause: object, is_shared: bool) -> None:
+        """Have the receiver slow down when everything fails, not to send all to the DLQ.
+
+        That is so when all tasks need what fails, or when three different functions in a row did.
+        """
+        with self.lock:
+            self.troubles.add(cause)
+            now = time.monotonic()
+            if (is_shared or len(self.troubles) >= 3) and now >= self.pause_ends:
+                self.pause_seconds = min(30.0, max(0.25, self.pause_seconds * 2))
+                self.pause_ends = now + self.pause_seconds
+
+    def _set_aside(self, turn: Turn) -> bool:
+        """Whether a turn can wait without its slot: its output files are moved out of there."""
+        if turn.directory and not turn.is_aside:
+            try:
+                aside = tempfile.mkdtemp(dir=self.slots.base / "code")  # no function sees it
+                os.rename(turn.directory, aside)
+            except OSError:
+                return False  # no room
+            turn.directory, turn.is_aside = aside, True
+        return True
+
+    def _keep_unstored(self, turn: Turn) -> None:
+        """Keep what a run left until its message is back; the oldest goes when it is too much."""
+        if not self._set_aside(turn):
+            return  # then it runs again
+        turn.size = disk_usage([turn.directory], sys.maxsize)[0]
+        with self.lock:
+            self.unstored[turn.message.id, turn.message.body] = turn
+            size = sum(each.size for each in self.unstored.values())
+            while 1 < len(self.unstored) and (len(self.unstored) > UNSTORED
+                                              or size > UNSTORED_BYTES):
+                _, oldest = self.unstored.popitem(last=False)
+                size -= oldest.size
+                self.log("WARNING", f"[{oldest.report.request_id}] its result is dropped: too many "
+                                    "wait to be stored; it runs again when its message is back")
+                remove(oldest.directory)
+
+    def _release(self, turns: list[Turn], reason: str | None = None) -> None:
+        """Give messages back that did not run, or not to the end."""
+        for turn in turns:
+            self._end(turn, Outcome("released", reason))
+
+    def _end(self, turn: Turn, outcome: Outcome | None = None) -> None:
+        """Say how a turn ended, count it, and let go of its message; the first who asks does it."""
+        with self.lock:
+            if turn.is_over:
+                return
+            turn.is_over = True
+        report = turn.report = replace(turn.report, outcome=outcome or turn.report.outcome)
+        status = report.outcome.status
         report.write(self.log, report.request_id or turn.message.id)
         if not turn.ran_before:  # else its values are published already
             self.metrics.put(report)
         try:
             self.queue.end(turn.message, status, turn.result)
-        except Exception as error:  # noqa: BLE001  # the task stays where it is, the slot goes on
+        except Exception as error:  # noqa: BLE001  # the message is left, the slot goes on
             self.log("ERROR", f"[{turn.message.id}] cannot be put away: {error}")
+        if turn.package:
+            self.code.release(turn.package)
         with self.lock:
+            self.turns.discard(turn)
             self.counts[status] += 1
+            self.space.notify()
             if self.drain:
                 outcome = replace(report.outcome, stdout="", stderr="", text="")
                 self.drained.append(replace(report, outcome=outcome))
-
-    def _release(self, turn: Turn) -> None:
-        """Give a message back that was not started."""
-        turn.report = replace(turn.report, outcome=Outcome("released"))
-        self._settle(turn)
 
 
 def notify(state: str) -> None:
@@ -3835,27 +4985,36 @@ def notify(state: str) -> None:
 
 
 def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
-    """Run an agent on SQS, or on a folder; raises GiveUp."""
+    """Run an agent on SQS, or on a folder; raises GiveUp and ConfigError."""
+    if folder and not folder.is_dir():
+        raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
     with contextlib.closing(Slots(settings, log)) as slots:
         clients = None if folder else make_clients(settings)  # while the launcher starts
         slots.try_out()
-        if folder:
-            try:
-                queue, source = FolderQueue(folder, log), FolderCode(folder)
-                results, metrics = FolderResults(folder, log), FolderMetrics(folder, settings, log)
-            except OSError as error:
-                raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
-        else:
-            queue, source = SqsQueue(clients, settings, log), S3Code(clients.s3, log)
-            results = AwsResults(clients, settings, log)
-            metrics = CloudWatchMetrics(clients.cloudwatch, settings, log)
-        code = CodeCache(source, slots.base / "code", log)
-        agent = Agent(settings, log, queue, code, results, metrics, slots)
+        services = open_services(settings, log, clients, folder)
+        if clients and settings.function_role:
+            slots.role = FunctionRole(clients, settings, log)
+        agent = Agent(settings, log, services, slots)
         agent.run(drain)
         if drain:
             say(summary(agent.drained))
+
+
+def open_services(settings: Settings, log: Log, clients: Clients | None,
+                  folder: Path | None) -> Services:
+    """Those of AWS, or the folder that stands in for them. Raises GiveUp."""
+    if clients:
+        return Services(SqsQueue(clients, settings, log), S3Code(clients.s3, log),
+                        AwsResults(clients, settings, log),
+                        CloudWatchMetrics(clients.cloudwatch, settings, log))
+    assert folder
+    try:
+        return Services(FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
+                        FolderMetrics(folder, settings, log))
+    except OSError as error:
+        raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
 
 
 def say(text: str) -> None:
@@ -3864,41 +5023,83 @@ def say(text: str) -> None:
         write_all(1, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
-    """Run one function from a zip or a folder; 0 when it ends ok."""
-    path, log = Path(args.invoke), Log(form, "ERROR")
+def own_package(path: Path, target: Path, runtime: str | None,
+                handler: str) -> tuple[str, Package]:
+    """(runtime, package) of a function in a zip or a folder, copied; raises Ended and GiveUp."""
     if not path.exists():
         raise GiveUp(f"--invoke {path}: there is no such zip or folder")
-    asked = {"requestId": "invoke", "functionId": args.function_id, "runtime": args.runtime,
-             "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb}
-    given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-    report = Report()
+    if path.is_dir():
+        shutil.copytree(path, target, symlinks=True)
+        for one in (target, *target.rglob("*")):
+            if not one.is_symlink():
+                one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
+    elif path.suffix == ".zip" or zipfile.is_zipfile(path):
+        target.mkdir()
+        unpack(path, target)
+    else:
+        raise GiveUp(f"--invoke {path}: this is a file, neither a zip nor a folder; name the "
+                     f"folder that it is in: --invoke {path.parent}")
+    if runtime is None:
+        found = {entry: name for name in reversed(RUNTIMES)
+                 for entry in entry_files(name, handler) if (target / entry).is_file()}
+        if len(found) > 1:
+            raise GiveUp(f"--invoke {path}: it has {' and '.join(sorted(found))}; say by --runtime "
+                         "which of them is meant")
+        runtime = next(iter(found.values()), "python")
+    if runtime not in _RUNTIME_OF:
+        raise GiveUp(f"--runtime {runtime}: write one of {', '.join(_RUNTIME_OF)}")
+    return runtime, Package(target, "")
+
+
+def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
+    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp."""
+    log, keep = Log(form, "ERROR"), args.output
+    report, names = Report(), list[str]()
     with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
         slots.try_out()
-        slot, target = slots.all[0], slots.base / "code" / "invoked"
+        slot = slots.all[0]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: slot.cancel())
         try:
-            task = replace(parse_task(json.dumps(asked), settings, any_bucket=True), input=given)
+            runtime, package = own_package(args.invoke, slots.base / "code/invoked", args.runtime,
+                                           args.handler)
+            task = parse_task(json.dumps({
+                "requestId": "invoke", "functionId": args.function_id, "runtime": runtime,
+                "s3Key": "invoke", "timeoutMs": args.timeout_ms, "memoryMb": args.memory_mb,
+                "handler": args.handler, "env": dict(args.env),
+            }), settings, any_bucket=True)
             report = replace(report, **task.known())
-            if path.is_dir():
-                shutil.copytree(path, target, symlinks=True)
-                for one in (target, *target.rglob("*")):
-                    if not one.is_symlink():
-                        one.chmod(0o755 if one.is_dir() or one.stat().st_mode & 0o111 else 0o644)
-            else:
-                target.mkdir()
-                unpack(path, target)
-            package = Package(target, "", find_entry(target, task.runtime))
+            event = args.event
+            if not event and sys.stdin and not sys.stdin.isatty():
+                event = sys.stdin.buffer
+            task = replace(task, input=event.read() if event else b"")
             run = slots.run_spec(task, slots.compile(task, package, slot), slot, tee=True)
-            report = replace(report, outcome=slot.run(run))
+            outcome = slot.run(run)
+            names, outcome = slots.outputs(slot.output, slot.spec.uid, outcome, task.request_id)
+            report = replace(report, outcome=outcome)
         except (Ended, Outage) as error:
             report = report.ended(error)
+        outcome = report.outcome
+        if keep:
+            try:
+                keep.mkdir(parents=True, exist_ok=True)
+                copy_outputs(slot.output, names, keep)
+                write_json(str(keep), "result.json",
+                           report.result(names, [outcome.peak_memory_bytes or 0]))
+            except OSError as error:
+                raise GiveUp(f"--output {keep}: {error}; name a folder to write to") from None
     log.least = 0
-    outcome = report.outcome
+    if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
+        write_all(2, b"\n")  # what follows begins a line of its own
+    if outcome.returned and outcome.status == "ok":
+        say(outcome.returned)
+    if outcome.reason == "compile":  # the compiler's own lines, which no run has shown
+        write_all(2, outcome.stderr.encode())
     if outcome.text:
-        log("ERROR", f"{outcome.status}: {outcome.text}\n{outcome.stderr}".strip())
-    log("INFO", "REPORT", **report.pairs())
+        log("ERROR", f"{outcome.status}: {outcome.text}")
+    if names and not keep:
+        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(names[:9])}; --output DIR keeps it")
+    log(FATES[outcome.status].level, "REPORT", **report.pairs())
     return 0 if outcome.status == "ok" else 1
 
 
@@ -3908,6 +5109,12 @@ DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself,
     "sleepy-python": ("python", 500, "import time\nprint('good night', flush=True)\ntime.sleep(9)"),
     "hello-cpp": ("cpp", 60_000, '#include <cstdio>\nint main() { std::puts("Hello from C++"); }'),
 }
+
+DEMO_END = """
+hungry-python and sleepy-python were meant to fail: one takes more than its 64 MiB (oom), the other
+longer than its 500 ms (timeout). A task that fails is tried three times. The demo's files are gone.
+Next, a function of your own: put a main.py into a folder, and run it by
+    python3 nanogrid.py --invoke FOLDER"""
 
 
 def demo(settings: Settings, log: Log) -> None:
@@ -3927,6 +5134,17 @@ def demo(settings: Settings, log: Log) -> None:
                     "timeoutMs": timeout_ms, "memoryMb": 64}
             (folder / "queue" / f"{function_id}.json").write_text(json.dumps(task))
         run_agent(settings, log, folder, drain=True)
+        is_whole = not os.listdir(folder / "queue")
+    say(DEMO_END if is_whole else "The demo was stopped before its end.")
+
+
+TRIALS = {  # runtime: its entry file, which says the version of what runs or compiled it
+    "python": ("main.py", "import sys\nprint('runs', sys.version.split()[0])"),
+    "cpp": ("main.cpp", '#include <cstdio>\nint main() { std::puts("runs " __VERSION__); }'),
+    "nodejs": ("index.js", "console.log('runs', process.version)"),
+    "go": ("main.go", 'package main\nimport "runtime"\n'
+                      'func main() { println("runs", runtime.Version()) }'),
+}
 
 
 class Check:
@@ -3945,25 +5163,42 @@ class Check:
             self.failed = True
             say(f"FAIL  {name}: {error}")
 
-    def run(self, folder: Path | None) -> int:
+    def run(self, args: argparse.Namespace) -> int:
         """0 when all is usable, else 1."""
-        if folder:
-            with self.of("folder") as is_ok:
-                found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
-                for one in (folder, *found):
-                    os.listdir(one)
-                    if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
-                        raise PermissionError(errno.EACCES, "Permission denied", str(one))
-                is_ok(str(folder))
-        else:
+        if args.local:
+            self._folder(args.local)
+        elif not (args.invoke or args.demo):
             self._aws()
-        with self.of("sandbox") as is_ok:
-            is_ok(self._sandbox())
+        with self.of("sandbox") as is_ok, contextlib.closing(
+                Slots(replace(self.settings, concurrency=1), self.log)) as slots:
+            slots.try_out()
+            needed = list(RUNTIMES)
+            if args.invoke:
+                needed = []
+                with self.of("function") as is_whole:
+                    name, package = own_package(
+                        args.invoke, slots.base / "code/invoked", args.runtime, args.handler)
+                    needed = [_RUNTIME_OF[name]]
+                    entry = find_entry(package.path, needed[0], args.handler)
+                    is_whole(f"{args.invoke} begins with {entry}, for {needed[0]}")
+            for name in needed:
+                self._runtime(slots, name)
+            is_ok(self._sandbox(slots))
         return int(self.failed)
 
+    def _folder(self, folder: Path) -> None:
+        """Whether the parts of --local's folder can be listed, and written to."""
+        with self.of("folder") as is_ok:
+            found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
+            for one in (folder, *found):
+                os.listdir(one)
+                if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "Permission denied", str(one))
+            is_ok(str(folder))
+
     def _aws(self) -> None:
-        """The credentials, the queue, its DLQ, the bucket and CloudWatch."""
-        clients, attributes, url = None, {}, self.settings.queue_url
+        """The credentials, and what of AWS the settings name."""
+        clients = None
         with self.of("credentials") as is_ok:
             made = make_clients(self.settings)
             credentials = made.session.get_credentials()
@@ -3971,20 +5206,47 @@ class Check:
             clients = made
             sts = clients.session.client("sts", config=clients.sqs.meta.config)
             answer, error = attempt(sts.get_caller_identity)
-            whose = f"sts:GetCallerIdentity does not say who ({error})" if error else answer["Arn"]
-            is_ok(f"{credentials.method}: {whose}")
+            is_ok(f"{credentials.method}: {answer['Arn'] if answer else error}")
         if not clients:
             return
+        self._queue(clients)
+        if arn := self.settings.function_role:
+            with self.of("function role") as is_ok:
+                FunctionRole(clients, self.settings, self.log).env(0)
+                is_ok(f"{arn} is lent to functions")
+        key = f"nanogrid-check-{os.urandom(8).hex()}"
+        with self.of("bucket") as is_ok:
+            bucket = str(self.settings.code_bucket)
+            self.ask(clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
+                     Bucket=bucket, Key=key)
+            is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
+        with self.of("CloudWatch") as is_ok:
+            # Nothing to write: who may not write is told so, who may is told that this is nothing.
+            self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
+                     "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
+            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
+        if bucket := self.settings.output_bucket:
+            with self.of("output bucket") as is_ok:
+                # A part of an upload that nobody began; moto answers 500.
+                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
+                         "NoSuchUpload|^500$", Bucket=bucket, Key=key, PartNumber=1,
+                         UploadId="none", Body=b"")
+                is_ok(f"{bucket}: s3:PutObject is not refused")
+        if url := self.settings.output_queue_url:
+            with self.of("output queue") as is_ok:
+                self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
+                         "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
+                is_ok(f"{url}: a batch of no messages is not refused")
+
+    def _queue(self, clients: Clients) -> None:
+        """The queue, its visibility timeout and its DLQ."""
+        url, attributes = self.settings.queue_url, {}
         with self.of("queue") as is_ok:
-            answer, error = attempt(clients.sqs.get_queue_attributes, QueueUrl=url,
-                                    AttributeNames=["All"])
-            if error:
-                raise GiveUp(remedy(error, QUEUE_NEEDS, url) or str(error))
-            attributes = answer["Attributes"]
-            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting")
+            attributes = self.ask(clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
+                                  QueueUrl=url, AttributeNames=["All"])["Attributes"]
+            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting, with a "
+                  f"visibility timeout of {attributes.get('VisibilityTimeout')} s")
         if attributes:
-            with self.of("visibility timeout") as is_ok:
-                is_ok(f"{attributes.get('VisibilityTimeout')} s")
             with self.of("dead-letter queue") as is_ok:
                 policy = json.loads(attributes.get("RedrivePolicy") or "{}")
                 if "deadLetterTargetArn" not in policy:
@@ -3992,82 +5254,131 @@ class Check:
                                  "RedrivePolicy (setup_resources.sh does)")
                 receives = policy.get("maxReceiveCount")
                 is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
-        with self.of("bucket") as is_ok:
-            bucket, key = self.settings.code_bucket, f"nanogrid-check-{os.urandom(8).hex()}"
-            _, error = attempt(clients.s3.get_object, Bucket=str(bucket), Key=key)
-            if error is None or error_code(error) == "NoSuchKey":
-                is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
-            elif is_denied(error) and "perform: s3:ListBucket" in str(error):
-                is_ok(f"{bucket}: s3:ListBucket is not granted: a missing key is like a refusal")
-            else:
-                raise GiveUp(f"{bucket}: {remedy(error, BUCKET_NEEDS.format(bucket)) or error}")
-        with self.of("CloudWatch") as is_ok:
-            # Nothing to write: who may not write is told so, who may is told that this is nothing.
-            _, error = attempt(clients.cloudwatch.put_metric_data, MetricData=[],
-                               Namespace=self.settings.namespace)
-            if error and not re.search("Parameter|Validation", error_code(error)):
-                raise GiveUp(remedy(error, "cloudwatch:PutMetricData") or str(error))
-            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
 
-    def _sandbox(self) -> str:
-        """Say a line for each runtime and the metadata; the sandbox's text. Raises GiveUp."""
-        with contextlib.closing(Slots(replace(self.settings, concurrency=1), self.log)) as slots:
-            slots.try_out()
-            for name, runtime in RUNTIMES.items():
-                if slots.programs[name] or getattr(self.settings, name):
-                    with self.of(f"runtime {name}") as is_ok:
-                        is_ok(slots.program("{program}", name))
-                else:
-                    say(f"none  runtime {name}: no {' or '.join(runtime.programs)} on PATH that a "
-                        "function can run; its tasks end as error")
-            slot, place, address = slots.all[0], slots.base / "code/trial", METADATA[socket.AF_INET]
-            place.mkdir(mode=0o755)
-            reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
-            (place / "run.sh").write_text(f"{reach}test -w .\n")
-            task = Task("check", "check", "cpp", "", "", 10_000, 64, b"")
-            outcome = slot.run(slots.run_spec(task, Package(place, "", "run.sh"), slot))
-            if reach:
-                with self.of("instance metadata") as is_ok:
-                    if "not permitted" not in outcome.stderr:
-                        raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
-                                     "close it by a firewall, or set agent.execution.network none")
-                    is_ok(f"{address} is refused to functions")
-            if outcome.status != "ok":
-                raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
-            who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
-            peak = outcome.peak_memory_bytes
-            return "; ".join((f"a trial run ended ok, as {who}, with a peak of {peak} bytes",
-                              *slots.gaps))
+    @staticmethod
+    def ask(call: Callable[..., Any], needs: str, fine: str, **arguments: Any) -> dict[str, Any]:
+        """The answer of AWS, {} for an error whose code is `fine`; GiveUp with what to do."""
+        answer, error = attempt(call, **arguments)
+        if error and not re.search(fine, error_code(error)):
+            raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
+                         or f"{error}; it may pass: if it does not, check the network, "
+                            "agent.aws.region and agent.aws.endpointUrl")
+        return answer or {}
+
+    def _runtime(self, slots: Slots, name: str) -> None:
+        """Whether a program of this runtime runs, and which version runs or compiles it."""
+        if not slots.programs[name] and not getattr(self.settings, name):
+            return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
+                       "that a function can run; its tasks end as error")
+        with self.of(f"runtime {name}") as is_ok:
+            program = slots.program("{program}", name)
+            try:
+                outcome = self._trial(slots, name, *TRIALS[name])
+            except Ended as error:  # it does not compile
+                outcome = error.outcome
+            said = outcome.stdout + outcome.stderr
+            if outcome.status != "ok" or not said.startswith("runs "):
+                raise GiveUp(f"{program} does not run {TRIALS[name][0]} as it should "
+                             f"({outcome.status}: {shown(said)}); correct agent.runtimes.{name}")
+            is_ok(f"{program}, {said[5:].strip()}")
+
+    def _trial(self, slots: Slots, runtime: str, entry: str, source: str) -> Outcome:
+        """What a function of our own comes to; raises Ended."""
+        place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
+        place.mkdir(mode=0o755)
+        (place / entry).write_text(source)
+        task = Task("check", "check", runtime, "", "", 60_000, 512, b"")
+        package = slots.compile(task, Package(place, ""), slot)
+        return slot.run(slots.run_spec(task, package, slot))
+
+    def _sandbox(self, slots: Slots) -> str:
+        """Say a line for the metadata; the sandbox's text. Raises GiveUp."""
+        slot, address = slots.all[0], METADATA[socket.AF_INET]
+        reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
+        outcome = self._trial(slots, "cpp", "run.sh", f"{reach}test -w .\n")
+        if reach:
+            with self.of("instance metadata") as is_ok:
+                if "not permitted" not in outcome.stderr:
+                    raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
+                                 "close it by a firewall, or set agent.execution.network none")
+                is_ok(f"{address} is refused to functions")
+        if outcome.status != "ok":
+            raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
+        who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
+        peak = outcome.peak_memory_bytes
+        return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
+                f"{slots.isolation()}")
+
+
+def pair(text: str) -> list[str]:
+    """[NAME, VALUE]; raises ArgumentTypeError."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text} is no NAME=VALUE")
+    return text.split("=", 1)
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="nanogrid.py", description="NanoGrid: your own Lambda on one machine, in one file.")
+        prog="nanogrid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="NanoGrid: your own Lambda on one machine, in one file.\n"
+                    "It takes tasks from the SQS queue that the settings name until it is stopped.",
+        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: the\n"
+               "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
+               "settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
-                        help="the settings (default: application.yml)")
+                        help="the settings (default: application.yml here)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--local", metavar="DIR", type=Path,
-                      help="a folder stands in for SQS, S3 and CloudWatch")
-    mode.add_argument("--demo", action="store_true", help="run sample functions and show a summary")
-    mode.add_argument("--invoke", metavar="PATH", help="run one function from a zip or a folder")
-    parser.add_argument("--drain", action="store_true", help="end when the queue is empty")
-    parser.add_argument("--check", action="store_true", help="say what is usable, change nothing")
+                      help="a folder stands in for SQS, S3 and CloudWatch (default: AWS)")
+    mode.add_argument("--demo", action="store_true",
+                      help="run sample functions, without settings or AWS (default: no)")
+    mode.add_argument("--invoke", metavar="PATH", type=Path,
+                      help="run one function here and now from a zip or a folder; standard input "
+                           "is its input (default: no)")
+    parser.add_argument("--drain", action="store_true",
+                        help="end when the queue is empty (default: at SIGTERM or SIGINT)")
+    parser.add_argument("--check", action="store_true",
+                        help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", default="python")
-    one.add_argument("--timeout-ms", type=int)
-    one.add_argument("--memory-mb", type=int)
-    one.add_argument("--function-id", default="invoke")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text")
-    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper)
+    one.add_argument("--runtime", metavar="NAME",
+                     help="python, cpp, nodejs or go (default: its only entry file's)")
+    one.add_argument("--timeout-ms", type=int, metavar="MS",
+                     help="its time limit (default: execution.defaultTimeoutMs)")
+    one.add_argument("--memory-mb", type=int, metavar="MB",
+                     help="its memory cap (default: execution.defaultMemoryMb)")
+    one.add_argument("--function-id", default="invoke", metavar="ID",
+                     help="its name in the REPORT line (default: %(default)s)")
+    one.add_argument("--output", metavar="DIR", type=Path,
+                     help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
+    one.add_argument("--handler", metavar="FILE.FUNCTION", default="",
+                     help="what to call, as in AWS Lambda (default: the entry file is run)")
+    one.add_argument("--env", metavar="NAME=VALUE", type=pair, action="append", default=[],
+                     help="a variable for it; may be repeated (default: none)")
+    one.add_argument("--event", metavar="FILE", type=argparse.FileType("rb"),
+                     help="its input (default: standard input)")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text",
+                        help="of the log's lines (default: %(default)s)")
+    parser.add_argument("--log-level", choices=LEVELS, default="INFO", type=str.upper,
+                        help="the least that is logged (default: %(default)s)")
     parser.add_argument("--version", action="version", version=f"nanogrid {__version__}")
     return parser
 
 
+def start_clean() -> None:
+    """Undo what whoever started this process left of descriptors and signals; exec keeps both."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket would take a closed one's place
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children end without a status
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 1 could not go on, 2 wrong usage or settings."""
+    start_clean()
     if argv[:1] == ["--launcher"]:
-        launch(socket.socket(fileno=int(argv[1])))
+        launch(socket.socket(fileno=int(argv[1])), argv[2])
         return 0
     args = arguments().parse_args(argv)
     log = Log(args.log_format, args.log_level)
@@ -4076,7 +5387,8 @@ def main(argv: list[str]) -> int:
         return 1
     local = bool(args.local or args.demo or args.invoke)
     path = args.config or Path("application.yml")
-    if args.config is None and (args.demo or args.invoke or args.local and not path.exists()):
+    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
+    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
         path = None
     try:
         settings, warnings = load_settings(path, os.environ, local)
@@ -4084,7 +5396,7 @@ def main(argv: list[str]) -> int:
             log("WARNING", warning)
         if args.check:
             say(f"ok    settings: {path or 'defaults'}")
-            return Check(settings, Log(args.log_format, "ERROR")).run(args.local)
+            return Check(settings, Log(args.log_format, "ERROR")).run(args)
         if args.invoke:
             return invoke(settings, args.log_format, args)
         if args.demo:

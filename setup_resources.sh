@@ -138,9 +138,8 @@ Resources:
         {"widgets": [{"type": "metric", "properties": {"title": "Queue", "region": "${AWS::Region}", "stat": "Maximum", "metrics": [
           ["AWS/SQS", "ApproximateNumberOfMessagesVisible", "QueueName", "${Queue}"], ["...", "${Dlq}"],
           [".", "ApproximateAgeOfOldestMessage", ".", "${Queue}", {"yAxis": "right"}]]}},
-         {"type": "metric", "properties": {"title": "Functions", "region": "${AWS::Region}", "metrics": [
-          [{"expression": "SEARCH('{NanoGrid/FunctionRunner,FunctionId,Runtime} MetricName=\"PeakMemoryBytes\"', 'Maximum', 60)"}],
-          [{"expression": "SEARCH('{NanoGrid/FunctionRunner,Status} MetricName=\"Runs\"', 'Sum', 60)", "yAxis": "right"}]]}}]}
+         {"type": "metric", "properties": {"title": "Peak memory", "region": "${AWS::Region}", "metrics": [
+          [{"expression": "SEARCH('{NanoGrid/FunctionRunner,FunctionId,Runtime} MetricName=\"PeakMemoryBytes\"', 'Maximum', 60)"}]]}}]}
   FleetPolicy:
     {Type: AWS::IAM::Policy, Condition: MakeFleet, Properties: {
       PolicyName: NanoGridFleet, Roles: [!Ref AgentRole], PolicyDocument: {Version: "2012-10-17", Statement: [

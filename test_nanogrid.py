@@ -1,17 +1,39 @@
 """Tests of NanoGrid, in the order of the module: real processes, real HTTP, real files.
 
-Each part names at its banner what it looks at. Run: python -m pytest
+To add a test, find the part of nanogrid.py that you changed: its tests stand below the same banner.
+
+A new row in a table is mostly enough. What is read or refused: the tables beside `parse_yaml`,
+Settings, Tasks and Zips (REFUSED). A function and how it ends: RUNS; what it may not do: CONFINED;
+what it hides memory or files in: HOARDS; what it leaves behind: ESCAPES; what a warm Python must do
+as a bare one: the tables of "a warm start". An answer of AWS's: AWS_ERRORS. A fault: SCENES and
+OUTAGES. A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py;
+`--- other.py` begins another file. All its rows are one drain, and each is then a test of its result.
+
+Else write a test, for one of these worlds:
+    Agent      nanogrid.py as a process, whose log is read as it comes
+    Folder     --local: `with Folder("ordinary") as folder:`, or the fixture grids(user, SETTING=…)
+    site(moto) SQS, S3 and CloudWatch in an emulator, behind a proxy that fails as it is told to
+    Party      the parts of the agent before answers of AWS's that the test writes
+Functions tell what they did to a witness (`tell`, `marker`): they share no directory with the tests.
+
+Wait with until(), for a condition; never for a time, and assert no time that a busy machine breaks.
+What waits much and works little is a @trial: all of them run at once. What takes over five seconds
+is `slow`; `cgroup` needs a cgroup v2. It must pass as root and as an ordinary user, leave nothing
+behind, and have been seen to fail.
 """
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import fnmatch
 import functools
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import math
@@ -58,15 +80,29 @@ sys.path.insert(0, str(MODULE.parent))
 
 import nanogrid as ng
 
+MIB = 1 << 20
+ROOT = os.geteuid() == 0
+# An interpreter that every user reaches: a virtual environment under /root is not.
+PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin") or sys.executable
+# A uid of this session's own, so that no process limit is shared with another test run.
+ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
+USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
+
+
+def patient(seconds: float) -> float:
+    """What takes `seconds` at most on an idle machine may take so long on this one, as busy as it is."""
+    busy = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return max(seconds, min(600.0, seconds * busy))
+
 
 def until(condition, seconds=180.0, what="condition"):
-    """Return the first true value of condition(); fail when `seconds` pass without one."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """Return the first true value of condition(); fail when patient(seconds) pass without one."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < patient(seconds):
         if value := condition():
             return value
         time.sleep(0.02)
-    raise AssertionError(f"{what} did not come within {seconds} s")
+    raise AssertionError(f"{what} did not come within {time.monotonic() - begun:.0f} s")
 
 
 def need(*programs: str, found=shutil.which) -> None:
@@ -74,6 +110,11 @@ def need(*programs: str, found=shutil.which) -> None:
     for program in programs:
         if not found(program):
             (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed here")
+
+
+def slow_but(rows, *quick: str) -> list:
+    """The rows' names as parameters: all but these run with --slow alone."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in rows]
 
 
 def make_zip(files: dict[str, str | bytes], mode: int = 0o644) -> bytes:
@@ -88,15 +129,43 @@ def make_zip(files: dict[str, str | bytes], mode: int = 0o644) -> bytes:
     return buffer.getvalue()
 
 
-def slow_but(rows, *quick: str) -> list:
-    """The rows' names as parameters: all but these run with --slow alone."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in rows]
+# --- Agents and what they log
 
 
-def reports(log: str) -> list[dict[str, str]]:
-    """The REPORT lines of a text log, in order, each as a dict of its pairs."""
-    lines = re.findall(r"^\S+ INFO REPORT (.*)$", log, re.MULTILINE)
-    return [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
+@pytest.fixture(scope="session", autouse=True)
+def module_within_reach():
+    """nanogrid.py where every user can read it: a home directory is often closed to others."""
+    global MODULE
+    kept = MODULE
+    with tempfile.TemporaryDirectory(prefix="nanogrid-module-") as place:
+        os.chmod(place, 0o755)
+        MODULE = Path(shutil.copy(kept, place))
+        yield
+    MODULE = kept
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_at_default():
+    """Started by nohup or by a shell's `&`, the tests' own children would ignore some of these."""
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def as_user(user: str, uid: int = ORDINARY) -> list[str]:
+    """The words before a command that make it run as `user`."""
+    if user != "ordinary" or not ROOT:
+        return []
+    need("setpriv")
+    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
+
+
+# Runs nanogrid.py with another value for a constant: `python -c … python nanogrid.py ARGUMENTS`.
+PATCHED = """import sys
+sys.path.insert(0, sys.argv[2].rpartition("/")[0])
+import nanogrid as ng
+{}
+sys.exit(ng.main(sys.argv[3:]))"""
 
 
 class Agent:
@@ -141,7 +210,7 @@ class Agent:
 
     def end(self, seconds: float = 180) -> int:
         """The exit status; the log is complete when this returns."""
-        status = self.process.wait(seconds)
+        status = self.process.wait(patient(seconds))
         for reader in self._readers:
             reader.join(60)
         return status
@@ -159,46 +228,23 @@ class Agent:
         self.end()
 
 
-class Folder:
-    """A directory for --local: put() adds code and a task, run() drains it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.count = 0
-        for name in ("queue", "code"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-
-    def put(self, files=None, runtime="python", function_id="fn", request_id=None, **task) -> str:
-        """Store `files` (a dict, zip bytes, or None to reuse) and queue a task; its requestId."""
-        self.count += 1
-        request_id = request_id or f"r{self.count:05d}"
-        key = task.pop("s3Key", f"{function_id}.zip")
-        if files is not None:
-            data = files if isinstance(files, bytes) else make_zip(files)
-            target = self.path / "code" / key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.with_name("." + target.name).write_bytes(data)
-            target.with_name("." + target.name).rename(target)
-        body = {"requestId": request_id, "functionId": function_id, "runtime": runtime,
-                "s3Key": key, "timeoutMs": 60000, "memoryMb": 256, **task}
-        part = self.path / "queue" / f".{request_id}"
-        part.write_text(json.dumps(body))
-        part.rename(self.path / "queue" / f"{request_id}.json")
-        return request_id
-
-    def drain(self, *args, seconds=600, **kwargs) -> Agent:
-        """Run `--local DIR --drain` to its end; the ended agent, for .log and .out."""
-        with Agent("--local", self.path, "--drain", *args, **kwargs) as agent:
-            agent.status = agent.end(seconds)
-        return agent
-
-    def result(self, request_id: str) -> dict:
-        return json.loads((self.path / "results" / request_id / "result.json").read_text())
+def reports(log: str) -> list[dict[str, str]]:
+    """The REPORT lines of a text log, in order, each as a dict of its pairs."""
+    lines = re.findall(r"^\S+ [A-Z]+ REPORT (.*)$", log, re.MULTILINE)
+    return [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return Folder(tmp_path / "grid")
+def complaints(log: str) -> list[str]:
+    """The log's lines of level WARNING and above, but REPORTs and the one of how functions are isolated."""
+    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!REPORT |isolation: ).*$", log, re.MULTILINE)
+
+
+def mishaps(log: str) -> list[str]:
+    """Those that are not of an emulator which answers late, as it may on a busy machine."""
+    return [line for line in complaints(log) if " timeout on endpoint URL" not in line]
+
+
+# --- Functions that tell what they did
 
 
 class Hearing(StreamRequestHandler):
@@ -243,6 +289,274 @@ def tell_in_bash() -> str:
             "exec 9>&-; }; ")
 
 
+# Has a file for each run, named REQUEST_ID.RANDOM and holding its pid; then as its input says.
+MARKER = """
+import json, os, sys, time
+task = json.load(sys.stdin)
+name = task["marks"] + "/" + os.environ["REQUEST_ID"] + "." + os.urandom(6).hex()
+tell("mark", name, str(os.getpid()))
+time.sleep(task.get("sleep", 0))
+sys.exit(task.get("exit", 0))
+"""
+
+
+def marker() -> dict[str, str]:
+    return {"main.py": with_tell(MARKER)}
+
+
+def marks_in(path: Path) -> list[Path]:
+    """What MARKER has left under `path`, a file for each run."""
+    return [mark for mark in (path / "marks").iterdir() if mark.name[-1] != "~"]
+
+
+def proxy_runs(path: Path) -> Counter:
+    """How often each request id was run, by the marks under `path`."""
+    return Counter(mark.name.partition(".")[0] for mark in marks_in(path))
+
+
+def run_pids(path: Path) -> list[int]:
+    return [int(mark.read_text()) for mark in marks_in(path)]
+
+
+def until_ran(path: Path, request_id: str = "r1", times: int = 1):
+    """Wait until the function of a request has begun."""
+    until(lambda: proxy_runs(path)[request_id] >= times, what=f"a run of {request_id}")
+
+
+# --- Processes, by /proc
+
+
+def stat_of(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on, or None when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def processes() -> dict[int, list[str]]:
+    """Every process by its pid, as stat_of() has it."""
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return {pid: stat for pid in pids if (stat := stat_of(pid))}
+
+
+def family(pid: int) -> list[int]:
+    """`pid` and its living descendants."""
+    found, all_of_them = [pid], processes()
+    for member in found:
+        found += [child for child, stat in all_of_them.items() if int(stat[1]) == member]
+    return found
+
+
+def command_lines() -> dict[int, str]:
+    """What /proc says of every process but zombies: pid and command line."""
+    lines = {}
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            lines[pid] = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace")
+    return lines
+
+
+def resident_below(pid: int) -> int:
+    """Bytes that the processes below `pid` hold, shared pages once."""
+    total = 0
+    for each in family(pid)[1:]:
+        with contextlib.suppress(OSError, TypeError):
+            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
+            total += int(re.search(r"^Pss:\s*(\d+)", rollup, re.MULTILINE)[1]) << 10
+    return total
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time used by the process and its living descendants."""
+    stats = filter(None, map(stat_of, family(pid)))
+    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def alive(pid: int) -> bool:
+    return bool((stat := stat_of(pid)) and stat[0] not in "ZX")
+
+
+def until_gone(pids: list[int], seconds: float = 60):
+    """Wait until none of these processes lives."""
+    until(lambda: not any(map(alive, pids)), seconds, f"the end of {pids}")
+
+
+# --- A folder in place of AWS, and tables of functions
+
+
+@contextlib.contextmanager
+def scratch():
+    """A directory that every user may enter, with a folder `marks` for what the witness hears."""
+    path = Path(tempfile.mkdtemp(prefix="nanogrid-test-"))
+    path.chmod(0o755)
+    (path / "marks").mkdir()
+    try:
+        yield path
+    finally:
+        subprocess.run(["chmod", "-R", "u+rwX", path], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", path], check=True)
+
+
+class Folder:
+    """A directory for --local, whose agents run as `user`: "root", "ordinary" or "me"."""
+
+    def __init__(self, user: str = "me", path: Path | None = None, **settings):
+        self.user, self.count, self.held = user, 0, contextlib.ExitStack()
+        self.scratch = self.top = self.held.enter_context(scratch())
+        self.path, self.base, self.spool = path or self.top / "grid", self.top / "task", self.top / "spool"
+        self.env = {"AGENT_TASKBASEDIR": str(self.base), "AGENT_RUNTIMES_PYTHON": PYTHON,
+                    "HOME": str(self.top), "LANG": "C.UTF-8", "TZ": "Asia/Seoul",
+                    **{f"AGENT_{key}": str(value) for key, value in settings.items()}}
+        places = [self.path, self.path / "queue", self.path / "code", self.base, self.spool]
+        for place in places:
+            place.mkdir(parents=True)
+        for place in (self.top, *places):
+            if ROOT and user == "ordinary":
+                os.chown(place, ORDINARY, ORDINARY)
+            place.chmod(0o777 if place == self.spool else 0o755)
+
+    def remove(self, *_):
+        self.held.close()
+
+    def __enter__(self) -> Folder:
+        return self
+
+    __exit__ = remove
+
+    def put(self, files=None, runtime="python", function_id="fn", request_id=None, **task) -> str:
+        """Store `files` (a dict, zip bytes, or None to reuse) and queue a task; its requestId."""
+        self.count += 1
+        request_id = request_id or f"r{self.count:05d}"
+        key = task.pop("s3Key", f"{function_id}.zip")
+        if files is not None:
+            data = files if isinstance(files, bytes) else make_zip(files)
+            target = self.path / "code" / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.with_name("." + target.name).write_bytes(data)
+            target.with_name("." + target.name).rename(target)
+        body = {"requestId": request_id, "functionId": function_id, "runtime": runtime,
+                "s3Key": key, "timeoutMs": 60000, "memoryMb": 256, **task}
+        part = self.path / "queue" / f".{request_id}"
+        part.write_text(json.dumps(body))
+        part.rename(self.path / "queue" / f"{request_id}.json")
+        return request_id
+
+    def put_all(self, cases: dict[str, Case]):
+        for name, case in cases.items():
+            if case.only in (None, self.user):
+                self.put(case.files, case.runtime, request_id=slug(name), function_id=slug(name), **case.task)
+
+    def agent(self, *args, prefix=(), env=None, **options) -> Agent:
+        """An agent that serves the folder."""
+        return Agent("--local", self.path, *args, **{"python": PYTHON, **options},
+                     env={**self.env, **(env or {})}, prefix=[*as_user(self.user), *prefix])
+
+    def run(self, *args, prefix=(), seconds=600) -> Folder:
+        """Drain the queue; the log is in .log, its reports by requestId in .reports."""
+        with self.agent("--drain", *args, prefix=prefix) as agent:
+            try:
+                status = agent.end(seconds)
+            except subprocess.TimeoutExpired:
+                status = f"none within {seconds} s"
+        self.log, self.reports = agent.log, collections.defaultdict(list)
+        for report in reports(agent.log):
+            self.reports[report["requestId"]].append(report)
+        assert status == 0, agent.log[-5000:]
+        return self
+
+    def result(self, request_id: str) -> dict:
+        return json.loads((self.path / "results" / request_id / "result.json").read_text())
+
+    def __getitem__(self, name: str) -> dict:
+        """The result of a row of a table."""
+        return self.result(slug(name))
+
+
+@pytest.fixture
+def folder():
+    with Folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module", params=USERS)
+def user(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """Makes Folders; all of them are removed when the module's tests are over."""
+    with contextlib.ExitStack() as stack:
+        yield lambda user, **settings: stack.enter_context(Folder(user, **settings))
+
+
+def local_site() -> Folder:
+    """A Folder with MARKER as fn.zip."""
+    folder = Folder()
+    (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
+    return folder
+
+
+def local(folder: Folder, *args, **options) -> Agent:
+    return folder.agent(*args, **options)
+
+
+def local_job(folder: Folder, request_id, sleep=0, exit=0, **task) -> str:
+    """Queue a task for MARKER; its requestId."""
+    told = {"marks": str(folder.scratch / "marks"), "sleep": sleep, "exit": exit}
+    return folder.put(request_id=request_id, input=told, **task)
+
+
+def names(folder: Folder, *parts) -> list[str]:
+    """The visible names in one of the folder's directories; none where it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(name for name in os.listdir(folder.path.joinpath(*parts)) if name[0] != ".")
+    return []
+
+
+Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
+
+
+def pairs(words: list[str]) -> list[list[str]]:
+    return [word.split("=", 1) for word in words if "=" in word]
+
+
+def table(text: str) -> dict[str, Case]:
+    """The functions of a table of text by name; see the top of this file."""
+    cases = {}
+    for part in re.split(r"^=== ", text, flags=re.MULTILINE)[1:]:
+        header, _, body = part.partition("\n")
+        name, task, expect = (re.split(r" *\| *", header) + ["", ""])[:3]
+        words = task.split()
+        runtime = next((word for word in words if word in ("cpp", "nodejs", "go")), "python")
+        entry = {"python": "main.py", "nodejs": "index.js", "go": "main.go", "cpp": "run.sh"}[runtime]
+        chunks = re.split(r"^--- (\S+)\n", body.rstrip("\n") + "\n", flags=re.MULTILINE)
+        files = {entry: chunks[0], **dict(zip(chunks[1::2], chunks[2::2]))}
+        fields = {key: json.loads(value) for key, value in pairs(words)}
+        cases[name] = Case(files, runtime, fields, {"status": "ok", **dict(pairs(expect.split()))},
+                           "root" if "root" in words else None, "unordered" in words)
+    return cases
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def check(grid: Folder, name: str, case: Case) -> dict:
+    """The result of a row, after comparing it with what the row expects (`a/b`: one of them)."""
+    if case.only not in (None, grid.user):
+        pytest.skip("only root gives every slot a uid of its own")
+    result = grid[name]
+    for key, expected in case.expect.items():
+        got = str(result[key]).strip()
+        assert got in expected.split("/"), f"{key} should be {expected}: {json.dumps(result)[:3000]}"
+    return result
+
+
+# --- AWS: an emulator, a proxy that fails by rule, and a site of a test's own
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -254,7 +568,8 @@ AWS_ENV = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
 
 
 # moto looks at a queue and changes it without a lock: two receives at once may get the same message,
-# and what one of two deletes at once removes the other brings back. SQS does neither.
+# and what one of two deletes at once removes the other brings back. SQS does neither. A handle that is
+# not a message's newest deletes nothing in SQS, and the message in moto.
 MOTO = """
 import sys, threading
 from moto.server import main
@@ -273,7 +588,10 @@ def wait_unlocked(queue, timeout):
         lock.acquire()
 for name in ("receive_message", "send_message", "delete_message", "change_message_visibility"):
     setattr(models.SQSBackend, name, alone(getattr(models.SQSBackend, name)))
-models.Queue.wait_for_messages = wait_unlocked
+def delete_newest(queue, handle, delete=models.Queue.delete_message):
+    if not any(each.had_receipt_handle(handle) and each.receipt_handle != handle for each in queue._messages):
+        delete(queue, handle)
+models.Queue.wait_for_messages, models.Queue.delete_message = wait_unlocked, delete_newest
 main(sys.argv[1:])
 """
 
@@ -306,22 +624,308 @@ def moto():
         yield url
 
 
+def client_of(url: str, service: str):
+    """A client of an emulator's."""
+    return boto3.client(service, region_name="ap-northeast-2", endpoint_url=url,
+                        aws_access_key_id="testing", aws_secret_access_key="testing")
+
+
+# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message), see as_aws()
+REFUSALS = {
+    "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
+    "status 503": (503, "ServiceUnavailable", "ServiceUnavailable", "Service is unavailable"),
+    "throttling": (400, "ThrottlingException", "SlowDown", "Rate exceeded"),
+    "expired": (403, "ExpiredTokenException", "ExpiredToken", "The security token is expired"),
+    "denied": (403, "AccessDeniedException", "AccessDenied", "User is not authorized"),
+    "no bucket": (404, "NoSuchBucket", "NoSuchBucket", "The specified bucket does not exist"),
+}
+
+
+@dataclass
+class Rule:
+    """Fails requests of the operations that match `pattern`: `times` of them, or all."""
+    pattern: str
+    fault: str
+    times: int | None = None
+    seconds: float = 0.0
+    said: tuple = ()  # what as_aws() answers
+
+
+@dataclass
+class Seen:
+    """One request as the proxy saw it."""
+    at: float
+    operation: str
+    fault: str
+    path: str
+    body: bytes = field(repr=False)
+    key: str = ""  # the access key id that signed it
+
+
+def operation_of(method: str, path: str, headers, body: bytes) -> str:
+    """The AWS operation of a request, whichever protocol botocore chose for the service."""
+    if target := headers.get("X-Amz-Target"):
+        return target.rpartition(".")[2]
+    if "/operation/" in path:
+        return path.rpartition("/")[2]
+    if headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded"):
+        return urllib.parse.parse_qs(body.decode())["Action"][0]
+    key = urllib.parse.urlsplit(path).path.strip("/").partition("/")[2]
+    return {"GET": "GetObject" if key else "ListObjectsV2", "PUT": "PutObject", "POST": "PutObject",
+            "HEAD": "HeadObject" if key else "HeadBucket", "DELETE": "DeleteObject"}[method]
+
+
+def matches(pattern: str, operation: str) -> bool:
+    """Whether one of the patterns, parted by `|`, matches the operation's name."""
+    return any(fnmatch.fnmatch(operation, part) for part in pattern.split("|"))
+
+
+def cbor(texts: dict[str, str]) -> bytes:
+    """A CBOR map of up to 23 pairs of texts: what an error of CloudWatch is."""
+    coded = [struct.pack(">BH", 0x79, len(text.encode())) + text.encode()
+             for pair in texts.items() for text in pair]
+    return bytes((0xA0 + len(texts),)) + b"".join(coded)
+
+
+def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str) -> bytes:
+    """An error as AWS's own services answer it, from the status line to the last byte; `twin` is
+    its query-compatible code, if any.
+
+    SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
+    S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
+    CloudWatch: as SQS since botocore 1.42 (its model also offers smithy.io/2.0/additional-specs/
+    protocols/smithy-rpc-v2.html); before, smithy.io/2.0/aws/protocols/aws-query-protocol.html
+    """
+    request_id, more = "66916324-67ca-54bb-a410-3f567a7a0571", ""
+    text = message.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    if target := headers.get("X-Amz-Target"):
+        kind = "application/x-amz-json-1.0"
+        space = "com.amazonaws.sqs" if target.startswith("AmazonSQS.") else "com.amazonaws.cloudwatch"
+        if code.endswith("Exception"):  # of what stands before each service
+            space = "com.amazon.coral.service"
+        content = json.dumps({"__type": f"{space}#{code}", "message": message}).encode()
+    elif "Smithy-Protocol" in headers:
+        kind, more = "application/cbor", "smithy-protocol: rpc-v2-cbor\r\n"
+        content = cbor({"__type": f"com.amazonaws.cloudwatch#{code}", "message": message})
+    elif b"Action=" in body:
+        kind = "text/xml"
+        space = ("https://sts.amazonaws.com/doc/2011-06-15/" if b"AssumeRole" in body else
+                 "http://monitoring.amazonaws.com/doc/2010-08-01/")
+        content = (f'<ErrorResponse xmlns="{space}">\n  <Error>\n'
+                   f"    <Type>Sender</Type>\n    <Code>{twin or code}</Code>\n    <Message>{text}</Message>"
+                   f"\n  </Error>\n  <RequestId>{request_id}</RequestId>\n</ErrorResponse>\n").encode()
+    else:
+        content = (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{text}'
+                   f"</Message><RequestId>4442587FB7D0A2F9</RequestId><HostId>{request_id}</HostId></Error>")
+        return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+                f"x-amz-request-id: 4442587FB7D0A2F9\r\nx-amz-id-2: {request_id}\r\n"
+                "Content-Type: application/xml\r\nTransfer-Encoding: chunked\r\n"
+                "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\nServer: AmazonS3\r\n\r\n"
+                f"{len(content.encode()):x}\r\n{content}\r\n0\r\n\r\n").encode()
+    more += f"x-amzn-query-error: {twin};Sender\r\n" if twin else ""
+    return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\nx-amzn-RequestId: {request_id}\r\n"
+            f"{more}Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n"
+            "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\n\r\n").encode() + content
+
+
+def aws_refusal(fault: str, headers, body: bytes) -> tuple | None:
+    """as_aws()'s arguments for a fault of REFUSALS."""
+    if fault not in REFUSALS:
+        return None
+    status, code, s3_code, message = REFUSALS[fault]
+    is_s3 = not ("X-Amz-Target" in headers or "Smithy-Protocol" in headers or b"Action=" in body)
+    return status, s3_code if is_s3 else code, "", message
+
+
+def head_of(answer: bytes) -> bytes:
+    """What answers a HEAD: all but the body."""
+    return answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 300
+
+    def handle_request(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        operation = operation_of(self.command, self.path, self.headers, body)
+        signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
+        rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
+        fault = rule.fault if rule else ""
+        if said := rule and (rule.said or aws_refusal(fault, self.headers, body)):
+            content = as_aws(self.headers, body, *said)
+            return self.wfile.write(content if self.command != "HEAD" else head_of(content))
+        if fault == "reset":
+            self.server.proxy.closing.wait(rule.seconds)
+            return self.reset()
+        if fault == "black hole":
+            self.server.proxy.closing.wait()
+            return self.reset()
+        if fault == "delay":
+            self.server.proxy.closing.wait(rule.seconds)
+        if fault == "partial":
+            refused, body = split_batch(body)
+        status, headers, content = self.forward(body)
+        if fault == "lost answer":
+            return self.reset()
+        if fault == "late answer":
+            self.server.proxy.closing.wait(rule.seconds)
+        if fault == "partial":
+            content = with_failed(content, refused)
+        if operation == "ReceiveMessage" and status == 200:
+            self.server.proxy.received += json.loads(content or b"{}").get("Messages") or []
+        if fault == "emulator":
+            headers.pop("ETag", None)
+            content = re.sub(rb'"SentTimestamp": "\d+",? ?', b"", content)
+        self.answer(status, headers, content, cut=fault == "truncated", ends=fault == "emulator")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
+
+    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        backend = http.client.HTTPConnection(self.server.proxy.backend, timeout=300)
+        headers = {**self.headers, "Content-Length": str(len(body)), "Connection": "close"}
+        headers.pop("Expect", None)
+        try:
+            backend.request(self.command, self.path, body, headers)
+            response = backend.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
+        finally:
+            backend.close()
+
+    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False,
+               ends: bool = False):
+        """Send the answer; `cut`: half of it, then end the connection; `ends`: that ends it."""
+        length = headers.get("Content-Length") if self.command == "HEAD" else None
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                self.send_header(name, value)
+        if ends:
+            self.send_header("Connection", "close")  # sets close_connection, too
+        else:
+            self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[:len(content) // 2] if cut else content)
+        if cut:
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+    def reset(self):
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.rfile.close()
+        self.connection.close()
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+    def log_message(self, *_):
+        pass
+
+
+def split_batch(body: bytes) -> tuple[list[str], bytes]:
+    """Takes the first half (at least one) of a batch's entries out; their ids, and the rest."""
+    request = json.loads(body)
+    entries = request["Entries"]
+    half = (len(entries) + 1) // 2
+    request["Entries"] = entries[half:]
+    return [entry["Id"] for entry in entries[:half]], json.dumps(request).encode()
+
+
+def with_failed(content: bytes, refused: list[str]) -> bytes:
+    """The answer of a batch with `refused` added to its failed entries."""
+    answer = json.loads(content) if b'"Successful"' in content else {"Successful": []}
+    failed = [{"Id": entry, "SenderFault": False, "Code": "InternalError", "Message": "try again"}
+              for entry in refused]
+    return json.dumps({**answer, "Failed": answer.get("Failed", []) + failed}).encode()
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_):
+        """A client that goes away, or a backend that does, is what these tests are about."""
+
+
+class FaultProxy:
+    """Stands before `url`; `fail("DeleteMessage*", "reset", times=2)` until `heal()`.
+
+    Faults: those of REFUSALS; "reset" (after seconds=); "black hole" (read, never answered, not even after heal());
+    "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
+    reset); "truncated" (half a body); "partial" (half of a batch's entries fail); "emulator" (done,
+    but no SentTimestamp, ETag and Content-Length is told).
+    `requests` is what came, `received` the messages that were given out; `expired` are access keys
+    that are answered as AWS answers expired ones.
+    """
+
+    def __init__(self, url: str):
+        self.backend = urllib.parse.urlsplit(url).netloc
+        self.requests: list[Seen] = []
+        self.received: list[dict] = []
+        self.rules: list[Rule] = []
+        self.expired: set[str] = set()
+        self.closing = threading.Event()
+        self.lock = threading.Lock()
+        self.server = QuietServer(("127.0.0.1", 0), ProxyHandler)
+        self.server.proxy = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fail(self, pattern: str, fault: str, times: int | None = None, seconds: float = 0.0, said=()):
+        with self.lock:
+            self.rules.append(Rule(pattern, fault, times, seconds, said))
+
+    def heal(self):
+        with self.lock:
+            self.rules.clear()
+
+    def take(self, operation: str, path: str, body: bytes, key: str) -> Rule | None:
+        """The rule that this request falls under, used up by one; the request is noted."""
+        with self.lock:
+            found = next((rule for rule in self.rules if rule.times != 0 and (
+                matches(rule.pattern, operation) or matches(rule.pattern, f"{operation} {path}"))),
+                         None)
+            if found and found.times:
+                found.times -= 1
+            found = Rule("*", "expired") if key in self.expired else found
+            fault = found.fault if found else ""
+            self.requests.append(Seen(time.monotonic(), operation, fault, path, body, key))
+            return found
+
+    def count(self, pattern: str, fault: str = "*") -> int:
+        with self.lock:
+            return sum(matches(pattern, seen.operation) and fnmatch.fnmatch(seen.fault, fault)
+                       for seen in self.requests)
+
+
 class Aws:
     """A queue with its DLQ, a bucket and an application.yml of their own, in an emulator."""
 
-    def __init__(self, url: str, path: Path, visibility: int = 30, receives: int = 3):
-        import boto3
-        self.url, self.path, self.name = url, path, "q-" + os.urandom(4).hex()
+    def __init__(self, url: str, path: Path, visibility: int = 30, receives: int = 3, name: str = "",
+                 bucket: str = ""):
+        self.url, self.path, self.name = url, path, name or "q-" + os.urandom(4).hex()
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url}
-        options = dict(region_name="ap-northeast-2", endpoint_url=url,  # noqa: C408
-                       aws_access_key_id="testing", aws_secret_access_key="testing")
-        self.sqs, self.s3, self.cloudwatch = (boto3.client(n, **options) for n in ("sqs", "s3", "cloudwatch"))
+        self.sqs, self.s3, self.cloudwatch = (
+            client_of(url, service) for service in ("sqs", "s3", "cloudwatch"))
         self.dlq_url = self.sqs.create_queue(QueueName=self.name + "-dlq")["QueueUrl"]
-        arn = self.sqs.get_queue_attributes(QueueUrl=self.dlq_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        arn = self.sqs.get_queue_attributes(
+            QueueUrl=self.dlq_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
         self.queue_url = self.sqs.create_queue(QueueName=self.name, Attributes={
-            "VisibilityTimeout": str(visibility), "ReceiveMessageWaitTimeSeconds": "20",
-            "RedrivePolicy": json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": receives})})["QueueUrl"]
-        self.bucket = self.name + "-code"
+            "VisibilityTimeout": str(visibility), "ReceiveMessageWaitTimeSeconds": "20", "RedrivePolicy":
+            json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": receives})})["QueueUrl"]
+        self.bucket = bucket or self.name + "-code"
         self.s3.create_bucket(Bucket=self.bucket,
                               CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
 
@@ -342,17 +946,78 @@ class Aws:
                 "s3Key": key, "timeoutMs": 60000, "memoryMb": 256, **task}
         return self.sqs.send_message(QueueUrl=self.queue_url, MessageBody=body or json.dumps(task))["MessageId"]
 
-    def count(self, url: str | None = None) -> int:
+    def count(self, url: str | None = None, *states: str) -> int:
         """Messages in a queue (the main one by default), visible or in flight or delayed."""
-        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible",
-                 "ApproximateNumberOfMessagesDelayed"]
+        names = [f"ApproximateNumberOfMessages{state}" for state in states or ("", "NotVisible", "Delayed")]
         got = self.sqs.get_queue_attributes(QueueUrl=url or self.queue_url, AttributeNames=names)["Attributes"]
         return sum(int(got[name]) for name in names)
 
 
-@pytest.fixture
-def aws(moto, tmp_path):
-    return Aws(moto, tmp_path)
+@contextlib.contextmanager
+def site(moto: str, **options):
+    """An Aws of its own whose agents go through a FaultProxy, `aws.proxy`; MARKER is at fn.zip."""
+    with scratch() as path, FaultProxy(moto) as proxy:
+        aws = Aws(moto, path, **options)
+        aws.proxy, aws.prefix = proxy, ()
+        aws.env["AWS_ENDPOINT_URL"] = proxy.url
+        aws.put(marker())
+        yield aws
+
+
+def start(aws: Aws, *args, wait: int = 1, env=None, prefix=None, **sections) -> Agent:
+    """An agent of this site; sections of its settings as dicts: execution={"concurrency": 1}."""
+    extra = ""
+    for name, values in sections.items():
+        extra += f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
+    return Agent("--config", aws.config(extra, wait), *args, env={**aws.env, **(env or {})},
+                 prefix=aws.prefix if prefix is None else prefix)
+
+
+def job(aws: Aws, request_id: str = "r1", sleep: float = 0, exit: int = 0, **task) -> str:
+    """Send a task for MARKER; its message id."""
+    told = {"marks": str(aws.path / "marks"), "sleep": sleep, "exit": exit}
+    return aws.send(request_id, input=told, **task)
+
+
+def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
+    """Wait until the queue is empty and the dead-letter queue holds as many messages."""
+    def settled():  # a message that becomes visible between two counts is in neither: look again
+        return not aws.count() and not aws.count() and dead(aws) == in_dlq
+
+    try:
+        until(settled, seconds, "the end of all messages")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {aws.count()} are in the queue and {dead(aws)} in the DLQ; "
+                             f"the log:\n{agent.log}") from None
+
+
+def finish(aws: Aws, agent: Agent, runs=None, ends=None, in_dlq: int = 0, seconds: float = 180):
+    """All messages end, then the agent. `runs`: how often each request ran; `ends`: how many turns
+    ended with each status."""
+    until_settled(aws, agent, in_dlq, seconds)
+    assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
+    assert runs is None or proxy_runs(aws.path) == runs, agent.log
+    assert ends is None or Counter(each["status"] for each in reports(agent.log)) == ends, agent.log
+
+
+def visible(aws: Aws, url: str | None = None) -> int:
+    """Messages that a receive would get now."""
+    return aws.count(url, "")
+
+
+def dead(aws: Aws) -> int:
+    """Messages in the dead-letter queue."""
+    return aws.count(aws.dlq_url)
+
+
+def metric_values(aws: Aws, function_id: str) -> float:
+    """How many PeakMemoryBytes values CloudWatch holds for a function, by both dimensions."""
+    got = aws.cloudwatch.get_metric_statistics(
+        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes", Period=86400,
+        StartTime=time.time() - 86400, EndTime=time.time() + 86400, Statistics=["SampleCount"],
+        Dimensions=[{"Name": "FunctionId", "Value": function_id},
+                    {"Name": "Runtime", "Value": "python"}])
+    return sum(point["SampleCount"] for point in got["Datapoints"])
 
 
 # --------------------------------------------------------------------------------------------
@@ -751,6 +1416,8 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("execution.patienceSeconds", "0", "patience_seconds", 0),
     ("execution.network", "none", "network", "none"),
     ("execution.metadata", "allow", "metadata", "allow"),
+    ("execution.functionRole", "arn:aws:iam::123456789012:role/path/fn", "function_role",
+     "arn:aws:iam::123456789012:role/path/fn"),
     ("execution.runAs", "1000", "run_as", "1000"),
     ("execution.runAs", "nobody", "run_as", "nobody"),
     ("execution.warmStart", "false", "warm_start", False),
@@ -767,7 +1434,6 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
     ("output.queueUrl", QUEUE, "output_queue_url", QUEUE),
     ("metrics.namespace", "Mine/Runs", "namespace", "Mine/Runs"),
     ("metrics.flushSeconds", "60", "flush_seconds", 60),
-    ("metrics.runs", "true", "count_runs", True),
     ("taskBaseDir", "/srv/task", "task_base_dir", "/srv/task"),
 ])
 def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, text, field, value):
@@ -819,7 +1485,7 @@ def test_local_needs_nothing_of_aws_and_does_not_look_at_its_variables(tmp_path)
 
 def test_a_wrong_value_in_the_file_does_not_matter_where_the_environment_wins(tmp_path):
     text = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID").replace("Seconds: 20", "Seconds: 99")
-    environ = {"AGENT_SQS_QUEUEURL": QUEUE, "AGENT_SQS_WAITTIMESECONDS": " 5", "AGENT_NO_SUCH": "1"}
+    environ = {"AGENT_SQS_QUEUEURL": QUEUE, "AGENT_SQS_WAITTIMESECONDS": " 5"}
     assert load(tmp_path, text, environ)[0].wait_time_seconds == 5
 
 
@@ -894,7 +1560,7 @@ def test_all_problems_are_named_at_once(tmp_path):
         ("arn:aws:s3:::bucket", "bare name"), ("bucket/key", "bare name"),
         ("20251130", "put it in quotes"),
         ("true", "is true; put it in quotes"), ("[]", "is a list; write the bucket's"),
-        ("' b '", "bare name"),
+        ("' b '", "bare name"), ("b", "is 'b'; write the bucket's bare name, 3 characters or more"),
         ("${BUCKET}", "write what Spring would put there, or set AGENT_S3_CODEBUCKET"),
         ('"bu\\ncket"', r"'bu\ncket'")]),
     ("agent:\n  s3:\n    allowedBuckets: one", 3, "is 'one'; write a list"),
@@ -994,6 +1660,23 @@ def test_problems_of_the_environment_name_the_variable():
     assert max(map(len, found)) < 250
 
 
+@pytest.mark.parametrize("name, problem", [
+    ("AGENT_SQS_QUEUE_URL", "is no setting; the nearest is AGENT_SQS_QUEUEURL"),
+    ("AGENT_QUEUEURL_0", "is no setting; the nearest is AGENT_"),
+    ("AGENT_", "is no setting; the nearest is AGENT_"),
+    ("AGENT_WARMPOOLS_ENABLED", "is no setting; the nearest is AGENT_"),
+    ("AGENT_WARMPOOL_ENABLED", None), ("AGENT_REDIS", None), ("AGENTS", None), ("MY_AGENT_X", None)])
+def test_variables_that_are_no_settings(name, problem):
+    """An error that names the nearest; those of the Spring Boot agent are passed over with a warning."""
+    if problem:
+        with pytest.raises(ng.ConfigError, match=f"^{name}: {problem}"):
+            ng.load_settings(None, {**ENOUGH, name: ""}, local=False)
+    else:
+        _, warnings = ng.load_settings(None, {**ENOUGH, name: "1"}, local=False)
+        spring = [f"{name} is for the Spring Boot agent; passed over"]
+        assert warnings == (spring if name.startswith("AGENT_") else [])
+
+
 @pytest.mark.parametrize("text, lines", [
     ("", [1, 1, 1]), ("agent:\n  aws:\n    region:\n  sqs:\n    waitTimeSeconds: 1\n", [3, 4, 1]),
     ("# c\nagent:\n  sqs:\n    queueUrl: ~\n", [1, 4, 1])])
@@ -1057,7 +1740,8 @@ def test_whatever_stands_in_a_file_or_the_environment_only_config_errors_come_ou
 # --- Tasks -----------------------------------------------------------------------------------
 
 SETTINGS = types.SimpleNamespace(code_bucket="code", allowed_buckets=("more",), memory_mb=4096,
-                                 default_timeout_ms=10_000, default_memory_mb=128)
+                                 default_timeout_ms=10_000, default_memory_mb=128,
+                                 function_role="arn:aws:iam::123456789012:role/fn")
 TASK = {"requestId": "r-1", "functionId": "team/hello:v1", "runtime": "python", "s3Key": "f/h.zip"}
 
 
@@ -1075,12 +1759,13 @@ def test_a_task_with_its_defaults():
 
 
 def test_a_task_with_every_field_and_an_unknown_one():
-    task = parse(s3Bucket="more", timeoutMs=43_200_000, memoryMb=4096, input={"a": 1}, colour="red")
+    task = parse(s3Bucket="more", timeoutMs=43_200_000, memoryMb=4096, input={"a": 1}, colour="red",
+                 handler="app.main", env={"A": "1"})
     assert task == ng.Task("r-1", "team/hello:v1", "python", "more", "f/h.zip", 43_200_000, 4096,
-                           b'{"a": 1}')
+                           b'{"a": 1}', "app.main", {"A": "1"})
 
 
-@pytest.mark.parametrize("name", ["s3Bucket", "timeoutMs", "memoryMb"])
+@pytest.mark.parametrize("name", ["s3Bucket", "timeoutMs", "memoryMb", "handler", "env"])
 def test_null_for_an_optional_field_is_its_default(name):
     assert parse(**{name: None}) == parse()
 
@@ -1095,7 +1780,9 @@ def test_runtime_names(alias, runtime):
 @pytest.mark.parametrize("fields", [
     {"requestId": "a" * 128}, {"requestId": "..."}, {"requestId": ".a:_-"},
     {"functionId": "a/b/.c"}, {"functionId": "a" * 128}, {"s3Key": "é" * 512}, {"s3Key": "a//b"},
-    {"s3Key": "../a"}, {"s3Key": "/a"}, {"timeoutMs": 1}, {"memoryMb": 1}])
+    {"s3Key": "../a"}, {"s3Key": "/a"}, {"timeoutMs": 1}, {"memoryMb": 1},
+    {"handler": "a.b"}, {"handler": "한/a-b.c.d"}, {"handler": "a/b.c", "runtime": "node"},
+    {"env": {}}, {"env": {"_a1": "", "AWS_PROFILE": "한\n"}}, {"env": {"A": "x" * 32766}}])
 def test_values_at_the_edge_are_right(fields):
     parse(**fields)
 
@@ -1119,6 +1806,9 @@ BAD_FIELDS = [
                                      "\ud800", None, 7, ["a"]]],
     *[("timeoutMs", value) for value in [0, -1, 43_200_001, True, "5000", 5000.0, [1], 10 ** 4000]],
     *[("memoryMb", value) for value in [0, -1, True, "128", 128.0, {}]],
+    *[("handler", value) for value in ["app", "app.", ".f", "a..f", "/a.f", "../a.f", "a/../b.f",
+                                       "a\\b.f", "a b.f", "a.f\n", "a\0.f", "\ud800.f", 7, ["a.f"]]],
+    *[("env", value) for value in ["A=1", 7, [], [["A", "1"]], True]],
 ]
 
 
@@ -1132,6 +1822,34 @@ def test_a_wrong_field_is_named_with_its_value(name, value):
         ng.REPORTED[key]: found for key, found in {**TASK, "timeoutMs": 10_000,
                                                    "memoryMb": 128}.items()
         if key not in (name, "s3Key")}
+
+
+@pytest.mark.parametrize("env, text", [
+    *[({"A": "1", name: "1"}, rf"env has {name!r}, which each run gets") for name in [
+        *("PATH LANG TZ HOME TMPDIR OUTPUT_DIR USER LOGNAME REQUEST_ID FUNCTION_ID MEMORY_MB "
+          "TIMEOUT_MS AWS_LAMBDA_FUNCTION_NAME AWS_LAMBDA_FUNCTION_MEMORY_SIZE LAMBDA_TASK_ROOT "
+          "_HANDLER AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION").split()]],
+    *[({name: "1"}, "env has .*; names are") for name in ["", "1A", "A-B", "A=B", "é", "A\n"]],
+    *[({"A": value}, "env has 'A' as .*; write a string") for value in [1, None, True, [], "\0",
+                                                                       "\ud800"]],
+    ({"A": "x" * 32767}, "env has 32769 bytes; at most 32768"),
+], ids=lambda value: ascii(value)[:30])
+def test_what_env_may_not_hold_is_named(env, text):
+    with pytest.raises(ng.Ended, match=text) as caught:
+        parse(env=env)
+    assert caught.value.outcome.reason == "task"
+
+
+def test_without_a_role_a_task_may_name_what_the_role_would_give():
+    settings = types.SimpleNamespace(**{**vars(SETTINGS), "function_role": None})
+    env = {"AWS_REGION": "eu-west-1"}
+    assert ng.parse_task(json.dumps({**TASK, "env": env}), settings).env == env
+
+
+@pytest.mark.parametrize("runtime", ["cpp", "go"])
+def test_a_compiled_runtime_has_no_handler(runtime):
+    with pytest.raises(ng.Ended, match=f"handler is for python and nodejs, not {runtime}"):
+        parse(runtime=runtime, handler="app.main")
 
 
 @pytest.mark.parametrize("name", ["requestId", "functionId", "runtime", "s3Key"])
@@ -1207,8 +1925,8 @@ def test_a_number_of_more_digits_than_python_reads_is_rejected():
 
 # --- Zips ------------------------------------------------------------------------------------
 
-def member(name, data=b"x", *, mode=0o100644, system=3, method=0, flags=0, crc=None, size=None,
-           local=None, extra=b"", packed=None):
+def member(name, data=b"x", *, mode=0o100644, system=3, method=0, flags=0x800, crc=None, size=None,
+           local=None, extra=b"", packed=None, date=0x21 << 16):
     """(local header and data, central header without its offset) with any field a lie."""
     name = name.encode() if isinstance(name, str) else name
     local = name if local is None else local
@@ -1216,7 +1934,7 @@ def member(name, data=b"x", *, mode=0o100644, system=3, method=0, flags=0, crc=N
         packer = zlib.compressobj(9, zlib.DEFLATED, -15)
         packed = packer.compress(data) + packer.flush()
     packed = data if packed is None else packed
-    common = struct.pack("<HHHHHLLL", 20, flags | 0x800, method, 0, 0x21,
+    common = struct.pack("<HHHLLLL", 20, flags, method, date,
                          zlib.crc32(data) if crc is None else crc, len(packed),
                          len(data) if size is None else size)
     return (b"PK\3\4" + common + struct.pack("<HH", len(local), 0) + local + packed,
@@ -1268,23 +1986,22 @@ def far(offset):
 
 
 LEAVE, LINK, CORRUPT = "may leave the zip's folder", "is a link to", "is corrupt"
-TWICE, BELOW = "stands twice", "which is no folder"
+TWICE, BELOW, BOTH = "stands twice", "which is no folder", "both a file and a folder"
+BACKSLASH = "a backslash in its name, as old Windows tools write it for '/'; zip it again with"
 REFUSED = {
     "absolute": (bundle(member("/leak")), LEAVE),
     "dots": (bundle(member("../leak")), LEAVE),
     "dots inside": (bundle(member("a/../b")), LEAVE),
     "dots last": (bundle(member("a/..")), LEAVE),
     "dots alone": (bundle(member("../")), LEAVE),
-    "backslash": (bundle(member("..\\leak")), LEAVE),
-    "backslash inside": (bundle(member("a\\b")), LEAVE),
+    "backslash": (bundle(member("..\\leak")), BACKSLASH),
+    "backslash inside": (bundle(member("a\\b")), BACKSLASH),
     "drive": (bundle(member("C:/leak")), LEAVE),
-    "drive relative": (bundle(member("c:leak")), LEAVE),
-    "NUL": (bundle(member("a\0b")), "control character"),
-    "line end": (bundle(member("a\nb")), "control character"),
-    "C1": (bundle(member("a\x9bb")), "control character"),
+    "drive alone": (bundle(member("C:")), LEAVE),
+    "NUL": (bundle(member("a\0b")), "has a NUL"),
     "not UTF-8": (bundle(member(b"a\xff")), "no zip that can be read"),
-    "no name": (bundle(member("")), "both a file and a folder"),
-    "dot": (bundle(member(".")), "both a file and a folder"),
+    "no name": (bundle(member("")), BOTH),
+    "dot": (bundle(member(".")), BOTH),
     "long part": (bundle(member("a" * 256)), "255 between"),
     "long part in UTF-8": (bundle(member("가" * 86)), "255 between"),
     "long folder": (bundle(member("a" * 256 + "/b")), "255 between"),
@@ -1298,9 +2015,9 @@ REFUSED = {
     "link by a chain": (bundle(link("a", "b"), link("b", "../..")), LINK),
     "link to nothing": (bundle(link("a", "")), LINK),
     "link with NUL": (bundle(link("a", "b\0c")), LINK),
-    "link too long": (bundle(link("a", "b/" * 501)), "too large"),
+    "link too long": (bundle(link("a", "b/" * 501)), "over 1000 bytes"),
     "link as a folder": (bundle(link("d", "."), member("d/f")), BELOW),
-    "link as a folder, later": (bundle(member("d/f"), link("d", ".")), "both a file and a folder"),
+    "link as a folder, later": (bundle(member("d/f"), link("d", ".")), BOTH),
     "write through a link": (bundle(link("a", "../outside"), member("a")), TWICE),
     "character device": (bundle(member("a", mode=stat.S_IFCHR | 0o666)), "is a device"),
     "block device": (bundle(member("a", mode=stat.S_IFBLK | 0o666)), "is a device"),
@@ -1316,11 +2033,10 @@ REFUSED = {
     "one name twice": (bundle(member("a"), member("a")), TWICE),
     "one name twice, ./": (bundle(member("a"), member("./a")), TWICE),
     "one name twice, //": (bundle(member("d/a"), member("d//a")), TWICE),
-    "one folder twice": (bundle(member("d/", b""), member("d/", b"")), TWICE),
-    "file, then folder": (bundle(member("a"), member("a/", b"")), TWICE),
+    "file, then folder": (bundle(member("a"), member("a/", b"")), BOTH),
     "file, then below it": (bundle(member("a"), member("a/b")), BELOW),
     "file, then far below it": (bundle(member("a"), member("a/b/c/d")), BELOW),
-    "below it, then file": (bundle(member("a/b"), member("a")), "both a file and a folder"),
+    "below it, then file": (bundle(member("a/b"), member("a")), BOTH),
     "CRC": (bundle(member("a", crc=1)), CORRUPT),
     "CRC of nothing": (bundle(member("a", b"", crc=1)), CORRUPT),
     "CRC of a link": (bundle(member("a", b"b", mode=stat.S_IFLNK, crc=1)), CORRUPT),
@@ -1337,7 +2053,7 @@ REFUSED = {
     "no bytes": (b"", "no zip that can be read"),
     "only the magic": (b"PK\3\4", "no zip that can be read"),
     "tar.gz": (b"\x1f\x8b\x08" + bytes(100), "no zip that can be read"),
-    "empty": (bundle(), "has 0 members"),
+    "empty": (bundle(), "has no members"),
     "cut": (bundle(member("a"))[:-30], "no zip that can be read"),
 }
 
@@ -1371,38 +2087,38 @@ def test_members_that_share_bytes_are_refused(unpack):
             "<HHHHLLH", 0, 0, 2, 2, len(directory), len(outer[0]), 0))
 
 
-def test_ten_thousand_members_and_no_more(unpack):
-    members = [member(f"d/{i}", b"") for i in range(10_001)]
-    assert len(unpack(bundle(*members[1:]))) == 10_000
+@pytest.mark.slow
+def test_fifty_thousand_members_and_no_more(unpack):
+    members = [member(f"d{i // 30_000}/e/{i}", b"") for i in range(50_001)]
+    assert len(unpack(bundle(*members[1:]))) == 50_000
     for claimed in (None, 1):
-        with pytest.raises(ng.Ended, match="has 10001 members; it may have 1 to 10000"):
+        with pytest.raises(ng.Ended, match="has 50001 members; 50000 are allowed; the largest "
+                                           "folders: 'd0' 30000, 'd0/e' 30000, 'd1' 20001"):
             unpack(bundle(*members, claimed=claimed))
 
 
 def test_folders_that_names_imply_are_bounded(unpack):
-    with pytest.raises(ng.Ended, match="over 20000 files and folders"):
-        unpack(bundle(*(member(f"{i}/" + "a/" * 400 + "b") for i in range(60))))
+    with pytest.raises(ng.Ended, match="over 100000 files and folders"):
+        unpack(bundle(*(member(f"{i}/" + "a/" * 400 + "b") for i in range(300))))
 
 
 def test_a_directory_of_the_zip_that_would_fill_the_memory_is_not_read(unpack):
     with pytest.raises(ng.Ended, match="its directory claims [0-9]+ bytes"):
-        unpack(bundle(*[member("a" * 800, b"")] * 9_500))
+        unpack(bundle(*[member("a" * 800, b"")] * 25_000))
 
 
-def test_more_than_250_mib_is_refused(unpack):
-    data = bundle(*(member(f"{i}", bytes(126 << 20), method=8) for i in range(2)))
-    with pytest.raises(ng.Ended, match=r"'1' is too large: .* 262144000 bytes"):
-        unpack(data)
-    assert sum(path.stat().st_size for path in unpack.target.iterdir()) <= 250 << 20
-
-
-def test_the_limit_on_bytes_is_for_all_files_together(unpack, monkeypatch):
-    data = bundle(*(member(f"{i}", bytes(100_000), method=8) for i in range(3)))
-    monkeypatch.setattr(ng, "MAX_UNPACKED", 300_000)
+def test_what_a_zip_may_unpack_to_is_for_all_files_together(unpack, monkeypatch):
+    data = bundle(*(member(f"{name}", bytes(100 * 1024), method=8)
+                    for name in ("a/b/1", "a/c/2", "3")))
+    monkeypatch.setattr(ng, "MAX_UNPACKED", 300 * 1024)
     assert len(unpack(data)) == 3
-    monkeypatch.setattr(ng, "MAX_UNPACKED", 299_999)
-    with pytest.raises(ng.Ended, match="'2' is too large"):
+    monkeypatch.setattr(ng, "MAX_UNPACKED", 300 * 1024 - 1)
+    with pytest.raises(ng.Ended, match="has 1 MiB unpacked; .*: 'a' 1, 'a/b' 1, 'a/c' 1, '.' 1"):
         unpack(data)
+    assert not unpack.target.exists()
+    with pytest.raises(ng.Ended, match="has 2049 MiB unpacked; 1024 are allowed"):
+        monkeypatch.undo()
+        unpack(bundle(*(member(name, size=(1 << 30) + 1) for name in "ab")))
 
 
 def modes(folder):
@@ -1429,21 +2145,51 @@ def test_modes(unpack, umask):
     assert stat.S_IMODE(unpack.target.stat().st_mode) == 0o755
 
 
+def test_main_may_run_where_a_zip_has_no_modes_at_all(unpack):
+    made = {"system": 0, "mode": 0}  # as by Windows' Explorer, and by jar
+    unpack(bundle(member("main", **made), member("d/main", **made), member("a", **made)))
+    assert modes(unpack.target) == {"main": 0o755, "d": 0o755, "d/main": 0o644, "a": 0o644}
+
+
 def test_contents_and_names(unpack):
-    names = ["main.py", "한글/é.txt", "sp ace", "..a", "a..", "...", "ab:c", "a" * 255, "A", "a"]
+    names = ["main.py", "한글/é.txt", "sp ace", "..a", "a..", "...", "ab:c", "a" * 255, "A", "a",
+             "a:b.txt", "c:d/e", "Icon\r", "a\nb", "a\x9bb"]
     data = make_zip({name: f"<{name}>" for name in names})
     assert unpack(data) == sorted(names)
-    assert {name: (unpack.target / name).read_text() for name in names} == {
-        name: f"<{name}>" for name in names}
+    assert {name: (unpack.target / name).read_bytes() for name in names} == {
+        name: f"<{name}>".encode() for name in names}
+
+
+@pytest.mark.parametrize("stored, flags, name", [
+    ("한글.txt".encode(), 0, "한글.txt"),  # as Info-ZIP writes it without a UTF-8 locale
+    ("한글.txt".encode(), 0x800, "한글.txt"),
+    (b"\x81.txt", 0, "ü.txt")])  # code page 437
+def test_names_in_utf_8_with_or_without_the_flag(unpack, stored, flags, name):
+    assert unpack(bundle(member(stored, flags=flags))) == [name]
+
+
+@pytest.mark.parametrize("extra, date, seconds", [
+    (struct.pack("<HHBl", 0x5455, 5, 1, 1234567891), 0, 1234567891),
+    (struct.pack("<HHBll", 0x5455, 9, 3, 1234567891, 5), 0, 1234567891),
+    (struct.pack("<HHll", 0x5855, 8, 5, 1234567891), 0, 1234567891),  # as macOS' Finder writes it
+    (struct.pack("<HHBHHBl", 0x9999, 1, 0, 0x5455, 5, 1, -7), 0, -7),
+    (b"UT\5", 0x4A6E << 16 | 0x5AAB, time.mktime((2017, 3, 14, 11, 21, 22, 0, 0, -1))),
+    (struct.pack("<HHB", 0x5455, 1, 0), 0x21 << 16, time.mktime((1980, 1, 1, 0, 0, 0, 0, 0, -1))),
+    (b"", 0, time.mktime((1979, 11, 30, 0, 0, 0, 0, 0, -1))),  # no month, no day
+    (b"", 0xFFFFFFFF, time.mktime((2107, 15, 31, 31, 63, 62, 0, 0, -1))),
+])
+def test_files_keep_their_times(unpack, extra, date, seconds):
+    unpack(bundle(member("a", b"x" * 100_000, extra=extra, date=date)))
+    assert (unpack.target / "a").stat().st_mtime == seconds
 
 
 @pytest.mark.parametrize("data", [
     bundle(member("./"), member("./a"), member(".//d/./b")),
-    bundle(member("d/b"), member("d/", b""), member("a")),
+    bundle(member("d/b"), member("d/", b""), member("a"), member("d/", b"")),
     bundle(member("a"), member("d/b"), prefix=b"#!/bin/sh\n" * 9),
     bundle(member("a"), member("d/b"), claimed=77),
     bundle(member("a", flags=0x8), member("d/b", method=8)),
-], ids=["dot", "folder last", "prefix", "claims more", "deflate"])
+], ids=["dot", "folder last and twice", "prefix", "claims more", "deflate"])
 def test_odd_zips_that_are_right(unpack, data):
     assert unpack(data) == ["a", "d/b"]
     assert (unpack.target / "d/b").read_bytes() == b"x"
@@ -1555,6 +2301,23 @@ def test_no_entry(unpack, runtime, members, text):
     assert caught.value.outcome.reason == "entry"
 
 
+@pytest.mark.parametrize("runtime, handler, entry", [
+    ("python", "app.f", "app.py"), ("python", "src/app.f", "src/app.py"),
+    ("python", "src.app.f", "src/app.py"), ("python", "pack.f", "pack/__init__.py"),
+    ("python", "gone.f", "no gone.py or gone/__init__.py for the handler gone.f"),
+    ("nodejs", "app.f", "app.js"), ("nodejs", "src/app.f", "src/app.mjs"),
+    ("nodejs", "old.f", "old.cjs"), ("nodejs", "src.app.f", "no src.app.js or src.app.mjs or"),
+    ("nodejs", "in.f", "; 'src' has one: zip what is in that folder"),
+    ("nodejs", "[a].f", r"no \[a\].js")])
+def test_entry_of_a_handler(unpack, runtime, handler, entry):
+    unpack(make_zip(dict.fromkeys(["app.py", "src/app.py", "pack/__init__.py", "app.js", "app.mjs",
+                                   "src/app.mjs", "old.cjs", "src/in.js"], "x")))
+    try:
+        assert ng.find_entry(unpack.target, runtime, handler) == entry
+    except ng.Ended as error:
+        assert error.outcome.reason == "entry" and re.search(entry, error.outcome.text)
+
+
 def test_a_link_to_a_file_is_an_entry(unpack):
     unpack(bundle(member("src/app.py"), link("main.py", "src/app.py"),
                   member("bin/app", mode=0o100755), link("main", "bin/app")))
@@ -1566,151 +2329,7 @@ def test_a_link_to_a_file_is_an_entry(unpack):
 # Running, measuring, confining
 # --------------------------------------------------------------------------------------------
 #
-# Running, measuring and confining: real functions in real processes, as root and as an ordinary user.
-#
-# The functions stand in tables of text: `=== name | runtime field=JSON | key=expected`, then main.py;
-# `--- other.py` begins another file. A whole table is one drain; each row is then a test of its result.
-
-
-ROOT = os.geteuid() == 0
-# An interpreter that every user reaches: a virtual environment under /root is not.
-PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin") or sys.executable
-# A uid of this session's own, so that no process limit is shared with another test run.
-ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
-USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
-MIB = 1 << 20
-
-
-# ---------------------------------------------------------------- tables of functions
-
-Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
-
-
-def pairs(words: list[str]) -> list[list[str]]:
-    return [word.split("=", 1) for word in words if "=" in word]
-
-
-def table(text: str) -> dict[str, Case]:
-    """The functions of a table of text by name; see the top of this file."""
-    cases = {}
-    for part in re.split(r"^=== ", text, flags=re.MULTILINE)[1:]:
-        header, _, body = part.partition("\n")
-        name, task, expect = (re.split(r" *\| *", header) + ["", ""])[:3]
-        words = task.split()
-        runtime = next((word for word in words if word in ("cpp", "nodejs", "go")), "python")
-        entry = {"python": "main.py", "nodejs": "index.js", "go": "main.go", "cpp": "run.sh"}[runtime]
-        chunks = re.split(r"^--- (\S+)\n", body.rstrip("\n") + "\n", flags=re.MULTILINE)
-        files = {entry: chunks[0], **dict(zip(chunks[1::2], chunks[2::2]))}
-        fields = {key: json.loads(value) for key, value in pairs(words)}
-        cases[name] = Case(files, runtime, fields, {"status": "ok", **dict(pairs(expect.split()))},
-                           "root" if "root" in words else None, "unordered" in words)
-    return cases
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def as_user(user: str, uid: int = ORDINARY) -> list[str]:
-    """The words before a command that make it run as `user`."""
-    if user == "root" or not ROOT:
-        return []
-    need("setpriv")
-    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
-
-
-class Grid(Folder):
-    """A Folder in a place that every user reaches, whose agent runs as `user`."""
-
-    def __init__(self, user: str, **settings):
-        self.top = Path(tempfile.mkdtemp(prefix="nanogrid-test-"))
-        super().__init__(self.top / "grid")
-        self.user, self.base, self.spool = user, self.top / "task", self.top / "spool"
-        for place in (self.base, self.spool):
-            place.mkdir()
-        self.env = {"AGENT_TASKBASEDIR": str(self.base), "AGENT_RUNTIMES_PYTHON": PYTHON,
-                    "HOME": str(self.top), "LANG": "C.UTF-8", "TZ": "Asia/Seoul",
-                    **{f"AGENT_{key}": str(value) for key, value in settings.items()}}
-        for place in (self.top, *self.top.rglob("*")):
-            if ROOT and user == "ordinary":
-                os.chown(place, ORDINARY, ORDINARY)
-            place.chmod(0o755)
-        self.spool.chmod(0o777)
-
-    def put_all(self, cases: dict[str, Case]):
-        for name, case in cases.items():
-            if case.only in (None, self.user):
-                self.put(case.files, case.runtime, request_id=slug(name), function_id=slug(name), **case.task)
-
-    def run(self, *args, prefix=(), seconds=600) -> Grid:
-        """Drain the queue; the log is in .log, its reports by requestId in .reports."""
-        with Agent("--local", self.path, "--drain", *args, python=PYTHON, env=self.env,
-                   prefix=[*as_user(self.user), *prefix]) as agent:
-            try:
-                status = agent.end(seconds)
-            except subprocess.TimeoutExpired:
-                status = f"none within {seconds} s"
-        self.log, self.reports = agent.log, collections.defaultdict(list)
-        for report in reports(agent.log):
-            self.reports[report["requestId"]].append(report)
-        assert status == 0, agent.log[-5000:]
-        return self
-
-    def __getitem__(self, name: str) -> dict:
-        return self.result(slug(name))
-
-    def remove(self):
-        subprocess.run(["chmod", "-R", "u+rwX", self.top], stderr=subprocess.DEVNULL)  # noqa: PLW1510
-        subprocess.run(["rm", "-rf", self.top], check=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def module_within_reach():
-    """nanogrid.py where every user can read it: a home directory is often closed to others."""
-    global MODULE
-    kept = MODULE
-    with tempfile.TemporaryDirectory(prefix="nanogrid-module-") as place:
-        os.chmod(place, 0o755)
-        MODULE = Path(shutil.copy(kept, place))
-        yield
-    MODULE = kept
-
-
-@pytest.fixture(scope="session", autouse=True)
-def signals_at_default():
-    """Started by nohup or by a shell's `&`, the tests' own children would ignore some of these."""
-    for number in (signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="module", params=USERS)
-def user(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def grids():
-    """Makes Grids; all of them are removed when the module's tests are over."""
-    made = []
-
-    def make(user, **settings) -> Grid:
-        made.append(Grid(user, **settings))
-        return made[-1]
-    yield make
-    for grid in made:
-        grid.remove()
-
-
-def check(grid: Grid, name: str, case: Case) -> dict:
-    """The result of a row, after comparing it with what the row expects (`a/b`: one of them)."""
-    if case.only not in (None, grid.user):
-        pytest.skip("only root gives every slot a uid of its own")
-    result = grid[name]
-    for key, expected in case.expect.items():
-        got = str(result[key]).strip()
-        assert got in expected.split("/"), f"{key} should be {expected}: {json.dumps(result)[:3000]}"
-    return result
+# Real functions in real processes, as root and as an ordinary user; most stand in tables.
 
 
 CPP = r"""
@@ -1778,13 +2397,6 @@ def cpp_case(mode: str, expect: dict, **task) -> Case:
 RUNS = table(r"""
 === neighbour | | stdout=fine
 print("fine")
-=== a caught refusal | memoryMb=128 | stdout=caught
-try:
-    bytearray(50 << 30)
-except MemoryError:
-    print("caught")
-=== a refused allocation | memoryMb=128 | status=oom
-bytearray(50 << 30)
 === one hog | memoryMb=64 | status=oom
 keep = []
 while True:
@@ -1838,10 +2450,16 @@ for _ in range(4):
 for _ in range(4):
     os.wait()
 print("fine")
-=== 48 threads | memoryMb=128 | stdout=fine
+=== children between vfork and exec | memoryMb=128 | stdout=fine
+import subprocess
+block = bytearray(b"x") * (70 << 20)
+for _ in range(200):
+    subprocess.run(["true"])
+print("fine")
+=== 64 threads | memoryMb=128 | stdout=fine
 import threading
-gate = threading.Barrier(49)
-for _ in range(48):
+gate = threading.Barrier(65)
+for _ in range(64):
     threading.Thread(target=gate.wait).start()
 gate.wait()
 print("fine")
@@ -1968,8 +2586,40 @@ print("fine")
 RUNS["an input that is not read"].task["input"] = "x" * 200_000
 CPP_RUNS = {  # mode: expected, task
     "hog": ({"status": "oom"}, {"memoryMb": 64}), "shared": ({"status": "oom"}, {"memoryMb": 128}),
-    "refused": ({"status": "oom"}, {"memoryMb": 128}), "reserve": ({"stdout": "ok"}, {"memoryMb": 128}),
+    "reserve": ({"stdout": "ok"}, {"memoryMb": 128}),
     "spin": ({"status": "timeout"}, {"timeoutMs": 400}), "crash": ({"status": "failed", "exitCode": "-11"}, {})}
+
+
+# Where no cgroup holds the cap, RLIMIT_DATA stands behind it: the runtimes say what it refused.
+CAPPED = table(r"""
+=== caught | memoryMb=128 | stdout=caught
+try:
+    bytearray(50 << 30)
+except MemoryError:
+    print("caught")
+=== python | memoryMb=128 | status=oom
+bytearray(50 << 30)
+=== python, an exception of its own | memoryMb=128 | status=failed
+class NoMemoryError(Exception): pass
+raise NoMemoryError("for names")
+=== perl | cpp memoryMb=128 | status=oom
+exec perl -e '$n = 1 << 36; $x = "x" x $n'
+=== node, a list | nodejs memoryMb=128 | status=oom
+const keep = [];
+for (;;) keep.push(Buffer.alloc(64 << 20, 1));
+=== node, more than there can be | nodejs memoryMb=128 | status=failed
+new ArrayBuffer(2 ** 40);
+""")
+# What others say, as the end of their standard error, and whether that is a refusal.
+LAST_WORDS = {
+    "memory allocation of 8589934592 bytes failed\nAborted": True,  # Rust
+    "main.rb:1:in `*': failed to allocate memory (NoMemoryError)": True,
+    "[FATAL] failed to allocate memory": True,  # Ruby
+    "numpy.core._exceptions._ArrayMemoryError: Unable to allocate 8.00 GiB for an array": True,
+    "fatal error: runtime: out of memory\n\nruntime stack:": True,  # Go
+    "bash: fork: Cannot allocate memory": True,
+    "ValueError: no failed to allocate memory": False, "  raise MemoryError": False,
+    "RangeError: Invalid array length": False}
 
 
 def needs(case: Case):
@@ -1997,6 +2647,31 @@ def test_a_run_ends_as_it_should(runs, name):
 def test_a_cpp_run_ends_as_it_should(runs, mode):
     expect, task = CPP_RUNS[mode]
     check(runs, f"cpp {mode}", cpp_case(mode, expect, **task))
+
+
+@pytest.fixture(scope="module")
+def refusals(grids):
+    grid = grids("ordinary", EXECUTION_CONCURRENCY=2)
+    grid.put_all({name: case for name, case in CAPPED.items() if case.runtime != "nodejs" or shutil.which("node")})
+    if shutil.which("g++"):
+        grid.put_all({"cpp": cpp_case("refused", {"status": "oom"}, memoryMb=128)})
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", [*CAPPED, "cpp"])
+def test_what_the_cap_refuses_is_oom(refusals, name):
+    case = CAPPED.get(name) or cpp_case("refused", {"status": "oom"})
+    needs(case)
+    check(refusals, name, case)
+
+
+@pytest.mark.parametrize("text", LAST_WORDS)
+def test_last_words_that_say_there_was_no_memory(text):
+    assert bool(ng.REFUSED.search(text)) == LAST_WORDS[text]
+
+
+def test_a_child_between_vfork_and_exec_is_no_second_copy(runs):
+    assert 70 * MIB < runs["children between vfork and exec"]["peakMemoryBytes"] < 100 * MIB
 
 
 def test_every_take_has_a_report(runs):
@@ -2202,34 +2877,6 @@ def test_a_run_has_its_time_limit_and_not_much_more(timed, name):
     assert 399 <= min(durations) <= 5400, durations  # the best of three takes
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes below `pid`."""
-    children = collections.defaultdict(list)
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stat = Path("/proc", entry, "stat").read_text()
-            except OSError:
-                continue
-            children[int(stat.rpartition(")")[2].split()[1])].append(int(entry))
-    found = [pid]
-    for each in found:
-        found.extend(children[each])
-    return found[1:]
-
-
-def resident_below(pid: int) -> int:
-    """Bytes that the processes below `pid` hold, shared pages once."""
-    total = 0
-    for each in descendants(pid):
-        try:
-            rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
-            total += int(re.search(r"^Pss:\s*(\d+)", rollup, re.MULTILINE)[1]) << 10
-        except (OSError, TypeError):
-            continue
-    return total
-
-
 @pytest.mark.skipif(not ROOT, reason="needs root to read the memory of other users' processes")
 def test_a_hog_never_holds_more_than_twice_its_cap_and_256_mib(grids, user):
     """Looked at from outside while it runs, over and over."""
@@ -2238,7 +2885,7 @@ def test_a_hog_never_holds_more_than_twice_its_cap_and_256_mib(grids, user):
     grid.put({"main.py": block}, memoryMb=64, request_id="python")
     for mode in ("hog", "shared"):
         grid.put({"main*": cpp_binary()}, runtime="cpp", function_id="cpp", input=mode, memoryMb=64)
-    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+    with grid.agent("--drain") as agent:
         most = 0
         while agent.process.poll() is None:
             most = max(most, resident_below(agent.process.pid))
@@ -2263,7 +2910,7 @@ finally:
     del held
     tell("mark", mark + ".held", [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """}, request_id="hog", memoryMb=128, timeoutMs=300000)
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user("ordinary")) as agent:
+    with grid.agent() as agent:
         until(lambda: os.path.exists(mark), what="the hog")
         helper = int(stat_of(int(Path(mark).read_text()))[1])
         watcher = int(stat_of(helper)[1])
@@ -2276,7 +2923,7 @@ finally:
             os.kill(watcher, signal.SIGCONT)
         agent.wait_for("REPORT requestId=hog .* status=oom")
     held_mib = int(re.search(r"VmHWM:\s+(\d+) kB", held)[1]) / 1024
-    assert 128 < held_mib <= 2 * 128 + 256
+    assert 128 < held_mib <= 4 * 128 + 512 + 16  # what is no data
 
 
 @pytest.mark.skipif(not ROOT, reason="where slots have no uid of their own it could stop what is not the slot's")
@@ -2357,17 +3004,6 @@ def started(deadline=time.monotonic() + 100):
 """
 
 
-def command_lines() -> dict[int, str]:
-    """What /proc says of every process but zombies: pid and command line."""
-    lines = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            lines[int(entry)] = Path("/proc", entry, "cmdline").read_text("utf-8", "replace")
-        except OSError:
-            continue
-    return lines
-
-
 @pytest.fixture(scope="module")
 def escaped(grids, user):
     """The agent runs on while the rows are looked at: its own end must not be what cleans up."""
@@ -2377,7 +3013,7 @@ def escaped(grids, user):
         grid.put({"main.py": source}, request_id=slug(name), function_id=slug(name),
                  **{"timeoutMs": 120000, **case.task,
                     "input": [str(grid.spool / slug(name)), str(grid.spool / "over"), tell_in_bash()]})
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+    with grid.agent() as agent:
         takes = sum(1 if case.expect["status"] == "ok" else 3 for case in ESCAPES.values())
         until(lambda: len(reports(agent.log)) == takes, 400, f"{takes} reports")
         ended = time.monotonic()
@@ -2417,11 +3053,13 @@ u=$(id -u); [ "$u" -lt 60600 ] || [ "$u" -gt 61183 ] || grep -q '^CapBnd:.0*$' /
 === limits
 import resource
 assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
-for name in ("NOFILE", "NPROC", "FSIZE", "DATA"):
+is_held = "/slot" in open("/proc/self/cgroup").read()  # what a cgroup limits needs no other
+for name in ("NOFILE", "FSIZE", *(["NPROC", "DATA"][2 * is_held:])):
     soft, hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))
     assert 0 < soft <= hard != resource.RLIM_INFINITY, (name, soft, hard)
 === limits in a shell | cpp | stdout=0
-for limit in n u f d; do [ "$(ulimit -H$limit)" != unlimited ] || { echo "-$limit has no limit"; exit 1; }; done
+limits="n f"; grep -q /slot /proc/self/cgroup || limits="n f u d"
+for limit in $limits; do [ "$(ulimit -H$limit)" != unlimited ] || { echo "-$limit has no limit"; exit 1; }; done
 ulimit -Hc
 === no inherited descriptors
 import os
@@ -2516,9 +3154,41 @@ def test_a_function_is_confined(confined, name):
     check(confined, name, CONFINED[name])
 
 
-def test_the_log_says_once_what_an_ordinary_user_cannot_have(confined):
-    warnings = re.findall(r"^\S+ WARN\w* .*not started as root.*$", confined.log, re.MULTILINE)
-    assert len(warnings) == (0 if confined.user == "root" else 1), warnings
+@pytest.mark.skipif(not ROOT, reason="only root gives every slot a uid of its own")
+def test_agents_have_uids_of_their_own_whatever_a_function_takes(grids):
+    """Each uid has a locked file that root alone opens; names in the abstract space are anybody's."""
+    first, second = grids("root", EXECUTION_CONCURRENCY=1), grids("root", EXECUTION_CONCURRENCY=1)
+    squat = """
+import os, socket, time
+taken = [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(600)]
+for number, one in enumerate(taken):
+    try:
+        one.bind(f"\\0nanogrid-uid-{60600 + number}")
+    except OSError:
+        pass
+print(os.getuid(), flush=True)
+time.sleep(100)
+"""
+    first.put({"main.py": squat}, request_id="squat", timeoutMs=100000)
+    second.put({"main.py": "import os; print(os.getuid())"}, request_id="other")
+    with Agent("--local", first.path, "--log-level", "DEBUG", python=PYTHON, env=first.env) as agent:
+        agent.wait_for("squat.*start")
+        uid = int(second.run()["other"]["stdout"])
+        assert not os.path.exists(f"/run/nanogrid/uid-{uid}"), "a lock that outlives its agent"
+        assert uid not in {os.stat(path).st_uid for path in first.base.glob("agent-*/slot0/own/work")}
+
+
+@pytest.mark.parametrize("name", ["root", "0"])
+def test_functions_never_run_as_root(grids, user, name):
+    grid = grids(user, EXECUTION_RUNAS=name)
+    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        assert agent.end() == 1
+    assert "runAs" in agent.log and len(agent.log.splitlines()) == 1, agent.log
+
+
+def test_the_log_says_once_how_functions_are_isolated(confined):
+    levels = re.findall(r"^\S+ \w+ isolation: (\w+ \w+) user's|isolation: (root)'s with", confined.log, re.MULTILINE)
+    assert levels == [("", "root") if confined.user == "root" else ("an ordinary", "")], confined.log
 
 
 def test_root_of_a_user_namespace_without_other_uids_is_an_ordinary_user(grids, user):
@@ -2536,8 +3206,7 @@ def test_root_of_a_user_namespace_without_other_uids_is_an_ordinary_user(grids, 
     for request_id in ("warm", "cold"):
         assert grid[request_id]["status"] == "ok", grid.log
         assert re.search(r"^CapEff:\s0+$", grid[request_id]["stdout"], re.MULTILINE)
-    said, = complaints(grid.log)
-    assert "user namespace" in said
+    assert "isolation: an ordinary user's (this user namespace has no other uid)" in grid.log
 
 
 def test_no_core_file_is_left(confined):
@@ -2581,7 +3250,7 @@ def need_room(user: str):
     """Skip where the kernel gives this user no namespaces, or no Landlock with scopes."""
     if not has_room(user):
         pytest.skip("this machine gives this user no namespaces")
-    if ctypes.CDLL(None).syscall(444, None, 0, 1) < 6:
+    if user == "root" and ctypes.CDLL(None).syscall(444, None, 0, 1) < 6:
         pytest.skip("this kernel has no Landlock that scopes sockets and signals (6.12)")
 
 
@@ -2674,14 +3343,14 @@ def in_child(step, *arguments):
     os.waitpid(child, 0)
 """
 ROOM = table(r"""
-=== it tells no service of the machine a thing
+=== it tells no service of the machine a thing | root
 """ + SPEAK + r"""
 === it reads neither the settings nor the agent's file
 look()
 for root in [*glob.glob("/proc/[0-9]*/root"), *glob.glob("/proc/[0-9]*/cwd"), *glob.glob("/proc/self/fd/*")]:
     for up in ("", "/..", "/../..", "/../../..", "/../../../..", "/../../../../.."):
         look(root + up)
-=== it writes nowhere outside
+=== it writes nowhere outside | root
 for place in given["places"]:
     attempt(os.mkdir, place + "/made")
     attempt(open, place + "/made-file", "w")
@@ -2696,7 +3365,7 @@ for place in given["places"]:
             attempt(os.rename, path, os.environ["TMPDIR"] + "/stolen")
             attempt(open, path, "r+b")
             attempt(os.utime, path, (1, 1))
-=== no mount is taken away, and none is made
+=== no mount is taken away, and none is made | root
 MNT_DETACH, MS_REMOUNT, MS_BIND, MS_REC, AT_FDCWD = 2, 32, 4096, 16384, -100
 covers = ["/run", "/opt/nanogrid", "/usr/local/etc/application.yml", "/tmp", "/var/tmp", "/dev/shm", "/dev/log", "/proc", "/dev/pts"]
 def break_out(flags):
@@ -2743,13 +3412,12 @@ ours, theirs = pty.openpty()
 os.write(theirs, b"own"); assert os.read(ours, 3) == b"own"
 assert "0" in os.listdir("/dev/pts")
 """)
-SILENT = {"status": "ok", "stdout": ""}
 
 
 class Stage:
     """A grid whose agent has its settings and its file in /opt/nanogrid, on a stage of its own."""
 
-    def __init__(self, grid: Grid):
+    def __init__(self, grid: Folder):
         self.grid, self.top = grid, grid.top / "stage"
         site = self.top / "opt" / "nanogrid"
         for place in (site, self.top / "opt" / "open", self.top / "opt" / "home", self.top / "etc"):
@@ -2805,6 +3473,8 @@ def stages(grids):
 def room(stages, user):
     stage = stages(user)
     for name, case in ROOM.items():
+        if case.only not in (None, user):
+            continue
         stage.grid.put({"main.py": ROOM_HEAD + case.files["main.py"]}, request_id=slug(name),
                        function_id=slug(name), timeoutMs=120000, input=stage.given)
     before = stage.seen()
@@ -2817,16 +3487,16 @@ def room(stages, user):
 
 @pytest.mark.parametrize("name", ROOM)
 def test_a_room_shares_nothing_with_the_machine(room, name):
-    result = room.grid[name]
-    assert {key: result[key] for key in SILENT} == SILENT, (result["stdout"], result["stderr"])
+    result = check(room.grid, name, ROOM[name])
+    assert result["stdout"] == "", (result["stdout"], result["stderr"])
 
 
 def test_nothing_came_out_of_a_room(room):
     """The agent itself still speaks to systemd; what the same words do outside is heard."""
     until(lambda: b"READY=1" in room.ears.heard["systemd/notify"], what="READY=1")
     assert not [said for said in room.ears.heard.values() if b"forged" in said]
-    assert room.changed == set()
-    assert "WARNING" not in room.log or room.grid.user == "ordinary", room.log
+    assert room.changed <= {str(room.top / "run")}  # where the agent locks its uids
+    assert "functions may" not in room.log, room.log
     said = subprocess.run(room.command(PYTHON, "-c", ROOM_HEAD + SPEAK + "look()"), text=True, check=True,
                           input=json.dumps(room.given), stdout=subprocess.PIPE).stdout
     assert len(re.findall("^reached ", said, re.MULTILINE)) == len(room.given["sockets"]), said
@@ -2838,7 +3508,7 @@ def test_nothing_came_out_of_a_room(room):
 NEIGHBOUR = r"""
 import ctypes, json, os, resource, socket, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
-spool, me, other, key, is_root = json.load(sys.stdin)
+spool, me, other, key = json.load(sys.stdin)
 def meet(stage, text="1"):
     tell("mark", spool + "/" + me + stage, text)
     end = time.monotonic() + 100
@@ -2859,11 +3529,8 @@ def on_process(pid):
     attempts = [(open, f"/proc/{pid}/{name}", "rb") for name in ("environ", "mem", "maps")]
     attempts += [(os.readlink, f"/proc/{pid}/{name}") for name in ("fd/0", "fd/1", "root", "cwd", "ns/mnt")]
     attempts += [(call, "ptrace", 0x4206, pid, 0, 0), (take_descriptor, pid)]  # PTRACE_SEIZE
-    if is_root or pid != os.getppid():  # who kills its own helper harms itself alone
-        attempts.append((os.kill, pid, 0))
-    if is_root:  # under one uid these are open
-        attempts += [(os.setpriority, os.PRIO_PROCESS, pid, 5), (os.listdir, f"/proc/{pid}/fd"), (os.stat, f"/proc/{pid}"),
-                     (resource.prlimit, pid, resource.RLIMIT_CPU), (os.sched_setaffinity, pid, [0])]
+    attempts += [(os.kill, pid, 0), (os.setpriority, os.PRIO_PROCESS, pid, 5), (os.listdir, f"/proc/{pid}/fd"),
+                 (os.stat, f"/proc/{pid}"), (resource.prlimit, pid, resource.RLIMIT_CPU), (os.sched_setaffinity, pid, [0])]
     return attempts
 def on_files(its):
     attempts = [(open, path) for path in its["files"]]
@@ -2898,21 +3565,22 @@ print(json.dumps([its["uid"] != os.getuid(), taken]))
 """
 
 
-def test_slots_and_processes_of_others_cannot_be_touched(grids, user):
+@pytest.mark.skipif(not ROOT, reason="only root gives every slot a uid of its own")
+def test_slots_and_processes_of_others_cannot_be_touched(grids):
     """Two runs meet, and each tries what it can against the other and all that stands above them."""
-    need_room(user)
-    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    need_room("root")
+    grid = grids("root", EXECUTION_CONCURRENCY=2)
     for me, other in (("a", "b"), ("b", "a")):
         grid.put({"main.py": with_tell(NEIGHBOUR)}, request_id=me, timeoutMs=300000,
-                 input=[str(grid.spool), me, other, KEY, user == "root"])
-    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+                 input=[str(grid.spool), me, other, KEY])
+    with grid.agent("--drain") as agent:
         until(lambda: all((grid.spool / f"{name}.ready").exists() for name in "ab"), what="both runs")
-        above = [agent.process.pid, *descendants(agent.process.pid), os.getpid(), 1]
+        above = [*family(agent.process.pid), os.getpid(), 1]
         (grid.spool / "pids").write_text(json.dumps(above))
         assert agent.end() == 0
     assert len(above) >= 1 + 1 + 2 + 2 + 2 + 2, above
     for name in "ab":
-        assert grid[name]["stdout"] == json.dumps([user == "root", []]) + "\n", grid[name]
+        assert grid[name]["stdout"] == "[true, []]\n", grid[name]
     assert not list(Path("/tmp").glob("nanogrid-from-*")) + list(Path("/dev/shm").glob("nanogrid-from-*"))
 
 
@@ -2943,56 +3611,13 @@ def test_settings_that_are_replaced_stay_hidden(stages, user):
         assert "telltale" not in agent.log and agent.log.count("PermissionError") >= 3, agent.log
 
 
-# What counts as memory or as disk, though no process has it mapped and no directory lists it.
+# What counts as disk, wherever it lies.
 HOARDS = table(r"""
-=== a file in the shared memory | memoryMb=128 | status=oom
-with open("/dev/shm/big", "wb") as file:
-    for _ in range(2048): file.write(bytes(1 << 20))
-=== many files in the shared memory | memoryMb=128 | status=oom
-for n in range(2048): open(f"/dev/shm/{n}", "wb").write(bytes(1 << 20))
-=== files in the shared memory that have no name | memoryMb=128 | status=oom/failed
-import os
-for n in range(2048):
-    fd = os.open("/dev/shm/x", os.O_CREAT | os.O_WRONLY)
-    os.unlink("/dev/shm/x")
-    os.write(fd, bytes(1 << 20))
 === empty files in the shared memory | | stdout=refused
 try:
     for n in range(5001): open(f"/dev/shm/{n}", "w").close()
 except OSError:
     print("refused")
-=== memory files | memoryMb=128 timeoutMs=120000 | status=oom
-import os, time
-for _ in range(12): os.write(os.memfd_create("x"), bytes(64 << 20))
-time.sleep(60)
-=== a memory file that is mapped and closed, beside a file in the shared memory | memoryMb=128 timeoutMs=120000 | status=oom
-import os, time
-open("/dev/shm/x", "w").write("x")
-libc.mmap.restype = ctypes.c_void_p
-fd = os.memfd_create("x")
-os.ftruncate(fd, 700 << 20)
-at = libc.mmap(None, ctypes.c_size_t(700 << 20), 3, 1, fd, ctypes.c_long(0))
-os.close(fd)
-ctypes.memset(at, 1, 700 << 20)
-time.sleep(60)
-=== segments of System V that nobody has attached | memoryMb=128 timeoutMs=120000 | status=oom
-import time
-for _ in range(12):
-    at = libc.shmat(libc.shmget(0, 64 << 20, 0o1600), 0, 0)
-    ctypes.memset(at, 1, 64 << 20)
-    libc.shmdt(at)
-time.sleep(60)
-=== semaphores of System V | memoryMb=128 timeoutMs=120000 | status=oom
-import time
-for _ in range(200): assert libc.semget(0, 32000, 0o1600) >= 0
-time.sleep(60)
-=== files on disk that have no name | timeoutMs=120000 | status=failed reason=disk
-import os, time
-for _ in range(5):
-    fd = os.open("x", os.O_CREAT | os.O_WRONLY)
-    os.unlink("x")
-    os.write(fd, bytes(32 << 20))
-time.sleep(60)
 === all that lies in the machine's places for files of a moment | timeoutMs=120000 | status=failed reason=disk
 import time
 open("/tmp/big", "wb").write(bytes(40 << 20))
@@ -3017,11 +3642,6 @@ else:
     time.sleep(1)
     os._exit(0)
 """)
-HOARD_HEAD = """
-import ctypes
-libc = ctypes.CDLL(None)
-libc.shmat.restype, libc.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -3030,7 +3650,7 @@ def hoards(grids, user):
     need_room(user)
     grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXDISKMB=64, EXECUTION_MAXFILES=5000)
     for name, case in HOARDS.items():
-        grid.put({"main.py": HOARD_HEAD + case.files["main.py"]}, request_id=slug(name), function_id=slug(name), **case.task)
+        grid.put(case.files, request_id=slug(name), function_id=slug(name), **case.task)
         grid.put({"main.py": NOTHING_LEFT}, request_id=f"after-{slug(name)}", function_id="after")
     return grid.run()
 
@@ -3257,8 +3877,9 @@ def test_the_instance_metadata_is_the_agents_alone(moto):
 def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     need("ip")
     grid = grids(user)
+    grid.env["AGENT_AWS_REGION"] = "ap-northeast-2"  # without it an ordinary user is on a laptop
     with cloud() as (machine, _):
-        with machine.run(Agent, "--local", grid.path, "--check", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
+        with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
         refused = re.search(r"^ok +instance metadata: 169.254.169.254 is refused", agent.out, re.MULTILINE)
         open_still = re.search(r"^ok +sandbox: .*functions reach the instance metadata", agent.out, re.MULTILINE)
@@ -3308,8 +3929,7 @@ def test_without_a_network_there_is_a_loopback_and_nothing_else(grids, user):
 def test_who_asks_for_no_network_has_none_or_no_run(grids, user):
     grid = grids(user, EXECUTION_NETWORK="none")
     grid.put({"main.py": "print('ran')"})
-    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env,
-               prefix=[*as_user(user), *refusing("unshare")]) as agent:
+    with grid.agent("--drain", prefix=refusing("unshare")) as agent:
         assert agent.end() == 1, agent.log
     assert "agent.execution.network none" in agent.log and "ran" not in agent.log
 
@@ -3367,7 +3987,7 @@ open("/dev/null", "w").write("x"); open("/dev/stdout", "w").write("fine\n"); ope
 if os.access("/dev/ptmx", os.R_OK | os.W_OK): pty.openpty()
 os.close(os.memfd_create("x")); os.sched_getaffinity(0); open("/proc/self/status").read(), os.listdir("/proc/self/task")
 """
-LESS = {"unshare": "share /tmp, /dev/shm, /run and IPC", "landlock": "abstract sockets|write and signal"}
+LESS = {"unshare": "share /tmp, /dev/shm, /run and IPC", "landlock": "abstract sockets"}
 
 
 @pytest.mark.parametrize("refused", [(), *((name,) for name in LESS), tuple(LESS)], ids="-".join)
@@ -3379,10 +3999,11 @@ def test_what_the_kernel_does_not_give_is_said_once_and_functions_run(grids, use
     grid.run(prefix=refusing(*refused) if refused else [])
     for n in range(3):
         assert (grid[f"r{n}"]["status"], grid[f"r{n}"]["stdout"]) == ("ok", "fine\n"), grid[f"r{n}"]
-    warnings = re.findall(r"^\S+ WARNING (.*)$", grid.log, re.MULTILINE)
-    assert len(warnings) == (1 if refused or user == "ordinary" else 0), grid.log
+    said, = re.findall(r"^\S+ \w+ isolation: (.*)$", grid.log, re.MULTILINE)
     for name, words in LESS.items():
-        assert bool(re.search(words, "".join(warnings))) == (name in refused), (name, warnings)
+        is_said = name in refused and (user, name) != ("ordinary", "landlock")  # root's alone
+        assert (words in said) == is_said, (name, said)
+    assert not complaints(grid.log), grid.log
 
 
 def test_functions_give_way_to_the_agent(grids, user):
@@ -3419,6 +4040,413 @@ def test_a_fork_bomb_that_goes_on_at_the_end_leaves_nothing(grids, user):
     grid.run()
     assert {grid[f"{n}-b"]["status"] for n in range(2)} == {"ok"}, grid.log[-3000:]
     assert not [line for line in command_lines().values() if str(grid.base) in line]
+
+
+# ---------------------------------------------------------------- the cgroup
+
+
+@functools.lru_cache(None)
+def has_cgroup() -> bool:
+    """Whether the kernel can hold here what root's functions use."""
+    with contextlib.suppress(OSError):
+        offered = Path(ng.cgroup_root(), "cgroup.controllers").read_text().split()
+        return ROOT and {"memory", "pids", "cpu"} <= set(offered)
+    return False
+
+
+def under_cgroup(test):
+    """Marks a test that needs root and a cgroup v2."""
+    return pytest.mark.cgroup(pytest.mark.skipif(
+        not has_cgroup(), reason="root and a cgroup v2 are needed; .ci/run boots a machine that has one")(test))
+
+
+def agents_cgroups() -> set[str]:
+    return {path.name for path in Path(ng.cgroup_root()).glob("nanogrid-*")}
+
+
+COUNTED = table(r"""
+=== shared memory that nothing has mapped any more | memoryMb=64 | status=oom
+import mmap
+block = mmap.mmap(-1, 400 << 20)
+for at in range(0, len(block), 4 << 20):
+    block[at:at + (4 << 20)] = bytes(4 << 20)
+    block.madvise(mmap.MADV_DONTNEED, at, 4 << 20)
+=== memory files on their way through a socket | memoryMb=64 | status=oom
+import os, socket
+ours, theirs = socket.socketpair()
+for _ in range(8):
+    fd = os.memfd_create("x")
+    os.write(fd, bytes(25 << 20))
+    socket.send_fds(ours, [b"x"], [fd])
+    os.close(fd)
+=== segments of System V that nobody has attached | memoryMb=64 | status=oom
+import ctypes
+libc = ctypes.CDLL(None)
+libc.shmat.restype, libc.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+for _ in range(12):
+    at = libc.shmat(libc.shmget(0, 16 << 20, 0o1600), 0, 0)
+    ctypes.memset(at, 1, 16 << 20)
+    libc.shmdt(at)
+=== files in the shared memory that have no name | memoryMb=64 | status=oom
+import os
+held = []
+while True:
+    held.append(os.open("/dev/shm/x", os.O_CREAT | os.O_WRONLY))
+    os.unlink("/dev/shm/x")
+    os.write(held[-1], bytes(4 << 20))
+=== a file system of its own that is mounted nowhere | memoryMb=64 | status=oom/ok
+import ctypes, os
+libc = ctypes.CDLL(None)
+uid, gid = os.getuid(), os.getgid()
+if libc.unshare(0x10000000 | 0x00020000) == 0:
+    for name, text in ("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1"):
+        open("/proc/self/" + name, "w").write(text)
+    made = libc.syscall(430, b"tmpfs", 0)
+    if made >= 0 and libc.syscall(431, made, 6, None, None, 0) == 0 and (at := libc.syscall(432, made, 0, 0)) >= 0:
+        fd = os.open("big", os.O_CREAT | os.O_RDWR, 0o600, dir_fd=at)
+        for _ in range(50): os.write(fd, bytes(8 << 20))
+        raise SystemExit("it held 400 MB")
+=== page tables | memoryMb=64 | status=oom
+import ctypes
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+base = libc.mmap(None, 200 << 30, 1, 0x4022, -1, 0)
+for at in range(0, 200 << 30, 2 << 20): ctypes.c_char.from_address(base + at).value
+=== children that are none above the cap | memoryMb=64 | status=oom
+import os, time
+for _ in range(4):
+    if os.fork() == 0:
+        block = bytearray(b"x") * (24 << 20)
+        time.sleep(60)
+        os._exit(0)
+time.sleep(60)
+=== a daemon | memoryMb=64 | status=oom
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        block = bytearray(b"x") * (100 << 20)
+    os._exit(0)
+time.sleep(60)
+=== a hog that is exec'd | cpp memoryMb=64 | status=oom
+exec python3 -c 'x = bytearray(b"x") * (100 << 20)'
+=== its start is over its cap | memoryMb=1 | status=oom
+print("fine")
+=== its start is over its cap, exec'd | cpp memoryMb=1 | status=oom
+exec python3 -c 'print("fine")'
+=== its own SIGKILL | | status=failed exitCode=-9
+import os
+os.kill(os.getpid(), 9)
+=== 80 threads | memoryMb=64 | stdout=fine
+import threading
+gate = threading.Barrier(81)
+for _ in range(80): threading.Thread(target=gate.wait).start()
+gate.wait()
+print("fine")
+=== memory that is reserved, and not touched | memoryMb=64 | stdout=fine
+import mmap
+blocks = [mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) for _ in range(8)]
+print("fine")
+=== children between vfork and exec | memoryMb=64 | stdout=fine
+import subprocess
+block = bytearray(b"x") * (40 << 20)
+for _ in range(10): subprocess.run(["true"])
+print("fine")
+=== a parent and two children that hold 90 MB | memoryMb=256 | stdout=fine
+import os, time
+block, (filled, over) = bytearray(b"x") * (30 << 20), (os.pipe(), os.pipe())
+for _ in range(2):
+    if os.fork() == 0:
+        os.close(over[1])
+        own = bytearray(b"x") * (30 << 20)
+        os.write(filled[1], b"1")
+        os.read(over[0], 1)
+        os._exit(0)
+for _ in range(2): os.read(filled[0], 1)
+time.sleep(1)
+os.close(over[1])
+for _ in range(2): os.wait()
+print("fine")
+=== a short run of two processes | memoryMb=256 | stdout=fine
+import os, time
+if child := os.fork():
+    block = bytearray(b"x") * (60 << 20)
+    time.sleep(0.2)
+    os.waitpid(child, 0)
+    print("fine")
+else:
+    block = bytearray(b"x") * (60 << 20)
+    time.sleep(0.2)
+    os._exit(0)
+=== as many processes as it may have | | stdout=100
+import os, time
+count = 1
+try:
+    while os.fork(): count += 1
+    time.sleep(60)
+except OSError:
+    print(count)
+=== it reads its limits | memoryMb=96 | stdout=100663296_100
+own = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().partition("::")[2]
+print(*(open(f"{own}/{name}").read().strip() for name in ("memory.max", "pids.max")), sep="_")
+=== it cannot change them, nor leave | | stdout=refused
+import os
+own = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().partition("::")[2]
+attempts = [(f"{own}/memory.max", "max"), (f"{own}/pids.max", "max"), (f"{own}/cgroup.kill", "1")]
+attempts += [(f"{place}/cgroup.procs", "0") for place in (own, os.path.dirname(own), "/sys/fs/cgroup")]
+for path, text in attempts:
+    try:
+        open(path, "w").write(text)
+        print("wrote", path)
+    except OSError:
+        pass
+try:
+    os.mkdir(own + "/below")
+except OSError:
+    print("refused")
+=== a neighbour after all that | | stdout=fine
+print("fine")
+""")
+
+
+@pytest.fixture(scope="module")
+def counted(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=2, EXECUTION_MAXPROCESSES=100)
+    grid.put_all(COUNTED)
+    return grid.run()
+
+
+@under_cgroup
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_kernel_counts(counted, name):
+    result = check(counted, name, COUNTED[name])
+    if result["status"] == "oom":
+        assert 0 < result["peakMemoryBytes"] <= result["memoryMb"] * MIB, result
+
+
+@under_cgroup
+@pytest.mark.parametrize("name, held_mib", [("children between vfork and exec", 40),
+                                            ("a parent and two children that hold 90 MB", 90),
+                                            ("a short run of two processes", 120)])
+def test_the_peak_under_a_cgroup(counted, name, held_mib):
+    """What was made, and what an interpreter of 8 MB has beside it, which its forks share."""
+    assert held_mib * MIB <= counted[name]["peakMemoryBytes"] <= (held_mib * 1.03 + 13) * MIB, counted[name]
+
+
+@under_cgroup
+def test_a_held_run_leaves_nothing(counted):
+    assert "isolation: root's with cgroup v2" in counted.log
+    assert agents_cgroups() == set(), "a cgroup is left"
+    assert not complaints(counted.log), counted.log
+
+
+# Two processes, one of them a daemon, whose pids the witness hears; a second take is short.
+LASTING = """
+import os, sys, time
+mark = sys.stdin.read().strip('"')
+if tell("read", mark):
+    sys.exit(0)  # taken again
+child = os.fork()
+if not child:
+    os.setsid()
+    time.sleep(600)
+tell("mark", mark, f"{os.getpid()} {child}")
+time.sleep(600)
+"""
+
+
+class Lasting:
+    """A run that lasts, and who stands above it."""
+
+    def __init__(self, grid: Folder, name: str, **task):
+        self.mark = grid.spool / name
+        grid.put({"main.py": with_tell(LASTING)}, function_id=name, request_id=name, input=str(self.mark), **task)
+
+    def begun(self) -> list[int]:
+        self.pids = [int(pid) for pid in until(lambda: self.mark.exists() and self.mark.read_text(), what="a run").split()]
+        self.above = []
+        pid = self.pids[0]
+        while len(self.above) < 4:
+            pid = int(stat_of(pid)[1])
+            self.above.append(pid)
+        return self.above  # helper, supervisor, launcher, agent
+
+
+@under_cgroup
+@pytest.mark.parametrize("victims", [(1,), (2,), (3,), (2, 3)],
+                         ids=["supervisor", "launcher", "agent", "agent and launcher"])
+def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
+    grid = grids("root", EXECUTION_CONCURRENCY=1)
+    run = Lasting(grid, "lasting", timeoutMs=300000)
+    with grid.agent() as agent:
+        above = run.begun()
+        for victim in victims[::-1]:
+            os.kill(above[victim], signal.SIGKILL)
+        if 3 not in victims:
+            until_gone(run.pids)
+            grid.put({"main.py": "print('fine')"}, request_id="next")
+            agent.wait_for("REPORT requestId=next .*status=ok")
+            assert agent.stop() == 0
+    until_gone(run.pids)
+    if victims == (3,):  # its launcher ends all, and takes away what was made
+        until(lambda: agents_cgroups() == set(), what="the end of its cgroups")
+    elif 3 in victims:  # there is nobody to do it; the next agent does
+        grid.put({"main.py": "print('fine')"}, request_id="next")
+        with grid.agent("--drain", "--log-level", "DEBUG") as agent:
+            agent.wait_for("REPORT requestId=next .*status=ok")
+            agent.stop()
+    assert agents_cgroups() == set()
+
+
+@under_cgroup
+def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=1)
+    run = Lasting(grid, "lasting", timeoutMs=3000)
+    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 3")]
+    with grid.agent(prefix=prefix) as agent:
+        os.kill(run.begun()[1], signal.SIGSTOP)
+        agent.wait_for("REPORT requestId=lasting .*status=error")
+        agent.wait_for("REPORT requestId=lasting .*status=ok")
+        grid.put({"main.py": "print('fine')"}, request_id="next")
+        agent.wait_for("REPORT requestId=next .*status=ok")
+        assert not any(map(alive, run.pids))
+        agent.stop(signal.SIGKILL)
+    until(lambda: agents_cgroups() == set(), what="the end of its cgroups")
+
+
+@under_cgroup
+def test_two_agents_have_cgroups_of_their_own(grids):
+    first, second = grids("root", EXECUTION_CONCURRENCY=1), grids("root", EXECUTION_CONCURRENCY=1)
+    run = Lasting(first, "lasting", timeoutMs=300000)
+    with first.agent() as agent:
+        run.begun()
+        own = agents_cgroups()
+        second.put({"main.py": "print(open('/proc/self/cgroup').read().split('/')[1])"}, request_id="other")
+        other = second.run()["other"]["stdout"].strip()
+        assert len(own) == 1 and other.startswith("nanogrid-") and other not in own, (own, other)
+        assert agents_cgroups() == own and all(map(alive, run.pids))
+        agent.stop(signal.SIGINT)
+        agent.process.send_signal(signal.SIGINT)
+    assert agents_cgroups() == set()
+
+
+@under_cgroup
+def test_a_slot_gets_its_share_of_the_cpu_beside_many_sessions(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=2)
+    spin = """
+import os, sys, time
+for _ in range(40):
+    if os.fork() == 0:
+        os.setsid()
+        while True: pass
+tell("mark", sys.stdin.read().strip('"'))
+time.sleep(600)
+"""
+    grid.put({"main.py": with_tell(spin)}, function_id="spins", request_id="spins", input=str(grid.spool / "spins"),
+             timeoutMs=600000)
+    work = "import time\nbegun = time.monotonic()\nwhile time.process_time() < 2: pass\nprint(time.monotonic() - begun)"
+    with grid.agent() as agent:
+        until(lambda: (grid.spool / "spins").exists(), what="the sessions")
+        grid.put({"main.py": work}, function_id="work", request_id="work", timeoutMs=600000)
+        agent.wait_for("REPORT requestId=work .*status=ok")
+        agent.stop(signal.SIGINT)
+        agent.stop(signal.SIGINT)
+    # Half of one processor at the least; beside 40 equals on two it would be a twentieth.
+    assert float(grid["work"]["stdout"]) < 4 * 2, grid["work"]
+
+
+@under_cgroup
+def test_a_fork_bomb_is_held_and_ended_by_the_kernel(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=2, EXECUTION_MAXPROCESSES=100)
+    grid.put({"main.py": FORK_BOMB}, function_id="bomb", request_id="bomb", timeoutMs=3000)
+    for n in range(3):
+        grid.put({"main.py": "import subprocess\nsubprocess.run(['true'], check=True)"},
+                 function_id="neighbour", request_id=f"neighbour-{n}")
+    grid.run()
+    assert {report["status"] for report in grid.reports["bomb"]} <= {"timeout", "oom"}, grid.log[-3000:]
+    assert {grid[f"neighbour-{n}"]["status"] for n in range(3)} == {"ok"}, grid.log[-3000:]
+    assert agents_cgroups() == set()
+
+
+@under_cgroup
+def test_a_run_of_many_processes_and_descriptors_ends_at_its_time_limit(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=1)
+    grid.put({"main.py": """
+import os, time
+try:
+    while True: os.dup(0)
+except OSError: pass
+for _ in range(100):
+    if not os.fork(): time.sleep(600)
+time.sleep(600)
+"""}, request_id="many", timeoutMs=5000)
+    grid.put({"main.py": "print('fine')"}, request_id="next")
+    begun = time.monotonic()
+    grid.run()
+    assert {report["status"] for report in grid.reports["many"]} == {"timeout"}, grid.log
+    assert time.monotonic() - begun < 3 * 5 + 60  # it was 19 s for each take of 3, and more here
+
+
+@contextlib.contextmanager
+def delegated(**files):
+    """A cgroup that was handed to whoever runs in it, as systemd does it; the words that take one there."""
+    place = Path(ng.cgroup_root(), f"test-{os.getpid()}")
+    Path(ng.cgroup_root(), "cgroup.subtree_control").write_text("+memory +pids +cpu")
+    place.mkdir()
+    try:
+        os.setxattr(place, "user.delegate", b"1")
+        for name, text in files.items():
+            (place / name.replace("_", ".")).write_text(text)
+        yield place, ["sh", "-c", f'echo 0 >{place}/cgroup.procs && exec "$@"', "sh"]
+    finally:
+        until(lambda: "populated 0" in (place / "cgroup.events").read_text(), what="its end")
+        for below in place.glob("*/"):
+            below.rmdir()
+        place.rmdir()
+
+
+@under_cgroup
+def test_what_systemd_delegates_is_divided(grids):
+    """The agent goes before the functions; a second start finds what a killed one left."""
+    grid = grids("root", EXECUTION_CONCURRENCY=2)
+    run = Lasting(grid, "lasting", timeoutMs=300000)
+    with delegated() as (place, prefix):
+        with grid.agent(prefix=prefix) as agent:
+            run.begun()
+            assert sorted(path.name for path in place.glob("*/")) == ["agent", "slot0", "slot1"]
+            weights = {name: int((place / name / "cpu.weight").read_text()) for name in ("agent", "slot0", "slot1")}
+            assert weights["agent"] > weights["slot0"] == weights["slot1"]
+            inside = (place / "agent/cgroup.procs").read_text().split()
+            assert str(agent.process.pid) in inside and not set(map(str, run.pids)) & set(inside)
+            assert agents_cgroups() == set()
+            os.kill(run.above[2], signal.SIGKILL)
+            agent.stop(signal.SIGKILL)
+        until_gone(run.pids)
+        grid.put({"main.py": "print('fine')"}, request_id="next")
+        with grid.agent(prefix=prefix) as agent:
+            agent.wait_for("REPORT requestId=next .*status=ok")
+            assert agent.stop(signal.SIGTERM) == 0
+        assert not list(place.glob("*/")), "cgroups are left"
+
+
+@under_cgroup
+def test_the_agent_admits_what_its_own_cgroup_allows():
+    with delegated(memory_max=str(600 * MIB)) as (_, prefix):
+        said = subprocess.run([*prefix, PYTHON, "-c", f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); "
+                               "import nanogrid; print(nanogrid.Settings().memory_mb)"],
+                              stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert int(said) == 600 - 256
+
+
+@under_cgroup
+def test_many_runs_leave_nothing(grids):
+    grid = grids("root", EXECUTION_CONCURRENCY=2)
+    for n in range(100):
+        grid.put({"main.py": "print('fine')"}, function_id="fn", request_id=f"r{n}")
+    grid.run()
+    assert {report["status"] for got in grid.reports.values() for report in got} == {"ok"}
+    assert len(grid.reports) == 100 and agents_cgroups() == set()
 
 
 # ---------------------------------------------------------------- what is left on disk
@@ -3560,10 +4588,10 @@ os.chdir(os.environ["OUTPUT_DIR"])
 open("near.txt", "w").write("near")
 open(b"no-utf-8-\\xff", "w").close()
 os.mkdir("result.json")
-for depth in range(2000):
+for depth in range(500):
     os.mkdir("nested")
     os.chdir("nested")
-    if depth in (50, 1000, 1999):
+    if depth in (50, 200, 499):
         open("file.txt", "w").write(f"at {depth}")
 """
 
@@ -3579,6 +4607,100 @@ def test_outputs_too_deep_for_a_key_are_left_out_and_said(grids, user):
     kept = grid.path / "results" / "deep"
     assert [(kept / name).read_text() for name in names] == ["near", "at 50"]
     assert re.search(r" WARNING \[deep\] 3 .*OUTPUT_DIR", grid.log), grid.log
+
+
+# What is stored of $OUTPUT_DIR: copies of the bytes, and nothing of the source is changed.
+OUTPUTS = table(r"""
+=== names that are the result's own | | stored=.result.json.part/x,plain
+for name in ("result.json", ".result.json.part"):
+    os.mkdir(name)
+    open(name + "/x", "w").close()
+open("plain", "w").close()
+=== names of an earlier receive | | stored=a,b/c
+open("a", "w").close()
+os.mkdir("b")
+open("b/c", "w").close()
+=== links, and what they lead to | | stored=mine,same
+open("mine", "w").close()
+os.link("mine", "same")
+os.symlink("/etc/hostname", "link")
+os.symlink("/etc", "folder")
+os.mkfifo("fifo")
+=== files with holes count in full | | status=failed reason=disk exitCode=0 stored=
+for name in "abc":
+    os.truncate(os.open(name, os.O_CREAT | os.O_RDWR), 20 << 20)
+=== one file by many names counts by each | | status=failed reason=disk exitCode=0 stored=
+os.truncate(os.open("a", os.O_CREAT | os.O_RDWR), 20 << 20)
+os.link("a", "b"), os.link("a", "c")
+=== a file of its package | | stored=main.py
+os.rename(work + "/main.py", "main.py")
+=== a file of its package again | | stored=main.py
+os.rename(work + "/main.py", "main.py")
+""")
+OUTPUT_HEAD = """
+import os
+work = os.getcwd()
+os.chdir(os.environ["OUTPUT_DIR"])
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXDISKMB=50)
+    earlier = grid.path / "results" / slug("names of an earlier receive")
+    for name in ("a/b", "b"):
+        (earlier / name).parent.mkdir(parents=True, exist_ok=True)
+        (earlier / name).write_text("of an earlier receive")
+    if ROOT and user == "ordinary":
+        subprocess.run(["chown", "-R", f"{ORDINARY}:{ORDINARY}", earlier.parent], check=True)
+    for name, case in OUTPUTS.items():
+        function_id = "moves itself" if "package" in name else name
+        grid.put({"main.py": OUTPUT_HEAD + case.files["main.py"]}, request_id=slug(name), function_id=slug(function_id))
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_is_stored_of_an_output(outputs, name):
+    expect = dict(OUTPUTS[name].expect)
+    stored = expect.pop("stored").split(",")
+    result = check(outputs, name, OUTPUTS[name]._replace(expect=expect))
+    assert result["outputFiles"] == list(filter(None, stored))
+    kept = outputs.path / "results" / slug(name)
+    assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if not path.is_dir()) == sorted(
+        ["result.json", *result["outputFiles"]]), "what the result names is what is there"
+    assert not any(path.is_symlink() for path in kept.rglob("*"))
+
+
+def test_nothing_but_results_is_where_they_are(outputs):
+    assert not [name for name in os.listdir(outputs.path / "results") if name.startswith(".")]
+
+
+# What no look can list, or finds gone: files below paths over PATH_MAX, those that come and go.
+DISKS = table(r"""
+=== bytes below a path that is too long | | status=failed reason=disk
+for _ in range(20):
+    os.mkdir("d" * 250), os.chdir("d" * 250)
+os.posix_fallocate(os.open("f", os.O_CREAT | os.O_RDWR), 0, 80 << 20)
+time.sleep(60)
+=== files below a path that is too long | | status=failed reason=disk
+for _ in range(20):
+    os.mkdir("d" * 250), os.chdir("d" * 250)
+for n in range(3000): open(str(n), "w").close()
+time.sleep(60)
+=== files that come and go | timeoutMs=3000 | status=timeout
+while True:
+    os.close(os.open("file", os.O_CREAT)), os.unlink("file")
+""")
+
+
+def test_what_cannot_be_listed_is_over_the_limit_and_what_has_gone_is_no_error(grids, user):
+    grid = grids(user, EXECUTION_CONCURRENCY=3, EXECUTION_MAXDISKMB=50, EXECUTION_MAXFILES=2000)
+    for name, case in DISKS.items():
+        source = "import os, time\nos.chdir(os.environ['TMPDIR'])\n" + case.files["main.py"]
+        grid.put({"main.py": source}, request_id=slug(name), function_id=slug(name), **case.task)
+    grid.run()
+    for name, case in DISKS.items():
+        check(grid, name, case)
 
 
 def test_small_files_without_end_are_bounded(grids, user):
@@ -4362,9 +5484,24 @@ death = ctypes.c_int(-1); libc.prctl(2, ctypes.byref(death)); print(death.value 
 PROGRAMS["input"].task["input"] = PROGRAMS["stdin in every way"].task["input"] = "naïve"
 for _name in ("stdin reopened", "stdin of a child"):
     PROGRAMS[_name].task["input"] = {"a": [1, 2]}
-PROGRAMS.update({f"sys.exit {n}: {kind}": Case({"main.py": f"import sys\nprint('before')\nsys.exit({kind})\n"}, "python", {}, {}, None)
-                 for n, kind in enumerate(("", "None", "0", "3", "256", "-1", "True", "False", "'text'", "''", "'é\\udcff'", "b'x'",
-                              "object", "(1, 2)", "1.5", "2 ** 31", "2 ** 70", "-2 ** 70", "[]", "ValueError('x')"))})
+# Every way out flushes what is open and runs what is to run when a thing goes.
+HELD = """import enum, os, sys
+class Status(enum.IntEnum): NONE, SOME = 0, 7
+class Held:
+    write = staticmethod(os.write)
+    def __del__(self): self.write(1, b"gone ")
+held = Held()
+kept = open("/dev/stdout", "a")
+kept.write("flushed ")
+print("before ", flush=True)
+"""
+PROGRAMS.update({
+    f"way out {n}: {way}": Case({"main.py": HELD + way}, "python", {}, {}, None, unordered=True)
+    for n, way in enumerate((
+        "sys.exit()", "1 / 0", "raise SystemExit", "__import__('unittest').main()", *map("sys.exit({})".format, (
+            "None", "0", "3", "256", "-1", "True", "False", "'text'", "''", "'é\\udcff'", "b'x'",
+            "object", "(1, 2)", "1.5", "2 ** 31", "2 ** 70", "-2 ** 70", "[]", "ValueError('x')",
+            "Status.NONE", "Status.SOME"))))})
 PROGRAMS.update({name: Case({"main.py": source}, "python", {}, {}, None) for name, source in {
     "latin-1 without a cookie": b"print('caf\xe9')\n",
     "latin-1 with a cookie": b"# -*- coding: latin-1 -*-\nprint('caf\xe9')\n1/0 # \xe9\n",
@@ -4539,6 +5676,15 @@ BUILT = table(r"""
 int main() { std::cout << TEXT << std::endl; }
 --- lib/header.h
 #define TEXT "compiled"
+=== C++ source of several files | cpp | stdout=two
+--- main.cpp
+#include <cstdio>
+const char *other();
+int main() { puts(other()); }
+--- -o.cpp
+const char *other() { return "two"; }
+--- lib/unused.cpp
+nothing that compiles
 === C++ that does not compile | cpp | status=rejected reason=compile
 --- main.cpp
 int main() { return undeclared_name; }
@@ -4562,6 +5708,31 @@ int main() { puts("self"); }
 package main
 import "os"
 func main() { os.Stdout.WriteString("compiled\n") }
+=== Go source of several files | go timeoutMs=120000 memoryMb=512 | stdout=other
+--- main.go
+package main
+func main() { println2(text) }
+--- other.go
+package main
+import "os"
+const text = "other"
+func println2(text string) { os.Stdout.WriteString(text + "\n") }
+--- other_test.go
+package main
+func nothing that compiles
+--- other_windows.go
+package main
+const text = "windows"
+=== Go module | go timeoutMs=120000 memoryMb=512 | stdout=inner
+--- go.mod
+module example.com/app
+--- main.go
+package main
+import ("os"; "example.com/app/inner")
+func main() { os.Stdout.WriteString(inner.Text) }
+--- inner/inner.go
+package inner
+const Text = "inner"
 === Go that does not compile | go | status=rejected reason=compile
 --- main.go
 package main
@@ -4611,7 +5782,7 @@ def test_source_is_compiled(built, name):
 
 def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
     calls = built.calls.read_text().split("end|")[:-1]
-    assert 2 <= len(calls) <= 2 + 9, calls  # one for the good zip; the bad one is tried at most once a take
+    assert 3 <= len(calls) <= 3 + 9, calls  # one for each good zip; the bad one is tried at most once a take
     for call in calls:
         assert "telltale" not in call and "NoNewPrivs:\t1" in call, call
         assert not ROOT or not call.startswith("0|"), call
@@ -4657,14 +5828,14 @@ sys.exit(len(data) % 2)
 """
 
 
-def invoke(grid: Grid, *args, data: bytes = b"") -> subprocess.CompletedProcess:
+def invoke(grid: Folder, *args, data: bytes = b"") -> subprocess.CompletedProcess:
     return subprocess.run([*as_user(grid.user), PYTHON, MODULE, "--invoke", *map(str, args)], input=data,  # noqa: PLW1510, UP022
                           env={**os.environ, **grid.env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=180)
 
 
 @pytest.fixture(scope="module")
 def invoked(grids, user):
-    """A Grid with one function as a folder and as a zip."""
+    """A Folder with one function as a folder and as a zip."""
     grid = grids(user)
     (grid.top / "fn").mkdir()
     (grid.top / "fn").chmod(0o755)
@@ -4694,6 +5865,26 @@ def test_invoke_leaves_the_folder_as_it_was(invoked):
     assert (invoked.top / "fn" / "data.txt").read_text() == "data"
 
 
+@pytest.mark.parametrize("source", ["shipped", "shipped.zip"])
+def test_shipped_pyc_files_are_used(invoked, source):
+    """The .pyc holds what its source does not, which has the time and the size that it was made of."""
+    folder = invoked.top / "shipped"
+    folder.mkdir(exist_ok=True)
+    (folder / "main.py").write_text("import lib\nprint(lib.__cached__ and lib.said)\n")
+    lib, changed = folder / "lib.py", 1_234_567_891
+    for text, command in ("said = 'pyc'", "import py_compile; py_compile.compile('lib.py')"), ("said = 'src'", ""):
+        lib.write_text(text)
+        os.utime(lib, (changed, changed))
+        subprocess.run([PYTHON, "-c", command], cwd=folder, check=True)
+    with zipfile.ZipFile(invoked.top / "shipped.zip", "w") as archive:
+        for path in folder.rglob("*.py*"):
+            entry = zipfile.ZipInfo(str(path.relative_to(folder)))
+            entry.extra = struct.pack("<HHBl", 0x5455, 5, 1, int(path.stat().st_mtime))
+            archive.writestr(entry, path.read_bytes())
+    done = invoke(invoked, invoked.top / source)
+    assert done.stdout == b"pyc\n", done
+
+
 @pytest.mark.parametrize("source, args, status", [
     ("import time\ntime.sleep(60)", ["--timeout-ms", "300"], "timeout"),
     ("x = bytearray(900 << 20)", ["--memory-mb", "64", "--timeout-ms", "60000"], "oom"),
@@ -4706,446 +5897,344 @@ def test_invoke_fails_with_1(invoked, source, args, status):
     assert [report["status"] for report in reports(done.stderr.decode())] == [status], done.stderr
 
 
-@pytest.mark.parametrize("name, args", [
-    ("missing.zip", ["--runtime", "python"]), ("fn.zip", ["--runtime", "cobol"]),
-    ("fn.zip", ["--runtime", "python", "--timeout-ms", "0"]), ("fn.zip", ["--runtime", "cpp"])])
-def test_invoke_says_what_is_wrong(invoked, name, args):
-    done = invoke(invoked, invoked.top / name, *args)
-    assert done.returncode in (1, 2), done
-    assert done.stdout == b"" and b"Traceback" not in done.stderr and done.stderr.strip(), done
-
-
-# --------------------------------------------------------------------------------------------
-# Delivery: a proxy that fails by rule, a site, /proc
-# --------------------------------------------------------------------------------------------
-#
-# What the tests of delivery add to the harness: a proxy that fails by rule, a site, /proc.
-
-
-# ---------------------------------------------------------------------- the fault proxy
-
-# fault: (HTTP status, error code of SQS and CloudWatch, error code of S3, message)
-REFUSALS = {
-    "status 500": (500, "InternalFailure", "InternalError", "We encountered an internal error."),
-    "status 503": (503, "ServiceUnavailable", "ServiceUnavailable", "Service is unavailable"),
-    "throttling": (400, "ThrottlingException", "SlowDown", "Rate exceeded"),
-    "expired": (403, "ExpiredTokenException", "ExpiredToken", "The security token is expired"),
-    "denied": (403, "AccessDeniedException", "AccessDenied", "User is not authorized"),
-    "no bucket": (404, "NoSuchBucket", "NoSuchBucket", "The specified bucket does not exist"),
+MAIN_PY = {"main.py": "print('python')"}
+# how --invoke is called on a folder of these files: (files, arguments, what it says on standard error)
+INVOKED_WRONGLY = {
+    "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
+    "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
+    "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
+    "no such runtime": (MAIN_PY, "fn --runtime cobol", r"ERROR --runtime cobol: write one of python, cpp, .*\n"),
+    "no time": (MAIN_PY, "fn --timeout-ms 0", r"ERROR rejected: timeoutMs is 0; .*\n.* reason=task\n"),
+    "no entry file": ({"x.py": ""}, "fn", r"ERROR rejected: .* no main.py at its top.*\n.* reason=entry\n"),
+    "two entry files": ({**MAIN_PY, "index.js": ""}, "fn",
+                        r"ERROR --invoke fn: it has index.js and main.py; say by --runtime which of them is meant\n"),
+    "what does not compile": ({"main.cpp": "int main() { return x; }"}, "fn",
+                              r"main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
+                              r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
+    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR --output fn/main.py: .*File exists.*\n"),
 }
 
 
-@dataclass
-class Rule:
-    """Fails requests of the operations that match `pattern`: `times` of them, or all."""
-    pattern: str
-    fault: str
-    times: int | None = None
-    seconds: float = 0.0
-    said: tuple = ()  # what as_aws() answers
+@pytest.mark.parametrize("trouble", INVOKED_WRONGLY)
+def test_invoke_says_what_is_wrong_and_ends_with_1(tmp_path, trouble):
+    files, args, said = INVOKED_WRONGLY[trouble]
+    if "main.cpp" in files:
+        need("g++")
+    (tmp_path / "fn").mkdir()
+    for name, text in files.items():
+        (tmp_path / "fn" / name).write_text(text)
+    done = subprocess.run([sys.executable, MODULE, "--invoke", *args.split()], cwd=tmp_path, input="", text=True,
+                          capture_output=True, timeout=180, check=False)
+    assert done.returncode == 1, done
+    assert re.fullmatch(rf"(\S+ )?{said}", done.stderr), done.stderr
 
 
-@dataclass
-class Seen:
-    """One request as the proxy saw it."""
-    at: float
-    operation: str
-    fault: str
-    path: str
-    body: bytes = field(repr=False)
-    key: str = ""  # the access key id that signed it
+@pytest.mark.parametrize("runtime, entry, source", [
+    ("python", "main.py", "print('python')"), ("nodejs", "index.js", "console.log('nodejs')"),
+    ("cpp", "run.sh", "echo cpp")])
+def test_invoke_knows_the_runtime_by_the_only_entry_file(invoked, runtime, entry, source):
+    need(*({"nodejs": ["node"]}.get(runtime, ())))
+    path = invoked.top / "one.zip"
+    path.write_bytes(make_zip({entry: source, "data.py": ""}))
+    done = invoke(invoked, path, "--timeout-ms", "60000")
+    assert done.stdout.decode() == f"{runtime}\n", done.stderr
+    assert reports(done.stderr.decode())[0]["runtime"] == runtime
 
 
-def operation_of(method: str, path: str, headers, body: bytes) -> str:
-    """The AWS operation of a request, whichever protocol botocore chose for the service."""
-    if target := headers.get("X-Amz-Target"):
-        return target.rpartition(".")[2]
-    if "/operation/" in path:
-        return path.rpartition("/")[2]
-    if headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded"):
-        return urllib.parse.parse_qs(body.decode())["Action"][0]
-    key = urllib.parse.urlsplit(path).path.strip("/").partition("/")[2]
-    return {"GET": "GetObject" if key else "ListObjectsV2", "PUT": "PutObject", "POST": "PutObject",
-            "HEAD": "HeadObject" if key else "HeadBucket", "DELETE": "DeleteObject"}[method]
-
-
-def matches(pattern: str, operation: str) -> bool:
-    """Whether one of the patterns, parted by `|`, matches the operation's name."""
-    return any(fnmatch.fnmatch(operation, part) for part in pattern.split("|"))
-
-
-def cbor(texts: dict[str, str]) -> bytes:
-    """A CBOR map of up to 23 pairs of texts: what an error of CloudWatch is."""
-    coded = [struct.pack(">BH", 0x79, len(text.encode())) + text.encode()
-             for pair in texts.items() for text in pair]
-    return bytes((0xA0 + len(texts),)) + b"".join(coded)
-
-
-def proxy_refusal(fault: str, headers, body: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of an AWS error in the protocol of the request."""
-    status, code, s3_code, message = REFUSALS[fault]
-    error = {"__type": f"com.amazon.coral.service#{code}", "message": message}
-    if "X-Amz-Target" in headers:
-        return status, {"Content-Type": "application/x-amz-json-1.0"}, json.dumps(error).encode()
-    if "Smithy-Protocol" in headers:
-        kind = {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
-        return status, kind, cbor(error)
-    xml = f"<Error><Code>{s3_code}</Code><Message>{message}</Message></Error>"
-    if b"Action=" in body:
-        xml = f"<ErrorResponse>{xml.replace(s3_code, code)}</ErrorResponse>"
-    return status, {"Content-Type": "application/xml"}, xml.encode()
-
-
-def as_aws(headers, body: bytes, status: int, code: str, twin: str, message: str) -> bytes:
-    """An error as AWS's own services answer it, from the status line to the last byte.
-
-    SQS: docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html
-    S3: docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html (chunked, as S3 sends errors)
-    CloudWatch: as SQS since botocore 1.42 (its model also offers smithy.io/2.0/additional-specs/
-    protocols/smithy-rpc-v2.html); before, smithy.io/2.0/aws/protocols/aws-query-protocol.html
-    """
-    request_id, more = "66916324-67ca-54bb-a410-3f567a7a0571", ""
-    text = message.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    if target := headers.get("X-Amz-Target"):
-        kind = "application/x-amz-json-1.0"
-        space = "com.amazonaws.sqs" if target.startswith("AmazonSQS.") else "com.amazonaws.cloudwatch"
-        if code.endswith("Exception"):  # of what stands before each service
-            space = "com.amazon.coral.service"
-        content = json.dumps({"__type": f"{space}#{code}", "message": message}).encode()
-    elif "Smithy-Protocol" in headers:
-        kind, more = "application/cbor", "smithy-protocol: rpc-v2-cbor\r\n"
-        content = cbor({"__type": f"com.amazonaws.cloudwatch#{code}", "message": message})
-    elif b"Action=" in body:
-        kind = "text/xml"
-        space = ("https://sts.amazonaws.com/doc/2011-06-15/" if b"AssumeRole" in body else
-                 "http://monitoring.amazonaws.com/doc/2010-08-01/")
-        content = (f'<ErrorResponse xmlns="{space}">\n  <Error>\n'
-                   f"    <Type>Sender</Type>\n    <Code>{twin or code}</Code>\n    <Message>{text}</Message>"
-                   f"\n  </Error>\n  <RequestId>{request_id}</RequestId>\n</ErrorResponse>\n").encode()
-    else:
-        content = (f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{text}'
-                   f"</Message><RequestId>4442587FB7D0A2F9</RequestId><HostId>{request_id}</HostId></Error>")
-        return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
-                f"x-amz-request-id: 4442587FB7D0A2F9\r\nx-amz-id-2: {request_id}\r\n"
-                "Content-Type: application/xml\r\nTransfer-Encoding: chunked\r\n"
-                "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\nServer: AmazonS3\r\n\r\n"
-                f"{len(content.encode()):x}\r\n{content}\r\n0\r\n\r\n").encode()
-    more += f"x-amzn-query-error: {twin};Sender\r\n" if twin else ""
-    return (f"HTTP/1.1 {status} {http.client.responses[status]}\r\nx-amzn-RequestId: {request_id}\r\n"
-            f"{more}Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n"
-            "Date: Wed, 25 Nov 2026 01:00:00 GMT\r\n\r\n").encode() + content
-
-
-class ProxyHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 300
-
-    def handle_request(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        operation = operation_of(self.command, self.path, self.headers, body)
-        signed = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
-        rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
-        if rule and rule.said:
-            return self.wfile.write(as_aws(self.headers, body, *rule.said))
-        fault = rule.fault if rule else ""
-        if fault in REFUSALS:
-            return self.answer(*proxy_refusal(fault, self.headers, body))
-        if fault == "reset":
-            self.server.proxy.closing.wait(rule.seconds)
-            return self.reset()
-        if fault == "black hole":
-            self.server.proxy.closing.wait()
-            return self.reset()
-        if fault == "delay":
-            self.server.proxy.closing.wait(rule.seconds)
-        if fault == "partial":
-            refused, body = split_batch(body)
-        status, headers, content = self.forward(body)
-        if fault == "lost answer":
-            return self.reset()
-        if fault == "late answer":
-            self.server.proxy.closing.wait(rule.seconds)
-        if fault == "partial":
-            content = with_failed(content, refused)
-        if operation == "ReceiveMessage" and status == 200:
-            self.server.proxy.received += json.loads(content or b"{}").get("Messages") or []
-        self.answer(status, headers, content, cut=fault == "truncated")
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
-
-    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        backend = http.client.HTTPConnection(self.server.proxy.backend, timeout=300)
-        headers = {**self.headers, "Content-Length": str(len(body)), "Connection": "close"}
-        headers.pop("Expect", None)
-        try:
-            backend.request(self.command, self.path, body, headers)
-            response = backend.getresponse()
-            return response.status, dict(response.getheaders()), response.read()
-        finally:
-            backend.close()
-
-    def answer(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False):
-        """Send the answer; `cut`: half of it, then end the connection."""
-        length = headers.get("Content-Length") if self.command == "HEAD" else None
-        self.send_response_only(status)
-        for name, value in headers.items():
-            if name.lower() not in ("content-length", "connection", "transfer-encoding"):
-                self.send_header(name, value)
-        self.send_header("Content-Length", length or str(len(content) + (16 if cut else 0)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content[:len(content) // 2] if cut else content)
-        if cut:
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
-
-    def reset(self):
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close_connection = True
-        self.rfile.close()
-        self.connection.close()
-
-    def finish(self):
-        with contextlib.suppress(OSError, ValueError):
-            super().finish()
-
-    def log_message(self, *_):
-        pass
-
-
-def split_batch(body: bytes) -> tuple[list[str], bytes]:
-    """Takes the first half (at least one) of a batch's entries out; their ids, and the rest."""
-    request = json.loads(body)
-    entries = request["Entries"]
-    half = (len(entries) + 1) // 2
-    request["Entries"] = entries[half:]
-    return [entry["Id"] for entry in entries[:half]], json.dumps(request).encode()
-
-
-def with_failed(content: bytes, refused: list[str]) -> bytes:
-    """The answer of a batch with `refused` added to its failed entries."""
-    answer = json.loads(content) if b'"Successful"' in content else {"Successful": []}
-    failed = [{"Id": entry, "SenderFault": False, "Code": "InternalError", "Message": "try again"}
-              for entry in refused]
-    return json.dumps({**answer, "Failed": answer.get("Failed", []) + failed}).encode()
-
-
-class QuietServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def handle_error(self, *_):
-        """A client that goes away, or a backend that does, is what these tests are about."""
-
-
-class FaultProxy:
-    """Stands before `url`; `fail("DeleteMessage*", "reset", times=2)` until `heal()`.
-
-    Faults: those of REFUSALS; "reset" (after seconds=); "black hole" (read, never answered, not even after heal());
-    "delay" (seconds=, then done); "late answer" (done, then seconds=); "lost answer" (done, then
-    reset); "truncated" (half a body); "partial" (half of a batch's entries fail).
-    `requests` is what came, `received` the messages that were given out; `expired` are access keys
-    that are answered as AWS answers expired ones.
-    """
-
-    def __init__(self, url: str):
-        self.backend = urllib.parse.urlsplit(url).netloc
-        self.requests: list[Seen] = []
-        self.received: list[dict] = []
-        self.rules: list[Rule] = []
-        self.expired: set[str] = set()
-        self.closing = threading.Event()
-        self.lock = threading.Lock()
-        self.server = QuietServer(("127.0.0.1", 0), ProxyHandler)
-        self.server.proxy = self
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-    def fail(self, pattern: str, fault: str, times: int | None = None, seconds: float = 0.0, said=()):
-        with self.lock:
-            self.rules.append(Rule(pattern, fault, times, seconds, said))
-
-    def heal(self):
-        with self.lock:
-            self.rules.clear()
-
-    def take(self, operation: str, path: str, body: bytes, key: str) -> Rule | None:
-        """The rule that this request falls under, used up by one; the request is noted."""
-        with self.lock:
-            found = next((rule for rule in self.rules if rule.times != 0 and (
-                matches(rule.pattern, operation) or matches(rule.pattern, f"{operation} {path}"))),
-                         None)
-            if found and found.times:
-                found.times -= 1
-            found = Rule("*", "expired") if key in self.expired else found
-            fault = found.fault if found else ""
-            self.requests.append(Seen(time.monotonic(), operation, fault, path, body, key))
-            return found
-
-    def count(self, pattern: str, fault: str = "*") -> int:
-        with self.lock:
-            return sum(matches(pattern, seen.operation) and fnmatch.fnmatch(seen.fault, fault)
-                       for seen in self.requests)
-
-
-# ---------------------------------------------------------------------- a site of a test's own
-
-# Has a file for each run, named REQUEST_ID.RANDOM and holding its pid; then as its input says.
-MARKER = """
-import json, os, sys, time
-task = json.load(sys.stdin)
-name = task["marks"] + "/" + os.environ["REQUEST_ID"] + "." + os.urandom(6).hex()
-tell("mark", name, str(os.getpid()))
-time.sleep(task.get("sleep", 0))
-sys.exit(task.get("exit", 0))
+SAYS_AND_LEAVES = """
+import os, sys
+out = os.environ["OUTPUT_DIR"]
+os.mkdir(out + "/sub")
+open(out + "/a.txt", "w").write("a")
+open(out + "/sub/b.txt", "w").write("b")
+print("said", flush=True)
+sys.exit(3)
 """
 
 
-def marker() -> dict[str, str]:
-    return {"main.py": with_tell(MARKER)}
+def test_invoke_keeps_what_the_function_left_where_it_is_told_to(invoked, user):
+    """Beside what is there already; without --output it names what goes."""
+    path, kept = invoked.top / "leaves.zip", Path(tempfile.mkdtemp(dir=invoked.top))
+    path.write_bytes(make_zip({"main.py": SAYS_AND_LEAVES}))
+    kept.chmod(0o777)
+    (kept / "own").write_text("own")
+    done = invoke(invoked, path, "--output", kept, "--timeout-ms", "60000")
+    assert done.returncode == 1 and b"OUTPUT_DIR" not in done.stderr, done.stderr
+    assert [(kept / name).read_text() for name in ("a.txt", "sub/b.txt", "own")] == ["a", "b", "own"]
+    result = json.loads((kept / "result.json").read_text())
+    assert result["outputFiles"] == ["a.txt", "sub/b.txt"] and result["stdout"] == "said\n"
+    assert (result["status"], result["exitCode"], result["success"]) == ("failed", 3, False)
+    done = invoke(invoked, path, "--timeout-ms", "60000")
+    assert b"$OUTPUT_DIR is gone, with a.txt, sub/b.txt; --output DIR keeps it\n" in done.stderr
 
 
-@contextlib.contextmanager
-def scratch():
-    """A directory that every user may enter, with a folder `marks` for what the witness hears."""
-    path = Path(tempfile.mkdtemp(prefix="nanogrid-delivery-"))
-    path.chmod(0o755)
-    (path / "marks").mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+# ---------------------------------------------------------------- handlers, as AWS Lambda calls them
+
+# `value`: the JSON that it returns; `err`: what its standard error holds, for a space a dot
+HANDLED = table(r"""
+=== event and context | handler="app.handler" input={"a":["한",1.5]} memoryMb=99 env={"X":"1'\n2"} | value=["event-and-context","event-and-context","$LATEST","99"]
+--- app.py
+import os
+def handler(event, context):
+    assert event == {"a": ["한", 1.5]} and os.environ["X"] == "1'\n2", event
+    assert 0 < context.get_remaining_time_in_millis() <= 60000, context.get_remaining_time_in_millis()
+    assert context.invoked_function_arn.split(":")[6] == os.environ["AWS_LAMBDA_FUNCTION_NAME"]
+    assert context.log_group_name and context.log_stream_name and context.identity is None
+    assert os.environ["AWS_LAMBDA_FUNCTION_MEMORY_SIZE"] == "99" and os.environ["_HANDLER"] == "app.handler"
+    assert os.environ["LAMBDA_TASK_ROOT"] == os.getcwd() == os.path.dirname(__file__)
+    return [context.aws_request_id, context.function_name, context.function_version, context.memory_limit_in_mb]
+=== no input is an empty event | handler="src.app.handler" | value={}
+--- src/app.py
+def handler(event, context): return event
+=== a package with modules of its own | handler="src/pack.handler" | value=[3,"src.pack"]
+--- src/pack/__init__.py
+from .part import three
+import beside
+def handler(event, context): return three + beside.zero, __name__
+--- src/pack/part.py
+three = 3
+--- beside.py
+zero = 0
+=== main.py is not run | handler="app.handler" | value=null stdout=
+print("main.py")
+--- app.py
+def handler(event, context): pass
+=== what JSON holds | handler="app.handler" | value=["한\udcff",3,3.5,{"1":true},[1]]
+--- app.py
+from decimal import Decimal
+def handler(event, context): return ["한\udcff", Decimal("3"), Decimal("3.5"), {1: True}, (1,)]
+=== what JSON does not hold | handler="app.handler" | status=failed exitCode=1 value=null err=\[ERROR\].TypeError:.Object.of.type.set
+--- app.py
+def handler(event, context): return {1}
+=== not a number | handler="app.handler" | status=failed value=null err=\[ERROR\].ValueError:.Out.of.range
+--- app.py
+def handler(event, context): return float("nan")
+=== a coroutine | handler="app.handler" | status=failed value=null err=type.coroutine
+--- app.py
+async def handler(event, context): return 1
+=== the largest value | handler="app.handler" | err=^$
+--- app.py
+def handler(event, context): return "한" * 87380 + "ab"
+=== a value that is too large | handler="app.handler" | status=failed exitCode=0 value=null err=over.262144.bytes
+--- app.py
+def handler(event, context): return "한" * 87380 + "abc"
+=== an exception | handler="app.handler" | status=failed exitCode=1 value=null err=^\[ERROR\].ZeroDivisionError:.division.by.zero\nTraceback.*\n..File."\S*/app.py",.line.2,.in.handler\n
+--- app.py
+def handler(event, context):
+    1 / 0
+=== an exception at the import | handler="app.handler" | status=failed exitCode=1 err=^\[ERROR\].ModuleNotFoundError:.*\nTraceback.*\n..File."\S*/app.py",.line.1
+--- app.py
+import not_there
+=== a function that is missing | handler="app.handler" | status=failed exitCode=1 err=no.attribute.'handler'
+--- app.py
+=== exit before the return | handler="app.handler" | status=failed exitCode=0 value=null err=ended.before.its.handler
+--- app.py
+import sys
+def handler(event, context): sys.exit(0)
+=== memory over the cap | handler="app.handler" memoryMb=32 | status=oom value=null
+--- app.py
+def handler(event, context):
+    held = []
+    while True: held.append(bytearray(1 << 20))
+=== over the time limit | handler="app.handler" timeoutMs=1500 | status=timeout value=null
+--- app.py
+import time
+def handler(event, context):
+    while context.get_remaining_time_in_millis(): time.sleep(0.01)
+    time.sleep(60)
+=== logging as it is, and as a module changes it | handler="app.handler" | err=^\[INFO\]\t\d+-\d+-\d+T[\d:.]+Z\tlogging-as-it-is-and-as-a-module-changes-it\tfirst\nsecond\n$
+--- app.py
+import logging
+logging.basicConfig(format="no effect, as in Lambda")
+root = logging.getLogger()
+root.setLevel("INFO")
+def handler(event, context):
+    logging.info("first")
+    root.handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger(__name__).warning("second")
+    logging.debug("third")
+=== output and threads | handler="app.handler" | value=1 stdout=out,late,exit
+--- app.py
+import atexit, threading, time
+atexit.register(print, "exit", end="")
+def handler(event, context):
+    print("out", end=",")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("late", end=","))).start()
+    return 1
+=== processes of multiprocessing | handler="app.handler" | value=[[1,4],[1,4]]
+--- app.py
+import multiprocessing
+def square(n): return n * n
+def handler(event, context):
+    def pool(kind):
+        with multiprocessing.get_context(kind).Pool(1) as workers: return workers.map(square, [1, 2])
+    return [pool("fork"), pool("spawn")]
+=== async | nodejs handler="index.handler" input={"a":"한"} memoryMb=99 | value=[{"a":"한"},"async","99",true]
+exports.handler = async (event, context) => {
+  setInterval(() => {}, 1000);
+  const left = context.getRemainingTimeInMillis();
+  return [event, context.awsRequestId, context.memoryLimitInMB, left > 0 && left <= 60000];
+};
+=== callback | nodejs handler="src/app.handler" | value=[2,1] stdout=waited
+--- src/app.cjs
+exports.handler = (event, context, callback) => {
+  callback(null, [2, 1]);
+  setTimeout(() => console.log("waited"), 50);
+};
+=== callback without waiting | nodejs handler="index.handler" | value={"a":1} stdout=
+exports.handler = (event, context, callback) => {
+  context.callbackWaitsForEmptyEventLoop = false;
+  setTimeout(() => console.log("never"), 5000);
+  setImmediate(() => callback(null, {a: 1}));
+};
+=== callback with an error | nodejs handler="index.handler" | status=failed exitCode=1 value=null err=Invoke.Error.*"errorMessage":"no"
+exports.handler = (event, context, callback) => callback("no");
+=== a promise | nodejs handler="index.handler" | value="kept"
+module.exports = {handler: () => new Promise((keep) => setTimeout(keep, 20, "kept"))};
+=== a promise that fails | nodejs handler="index.handler" | status=failed exitCode=1 err="errorType":"TypeError","errorMessage":"boom","stack":.*index.js:1
+exports.handler = () => Promise.reject(new TypeError("boom"));
+=== a promise that never comes | nodejs handler="index.handler" | status=failed value=null err=ended.before.its.handler
+exports.handler = async () => { await new Promise(() => {}); };
+=== neither | nodejs handler="index.handler" | value=null
+exports.handler = () => 5;
+=== an exception in Node.js | nodejs handler="index.handler" | status=failed exitCode=1 err="errorMessage":"boom".*index.js:1
+exports.handler = () => { throw new Error("boom"); };
+=== an ES module | nodejs handler="app.handler" | value=[3,"app.mjs"]
+--- app.mjs
+import path from "node:path";
+import {fileURLToPath} from "node:url";
+const three = await Promise.resolve(3);
+export const handler = async () => [three, path.basename(fileURLToPath(import.meta.url))];
+=== an ES module by package.json | nodejs handler="lib/app.run" | value="ES"
+--- package.json
+{"type": "module"}
+--- lib/app.js
+export async function run() { return import.meta.url ? "ES" : ""; }
+=== what JSON does not hold, in Node.js | nodejs handler="index.handler" | status=failed err=BigInt
+exports.handler = async () => 5n;
+=== exit before the return, in Node.js | nodejs handler="index.handler" | status=failed exitCode=0 err=ended.before.its.handler
+exports.handler = async () => process.exit(0);
+=== not exported | nodejs handler="index.handler" | status=failed exitCode=1 err=exports.no.function.handler
+exports.other = async () => 1;
+=== no such file | nodejs handler="app.handler" | status=rejected reason=entry
+exports.handler = async () => 1;
+""")
 
 
-@contextlib.contextmanager
-def site(moto: str, **options):
-    """An Aws of its own whose agents go through a FaultProxy, `aws.proxy`; MARKER is at fn.zip."""
-    with scratch() as path, FaultProxy(moto) as proxy:
-        aws = Aws(moto, path, **options)
-        aws.proxy, aws.prefix = proxy, ()
-        aws.env["AWS_ENDPOINT_URL"] = proxy.url
-        aws.put(marker())
-        yield aws
+@pytest.fixture(scope="module", params=["root-true", "ordinary-false"])
+def handled(request, grids):
+    """Every handler, run warm as root and cold as an ordinary user."""
+    need("node")
+    user, _, warm = request.param.partition("-")
+    if user == "root" and not ROOT:
+        pytest.skip("needs root")
+    grid = grids(user, EXECUTION_CONCURRENCY=2, EXECUTION_WARMSTART=warm)
+    for name, case in HANDLED.items():
+        files = {file: text for file, text in case.files.items() if text.strip() or file == "app.py"}
+        grid.put(files, case.runtime, slug(name), slug(name), **case.task)
+    return grid.run()
 
 
-def start(aws: Aws, *args, wait: int = 1, env=None, prefix=None, **sections) -> Agent:
-    """An agent of this site; sections of its settings as dicts: execution={"concurrency": 1}."""
-    extra = ""
-    for name, values in sections.items():
-        extra += f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
-    return Agent("--config", aws.config(extra, wait), *args, env={**aws.env, **(env or {})},
-                 prefix=aws.prefix if prefix is None else prefix)
+@pytest.mark.parametrize("name", HANDLED)
+def test_a_handler_is_called_as_in_lambda(handled, name):
+    result, expect = handled[name], dict(HANDLED[name].expect)
+    said = result["stderr"]
+    assert re.search(expect.pop("err", ""), said), said
+    if "value" in expect:
+        assert result["returnValue"] == json.loads(expect.pop("value")), result
+    for key, expected in expect.items():
+        assert str(result[key]).strip() == expected, f"{key} should be {expected}: {result}"
 
 
-def job(aws: Aws, request_id: str = "r1", sleep: float = 0, exit: int = 0, **task) -> str:
-    """Send a task for MARKER; its message id."""
-    told = {"marks": str(aws.path / "marks"), "sleep": sleep, "exit": exit}
-    return aws.send(request_id, input=told, **task)
+def test_only_a_handler_has_a_return_value(grids, user):
+    """Not even who writes into the pipe for it."""
+    grid = grids(user)
+    grid.put({"main.py": "open(os.path.dirname(os.environ['HOME']) + '/../feed/out/returned', 'w').write('1')\n"
+                         .join(["import os\n", "print('written')\n"])}, request_id="r")
+    grid.run()
+    assert grid["r"]["stdout"] == "written\n" and "returnValue" not in grid["r"]
 
 
-def proxy_runs(path: Path) -> Counter:
-    """How often each request id was run, by the marks under `path`."""
-    marks = (path / "marks").iterdir()
-    return Counter(mark.name.partition(".")[0] for mark in marks if mark.name[-1] != "~")
+def test_a_lambda_function_that_nothing_calls_is_said_once_for_each_package(grids, user):
+    need("node")
+    grid = grids(user, EXECUTION_CONCURRENCY=1)
+    sources = {"plain": "console.log(1)", "common": "exports.handler = async () => 1;",
+               "es": "export const handler = async () => 1;",
+               "bundled": "__export(index_exports, {\n  handler: () => handler\n});\nfunction __export() {}\nvar index_exports;\n"}
+    for name, source in sources.items():
+        files = {"index.js": source, **({"package.json": '{"type": "module"}'} if name == "es" else {})}
+        for n in range(3):
+            grid.put(None if n else files, "nodejs", name, f"{name}-{n}")
+        grid.put(None, "nodejs", name, f"{name}-called", handler="index.handler")
+    grid.run()
+    said = re.findall(r"index\.js of (\w+)\.zip exports a handler", grid.log)
+    assert sorted(said) == ["bundled", "common", "es"], grid.log
 
 
-def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
-    """Wait until the queue is empty and the dead-letter queue holds as many messages."""
-    def settled():  # a message that becomes visible between two counts is in neither: look again
-        return not aws.count() and not aws.count() and dead(aws) == in_dlq
-
-    try:
-        until(settled, seconds, "the end of all messages")
-    except AssertionError as error:
-        raise AssertionError(f"{error}: {aws.count()} are in the queue and {dead(aws)} in the DLQ; "
-                             f"the log:\n{agent.log}") from None
-
-
-def until_ran(path: Path, request_id: str = "r1", times: int = 1):
-    """Wait until the function of a request has begun."""
-    until(lambda: proxy_runs(path)[request_id] >= times, what=f"a run of {request_id}")
-
-
-def run_pids(path: Path) -> list[int]:
-    return [int(mark.read_text()) for mark in (path / "marks").iterdir() if mark.name[-1] != "~"]
-
-
-def visible(aws: Aws, url: str | None = None) -> int:
-    """Messages that a receive would get now."""
-    name = "ApproximateNumberOfMessages"
-    got = aws.sqs.get_queue_attributes(QueueUrl=url or aws.queue_url, AttributeNames=[name])
-    return int(got["Attributes"][name])
+@pytest.mark.parametrize("warm", ["true", "false"])
+def test_env_is_for_its_run_alone(grids, user, warm):
+    """In one slot: Python by a ready interpreter or not, and Node.js, which a shell starts."""
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_WARMSTART=warm)
+    need("node")
+    python = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
+    node = "console.log(JSON.stringify(process.env))\n"
+    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5", "IFS": "/"}, {},
+                             {"PYTHONLEFT": "1"}, {}]):
+        for runtime, name, source in (("python", "main.py", python), ("nodejs", "index.js", node)):
+            grid.put({name: source}, runtime, runtime, f"{runtime}-{n}", env=env)
+    grid.run()
+    for runtime in ("python", "nodejs"):
+        seen = [json.loads(grid[f"{runtime}-{n}"]["stdout"]) for n in range(5)]
+        for each in seen:
+            del each["REQUEST_ID"]
+        assert seen[0] == seen[2] == seen[4], seen
+        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5", "IFS": "/"}, seen
+        assert seen[3] == {**seen[0], "PYTHONLEFT": "1"}, seen
 
 
-def dead(aws: Aws) -> int:
-    """Messages in the dead-letter queue."""
-    return aws.count(aws.dlq_url)
+def test_variables_that_python_reads_at_its_start_have_their_effect(grids, user):
+    grid = grids(user)
+    grid.put({"main.py": "import sys\nprint(sys.flags.optimize, sys.path[1])\n"}, request_id="r",
+             env={"PYTHONOPTIMIZE": "2", "PYTHONPATH": "/srv/extra"})
+    grid.run()
+    assert grid["r"]["stdout"] == "2 /srv/extra\n"
 
 
-def metric_values(aws: Aws, function_id: str) -> float:
-    """How many PeakMemoryBytes values CloudWatch holds for a function, by both dimensions."""
-    got = aws.cloudwatch.get_metric_statistics(
-        Namespace="NanoGrid/FunctionRunner", MetricName="PeakMemoryBytes", Period=86400,
-        StartTime=time.time() - 86400, EndTime=time.time() + 86400, Statistics=["SampleCount"],
-        Dimensions=[{"Name": "FunctionId", "Value": function_id},
-                    {"Name": "Runtime", "Value": "python"}])
-    return sum(point["SampleCount"] for point in got["Datapoints"])
+def test_an_interpreter_that_starts_threads_is_not_kept_ready(grids, user):
+    """As tracers do by a .pth file: no fork has its threads, but the locks that they hold."""
+    grid = grids(user, EXECUTION_CONCURRENCY=2)
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", grid.top / "venv"], check=True)
+    packages, = (grid.top / "venv").glob("lib/python*/site-packages")
+    (packages / "tracer.pth").write_text("import tracer\n")
+    (packages / "tracer.py").write_text(
+        "import subprocess, threading, time\nlock = threading.Lock()\n"
+        "def beat():\n    while True:\n        with lock: time.sleep(0.05)\n        time.sleep(0.0005)\n"
+        "threading.Thread(target=beat, daemon=True).start()\nsubprocess.Popen(['sleep', '600'])\n")
+    grid.env["AGENT_RUNTIMES_PYTHON"] = str(grid.top / "venv" / "bin" / "python3")
+    for n in range(6):
+        grid.put({"main.py": "import threading, tracer\nwith tracer.lock: print(threading.active_count())\n"}
+                 if n == 0 else None, request_id=f"r{n}")
+    grid.run()
+    assert {(grid[f"r{n}"]["stdout"], grid[f"r{n}"]["start"]) for n in range(6)} == {("2\n", "cold")}
+    assert grid.log.count("starts 1 threads and 1 processes") == 1, grid.log
 
 
-def complaints(log: str) -> list[str]:
-    """The log's lines of level WARNING and above, but the one of what the machine leaves open."""
-    return re.findall(r"^\S+ (?:WARNING|ERROR|CRITICAL) (?!not started as root|functions ).*$", log,
-                      re.MULTILINE)
-
-
-def mishaps(log: str) -> list[str]:
-    """Those that are not of an emulator which answers late, as it may on a busy machine."""
-    return [line for line in complaints(log) if " timeout on endpoint URL" not in line]
-
-
-# ---------------------------------------------------------------------- processes
-
-
-def stat_of(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on, or None when there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def family(pid: int) -> list[int]:
-    """`pid` and its living descendants."""
-    parents = {int(entry): stat for entry in os.listdir("/proc")
-               if entry.isdigit() and (stat := stat_of(int(entry)))}
-    found = [pid]
-    for member in found:
-        found += [child for child, stat in parents.items() if int(stat[1]) == member]
-    return found
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time used by the process and its living descendants."""
-    stats = filter(None, map(stat_of, family(pid)))
-    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
-
-
-def alive(pid: int) -> bool:
-    return bool((stat := stat_of(pid)) and stat[0] not in "ZX")
-
-
-def until_gone(pids: list[int], seconds: float = 60):
-    """Wait until none of these processes lives."""
-    until(lambda: not any(map(alive, pids)), seconds, f"the end of {pids}")
+def test_invoke_of_a_handler(grids, user):
+    grid = grids(user)
+    source, event = grid.top / "fn.zip", grid.top / "event.json"
+    source.write_bytes(make_zip({"app.py": "import os\ndef handler(event, context):\n    print('said')\n"
+                                           "    return [event, os.environ['A'], os.environ['B']]\n"
+                                           "def bad(event, context): 1 / 0\n"}))
+    event.write_text('{"k": "한"}')
+    args = [source, "--handler", "app.handler", "--env", "A=1", "--env", "B==2"]
+    for more, data, seen in ((["--event", event], b"[]", {"k": "한"}), ([], b"[1]", [1]), ([], b"", {})):
+        done = invoke(grid, *args, *more, data=data)
+        said, value = done.stdout.decode().splitlines()
+        assert (done.returncode, said, json.loads(value)) == (0, "said", [seen, "1", "=2"]), done
+    done = invoke(grid, source, "--handler", "app.bad")
+    assert (done.returncode, done.stdout) == (1, b"") and b"[ERROR] ZeroDivisionError" in done.stderr, done
+    for more, status in ((["--env", "A"], 2), (["--env", "PATH=x"], 1), (["--event", grid.top / "none"], 2)):
+        assert invoke(grid, *args, *more).returncode == status
 
 
 # --------------------------------------------------------------------------------------------
@@ -5329,13 +6418,6 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
 
 
 # ---------------------------------------------------------------------- faults, by name
-
-# Runs nanogrid.py with another value for a constant: `python -c … python nanogrid.py ARGUMENTS`.
-PATCHED = """import sys
-sys.path.insert(0, sys.argv[2].rpartition("/")[0])
-import nanogrid as ng
-{}
-sys.exit(ng.main(sys.argv[3:]))"""
 
 # what fails: (operations, visibility timeout, seconds that the fault lasts, and the function)
 SCENES = {
@@ -5548,11 +6630,9 @@ def outage_trial(moto: str, what: str, seconds: float):
         begun, used = time.monotonic(), cpu_seconds(agent.process.pid)
         time.sleep(seconds)
         used = (cpu_seconds(agent.process.pid) - used) / (time.monotonic() - begun)
-        held = len(aws.proxy.received)
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert held <= 4, f"{held} were received for two slots\n{agent.log}"
         assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert proxy_runs(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
@@ -5607,9 +6687,8 @@ def in_hand(folder) -> list[str]:
 
 def local_outage_trial(_, seconds: float, number: int = 0):
     """The disk of folder and workspaces is full, then not: no take is spent but by a SIGKILL."""
-    with scratch() as path, small_disk(path / "disk") as (prefix, seen, fill, back):
-        folder = Folder(seen / "grid")
-        folder.scratch = path
+    with scratch() as path, small_disk(path / "disk") as (prefix, seen, fill, back), \
+            Folder(path=seen / "grid") as folder:
         agent_of = functools.partial(
             Agent, "--local", path / "disk" / "grid", prefix=prefix,
             env={"AGENT_TASKBASEDIR": f"{path}/disk/task", "AGENT_EXECUTION_CONCURRENCY": "2"})
@@ -5620,7 +6699,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
                 local_job(folder, request_id, sleep=3 if request_id in JOBS[:2] else 0,
                           s3Key="fn.zip" if request_id in JOBS[:2] else "new.zip")
             for request_id in JOBS[:2]:
-                until_ran(path, request_id)
+                until_ran(folder.scratch, request_id)
             fill()
             first.wait_for("trying on until it works")
             begun, used = time.monotonic(), cpu_seconds(first.process.pid)
@@ -5635,7 +6714,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
             back()
             until(lambda: not in_hand(folder), 60, f"the end of all\n{first.log}{last.log}")
             assert last.stop() == 0
-        log, runs = first.log + (last.log if number else ""), proxy_runs(path)
+        log, runs = first.log + (last.log if number else ""), proxy_runs(folder.scratch)
         assert {folder.result(one)["status"] for one in JOBS} == {"ok"}, log
         assert not names(folder, "dead") and "Traceback" not in log, log
         again = {name for name, times in runs.items() if times > 1}
@@ -5663,8 +6742,7 @@ def network_away_for_longer_than_the_lease_runs_nothing_twice(moto):
         agent.wait_for("the lease of message .* is lost")
         agent.wait_for("storing results in .* failed")
         aws.proxy.heal()
-        until_settled(aws, agent)
-        assert agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1} and not dead(aws)
+        finish(aws, agent, {"r1": 1})
         assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
 
 
@@ -5677,13 +6755,11 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
             job(aws, timeoutMs=20000)
             until(lambda: aws.proxy.received, what="the receive")
             taken = time.time()
-            said = agent.wait_for(r"^(\S+) INFO REPORT requestId=r1 .*status=error .*reason=s3")
+            said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
             held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
-            assert held > 10, f"given up too early\n{agent.log}"
-            assert held < 60, f"given up too late\n{agent.log}"
+            assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
             aws.proxy.heal()
-            until_settled(aws, agent)
-            assert proxy_runs(aws.path) == {"r1": 1} and not dead(aws)
+            finish(aws, agent, {"r1": 1})
 
 
 @trial
@@ -5701,8 +6777,7 @@ def what_is_cached_runs_on_while_s3_is_away(moto):
             until(lambda: len(reports(agent.log)) == 9, 90, "those that are cached")
             assert aws.proxy.count("GetObject", "") <= 2 and proxy_runs(aws.path)["new"] == 0
             aws.proxy.heal()
-            until_settled(aws, agent)
-            assert agent.stop() == 0
+            finish(aws, agent, ends={"ok": 10})
         assert set(proxy_runs(aws.path).values()) == {1} and len(aws.proxy.received) == 10
         assert {each["receiveCount"] for each in reports(agent.log)} == {"1"}, agent.log
 
@@ -5769,24 +6844,27 @@ for _operation in ("PutObject", "SendMessage"):
 
 @trial
 def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
-    """Five are kept at most; four come while a request with five is under way."""
+    """Five are kept at most; four come while a request with some of them is under way."""
     prefix = [sys.executable, "-c", PATCHED.format("ng.CloudWatchMetrics.MOST_KEPT = 5")]
     with site(moto) as aws:
-        aws.proxy.fail("PutMetricData", "reset", seconds=3)
-        with start(aws, prefix=prefix, metrics={"flushSeconds": 3}) as agent:
+        aws.proxy.fail("PutMetricData", "reset", seconds=1)
+        with start(aws, prefix=prefix, metrics={"flushSeconds": 1}) as agent:
             for number in range(5):
                 job(aws, f"r{number}", function_id=aws.name)
             until(lambda: aws.proxy.count("PutMetricData"), what="a request to CloudWatch")
             for number in range(5, 9):
                 job(aws, f"r{number}", function_id=aws.name)
             until_settled(aws, agent)
-            agent.wait_for("publishing metrics to CloudWatch failed")
+            # All nine have come. Each request is made three times, so one of the next six is the
+            # first of a new one, which holds all that is kept.
+            before = aws.proxy.count("PutMetricData")
+            until(lambda: aws.proxy.count("PutMetricData") >= before + 6, what="another request")
             aws.proxy.heal()
-            agent.wait_for("publishing metrics to CloudWatch works again")
-            until(lambda: metric_values(aws, aws.name), what="values")
+            agent.wait_for(r"Successfully published 5 values to CloudWatch \(4 older ones")
             agent.stop()
         assert len(reports(agent.log)) == 9 and metric_values(aws, aws.name) == 5
-        assert "Successfully published 5 values to CloudWatch (4 older ones" in agent.log
+        assert agent.log.count("publishing metrics to CloudWatch failed") == 1
+        assert agent.log.count("publishing metrics to CloudWatch works again") == 1
 
 
 @trial
@@ -5799,13 +6877,11 @@ def a_lease_ends_after_twelve_hours_whatever_extends_it(moto):
             until_ran(aws.path)
             until(lambda: visible(aws), what="the end of the lease")
             agent.wait_for("REPORT requestId=r1", 120)
-            until_settled(aws, agent)
-            assert agent.stop() == 0
+            finish(aws, agent, {"r1": 1})
         asked = [json.loads(seen.body) for seen in aws.proxy.requests
                  if seen.operation == "ChangeMessageVisibilityBatch"]
         assert asked and all(entry["VisibilityTimeout"] <= 6 for each in asked
                              for entry in each["Entries"])
-        assert proxy_runs(aws.path) == {"r1": 1}
         assert any("is lost" in line for line in complaints(agent.log)), agent.log
 
 
@@ -5822,11 +6898,8 @@ def bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
         task["input"] = "x" * ((1 << 20) - len(json.dumps(task)))
         aws.send(body=json.dumps(task))
         aws.send(body=DEEP)
-        until_settled(aws, agent, 1)
-        agent.stop()
+        finish(aws, agent, ends={"ok": 1, "rejected": 3}, in_dlq=1)
         assert f"stdout: input of {len(task['input']) + 2}" in agent.log
-        assert Counter(each["status"] for each in reports(agent.log)) == {"ok": 1, "rejected": 3}
-        assert "Traceback" not in agent.log
 
 
 @trial
@@ -5840,8 +6913,8 @@ def message_whose_delete_fails_for_longer_than_its_lease_is_not_run_by_another_a
             until(lambda: proxy.count("ReceiveMessage") > 18, 120, "polls of another agent")
             assert not proxy.received and second.stop() == 0, second.log
         aws.proxy.heal()
-        until_settled(aws, first)
-        assert proxy_runs(aws.path) == {"r1": 1} and len(aws.proxy.received) == 1
+        finish(aws, first, {"r1": 1})
+        assert len(aws.proxy.received) == 1
         assert len(mishaps(first.log)) == 1, first.log
 
 
@@ -5856,8 +6929,7 @@ def queue_that_is_empty_is_not_asked_without_a_pause(moto):
         assert polls <= 2 * (time.monotonic() - begun)
         for number in range(40):
             job(aws, f"r{number}")
-        until_settled(aws, agent)
-        assert agent.stop() == 0
+        finish(aws, agent)
 
 
 @trial
@@ -5871,6 +6943,236 @@ def sigterm_while_deleting_deletes_first(moto):
         job(aws, "r2")
         agent.wait_for("REPORT requestId=r2 .*status=ok")
         assert agent.stop() == 0 and not aws.count(), agent.log
+
+
+# ---------------------------------------------------------------------- one function's trouble is its own
+
+
+def done(agent: Agent, *prefixes: str) -> int:
+    """How many requests whose names begin so have ended ok."""
+    return sum(each["status"] == "ok" and each["requestId"].startswith(prefixes) for each in reports(agent.log))
+
+
+# what is wrong with one function's zip: the fault, and whether its messages wait or end as errors
+OWN_TROUBLES = {"status 503": True, "black hole": True, "denied": False}
+
+
+def own_trouble_trial(moto: str, fault: str):
+    """More of its messages than there are slots; the other functions' go on, and so do these at its end."""
+    waits = OWN_TROUBLES[fault]
+    with site(moto, visibility=30, receives=9) as aws, start(aws, execution={"concurrency": 2}) as agent:
+        aws.put(marker(), "bad.zip")
+        job(aws, "good0")
+        until_settled(aws, agent)
+        aws.proxy.fail("GetObject *bad.zip*", fault)
+        for number in range(8):
+            job(aws, f"bad{number}", key="bad.zip")
+        until(lambda: aws.proxy.count("GetObject", fault), what="a try")
+        for number in range(1, 31):
+            job(aws, f"good{number}")
+        until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
+        assert not done(agent, "bad"), agent.log
+        aws.proxy.heal()
+        until_settled(aws, agent)
+        assert agent.stop() == 0 and set(proxy_runs(aws.path).values()) == {1}
+        counts = {each["receiveCount"] for each in reports(agent.log)}
+        assert counts == {"1"} if waits else counts > {"1"}, agent.log
+
+
+for _fault in OWN_TROUBLES:
+    add_trial(f"one function's zip: {_fault}", own_trouble_trial, _fault != "status 503", fault=_fault)
+
+
+@trial
+def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_changes(moto):
+    with site(moto, visibility=60) as aws:
+        compiler = aws.path / "c++"
+        compiler.write_text(f"#!/bin/sh\necho x >>{aws.path}/compiled\nexit 1\n")
+        (aws.path / "compiled").touch(0o666)
+        (aws.path / "compiled").chmod(0o666)
+        compiler.chmod(0o755)
+        aws.put(b"no zip", "corrupt.zip")
+        aws.put({"main.cpp": "int"}, "source.zip")
+        for number in range(5):
+            aws.send(f"corrupt{number}", key="corrupt.zip")
+            aws.send(f"source{number}", key="source.zip", runtime="cpp")
+        time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
+        with start(aws, runtimes={"cpp": compiler}) as agent:
+            until_settled(aws, agent, 10)
+            gets = [seen.path for seen in aws.proxy.requests if seen.operation == "GetObject"]
+            assert len(gets) == 2 and len((aws.path / "compiled").read_text()) <= 2, gets
+            aws.put({"main.py": "print('mended')"}, "corrupt.zip")
+            aws.send("mended", key="corrupt.zip")
+            until_settled(aws, agent, 10)
+            agent.wait_for("REPORT requestId=mended .*status=ok")
+            agent.stop()
+        assert Counter(each["status"] for each in reports(agent.log)) == {"rejected": 30, "ok": 1}
+
+
+@trial
+def no_run_starts_under_a_lease_that_is_lost(moto):
+    """The agent is stopped while a run's code is on its way, for longer than the lease."""
+    with site(moto, visibility=6, receives=9) as aws, start(aws) as agent:
+        aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
+        job(aws)
+        until(lambda: aws.proxy.count("GetObject"), what="the fetch")
+        agent.process.send_signal(signal.SIGSTOP)
+        time.sleep(8)
+        agent.process.send_signal(signal.SIGCONT)
+        until_settled(aws, agent)
+        agent.wait_for("REPORT requestId=r1 .*status=ok")
+        agent.stop()
+        first, second = reports(agent.log)
+        assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
+        assert proxy_runs(aws.path) == {"r1": 1}
+
+
+@trial
+def permission_that_is_granted_later_is_used(moto):
+    prefix = [sys.executable, "-c", PATCHED.format("ng.PERMISSION_SECONDS = 1")]
+    with site(moto, visibility=15, receives=1) as aws, start(aws, prefix=prefix) as agent:
+        aws.proxy.fail("ChangeMessageVisibility*", "denied")
+        job(aws, "early", timeoutMs=60000)
+        agent.wait_for("REPORT requestId=early .*reason=visibility")
+        aws.proxy.heal()
+        time.sleep(1.5)
+        job(aws, "late", timeoutMs=60000)
+        agent.wait_for("REPORT requestId=late .*status=ok")
+        assert agent.stop() == 0 and "is granted" in agent.log
+
+
+@trial
+def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
+    """Short runs, then long ones: another agent could have them. Nothing more is taken ahead then."""
+    with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
+        for number in range(30):
+            job(aws, f"quick{number}")
+        until_settled(aws, agent)
+        aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
+        for number in range(10):
+            job(aws, f"slow{number}", sleep=20)
+        until(lambda: re.search("slow", str(proxy_runs(aws.path))), what="the first slow run")
+        until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
+        given = [each for each in reports(agent.log) if each["requestId"].startswith("slow")]
+        assert {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
+        agent.process.send_signal(signal.SIGTERM)
+        assert agent.end() == 0
+
+
+@trial
+def second_signal_does_not_wait_for_an_upload(moto):
+    with site(moto, visibility=600) as aws:
+        aws.proxy.fail("PutObject|PutMetricData", "black hole")
+        with start(aws, output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
+            job(aws)
+            until(lambda: aws.proxy.count("PutObject"), what="the upload")
+            agent.process.send_signal(signal.SIGTERM)
+            agent.wait_for("stopping: ")
+            assert agent.process.poll() is None
+            assert agent.stop(seconds=15) == 0
+        assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+
+
+@trial
+def delete_is_sent_though_the_lease_has_run_out(moto):
+    """Nobody else received it: its newest handle still deletes it, and it does not go to the DLQ."""
+    with site(moto, visibility=5, receives=1) as aws, start(aws) as agent:
+        job(aws, sleep=2)
+        until_ran(aws.path)
+        aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*|ReceiveMessage", "reset")
+        agent.wait_for("the lease of message .* is lost")
+        time.sleep(1)
+        with aws.proxy.lock:
+            aws.proxy.rules[:] = [Rule("ReceiveMessage", "reset")]
+        until(lambda: not aws.count(), what="the delete")
+        assert not dead(aws) and agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1}
+
+
+BALLAST = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
+
+
+@trial
+def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
+    prefix = [sys.executable, "-c", PATCHED.format("ng.UNSTORED_BYTES = 1_000_000")]
+    with site(moto, visibility=600, receives=9) as aws:
+        aws.put(BALLAST)
+        aws.proxy.fail("PutObject", "denied")
+        with start(aws, prefix=prefix, output={"bucket": aws.bucket}) as agent:
+            aws.send("first")
+            agent.wait_for("REPORT requestId=first .*reason=output")
+            aws.send("second")
+            agent.wait_for(r"WARNING \[first\] its result is dropped")
+            assert len(list((aws.path / "task").glob("agent-*/code/tmp*"))) == 1
+            agent.stop()
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_queue_whose_visibility_timeout_is_too_short_is_served(moto, seconds):
+    with site(moto, visibility=seconds) as aws, start(aws) as agent:
+        job(aws, sleep=3)
+        until_settled(aws, agent)
+        assert agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1} and not mishaps(agent.log)
+
+
+@pytest.mark.parametrize("status,has_dlq,delays", [
+    ("rejected", True, [0, 0, 0, 0, 0]), ("rejected", False, [0, 0, 0, 10, 40]),
+    ("released", False, [0, 0, 0, 0, 0]), ("error", True, [10, 40, 160, 640, 2560])])
+def test_delays_grow_with_each_receive(party, status, has_dlq, delays):
+    party.server.said = {}
+    with party.queue(Heard()) as queue:
+        queue.has_dlq = has_dlq
+        found = [queue._delay(ng.Message("m", "", count, 0.0, last=math.inf), status) for count in range(1, 6)]
+    assert found == delays
+
+
+def test_run_whose_preparation_does_not_end_has_not_begun():
+    """The workspace's disk is slow: nothing ran, so that is an outage."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
+        slot = ng.Slot(types.SimpleNamespace(directory=""), lambda _: ours, ng.Dependency(ng.Log(), "starting"))
+        slot.PREPARE_SECONDS = 0.1
+        with pytest.raises(ng.Outage, match="takes too long"):
+            slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1))
+
+
+def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
+    with site(moto, visibility=600) as aws:
+        aws.send(body="no JSON {")
+        with start(aws, "--drain", wait=0) as agent:
+            assert agent.end() == 0
+        assert len(reports(agent.log)) == 3 and dead(aws) == 1
+
+
+def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(moto):
+    with site(moto) as aws:
+        aws.proxy.fail("ReceiveMessage", "reset")
+        with start(aws, "--drain", execution={"patienceSeconds": 2}) as agent:
+            assert agent.end() == 1
+        assert "the drain is given up after" in agent.log and "Traceback" not in agent.log
+
+
+def test_peaks_carry_the_time_at_which_the_run_ended(party, tmp_path):
+    """Those that were kept through an outage, too."""
+    sent, errors = [], [RuntimeError("away"), None]
+
+    def put_metric_data(Namespace, MetricData):
+        if error := errors.pop(0):
+            raise error
+        sent.extend(MetricData)
+
+    report = ng.Report(function_id="f", runtime="python", outcome=ng.Outcome(
+        "ok", peak_memory_bytes=1, started_at=1000.0, duration_millis=2500))
+    settings = dataclasses.replace(party.settings, flush_seconds=1)
+    cloudwatch = ng.CloudWatchMetrics(types.SimpleNamespace(put_metric_data=put_metric_data), settings, Heard())
+    folder = ng.FolderMetrics(tmp_path, settings, Heard())
+    for metrics in (cloudwatch, folder):
+        metrics.put(report)
+    until(lambda: sent, what="the values")
+    for metrics in (cloudwatch, folder):
+        metrics.close(lambda: False)
+    assert [each["Timestamp"] for each in sent] == [1002]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["timestamp"] == "1970-01-01T00:16:42.500Z"
 
 
 # ---------------------------------------------------------------------- no more of something
@@ -5901,6 +7203,44 @@ def full_disk_is_an_error_when_patience_ends_and_the_agent_lives(moto):
 
 
 @trial
+def full_disk_takes_idle_packages_before_any_run_ends_as_error(moto):
+    """16 MiB under taskBaseDir: there is room for one package of 6 and its zip, and not for two."""
+    with site(moto, visibility=60) as aws:
+        (aws.path / "task").mkdir()
+        prefix = in_mounts(f"mount -t tmpfs -o size=16m,mode=755 none {aws.path}/task")
+        with start(aws, prefix=prefix, execution={"patienceSeconds": 0}) as agent:
+            for name in "abc":
+                aws.put({"main.py": "print(1)", "ballast": os.urandom(6 << 20)}, f"{name}.zip")
+                aws.send(name, key=f"{name}.zip")
+                agent.wait_for(f"REPORT requestId={name} .*status=ok")
+            assert "packages that no run uses were removed" in agent.log
+
+
+def test_the_code_cache_takes_a_share_of_the_disk(folder, monkeypatch):
+    """Packages of 1 MiB, on a disk that has room for 6 with nothing else on it."""
+    def get(name):
+        folder.put({"main.py": "", "ballast": bytes(1020 * 1024)}, s3Key=name)
+        task = ng.Task("r", "f", "python", "", name, 1, 1, b"")
+        return cache.get(task, ng.Message("m", "", 1, time.time()))
+
+    (folder.path / "unpacked").mkdir()
+    cache = ng.CodeCache(ng.FolderCode(folder.path), folder.path / "unpacked", ng.Log())
+    monkeypatch.setattr(ng.shutil, "disk_usage", lambda path: types.SimpleNamespace(
+        free=(6 << 20) - sum(one.size for one in cache.packages.values())))
+    used = get("a")
+    for name in "bcd":
+        cache.release(get(name))
+    assert [key for _, key, _ in cache.packages] == ["a", "c", "d"]
+    cache.release(get("c"))
+    cache.release(get("e"))
+    assert [key for _, key, _ in cache.packages] == ["a", "c", "e"]
+    assert cache.evict() and not cache.evict()
+    assert list(cache.packages.values()) == [used]
+    cache.release(used)
+    assert cache.evict() and not os.listdir(folder.path / "unpacked")
+
+
+@trial
 def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
     """The limit is lowered under a running agent, to less than it has open."""
     metrics = {"flushSeconds": 2}
@@ -5917,9 +7257,8 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         assert agent.process.poll() is None, agent.log
         assert cpu_seconds(pid) - cpu < 1.0
         resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
-        until_settled(aws, agent)
         until(lambda: metric_values(aws, aws.name) == 1, what="the value that could not be sent")
-        assert agent.stop() == 0 and "Traceback" not in agent.log
+        finish(aws, agent)
 
 
 def set_limit(pid: int, option: str) -> None:
@@ -5936,8 +7275,7 @@ raise SystemExit(not tell("mark", json.loads(input())))
 def test_a_full_disk_under_a_folder_stops_no_slot(grids):
     """No file of the agent's may grow (its runs are another process): nothing it keeps fits."""
     grid = grids("ordinary")
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
-               prefix=as_user("ordinary")) as agent:
+    with grid.agent() as agent:
         pid = agent.process.pid
         grid.put({"main.py": "print(1)"}, request_id="before", function_id="f")
         agent.wait_for("REPORT requestId=before .*status=ok")
@@ -5963,8 +7301,7 @@ def test_no_more_processes_is_waited_out(grids):
         for pid in family(agent.process.pid):
             set_limit(pid, f"--nproc={processes}:")
 
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
-               prefix=as_user("ordinary")) as agent:
+    with grid.agent() as agent:
         grid.put({"run.sh": "true"}, "cpp", "before", "before")
         agent.wait_for("REPORT requestId=before .*status=ok")
         limit(1)
@@ -5987,9 +7324,7 @@ def message_that_comes_again_while_it_runs_is_not_started_twice(moto):
         aws.sqs.change_message_visibility(QueueUrl=aws.queue_url, VisibilityTimeout=0,
                                           ReceiptHandle=aws.proxy.received[0]["ReceiptHandle"])
         until(lambda: len(aws.proxy.received) == 2, what="the duplicate")
-        until_settled(aws, agent)
-        assert agent.stop() == 0
-        assert proxy_runs(aws.path) == {"r1": 1}
+        finish(aws, agent, {"r1": 1})
         assert [each["status"] for each in reports(agent.log)].count("ok") == 1
 
 
@@ -6010,9 +7345,7 @@ def finished_message_that_comes_back_is_deleted_not_run(moto):
         job(aws)
         until(lambda: len(aws.proxy.received) >= 2, what="the second receive")
         aws.proxy.heal()
-        until_settled(aws, agent)
-        agent.stop()
-        assert proxy_runs(aws.path) == {"r1": 1}
+        finish(aws, agent, {"r1": 1})
 
 
 @trial
@@ -6022,9 +7355,7 @@ def entries_that_a_batch_delete_refuses_are_deleted_later(moto):
         for number in range(10):
             job(aws, f"r{number}")
         with start(aws) as agent:
-            until_settled(aws, agent)
-            agent.stop()
-        assert proxy_runs(aws.path) == {f"r{number}": 1 for number in range(10)}
+            finish(aws, agent, {f"r{number}": 1 for number in range(10)})
         assert aws.proxy.count("DeleteMessageBatch", "partial") == 2
 
 
@@ -6036,9 +7367,8 @@ def lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
     with site(moto, visibility=12) as aws, start(aws, execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
             job(aws, request_id, sleep=25)
-        until_settled(aws, agent)
-        agent.stop()
-        assert proxy_runs(aws.path) == {"r1": 1, "r2": 1} and len(aws.proxy.received) == 2
+        finish(aws, agent, {"r1": 1, "r2": 1})
+        assert len(aws.proxy.received) == 2
         assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
         assert not mishaps(agent.log)
 
@@ -6071,9 +7401,8 @@ def visibility_timeout_that_is_changed_is_seen(moto):
         aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"VisibilityTimeout": "9"})
         until(lambda: 9 in visibility_timeouts(aws), what="the new one")
         job(aws, sleep=20)
-        until_settled(aws, agent)
-        agent.stop()
-        assert proxy_runs(aws.path) == {"r1": 1} and len(aws.proxy.received) == 1
+        finish(aws, agent, {"r1": 1})
+        assert len(aws.proxy.received) == 1
         assert set(visibility_timeouts(aws)) == {300, 9} and not mishaps(agent.log)
         beats = [json.loads(seen.body)["Entries"] for seen in aws.proxy.requests
                  if seen.operation == "ChangeMessageVisibilityBatch"]
@@ -6090,13 +7419,12 @@ def delete_that_is_not_permitted_is_said_once_and_tried_with_growing_pauses(moto
         until(lambda: aws.proxy.count("DeleteMessageBatch"), what="a delete")
         time.sleep(4)
         aws.proxy.heal()
-        until_settled(aws, agent)
-        agent.stop()
+        finish(aws, agent, {"r1": 1})
         tried = [seen.at for seen in aws.proxy.requests if seen.fault == "said"]
         assert sum(at <= tried[0] + 4 for at in tried) <= 6, "without a pause"
         line, = complaints(agent.log)
         assert said[3] in line and "grant " in line and line.split(";")[-2].endswith("session policy")
-        assert proxy_runs(aws.path) == {"r1": 1} and "deleting messages works again" in agent.log
+        assert "deleting messages works again" in agent.log
 
 
 @trial
@@ -6118,13 +7446,12 @@ def lost_lease_is_said_and_its_result_is_not_deleted(moto):
 
 @trial
 def without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
-    with site(moto, visibility=15) as aws, start(aws) as agent:
+    with site(moto, visibility=20) as aws, start(aws) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
         for number in range(3):
-            job(aws, f"fits{number}", timeoutMs=8000)
+            job(aws, f"fits{number}", timeoutMs=12000)
             job(aws, f"long{number}", timeoutMs=60000)
-        until_settled(aws, agent, 3, 180)
-        agent.stop()
+        finish(aws, agent, in_dlq=3)
         seen = {(each["requestId"], each["status"], each.get("reason"))
                 for each in reports(agent.log)}
         assert seen == {(f"fits{number}", "ok", None) for number in range(3)} | {
@@ -6144,7 +7471,7 @@ def failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(m
         job(aws, "oom", key="large.zip", memoryMb=64)
         until_settled(aws, agent, 3)
         assert time.monotonic() - sent > 2 * 10, "they were given back"
-        agent.stop()
+        finish(aws, agent, in_dlq=3)
         assert sorted((each["requestId"], each["receiveCount"]) for each in reports(agent.log)) == \
             [(kind, count) for kind in ("failed", "oom", "timeout") for count in "123"]
         assert all(each["status"] == each["requestId"] for each in reports(agent.log))
@@ -6157,11 +7484,9 @@ def rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
         aws.send(body="no JSON {")
         job(aws, "wrong", runtime="cobol")
         job(aws, "fine")
-        until_settled(aws, agent, 2)
-        agent.stop()
+        finish(aws, agent, {"fine": 1}, in_dlq=2)
         seen = Counter((each["requestId"], each["status"]) for each in reports(agent.log))
         assert seen == {("-", "rejected"): 3, ("wrong", "rejected"): 3, ("fine", "ok"): 1}
-        assert proxy_runs(aws.path) == {"fine": 1}
 
 
 # ---------------------------------------------------------------------- S3
@@ -6177,8 +7502,7 @@ def wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
         time.sleep(10)
         assert aws.count() == 10 and not dead(aws), agent.log
         aws.proxy.heal()
-        until_settled(aws, agent)
-        assert proxy_runs(aws.path) == {f"r{number}": 1 for number in range(10)} and not dead(aws)
+        finish(aws, agent, {f"r{number}": 1 for number in range(10)})
 
 
 @trial
@@ -6189,10 +7513,8 @@ def zip_overwritten_under_its_key_is_used_by_messages_sent_after(moto):
             for number in range(3):
                 aws.send(f"{version}-{number}", key="v.zip")
             until_settled(aws, agent)
-        agent.stop()
-        for version in ("one", "two", "three"):
             for number in range(3):
-                assert f"[{version}-{number}] stdout: version {version}" in agent.log
+                agent.wait_for(rf"\[{version}-{number}\] stdout: version {version}")
 
 
 # ---------------------------------------------------------------------- results
@@ -6235,29 +7557,6 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
         assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
 
 
-@pytest.mark.parametrize("runs", ["true", "false"])
-def test_runs_are_one_more_datum_in_the_same_request(moto, runs):
-    """By status, each turn once: what never ran has no peak, and is counted too."""
-    with site(moto, visibility=600, receives=1) as aws:
-        for number in range(3):
-            job(aws, f"ok{number}")
-        job(aws, "bad", exit=1)
-        aws.send("wrong", runtime="cobol")
-        with start(aws, metrics={"runs": runs, "flushSeconds": 3600}) as agent:
-            until(lambda: len(reports(agent.log)) >= 5, what="five reports")
-            agent.stop()
-        statuses = Counter(each["status"] for each in reports(agent.log))
-        got = {each["Dimensions"][0]["Value"]: each for each in aws.cloudwatch.list_metrics(
-            Namespace="NanoGrid/FunctionRunner", MetricName="Runs")["Metrics"]}
-        assert aws.proxy.count("PutMetricData") == 1
-        published = int(re.search(r"published (\d+) values", agent.log)[1])
-    assert statuses["ok"] == 3 and statuses["failed"] == 1 and statuses["rejected"] >= 1
-    assert published == 4 + (sum(statuses.values()) if runs == "true" else 0)
-    assert runs == "false" or set(statuses) <= set(got)
-    body = aws.proxy.requests[-1].body
-    assert (b"Runs" in body) == (b"Status" in body) == (b"rejected" in body) == (runs == "true")
-
-
 # ---------------------------------------------------------------------- admission
 
 
@@ -6275,7 +7574,7 @@ def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starv
                 most = max(most, sum(map(alive, run_pids(aws.path))))
                 time.sleep(0.05)
             agent.stop()
-        order = [each["requestId"] for each in reports(agent.log)]
+        order = [each["requestId"] for each in reports(agent.log) if each["status"] == "ok"]
         assert len(order) == 17 and most == 2
         assert order.index("large") < 12, order
 
@@ -6284,8 +7583,7 @@ def test_task_over_the_memory_of_the_machine_is_rejected(moto):
     with site(moto, visibility=60) as aws, start(aws, execution={"memoryMb": 512}) as agent:
         job(aws, "huge", memoryMb=513)
         job(aws, "fits", memoryMb=512)
-        until_settled(aws, agent, 1)
-        agent.stop()
+        finish(aws, agent, in_dlq=1)
         assert {(each["requestId"], each["status"]) for each in reports(agent.log)} == \
             {("huge", "rejected"), ("fits", "ok")}
         assert "memoryMb" in agent.log
@@ -6402,10 +7700,22 @@ def sigterm_gives_back_what_waits_behind_a_running_one(moto):
         assert aws.count() == visible(aws) == 9
 
 
-def test_run_that_is_let_go_of_before_it_begins_is_released():
-    slot = ng.Slot(types.SimpleNamespace(directory=""), None, ng.Fault(ng.Log(), "starting functions"))
-    slot.cancel()
-    assert slot.run(ng.Job((), "", {}, "", "", 1, 1, 1, 1)) == {"status": "released"}
+@pytest.mark.parametrize("when", ["before", "between connect and send"])
+def test_run_that_is_let_go_of_before_it_begins_is_released(when):
+    """A shutdown may come at any moment; what it finds there is the supervisor's end of the socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        def supervisor(_):
+            slot.cancelled = True
+            theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
+            ours.shutdown(socket.SHUT_WR)
+            return ours
+
+        slot = ng.Slot(types.SimpleNamespace(directory=""), supervisor, ng.Dependency(ng.Log(), "starting"), set())
+        if when == "before":
+            slot.cancel()
+        run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
+        assert slot.run(run) == ng.Outcome("released")
 
 
 @trial
@@ -6451,10 +7761,11 @@ class Imds(BaseHTTPRequestHandler):
 
 
 def test_spot_interruption_starts_the_same_shutdown(moto):
-    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.1", 0), Imds) as imds:
+    with site(moto, visibility=600) as aws, QuietServer(("127.0.0.2", 0), Imds) as imds:
         threading.Thread(target=imds.serve_forever, args=(0.05,), daemon=True).start()
         Imds.announced = False
-        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.1:{imds.server_port}",
+        env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.2:{imds.server_port}",
+               "http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1",  # it would refuse
                "AGENT_AWS_SPOTINTERRUPTION": "true", "AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}
         with start(aws, env=env) as agent:
             job(aws, sleep=300, timeoutMs=400000)
@@ -6464,6 +7775,16 @@ def test_spot_interruption_starts_the_same_shutdown(moto):
             assert agent.end(90) == 0
         imds.shutdown()
         assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+        assert "notice failed" not in agent.log
+
+
+@slow_trial
+def metadata_that_do_not_answer_are_said_once(moto):
+    env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "AGENT_AWS_SPOTINTERRUPTION": "true"}
+    with site(moto) as aws, start(aws, env=env) as agent:
+        agent.wait_for("asking EC2 for a spot interruption notice failed: .*refused")
+        time.sleep(6)
+        assert agent.stop() == 0 and agent.log.count("spot interruption") == 1, agent.log
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
@@ -6503,30 +7824,11 @@ def test_systemd_that_does_not_listen_stops_nothing(moto):
         env = {"NOTIFY_SOCKET": f"{aws.path}/notify", "WATCHDOG_USEC": "20000"}
         with start(aws, env=env) as agent:
             job(aws)
-            until_settled(aws, agent)
-            assert agent.stop() == 0
+            finish(aws, agent)
 
 
 # ---------------------------------------------------------------------- commands
 
-GUIDE_YML = """agent:
-  # AWS settings
-  aws:
-    region: ap-northeast-2  # Seoul region
-
-  # SQS settings
-  sqs:
-    queueUrl: https://sqs.ap-northeast-2.amazonaws.com/123456789012/nanogrid-task-queue
-    # ↑ put your real AWS account id in place of YOUR_ACCOUNT_ID
-    # e.g. 123456789012
-    waitTimeSeconds: 20
-    maxNumberOfMessages: 10
-
-  # S3 settings
-  s3:
-    codeBucket: nanogrid-code-bucket
-    # ↑ put the name of the bucket that you created
-"""
 GUIDE_MESSAGE = """{
   "requestId": "test-001",
   "functionId": "hello-python",
@@ -6545,64 +7847,29 @@ GUIDE_POLICY = ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttribut
                 "s3:ListBucket", "cloudwatch:PutMetricData"]
 MOTO_ONLY = ["sqs:DeleteMessageBatch", "monitoring:PutMetricData"]  # AWS does not know these
 CHANGE = ["sqs:ChangeMessageVisibility", "sqs:ChangeMessageVisibilityBatch"]  # moto wants both
-GUIDE_NAMES = ("nanogrid-task-queue", "nanogrid-code-bucket")
 
 
 @contextlib.contextmanager
-def guide_site(url):
+def guide_site():
     """What the guide says to create, under the guide's names, in a moto of the test's own."""
-    with scratch() as path:
-        aws = Aws(url, path)
-        queue, bucket = GUIDE_NAMES
-        arn = f"arn:aws:sqs:ap-northeast-2:123456789012:{queue}-dlq"
-        aws.dlq_url = aws.sqs.create_queue(QueueName=queue + "-dlq")["QueueUrl"]
-        aws.queue_url = aws.sqs.create_queue(QueueName=queue, Attributes={
-            "VisibilityTimeout": "300", "MessageRetentionPeriod": "1209600",
-            "ReceiveMessageWaitTimeSeconds": "20", "RedrivePolicy": json.dumps(
-                {"deadLetterTargetArn": arn, "maxReceiveCount": 3})})["QueueUrl"]
-        aws.bucket = bucket
-        aws.s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={
-            "LocationConstraint": "ap-northeast-2"})
+    with moto_server() as url, scratch() as path:
+        aws = Aws(url, path, 300, name="nanogrid-task-queue", bucket="nanogrid-code-bucket")
         aws.put(GUIDE_ZIP, "functions/hello-python/v1.zip")
-        aws.sqs.send_message(QueueUrl=aws.queue_url, MessageBody=GUIDE_MESSAGE.replace("5000", "60000"))
-        (path / "application.yml").write_text(GUIDE_YML)
-        aws.env["AGENT_TASKBASEDIR"] = str(path / "task")
+        aws.send(body=GUIDE_MESSAGE.replace("5000", "60000"))
+        (path / "application.yml").write_text(GUIDE)
+        aws.env.update(AGENT_TASKBASEDIR=str(path / "task"), AGENT_METRICS_FLUSHSECONDS="1")
         yield aws
 
 
-def hello_seen(agent):
-    wanted = {"requestId": "test-001", "functionId": "hello-python", "runtime": "python",
-              "status": "ok", "exitCode": "0", "memoryMb": "256", "timeoutMs": "60000",
-              "receiveCount": "1"}
-    report, = reports(agent.log)
-    return wanted.items() <= report.items() and all(
-        f"INFO [test-001] stdout: {line}\n" in agent.log
-        for line in ("Hello from NanoGrid!", "Result: 42"))
-
-
-def test_guide_walkthrough_as_written():
-    with moto_server() as url, guide_site(url) as aws, Agent(env=aws.env, cwd=aws.path) as agent:
-        agent.wait_for("Successfully published 1 value")
-        until(lambda: not aws.count(), what="the delete")
-        assert hello_seen(agent) and not dead(aws)
-        metric, = aws.cloudwatch.list_metrics(Namespace="NanoGrid/FunctionRunner")["Metrics"]
-        assert metric["MetricName"] == "PeakMemoryBytes"
-        assert {each["Name"]: each["Value"] for each in metric["Dimensions"]} == \
-            {"FunctionId": "hello-python", "Runtime": "python"}
-        assert metric_values(aws, "hello-python") == 1
-
-
 @pytest.mark.parametrize("more", [[], CHANGE], ids=["least", "more"])
-def test_least_privilege_policy_is_enough(more):
+def test_guide_walkthrough_with_the_least_privilege_policy(more):
     """moto enforces IAM and checks signatures; a warning only where a lease cannot be extended."""
     def enforce(count):
         urllib.request.urlopen(urllib.request.Request(
-            url + "/moto-api/reset-auth", str(count).encode(), {"Content-Type": "text/plain"}))
+            aws.url + "/moto-api/reset-auth", str(count).encode(), {"Content-Type": "text/plain"}))
 
-    with moto_server() as url, guide_site(url) as aws:
-        import boto3
-        iam = boto3.client("iam", region_name="ap-northeast-2", endpoint_url=url,
-                           aws_access_key_id="testing", aws_secret_access_key="testing")
+    with guide_site() as aws:
+        iam = client_of(aws.url, "iam")
         iam.create_user(UserName="agent")
         iam.put_user_policy(UserName="agent", PolicyName="least", PolicyDocument=json.dumps(
             {"Version": "2012-10-17", "Statement": [
@@ -6610,13 +7877,23 @@ def test_least_privilege_policy_is_enough(more):
         key = iam.create_access_key(UserName="agent")["AccessKey"]
         aws.env.update(AWS_ACCESS_KEY_ID=key["AccessKeyId"],
                        AWS_SECRET_ACCESS_KEY=key["SecretAccessKey"])
-        aws.env["AGENT_METRICS_FLUSHSECONDS"] = "1"
         enforce(0)
         with Agent(env=aws.env, cwd=aws.path) as agent:
             agent.wait_for("Successfully published 1 value")
             enforce("inf")
             until(lambda: not aws.count(), what="the delete")
-        assert hello_seen(agent)
+        report, = reports(agent.log)
+        wanted = {"requestId": "test-001", "functionId": "hello-python", "runtime": "python",
+                  "status": "ok", "exitCode": "0", "memoryMb": "256", "timeoutMs": "60000",
+                  "receiveCount": "1"}
+        assert wanted.items() <= report.items() and not dead(aws)
+        for line in ("Hello from NanoGrid!", "Result: 42"):
+            assert f"INFO [test-001] stdout: {line}\n" in agent.log
+        metric, = aws.cloudwatch.list_metrics(Namespace="NanoGrid/FunctionRunner")["Metrics"]
+        assert metric["MetricName"] == "PeakMemoryBytes"
+        assert {each["Name"]: each["Value"] for each in metric["Dimensions"]} == \
+            {"FunctionId": "hello-python", "Runtime": "python"}
+        assert metric_values(aws, "hello-python") == 1
         said = complaints(agent.log)
         assert len(said) <= (not more) and all(CHANGE[0] in line for line in said), said
 
@@ -6637,6 +7914,7 @@ def test_drain_ends_with_a_table_when_the_queue_is_empty(moto):
 def test_drain_of_an_empty_queue_ends(moto):
     with site(moto) as aws, start(aws, "--drain", wait=1) as agent:
         assert agent.end() == 0
+        assert agent.out == "no task was run: nothing waited in the queue\n"
 
 
 NOTHING = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": "/nonexistent",
@@ -6683,32 +7961,17 @@ def test_check_of_a_usable_site_changes_nothing(moto):
         assert visible(aws) == 1
 
 
-# what is wrong: (operations that fail, fault, what one of the lines names)
-CHECKS = {
-    "queue": ("GetQueueAttributes", "denied", "sqs:GetQueueAttributes"),
-    "bucket": ("HeadBucket|ListObjects*|GetObject|HeadObject", "denied", "bucket"),
-    "bucket gone": ("HeadBucket|ListObjects*|GetObject|HeadObject", "no bucket", "bucket"),
-    "credentials": ("*", "expired", "credential|expired|token"),
-}
-
-
-@pytest.mark.parametrize("trouble", CHECKS)
-def test_check_names_what_is_not_usable(moto, trouble):
-    operations, fault, word = CHECKS[trouble]
-    with site(moto) as aws:
-        aws.proxy.fail(operations, fault)
-        with start(aws, "--check") as agent:
-            assert agent.end() == 1
-        text = agent.out + agent.log
-        assert re.search(word, text, re.IGNORECASE) and "Traceback" not in text, text
-        assert len(text.splitlines()) >= 5, "the other lines are missing\n" + text
-
-
+NO_RUNTIMES = {"PATH": "/nonexistent"}  # to start each, and to compile, takes seconds
 BUCKET = "arn:aws:s3:::code"
 # what AWS answers: (operations, as_aws()'s arguments, the line of --check, and its other words)
 CHECKED = {
+    "no sqs:GetQueueAttributes": ("GetQueueAttributes", (403, "AccessDeniedException", "AccessDenied", DENIED_BY.format(
+        "sqs:getqueueattributes", "arn:aws:sqs:ap-northeast-2:123456789012:q", "identity-based policy")),
+        "FAIL  queue", "grant .*sqs:GetQueueAttributes"),
+    "expired credentials": ("*", (403, "ExpiredTokenException", "ExpiredToken", "The token is expired"),
+                            "FAIL  queue", "The token is expired"),
     "no s3:ListBucket": ("GetObject", (403, "AccessDenied", "", DENIED_BY.format(
-        "s3:ListBucket", f'"{BUCKET}"', "identity-based policy")), "ok    bucket", "s3:ListBucket is not granted"),
+        "s3:ListBucket", f'"{BUCKET}"', "identity-based policy")), "FAIL  bucket", r"grant s3:GetObject .* \(or s3:ListBucket "),
     "no s3:GetObject": ("GetObject", (403, "AccessDenied", "", DENIED_BY.format(
         "s3:GetObject", f'"{BUCKET}/k"', "identity-based policy")),
         "FAIL  bucket", "grant s3:GetObject on .* in the identity-based policy"),
@@ -6725,7 +7988,12 @@ CHECKED = {
         "cloudwatch:PutMetricData", "*", "service control policy")),
         "FAIL  CloudWatch", "grant cloudwatch:PutMetricData in the service control policy"),
     "CloudWatch away": ("PutMetricData", (503, "ServiceUnavailable", "ServiceUnavailable", "Try later."),
-                        "FAIL  CloudWatch", "Try later."),
+                        "FAIL  CloudWatch", "Try later.*check the network, agent.aws.region and agent.aws.endpointUrl"),
+    "results may go": ("None", (0, "", "", ""), "ok    output bucket", "s3:PutObject is not refused\nok    output queue: "),
+    "results may not go": ("PutObject|SendMessageBatch", (403, "AccessDenied", "", "Access Denied"), "FAIL  output bucket",
+                           r"grant s3:PutObject on arn(.*\n)*FAIL  output queue: .*Access Denied; grant sqs:SendMessage"),
+    "no such output bucket": ("PutObject", (404, "NoSuchBucket", "", "The specified bucket does not exist"),
+                              "FAIL  output bucket", "check the bucket's name: .* agent.output.bucket"),
 }
 
 
@@ -6734,10 +8002,56 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check", execution={"metadata": "allow"}) as agent:
+        with start(aws, "--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
+                   output={"bucket": aws.bucket, "queueUrl": aws.queue_url}) as agent:
             assert agent.end() == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
+        assert len(agent.out.splitlines()) >= 9 and "Traceback" not in agent.out + agent.log, agent.out
+        assert aws.count() == 0 and len(aws.s3.list_objects_v2(Bucket=aws.bucket)["Contents"]) == 1
         assert line.startswith("ok") or said[3] in agent.out
+
+
+# --check of --invoke: (files, arguments, status, what it says)
+CHECKED_FUNCTIONS = {
+    "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
+                   r"ok    runtime python: /\S+, 3\.\d+\.\S+\n(.*metadata.*\n)?ok    sandbox: .*\n"),
+    "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
+    "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
+}
+
+
+@pytest.mark.parametrize("function", CHECKED_FUNCTIONS)
+def test_check_of_a_function_looks_at_what_that_needs(tmp_path, function):
+    files, args, status, said = CHECKED_FUNCTIONS[function]
+    (tmp_path / "fn").mkdir()
+    for name, text in files.items():
+        (tmp_path / "fn" / name).write_text(text)
+    with Agent("--invoke", "fn", "--check", *args.split(), cwd=tmp_path,
+               env={"AGENT_EXECUTION_METADATA": "allow"}) as agent:
+        assert agent.end() == status, agent.out
+    assert re.fullmatch(said, agent.out) and "credentials" not in agent.out, agent.out
+
+
+@pytest.mark.parametrize("runtime, program", [
+    ("python", "/bin/ls"), ("cpp", "/bin/true"), ("nodejs", "/bin/cat"), ("go", "/bin/true")])
+def test_check_starts_each_runtime_for_real(runtime, program):
+    with local_site() as folder:
+        name = f"AGENT_RUNTIMES_{runtime.upper()}"
+        with local(folder, "--check", env={name: program, "AGENT_EXECUTION_METADATA": "allow"}) as agent:
+            assert agent.end() == 1
+    lines = [line for line in agent.out.splitlines() if "runtime " in line]
+    [failed] = [line for line in lines if line.startswith("FAIL")]
+    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* correct agent.runtimes.{runtime}", failed)
+    assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
+
+
+def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
+    with site(moto) as aws:
+        aws.env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
+        with start(aws, "--check", env=NO_RUNTIMES) as agent:
+            assert agent.end() == 1
+        for name in ("queue", "bucket", "CloudWatch"):
+            assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", agent.out, re.MULTILINE), agent.out
 
 
 def test_check_without_a_dlq_or_an_interpreter(moto):
@@ -6772,20 +8086,18 @@ NO_FOLDERS = {"missing": ("rm -r .", "No such file"),
 @pytest.mark.parametrize("trouble", NO_FOLDERS)
 @pytest.mark.parametrize("flag", ["--check", "--drain"])
 def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
-    """As an ordinary user, whom permissions bind; `--drain` makes a folder that is not there."""
+    """As an ordinary user, whom permissions bind; a folder that is not there is wrong usage."""
     grid = grids("ordinary")
     change, words = NO_FOLDERS[trouble]
     subprocess.run(["sh", "-c", change.format(grid.path).replace(" .", f" {grid.path}")],
                    cwd=grid.path, check=True)
     before = sorted(grid.path.rglob("*"))
-    with Agent("--local", grid.path, flag, python=PYTHON, env=grid.env, cwd="/",
-               prefix=as_user("ordinary")) as agent:
+    with grid.agent(flag, cwd="/") as agent:
         status = agent.end()
-    if (trouble, flag) == ("missing", "--drain"):
-        assert status == 0
-        return
     said = agent.out + agent.log
-    assert status == 1 and re.search(words, said) and "Traceback" not in said, said
+    is_usage = (trouble, flag) in (("missing", "--drain"), ("a file", "--drain"))
+    words = "there is no such folder; make it" if is_usage else words
+    assert status == 1 + is_usage and re.search(words, said) and "Traceback" not in said, said
     assert sum("FAIL" in line or " ERROR " in line for line in said.splitlines()) == 1, said
     assert sorted(grid.path.rglob("*")) == before
 
@@ -6930,9 +8242,7 @@ def test_credentials_that_expire_are_renewed_while_the_agent_runs(moto, kind):
             lent.key, lent.seconds = "ASIANEXT", 6 * 3600
             aws.proxy.expired.add("ASIAFIRST")
             job(aws, "r2")
-            until_settled(aws, agent)
-            assert agent.stop() == 0
-        assert proxy_runs(aws.path) == {"r1": 1, "r2": 1} and not dead(aws)
+            finish(aws, agent, {"r1": 1, "r2": 1})
         assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
         last = [seen.key for seen in aws.proxy.requests if seen.operation == "DeleteMessageBatch"]
         assert (last[0], last[-1]) == ("ASIAFIRST", "ASIANEXT")
@@ -6963,6 +8273,32 @@ def test_credentials_that_cannot_be_had_are_said_in_one_line(moto, kind):
             assert agent.stop() == 0 if kind == "web identity" else agent.end() == 1
         assert "Traceback" not in check.log + agent.log and not aws.proxy.requests
         assert len(complaints(agent.log)) <= 2, agent.log
+
+
+# How boto3 is set up here: (the environment, what is then said, by the agent and by --check).
+UNFIT = {
+    "old boto3": ({"PYTHONPATH": "{top}/old"}, r"boto3 is 1\.26\.27, and must be 1\.34\.101 at least"),
+    "key": ({"AWS_ACCESS_KEY_ID": "AKIA\nSAID"}, r"access_key \(env\) has a line break"),
+    "secret": ({"AWS_SECRET_ACCESS_KEY": "NEVERSAID\r"}, r"secret_key \(env\) has a line break"),
+    "token": ({"AWS_SESSION_TOKEN": "NEVER SAID"}, r"token \(env\) has a line break or a blank"),
+    "bundle": ({"AWS_CA_BUNDLE": "/nonexistent/ca.pem"}, "the CA bundle /nonexistent/ca.pem is no file"),
+    "requests' bundle": ({"AWS_CA_BUNDLE": "", "REQUESTS_CA_BUNDLE": "/nonexistent/ca.pem"},
+                         "bundle /nonexistent/ca.pem is"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_boto3_cannot_work_with_ends_the_start(moto, name):
+    environment, words = UNFIT[name]
+    with site(moto) as aws:
+        (aws.path / "old/boto3").mkdir(parents=True)
+        (aws.path / "old/boto3/__init__.py").write_text("__version__ = '1.26.27'")
+        aws.env.update({key: value.format(top=aws.path) for key, value in environment.items()})
+        with start(aws) as agent, start(aws, "--check") as check:
+            assert (agent.end(), check.end()) == (1, 1), agent.log + check.out
+        assert re.search(f"ERROR .*{words}", agent.log), agent.log
+        assert re.search(f"FAIL  credentials: .*{words}", check.out), check.out
+        assert not re.search("Traceback|SAID|NEVER", agent.log + check.out + check.log)
 
 
 NOT_LENT = ("User: arn:aws:iam::123456789012:user/base is not authorized to perform: sts:AssumeRole on "
@@ -7078,7 +8414,8 @@ GRANTED = {  # what the advice of each call names
     "DeleteMessageBatch": "sqs:DeleteMessage", "ChangeMessageVisibilityBatch": "sqs:ChangeMessageVisibility",
     "SendMessage": "sqs:SendMessage", "GetObject": "s3:GetObject", "PutObject": "s3:PutObject",
     "PutMetricData": "cloudwatch:PutMetricData"}
-WAITS, SAYS = "", "see what AWS says of it"
+WAITS, SAYS = "", "AWS will answer so again; change what it names"
+NO_BUCKET, NO_REGION = "check the bucket's name: agent.s3.codeBucket, ", "use one in agent.aws.region"
 NOT_ACCEPTED, KMS_KEY = "AWS does not accept the credentials", "kms:Decrypt on the key"
 
 
@@ -7158,16 +8495,17 @@ AWS_ERRORS = [
         (400, "KMS.DisabledException", "", KMS_KEY, "s3 denied", "arn:aws:kms:r:1:key/k is disabled."),
         (400, "KMS.NotFoundException", "", KMS_KEY, "s3 denied", "Key 'arn:aws:kms:r:1:key/k' does not exist"),
         (400, "ThrottlingException", "", WAITS, "kms", KMS_RATE),
-        (404, "NoSuchBucket", "", "check agent.s3.codeBucket|" + SAYS, "s3 model",
+        (404, "NoSuchBucket", "", NO_BUCKET, "s3 model",
          "The specified bucket does not exist"),
         (403, "AllAccessDisabled", "", SAYS, "s3 model", "All access to this Amazon S3 resource has been disabled."),
         (403, "AccountProblem", "", SAYS, "s3 model", "There is a problem with your account."),
         (403, "NotSignedUp", "", SAYS, "s3 model", "Your account is not signed up for the Amazon S3 service."),
-        (400, "InvalidBucketName", "", SAYS, "s3 model", "The specified bucket is not valid."),
+        (400, "InvalidBucketName", "", NO_BUCKET, "s3 model", "The specified bucket is not valid."),
         (405, "MethodNotAllowed", "", SAYS, "s3 model", "The specified method is not allowed."),
-        (301, "PermanentRedirect", "", SAYS, "s3 billing",
+        (404, "404", "", "check agent.aws.endpointUrl", "s3 model", "Not Found"),
+        (301, "PermanentRedirect", "", NO_REGION, "s3 billing",
          "The bucket you are attempting to access must be addressed using the specified endpoint."),
-        (400, "IllegalLocationConstraintException", "", SAYS, "s3 billing",
+        (400, "IllegalLocationConstraintException", "", NO_REGION, "s3 billing",
          "You are attempting to access a bucket from a different Region than where the bucket exists."),
         (403, "InvalidAccessKeyId", "", NOT_ACCEPTED, "s3 model",
          "The AWS Access Key Id you provided does not exist in our records."),
@@ -7216,7 +8554,7 @@ class AsAws(BaseHTTPRequestHandler):
         if not said:
             content = b'{"Attributes": {"VisibilityTimeout": "30"}}'
             said = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
-        self.wfile.write(said.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if self.command == "HEAD" else said)
+        self.wfile.write(head_of(said) if self.command == "HEAD" else said)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -7255,7 +8593,7 @@ class Party:
         try:
             yield queue
         finally:
-            queue.close()
+            queue.close(lambda: False)
 
     def meet(self, call: str) -> tuple[str, bool]:
         """What is said of a call that fails, and whether the turn waits (True where it always does)."""
@@ -7265,7 +8603,7 @@ class Party:
         except (ng.Outage, ng.GiveUp) as error:
             return str(error), isinstance(error, ng.Outage)
         except ng.Ended as error:
-            return error.fields["text"], False
+            return error.outcome.text, False
         text, = log.lines
         return text, True
 
@@ -7275,7 +8613,8 @@ class Party:
 
     def ReceiveMessage(self, log):
         with self.queue(log) as queue:
-            agent = ng.Agent(self.settings, log, queue, None, None, None, types.SimpleNamespace(all=[0]))
+            agent = ng.Agent(self.settings, log, ng.Services(queue, None, None, None),
+                             types.SimpleNamespace(all=[0], base=self.path))
             agent._pause = lambda _: setattr(agent, "stopping", True)
             agent._poll()
             os.close(agent.wake)
@@ -7309,8 +8648,8 @@ class Party:
 
     def PutMetricData(self, log):
         metrics = ng.CloudWatchMetrics(self.clients.cloudwatch, self.settings, log)
-        metrics.put(ng.Report(function_id="f", runtime="python", peak_memory_bytes=1))
-        metrics.close()
+        metrics.put(ng.Report(function_id="f", runtime="python", outcome=ng.Outcome("ok", peak_memory_bytes=1)))
+        metrics.close(lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -7342,7 +8681,7 @@ def test_aws_error_is_waited_out_or_explained_with_its_own_words(
     text, waits = party.meet(call)
     assert words in text, text
     beside = text.partition(words)[2] if words else text
-    advised = re.search("grant|check|see what|kms:|upload", beside)
+    advised = re.search("grant|check|change what|use one|kms:|upload", beside)
     if says == WAITS:
         assert waits and not advised, text
     else:
@@ -7380,9 +8719,8 @@ def clock_that_jumped_costs_no_receive(moto):
         agent.wait_for("REPORT requestId=r1 .*status=ok")
         until(lambda: aws.proxy.count("DeleteMessageBatch", "said") >= 2, what="deletes that are refused")
         aws.proxy.heal()
-        until_settled(aws, agent)
-        assert agent.stop() == 0
-    assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == [("ok", "1")] * 2
+        finish(aws, agent, ends={"ok": 2})
+    assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
     assert LATE in agent.log and skewed[3] in agent.log and "grant" not in agent.log
     assert len(complaints(agent.log)) == agent.log.count(" works again after "), agent.log
 
@@ -7403,9 +8741,8 @@ def refusal_names_the_policy_or_the_key_and_passes_once_that_is_mended(moto):
                 aws.proxy.fail(operation, "said", said=said)
                 agent.wait_for(f"{operation} operation.*{re.escape(said[-1])}.*{words}", 120)
             aws.proxy.heal()
-            until_settled(aws, agent, seconds=180)
-            agent.stop()
-        assert proxy_runs(aws.path) == {"r1": 1} and reports(agent.log)[-1]["status"] == "ok"
+            finish(aws, agent, {"r1": 1})
+        assert reports(agent.log)[-1]["status"] == "ok"
         assert {each.get("reason") for each in reports(agent.log)} <= {"permission", "output", None}
 
 
@@ -7427,6 +8764,21 @@ def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender
 
 
 @trial
+def emulator_that_tells_less_than_aws_is_served_all_the_same(moto):
+    with site(moto) as aws, start(aws) as agent:
+        aws.proxy.fail("ReceiveMessage", "emulator")
+        for number in range(4):
+            if number == 2:
+                aws.proxy.fail("GetObject", "emulator")
+            aws.put({"main.py": f"print('version {number}')"})
+            aws.send(f"r{number}")
+            agent.wait_for(f"REPORT requestId=r{number} .*status=ok")
+            assert f"[r{number}] stdout: version {number}" in agent.log
+        assert not agent.log.count("SentTimestamp") + agent.log.count("KeyError")
+        assert len(complaints(agent.log)) >= 4 and "the answer has no ETag, as S3's have" in agent.log
+
+
+@trial
 def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
     with site(moto, visibility=90) as aws, start(aws, execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
@@ -7434,39 +8786,69 @@ def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
         until(lambda: len(proxy_runs(aws.path)) == 2, what="the runs")
         os.kill(family(agent.process.pid)[1], signal.SIGKILL)  # the agent's only child
         until_gone(run_pids(aws.path), 15)
-        until_settled(aws, agent)
-        assert agent.stop() == 0
-        assert Counter(each["status"] for each in reports(agent.log)) == {"error": 2, "ok": 2}
+        finish(aws, agent, ends={"error": 2, "ok": 2})
         assert "launcher" in "".join(complaints(agent.log))
 
 
+# What the agent may be started with: the words before its command.
+WITH_SIGNALS = "import os, signal, sys; {}; os.execvp(sys.argv[1], sys.argv[1:])"
+STARTED_WITH = {
+    "SIGCHLD ignored": [PYTHON, "-c", WITH_SIGNALS.format(
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)")],
+    "signals blocked": [PYTHON, "-c", WITH_SIGNALS.format(
+        "signal.pthread_sigmask(signal.SIG_SETMASK, range(1, 32))")],
+    **{name: ["sh", "-c", f'{what}; exec "$@"', "sh"] for name, what in (
+        ("umask 077", "umask 077"), ("no input", "exec <&-"), ("no output", "exec >&-"),
+        ("no error", "exec 2>&-"), ("no descriptor", "exec <&- >&- 2>&-"))}}
+
+
+@pytest.mark.parametrize("name", STARTED_WITH)
+def test_an_agent_works_whatever_it_was_started_with(grids, user, name):
+    """It makes its directories, runs, hears SIGTERM; no log line goes where it does not belong."""
+    grid = grids(user)
+    grid.env["AGENT_TASKBASEDIR"] = f"{grid.top}/new/task"
+    grid.put({"main.py": "import os; print(os.umask(0), sorted(map(int, os.listdir('/proc/self/fd'))))"},
+             request_id="python")
+    grid.put({"run.sh": "umask"}, "cpp", "cpp", "cpp")
+    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
+               prefix=[*as_user(user), *STARTED_WITH[name]]) as agent:
+        until(lambda: len(names(grid, "results")) == 2 and not names(grid, "running"), what="the results")
+        assert agent.stop() == 0
+    assert grid.result("python")["stdout"] == "18 [0, 1, 2, 3]\n", grid.result("python")
+    assert grid.result("cpp")["stdout"] == "0022\n", grid.result("cpp")
+    assert bool(agent.log) == (name not in ("no error", "no descriptor"))
+    assert agent.log.count("REPORT") == agent.log.count("status=ok") == 2 * bool(agent.log), agent.log
+
+
+def in_mounts(*commands: str) -> list[str]:
+    """The words before a command that run it where root has mounted so; else the test is skipped."""
+    prefix = ["unshare", "-m", "sh", "-c", " && ".join((*commands, 'exec "$@"')), "sh"]
+    if not ROOT or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("only root mounts a file system, and not everywhere")
+    return prefix
+
+
+def test_a_directory_without_exec_is_said_to_be_that(folder):
+    prefix = in_mounts(f"mount -t tmpfs -o noexec,mode=755 none {folder.base}")
+    for flag, status in (("--drain", 1), ("--check", 1)):
+        with Agent("--local", folder.path, flag, env=folder.env, prefix=prefix) as agent:
+            assert agent.end() == status
+        assert f"{folder.base} is mounted noexec" in agent.log + agent.out
+
+
+def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(folder):
+    usual, needed = "/tmp/task", (folder.top, MODULE.parent)
+    prefix = in_mounts("mount --bind /tmp /mnt", "mount -t tmpfs -o mode=1777 none /tmp", *(
+        f"mkdir {one} && mount --bind /mnt/{one.name} {one}" for one in needed if one.parent == Path("/tmp")),
+        f"mkdir {usual}", f"chown 12345 {usual}")
+    folder.put({"main.py": "import os; print(os.path.dirname(os.path.dirname(os.environ['HOME'])))"})
+    folder.env.pop("AGENT_TASKBASEDIR")
+    with Agent("--local", folder.path, "--drain", env=folder.env, prefix=prefix) as agent:
+        assert agent.end() == 0
+    assert folder.result("r00001")["stdout"].startswith(f"{usual}-0/agent-"), agent.log
+
+
 # ---------------------------------------------------------------------- --local
-
-
-@contextlib.contextmanager
-def local_site():
-    """A Folder with MARKER as fn.zip; the workspaces are in its own scratch directory."""
-    with scratch() as path:
-        folder = Folder(path / "grid")
-        (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
-        folder.scratch, folder.env = path, {"AGENT_TASKBASEDIR": str(path / "task")}
-        yield folder
-
-
-def local(folder, *args, env=None, **options) -> Agent:
-    return Agent("--local", folder.path, *args, env={**folder.env, **(env or {})}, **options)
-
-
-def local_job(folder, request_id, sleep=0, exit=0, **task):
-    told = {"marks": str(folder.scratch / "marks"), "sleep": sleep, "exit": exit}
-    return folder.put(request_id=request_id, input=told, **task)
-
-
-def names(folder, *parts) -> list[str]:
-    """The visible names in one of the folder's directories; none where it is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(name for name in os.listdir(folder.path.joinpath(*parts)) if name[0] != ".")
-    return []
 
 
 def test_local_several_agents_share_a_folder_and_run_each_task_once():
@@ -7521,8 +8903,61 @@ def test_local_third_failure_is_dead_with_its_result_beside_it():
         assert json.loads(left["bad.json"]) == task and left["wrong.json"] == "{"
         result = json.loads(left["bad.result.json"])
         assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
-        assert json.loads(left["wrong.result.json"])["status"] == "rejected"
+        wrong = json.loads(left["wrong.result.json"])
+        assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
         assert proxy_runs(folder.scratch) == {"bad": 3, "good": 1}
+
+
+def taken(path: Path, name: str) -> tuple:
+    """A FolderQueue with one task of that name, which it has taken."""
+    queue = ng.FolderQueue(path, Heard())
+    (path / "queue" / name).write_text("{}")
+    message, = queue.receive(1, True)
+    return queue, message
+
+
+def test_local_a_task_whose_end_the_disk_refuses_is_put_away_later(tmp_path, monkeypatch):
+    queue, message = taken(tmp_path, "a.json")
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(ng, "rename_new", lambda *_: (_ for _ in ()).throw(full))
+        queue.end(message, "failed", {})
+    assert os.listdir(tmp_path / "running") == ["a.json"] and not queue.is_empty()
+    queue.disk.retry_at = 0.0
+    again, = queue.receive(1, True)
+    assert again.receive_count == 2 and "No space left" in "".join(queue.log.lines)
+
+
+@pytest.mark.parametrize("name", ["x" * 245 + ".json", "\u00e9" * 122 + ".json"])
+def test_local_long_names_are_taken_three_times_and_buried(tmp_path, name):
+    queue, message = taken(tmp_path, name)
+    for count in (1, 2, 3):
+        assert message.receive_count == count
+        queue.end(message, "failed", {"why": count})
+        message, = queue.receive(1, True) or [None]
+    dead = sorted(os.listdir(tmp_path / "dead"), key=lambda each: "result" in each)
+    assert dead[0] == name and json.loads((tmp_path / "dead" / dead[1]).read_text()) == {"why": 3}
+    assert os.listdir(tmp_path / "queue") == []
+
+
+@pytest.mark.parametrize("has_renameat2", [True, False])
+def test_local_nothing_is_renamed_over_another_task(tmp_path, monkeypatch, has_renameat2):
+    if not has_renameat2:
+        monkeypatch.setattr(ng, "kernel", lambda *_: (_ for _ in ()).throw(OSError(22, "Invalid argument")))
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError):
+        ng.rename_new(f"{tmp_path}/a", f"{tmp_path}/b")
+    assert (tmp_path / "b").read_text() == "b"
+    ng.rename_new(f"{tmp_path}/a", f"{tmp_path}/c")
+    assert sorted(os.listdir(tmp_path)) == ["b", "c"]
+
+
+def test_local_locks_are_taken_by_descriptors_that_may_write(tmp_path):
+    """NFS locks no others."""
+    (tmp_path / "a").write_text("")
+    with ng.locked(f"{tmp_path}/a") as file:
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
 
 
 def test_local_names_that_begin_with_a_dot_are_passed_over():
@@ -7702,53 +9137,69 @@ def test_trial(trials, name, capsys):
 # setup_resources.sh
 # --------------------------------------------------------------------------------------------
 #
-# setup_resources.sh against an emulator with the real CLI, and against a CLI that refuses.
-
-
-# --- setup_resources.sh -------------------------------------------------------
+# The script with the real CLI against emulators, and what is there then. ministack does as
+# CloudFormation: it changes a stack, takes back what failed, says why. moto makes and removes one.
 
 SETUP = Path(__file__).with_name("setup_resources.sh")
-ACCOUNT = "123456789012"
-CODE_BUCKET = f"nanogrid-code-bucket-{ACCOUNT}"
+MACHINE = Path(__file__).with_name("fleet_machine.sh")
 ALL_BLOCKED = dict.fromkeys(
     ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets"), True)
 TRUST = {"Version": "2012-10-17", "Statement": [
     {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]}
-TAGS = {"Project": "nanogrid", "Queue": "nanogrid-task-queue", "Region": "ap-northeast-2"}
 LEAST_ACTIONS = ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"]
 
 
-def run_setup(cwd: Path, *flags, env=None, answer: str = "", status: int = 0) -> str:
+@contextlib.contextmanager
+def ministack_server():
+    """A ministack of the caller's own; its URL."""
+    need("ministack", found=importlib.util.find_spec)
+    url = f"http://127.0.0.1:{free_port()}"
+    with scratch() as place:
+        env = {**os.environ, "GATEWAY_PORT": url.rpartition(":")[2], "TMPDIR": str(place)}
+        server = subprocess.Popen([sys.executable, "-m", "ministack"], cwd=place, env=env,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def answers():
+            try:
+                return urllib.request.urlopen(url + "/_ministack/health", timeout=5).status == 200
+            except OSError:
+                return False
+        try:
+            until(answers, what="ministack")
+            yield url
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def run_setup(cwd: Path, *flags, env=None, answer: str = "", status: int = 0, shell: str = "bash") -> str:
     """Everything that the script printed; fails unless it ended with `status`."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
     own |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **(env or {})}
-    done = subprocess.run(["bash", SETUP, *flags], cwd=cwd, env=own, input=answer, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-                          check=False)
+    done = subprocess.run([shell, SETUP, *flags], cwd=cwd, env=own, input=answer, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, check=False)
     assert done.returncode == status, done.stdout
     return done.stdout
 
 
 class Account:
-    """An empty account in the emulator, the script's working directory and what it made."""
+    """An empty account in an emulator, the script's working directory, and what there is."""
 
-    def __init__(self, url: str, path: Path, region: str = "ap-northeast-2"):
+    def __init__(self, url: str, path: Path):
         self.url, self.path, self.config = url, path, path / "application.yml"
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url}
         del self.env["AWS_DEFAULT_REGION"]
-        options = {"region_name": region, "endpoint_url": url,
-                   "aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-        self.sqs, self.s3, self.iam, self.cloudwatch, self.ec2 = (
-            boto3.client(n, **options) for n in ("sqs", "s3", "iam", "cloudwatch", "ec2"))
-
-    def enforce_permissions(self):
-        """From here on the emulator answers only what the caller's IAM policies allow."""
-        request = urllib.request.Request(f"{self.url}/moto-api/reset-auth", b"0",
-                                         headers={"Content-Type": "text/plain"}, method="POST")
-        urllib.request.urlopen(request, timeout=30).close()
+        self.sqs, self.s3, self.iam, self.cloudwatch, self.ec2, self.scaling, sts = (
+            client_of(url, name)
+            for name in ("sqs", "s3", "iam", "cloudwatch", "ec2", "autoscaling", "sts"))
+        self.number = sts.get_caller_identity()["Account"]
+        self.code_bucket = f"nanogrid-code-bucket-{self.number}"
 
     def run(self, *flags, env=None, **rest) -> str:
         return run_setup(self.path, *flags, env={**self.env, **(env or {})}, **rest)
+
+    def settings(self) -> ng.Settings:
+        return ng.load_settings(self.config, {}, False)[0]
 
     def queue(self, name: str = "nanogrid-task-queue") -> dict:
         url = self.sqs.get_queue_url(QueueName=name)["QueueUrl"]
@@ -7761,70 +9212,59 @@ class Account:
         return {"region": self.s3.get_bucket_location(Bucket=name)["LocationConstraint"],
                 "block": block["PublicAccessBlockConfiguration"],
                 "owner": owner["Rules"][0]["ObjectOwnership"],
-                "encryption": rules["Rules"][0]["ApplyServerSideEncryptionByDefault"]}
+                "encryption": rules["Rules"][0]["ApplyServerSideEncryptionByDefault"]["SSEAlgorithm"]}
 
-    def role(self, name: str = "NanoGridAgentRole") -> dict:
-        policies = self.iam.list_role_policies(RoleName=name)["PolicyNames"]
-        return {"trust": self.iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"],
-                "policies": {one: self.iam.get_role_policy(RoleName=name, PolicyName=one)
-                             ["PolicyDocument"] for one in policies}}
+    def trust(self, name: str = "NanoGridAgentRole") -> dict:
+        return self.iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"]
 
-    def statements(self) -> list[dict]:
-        policies = self.role()["policies"]
-        assert list(policies) == ["NanoGridAgentPolicy"]
-        return policies["NanoGridAgentPolicy"]["Statement"]
+    def statements(self, name: str = "NanoGridAgentRole") -> list[dict]:
+        """Of all policies of the role, the agent's first."""
+        found = []
+        for policy in sorted(self.iam.list_role_policies(RoleName=name)["PolicyNames"]):
+            document = self.iam.get_role_policy(RoleName=name, PolicyName=policy)["PolicyDocument"]
+            found += document["Statement"]
+        return found
 
     def profile_roles(self, name: str = "NanoGridAgentProfile") -> list[str]:
         profile = self.iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
         return [role["RoleName"] for role in profile["Roles"]]
 
-    def names(self) -> dict:
-        """What there is at all, by kind."""
-        return {"queues": sorted(url.rsplit("/", 1)[1]
-                                 for url in self.sqs.list_queues().get("QueueUrls", [])),
-                "buckets": [bucket["Name"] for bucket in self.s3.list_buckets()["Buckets"]],
-                "roles": [role["RoleName"] for role in self.iam.list_roles()["Roles"]],
-                "profiles": [profile["InstanceProfileName"]
-                             for profile in self.iam.list_instance_profiles()["InstanceProfiles"]],
-                "alarms": [alarm["AlarmName"] for alarm in
-                           self.cloudwatch.describe_alarms()["MetricAlarms"]],
-                "dashboards": [board["DashboardName"] for board in
-                               self.cloudwatch.list_dashboards()["DashboardEntries"]],
-                "files": sorted(path.name for path in self.path.iterdir())}
+    def names(self) -> list[str]:
+        """What there is at all."""
+        return sorted([
+            *(url.rsplit("/", 1)[1] for url in self.sqs.list_queues().get("QueueUrls", [])),
+            *(bucket["Name"] for bucket in self.s3.list_buckets()["Buckets"]),
+            *(role["RoleName"] for role in self.iam.list_roles()["Roles"]),
+            *(one["InstanceProfileName"] for one in self.iam.list_instance_profiles()["InstanceProfiles"]),
+            *(alarm["AlarmName"] for alarm in self.cloudwatch.describe_alarms()["MetricAlarms"]),
+            *(board["DashboardName"] for board in self.cloudwatch.list_dashboards()["DashboardEntries"]),
+            *(group["AutoScalingGroupName"]
+              for group in self.scaling.describe_auto_scaling_groups()["AutoScalingGroups"])])
 
-    def tags(self, queue: str = "nanogrid-task-queue", bucket: str = CODE_BUCKET,
-             role: str = "NanoGridAgentRole", profile: str = "NanoGridAgentProfile") -> list[dict]:
-        """Of a queue, its DLQ, a bucket, a role, a profile and all alarms."""
-        urls = [self.sqs.get_queue_url(QueueName=name)["QueueUrl"] for name in (queue, queue + "-dlq")]
-        found = [self.s3.get_bucket_tagging(Bucket=bucket)["TagSet"],
-                 self.iam.list_role_tags(RoleName=role)["Tags"],
-                 self.iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Tags"],
-                 *(self.cloudwatch.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]
-                   for alarm in self.cloudwatch.describe_alarms()["MetricAlarms"])]
-        return ([self.sqs.list_queue_tags(QueueUrl=url).get("Tags") for url in urls]
-                + [{tag["Key"]: tag["Value"] for tag in tags} for tags in found])
-
-    def everything(self) -> list:
-        """The whole set with its attributes; a queue's hold the time of its last change."""
-        return [self.names(), self.queue(), self.queue("nanogrid-task-queue-dlq"),
-                self.bucket(CODE_BUCKET), self.role(), self.profile_roles(), self.tags(),
-                self.config.read_bytes()]
+    def base(self) -> list:
+        """The guide's set with its attributes."""
+        return [self.queue(), self.queue("nanogrid-task-queue-dlq"), self.bucket(self.code_bucket),
+                self.trust(), self.statements(), self.profile_roles()]
 
     def check_set(self):
-        """What the guide asks for, whatever was there before."""
+        """What the guide asks for."""
         dlq, queue = self.queue("nanogrid-task-queue-dlq"), self.queue()
         assert dlq["MessageRetentionPeriod"] == "1209600"
         wanted = {"VisibilityTimeout": "300", "MessageRetentionPeriod": "1209600",
                   "MaximumMessageSize": "262144", "ReceiveMessageWaitTimeSeconds": "20"}
         assert {key: queue[key] for key in wanted} == wanted
         redrive = json.loads(queue["RedrivePolicy"])
-        assert redrive["deadLetterTargetArn"] == dlq["QueueArn"]
-        assert int(redrive["maxReceiveCount"]) == 3
-        assert self.bucket(CODE_BUCKET) == {
-            "region": "ap-northeast-2", "block": ALL_BLOCKED, "owner": "BucketOwnerEnforced",
-            "encryption": {"SSEAlgorithm": "AES256"}}
-        assert self.role()["trust"] == TRUST
-        assert self.profile_roles() == ["NanoGridAgentRole"]
+        assert redrive["deadLetterTargetArn"] == dlq["QueueArn"] and int(redrive["maxReceiveCount"]) == 3
+        assert self.bucket(self.code_bucket) == {
+            "region": "ap-northeast-2", "block": ALL_BLOCKED, "owner": "BucketOwnerEnforced", "encryption": "AES256"}
+        assert self.trust() == TRUST and self.profile_roles() == ["NanoGridAgentRole"]
+        bucket = f"arn:aws:s3:::{self.code_bucket}"
+        assert [(one["Action"], one["Resource"]) for one in self.statements()] == [
+            ([*LEAST_ACTIONS, "sqs:ChangeMessageVisibility"], queue["QueueArn"]),
+            (["s3:GetObject", "s3:ListBucket"], [bucket, f"{bucket}/*"]),
+            (["cloudwatch:PutMetricData"], "*")]
+        assert [one.get("Condition", {}).get("StringEquals") for one in self.statements()] == [
+            None, {"aws:ResourceAccount": self.number}, {"cloudwatch:namespace": ng.Settings().namespace}]
 
 
 @pytest.fixture
@@ -7834,519 +9274,237 @@ def account(tmp_path):
         yield Account(url, tmp_path)
 
 
+@pytest.fixture
+def cloud(tmp_path):
+    need("aws")
+    with ministack_server() as url:
+        yield Account(url, tmp_path)
+
+
 @pytest.mark.slow
-def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
+@pytest.mark.parametrize("emulator", ["account", "cloud"])
+def test_setup_makes_the_guides_set_once_and_takes_it_down(request, emulator):
+    account = request.getfixturevalue(emulator)
     before = account.names()
-    planned = account.run("--dry-run")
-    assert account.names() == before
-    assert "would be made: queue nanogrid-task-queue\n" in planned
-    assert "nothing was changed" in planned
-    assert f"aws s3api create-bucket --bucket {CODE_BUCKET} " in planned
-
-    assert "Done; changes: 14." in account.run()
-    account.check_set()
-    assert [(one["Sid"], one["Action"], one["Resource"]) for one in account.statements()] == [
-        ("SQSAccess", [*LEAST_ACTIONS, "sqs:ChangeMessageVisibility"],
-         f"arn:aws:sqs:ap-northeast-2:{ACCOUNT}:nanogrid-task-queue"),
-        ("S3Access", ["s3:GetObject", "s3:ListBucket"],
-         [f"arn:aws:s3:::{CODE_BUCKET}", f"arn:aws:s3:::{CODE_BUCKET}/*"]),
-        ("CloudWatchAccess", ["cloudwatch:PutMetricData"], "*")]
-    assert {one["Effect"] for one in account.statements()} == {"Allow"}
-    assert [one.get("Condition", {}).get("StringEquals") for one in account.statements()] == [
-        None, {"aws:ResourceAccount": ACCOUNT}, {"cloudwatch:namespace": ng.Settings().namespace}]
-    assert account.tags() == [TAGS] * 5
-    queue_url = account.sqs.get_queue_url(QueueName="nanogrid-task-queue")["QueueUrl"]
-    written = account.config.read_text()
-    for line in ("region: ap-northeast-2", f"queueUrl: {queue_url}", f"codeBucket: {CODE_BUCKET}"):
-        assert f"\n    {line}\n" in written
-    assert "YOUR_ACCOUNT_ID" not in written
-
-    made = account.everything()
-    again = account.run()
-    assert "Nothing changed" in again
-    assert not re.search("^(made|set|written|differs)", again, re.MULTILINE)
-    assert account.everything() == made
-
-
-@pytest.mark.slow
-def test_setup_changes_what_it_did_not_make_only_when_forced(account):
-    account.sqs.create_queue(QueueName="nanogrid-task-queue",
-                             Attributes={"VisibilityTimeout": "30", "MaximumMessageSize": "1024"})
-    account.s3.create_bucket(Bucket=CODE_BUCKET,
-                             CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
-    account.s3.put_public_access_block(Bucket=CODE_BUCKET, PublicAccessBlockConfiguration={
-        **ALL_BLOCKED, "BlockPublicPolicy": False})
-    other = json.dumps(TRUST).replace("ec2", "lambda")
-    for role in ("NanoGridAgentRole", "other-role"):
-        account.iam.create_role(RoleName=role, AssumeRolePolicyDocument=other)
-    account.iam.create_instance_profile(InstanceProfileName="NanoGridAgentProfile")
-    account.iam.add_role_to_instance_profile(InstanceProfileName="NanoGridAgentProfile",
-                                             RoleName="other-role")
-    account.config.write_text("agent:  # somebody's own\n")
-
-    said = account.run()
-    for line in ("made: queue nanogrid-task-queue-dlq",
-                 "differs: queue nanogrid-task-queue: VisibilityTimeout is 30, should be 300",
-                 "left: queue nanogrid-task-queue: RedrivePolicy",
-                 "public access block is True True False True, should be True True True True",
-                 "left: role policy NanoGridAgentPolicy: document",
-                 "differs: role NanoGridAgentRole: trust policy is",
-                 "NanoGridAgentProfile: role is other-role, should be NanoGridAgentRole",
-                 "left: application.yml is there and does not name this queue and bucket",
-                 "Done; changes: 1; left as they are, for the reasons above: 12."):
-        assert line in said, said
-    assert account.queue()["VisibilityTimeout"] == "30" and account.profile_roles() == ["other-role"]
-    assert account.role() == {"trust": json.loads(other), "policies": {}}
-    assert account.config.read_text() == "agent:  # somebody's own\n"
-    said = account.run("--down", answer="yes\n")  # the DLQ alone is its own
-    assert account.names()["queues"] == ["nanogrid-task-queue"] and CODE_BUCKET in account.names()["buckets"]
-
-    assert "written: application.yml" in account.run("--least", "--force")
-    account.check_set()
-    assert account.statements()[0]["Action"] == LEAST_ACTIONS
-    assert f"codeBucket: {CODE_BUCKET}\n" in account.config.read_text()
-
-
-@pytest.mark.slow
-def test_setup_keeps_choices_that_are_larger_or_stricter(account):
+    assert "TaskQueue" in account.run("--dry-run")
+    assert account.names() == before and not account.config.exists()
     account.run()
-    url = account.sqs.get_queue_url(QueueName="nanogrid-task-queue")["QueueUrl"]
-    redrive = json.loads(account.queue()["RedrivePolicy"])
-    account.sqs.set_queue_attributes(QueueUrl=url, Attributes={
-        "VisibilityTimeout": "3600", "ReceiveMessageWaitTimeSeconds": "5",
-        "RedrivePolicy": json.dumps({**redrive, "maxReceiveCount": 10})})
-    account.s3.put_bucket_encryption(Bucket=CODE_BUCKET, ServerSideEncryptionConfiguration={
-        "Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms"}}]})
-    account.s3.put_public_access_block(Bucket=CODE_BUCKET, PublicAccessBlockConfiguration={
-        **ALL_BLOCKED, "BlockPublicPolicy": False})
-    trust = json.dumps(TRUST).replace('"ec2.amazonaws.com"', '["ec2.amazonaws.com", "ssm.amazonaws.com"]')
-    account.iam.update_assume_role_policy(RoleName="NanoGridAgentRole", PolicyDocument=trust)
-    decrypt = {"Sid": "Key", "Effect": "Allow", "Action": ["kms:Decrypt"], "Resource": "*"}
-    more = {"Version": "2012-10-17", "Statement": [*account.statements(), decrypt]}
-    account.iam.put_role_policy(RoleName="NanoGridAgentRole", PolicyName="NanoGridAgentPolicy",
-                                PolicyDocument=json.dumps(more))
+    account.check_set()
+    settings = account.settings()
+    assert settings.queue_url == account.sqs.get_queue_url(QueueName="nanogrid-task-queue")["QueueUrl"]
+    assert (settings.region, settings.code_bucket) == ("ap-northeast-2", account.code_bucket)
 
-    said = account.run()
-    assert "Done; changes: 2." in said and said.count("\nkept: ") == 5  # its own, weaker ones are mended
-    assert "kept: queue nanogrid-task-queue: VisibilityTimeout is 3600, no less than 300" in said
-    queue = account.queue()
-    assert (queue["VisibilityTimeout"], queue["ReceiveMessageWaitTimeSeconds"]) == ("3600", "20")
-    assert int(json.loads(queue["RedrivePolicy"])["maxReceiveCount"]) == 10
-    bucket = account.bucket(CODE_BUCKET)
-    assert bucket["encryption"]["SSEAlgorithm"] == "aws:kms" and bucket["block"] == ALL_BLOCKED
-    assert account.role() == {"trust": json.loads(trust), "policies": {"NanoGridAgentPolicy": more}}
-
-
-@pytest.mark.slow
-def test_setup_of_a_second_queue_takes_nothing_from_the_first(account):
+    made, written = account.base(), account.config.read_bytes()
     account.run()
-    first = account.everything()[1:-1]
-    account.run("--queue", "second")
-    assert account.everything()[1:-1] == first
-    assert account.profile_roles("NanoGridAgentProfile-second") == ["NanoGridAgentRole-second"]
-    account.run("--queue", "third", "--role", "NanoGridAgentRole")  # one role for two queues
-    assert sorted(account.role()["policies"]) == ["NanoGridAgentPolicy", "NanoGridAgentPolicy-third"]
-    account.s3.create_bucket(Bucket="code-2", CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
-    assert "left: role policy NanoGridAgentPolicy: document" in account.run("--bucket", "code-2")
-    account.run("--down", "--queue", "third", "--role", "NanoGridAgentRole", answer="yes\n")
-    account.run("--down", "--queue", "second", answer="yes\n")
-    assert account.everything()[1:-1] == first and set(account.names()["buckets"]) == {"code-2", CODE_BUCKET}
+    assert account.base() == made and account.config.read_bytes() == written
+    account.config.write_text(account.config.read_text().replace("flushSeconds: 10", "flushSeconds: 60"))
+    edited = account.config.read_bytes()
+    assert "application.yml is not as this script wrote it, and stays" in account.run("--test-message")
+    assert account.config.read_bytes() == edited
+    kept = account.s3.get_object(Bucket=account.code_bucket, Key="functions/hello-python/v1.zip")
+    assert zipfile.ZipFile(io.BytesIO(kept["Body"].read())).namelist() == ["main.py"]
 
-
-TOPIC = f"arn:aws:sns:ap-northeast-2:{ACCOUNT}:alarms"
+    said = account.run("--down", answer="y\n", status=1)
+    assert "queue nanogrid-task-queue; messages that wait, are in work, are delayed: 1, 0, 0\n" in said
+    assert "nothing was removed" in said and account.base()[1:] == made[1:]
+    said = account.run("--down", answer="yes\n")
+    assert f"bucket {account.code_bucket} stays" in said
+    assert account.names() == sorted([*before, account.code_bucket])
+    assert "not there: stack" in account.run("--down")
 
 
 @pytest.mark.slow
-def test_setup_makes_outputs_alarms_and_a_dashboard_and_takes_them_down(account):
-    before = account.names()
-    flags = ("--alarm-topic", TOPIC, "--dashboard", "--output-bucket", "results", "--output-queue", "done")
-    account.run(*flags)
-    made = account.everything()
-    again = account.run(*flags)
-    assert "Nothing changed: everything" in again and account.everything() == made
-    assert account.names()["dashboards"] == ["NanoGrid-nanogrid-task-queue-ap-northeast-2"]
-    alarms = account.cloudwatch.describe_alarms()["MetricAlarms"]
+def test_setup_changes_what_the_flags_say_and_keeps_the_rest(cloud):
+    cloud.run("--alarm-topic", TOPIC, "--dashboard", "--output-bucket", "results", "--output-queue", "done",
+              "--function-policy", "arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess")
+    made = [cloud.names(), cloud.base()]
+    cloud.run()
+    assert [cloud.names(), cloud.base()] == made
     assert [(one["MetricName"], one["Dimensions"][0]["Value"], one["Threshold"], one["AlarmActions"])
-            for one in alarms] == [
+            for one in cloud.cloudwatch.describe_alarms()["MetricAlarms"]] == [
         ("ApproximateNumberOfMessagesVisible", "nanogrid-task-queue-dlq", 0, [TOPIC]),
         ("ApproximateAgeOfOldestMessage", "nanogrid-task-queue", 900, [TOPIC])]
-    assert account.tags(bucket="results") == [TAGS] * 7
-    board = account.cloudwatch.get_dashboard(DashboardName=account.names()["dashboards"][0])
-    shown = json.dumps([one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]])
-    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime", "Runs"):
-        assert part in shown
-    assert [(one["Action"], one["Resource"]) for one in account.statements()[3:]] == [
-        (["s3:PutObject"], "arn:aws:s3:::results/*"),
-        (["sqs:SendMessage"], f"arn:aws:sqs:ap-northeast-2:{ACCOUNT}:done")]
-    settings, _ = ng.load_settings(account.config, {}, False)
+    board = cloud.cloudwatch.get_dashboard(DashboardName="NanoGrid-nanogrid-task-queue-ap-northeast-2")
+    metrics = [one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]]
+    assert "-dlq" in str(metrics[0]) and "NanoGrid/FunctionRunner,FunctionId,Runtime" in str(metrics[1])
+    role = f"arn:aws:iam::{cloud.number}:role/NanoGridAgentRole"
+    assert [(one["Action"], one["Resource"]) for one in cloud.statements()[3:]] == [
+        (["sts:AssumeRole"], f"{role}-functions"), (["s3:PutObject"], "arn:aws:s3:::results/*"),
+        (["sqs:SendMessage"], f"arn:aws:sqs:ap-northeast-2:{cloud.number}:done")]
+    assert cloud.trust("NanoGridAgentRole-functions")["Statement"][0]["Principal"] == {"AWS": role}
+    assert cloud.bucket("results") == cloud.bucket(cloud.code_bucket)
+    settings = cloud.settings()
     assert settings.output_bucket == "results" and settings.output_queue_url.endswith("/done")
-    assert "Nothing changed" in account.run()  # without the flags: nothing that was granted is lost
-    assert account.everything() == made
+    assert settings.function_role == f"{role}-functions"
 
-    account.run("--alarm-topic", TOPIC + "-2")
-    assert {one["AlarmActions"][0] for one in account.cloudwatch.describe_alarms()["MetricAlarms"]} == {TOPIC + "-2"}
-    account.run("--down", "--output-bucket", "results", "--output-queue", "done", answer="yes\n")
-    assert account.names() == before
-
-
-@pytest.mark.slow
-def test_setup_says_what_would_be_lost_before_it_asks(account):
-    account.run()
-    for name, count in (("nanogrid-task-queue", 2), ("nanogrid-task-queue-dlq", 1)):
-        url = account.sqs.get_queue_url(QueueName=name)["QueueUrl"]
-        for _ in range(count):
-            account.sqs.send_message(QueueUrl=url, MessageBody="x")
-    [instance] = account.ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
-    account.ec2.associate_iam_instance_profile(
-        InstanceId=instance["InstanceId"], IamInstanceProfile={"Name": "NanoGridAgentProfile"})
-    made = account.everything()
-    said = account.run("--down", answer="no\n", status=1).split("Type yes")[0]
-    assert "queue nanogrid-task-queue; messages that wait, are in work, are delayed: 2, 0, 0\n" in said
-    assert "queue nanogrid-task-queue-dlq; messages that wait, are in work, are delayed: 1, 0, 0\n" in said
-    assert f"NanoGridAgentProfile; instances that use it: {instance['InstanceId']}\n" in said
-    assert account.everything() == made
+    cloud.run("--least", "--no-alarm-topic", "--no-dashboard", "--no-function-policy", "--no-output-queue",
+              "--bucket", "code-2")
+    assert cloud.statements()[0]["Action"] == LEAST_ACTIONS
+    assert cloud.statements()[1]["Resource"] == ["arn:aws:s3:::code-2", "arn:aws:s3:::code-2/*"]
+    assert [one["Action"] for one in cloud.statements()[3:]] == [["s3:PutObject"]]
+    assert cloud.names() == sorted(["NanoGridAgentProfile", "NanoGridAgentRole", "nanogrid-task-queue",
+                                    "nanogrid-task-queue-dlq", cloud.code_bucket, "code-2", "results"])
+    cloud.s3.put_object(Bucket="code-2", Key="functions/x.zip", Body=b"x")
+    cloud.run("--down", "--empty-bucket", answer="yes\n")
+    assert cloud.names() == [cloud.code_bucket]  # another stack's now, for all it knows
 
 
 @pytest.mark.slow
-def test_setup_that_was_stopped_after_any_change_is_completed(account, tmp_path):
-    """A CLI that kills the script as soon as one more change is done; the next run goes on."""
-    tool(tmp_path / "bin" / "aws", f"""{shutil.which("aws")} "$@" || exit
-case "$*" in *" create-"* | *" put-"* | *"tag-queue "* | *" add-role-"*) ;; *) exit 0 ;; esac
-pid=$PPID
-while grep -q setup_resources.sh /proc/$pid/cmdline; do
-  pids="$pids $pid"
-  pid=$(cut -d" " -f4 /proc/$pid/stat)
-done
-kill -9 $pids""")
-    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    for _ in range(13):
-        account.run(env=env, status=-signal.SIGKILL)
-    assert "changes: 1." in account.run(env=env)  # application.yml
-    account.check_set()
-    assert account.tags() == [TAGS] * 5
+def test_setup_says_why_it_failed_and_leaves_nothing_behind(cloud):
+    cloud.run("--queue", "first")
+    before = cloud.names()
+    cloud.s3.create_bucket(Bucket="taken", CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
+    said = cloud.run("--bucket", "taken", status=1)
+    assert re.search("reason: CodeBucket: .*'taken' already exists", said) and "--existing-bucket" in said
+    assert cloud.names() == sorted([*before, "taken"]) and not cloud.config.read_text().count("task-queue")
+
+    cloud.run("--existing-bucket", "taken")  # the stack that was taken back is out of the way
+    assert cloud.settings().code_bucket == "taken" and cloud.code_bucket not in cloud.names()
+    cloud.run("--down", "--empty-bucket", answer="yes\n")  # it made no bucket
+    assert cloud.names() == sorted([*before, "taken"])
 
 
 @pytest.mark.slow
-def test_setup_believes_a_real_403(account):
-    account.iam.create_user(UserName="half")
-    account.iam.put_user_policy(UserName="half", PolicyName="no-s3", PolicyDocument=json.dumps({
-        "Version": "2012-10-17",
-        "Statement": [{"Effect": "Allow", "Action": ["sqs:*", "iam:*"], "Resource": "*"}]}))
-    key = account.iam.create_access_key(UserName="half")["AccessKey"]
-    env = {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
-    account.enforce_permissions()
-    said = account.run("--dry-run", env=env, status=1)
-    assert "as arn:aws:iam::123456789012:user/half" in said
-    assert f"failed at: bucket {CODE_BUCKET}\n" in said and "(AccessDenied)" in said
-    assert "create-bucket" not in said
+def test_setup_brings_up_a_fleet_and_new_versions_to_it(cloud, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    wheel = {"boto3.py": "", "boto3-9.dist-info/METADATA": "Metadata-Version: 2.1\nName: boto3\nVersion: 9\n",
+             "boto3-9.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+             "boto3-9.dist-info/RECORD": ""}
+    (tmp_path / "wheels" / "boto3-9-py3-none-any.whl").write_bytes(make_zip(wheel))
+    env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_CONFIG_FILE": os.devnull}
+    cloud.run("--instances", "3", "--instance-type", "t4g.small", "--packages", "nodejs", "--spot", env=env)
+    cloud.run("--instances", "3", env=env)
+    [group] = cloud.scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
+    name = group["AutoScalingGroupName"]
+    assert (name, group["MinSize"], group["MaxSize"]) == ("NanoGrid-nanogrid-task-queue", 1, 3)
+    template = {"LaunchTemplateId": group["LaunchTemplate"]["LaunchTemplateId"]}
+    [version] = cloud.ec2.describe_launch_template_versions(**template, Versions=["$Latest"])["LaunchTemplateVersions"]
+    machine = version["LaunchTemplateData"]
+    assert machine["ImageId"].endswith("/al2023-ami-kernel-default-arm64") and machine["InstanceType"] == "t4g.small"
+    assert machine["MetadataOptions"]["HttpTokens"] == "required"
+    assert machine["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert machine["IamInstanceProfile"]["Name"] == "NanoGridAgentProfile"
+    [hook] = cloud.scaling.describe_lifecycle_hooks(AutoScalingGroupName=name)["LifecycleHooks"]
+    assert hook["LifecycleTransition"] == "autoscaling:EC2_INSTANCE_TERMINATING"
+    [policy] = cloud.scaling.describe_policies(AutoScalingGroupName=name)["ScalingPolicies"]
+    assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
+    assert not cloud.scaling.describe_instance_refreshes(AutoScalingGroupName=name)["InstanceRefreshes"]
+    boot_a_machine(cloud, base64.b64decode(machine["UserData"]).decode(), tmp_path / "machine")
+
+    cloud.config.write_text(cloud.config.read_text() + "# edited\n")
+    cloud.run("--instances", "2", env=env)
+    assert len(cloud.scaling.describe_instance_refreshes(AutoScalingGroupName=name)["InstanceRefreshes"]) == 1
+    [group] = cloud.scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
+    assert group["MaxSize"] == 2
+    cloud.run("--instances", "0")
+    assert not cloud.scaling.describe_auto_scaling_groups()["AutoScalingGroups"] and len(cloud.statements()) == 3
+
+
+def boot_a_machine(cloud: Account, user_data: str, place: Path):
+    """Run the user data with stand-ins for Amazon Linux's dnf, its Python, systemd, the metadata and autoscaling."""
+    place.mkdir()
+    (place / "units").mkdir()
+    log, tools = place / "log", place / "tools"
+    for name in ("dnf", "systemctl"):
+        tool(tools / name, f'echo "{name} $*" >>{log}')
+    tool(tools / "python3.12", f'exec {sys.executable} "$@"')
+    tool(tools / "curl", f'echo "curl ${{@: -1}}" >>{log}; case "$*" in *target-lifecycle*) echo Terminated ;; *) echo i-1 ;; esac')
+    tool(tools / "aws", f'case "$1" in autoscaling) echo "aws $*" >>{log} ;; *) exec {shutil.which("aws")} '
+         f'--endpoint-url {cloud.url} "$@" ;; esac')
+    env = {**os.environ, **cloud.env, "PATH": f"{tools}:{os.environ['PATH']}"}
+    script = user_data.replace("/opt/nanogrid", str(place / "opt")).replace(
+        "bash fleet_machine.sh", f"sed -i 's|/etc/systemd/system|{place}/units|' fleet_machine.sh; bash fleet_machine.sh")
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (place / "opt" / "nanogrid.py").read_bytes() == MODULE.read_bytes()
+    assert (place / "opt" / "application.yml").read_bytes() == cloud.config.read_bytes()
+    assert list((place / "opt" / "venv").glob("lib/python*/site-packages/boto3.py"))
+    assert "SPOTINTERRUPTION=true" in (place / "units" / "nanogrid.service.d" / "fleet.conf").read_text()
+    assert log.read_text().splitlines() == [
+        "dnf -q -y install python3.12 nodejs", "systemctl daemon-reload", "systemctl enable --now nanogrid",
+        "systemctl enable --now nanogrid-fleet"]
+
+    service = re.search("^ExecStart=(.*)$", (place / "units" / "nanogrid-fleet.service").read_text(), re.MULTILINE)[1]
+    subprocess.run(["bash", "-c", service], env=env, timeout=300, check=True)
+    told = [line for line in log.read_text().splitlines()[4:] if not line.startswith("curl")]
+    ready, stopped, taken = told
+    assert stopped == "systemctl stop nanogrid" and "--lifecycle-hook-name ready " in ready
+    assert "--lifecycle-hook-name taken-away " in taken and taken.endswith("--instance-id i-1")
+    assert "--auto-scaling-group-name NanoGrid-nanogrid-task-queue " in taken
 
 
 @pytest.mark.slow
-def test_setup_takes_down_all_but_a_bucket_with_objects(account):
-    account = Account(account.url, account.path, "us-east-1")
-    mine = ("--queue", "mine", "--dlq", "mine-dead", "--bucket", "mine-code", "--role", "mine-role",
-            "--instance-profile", "mine-profile")
-    env = {"AWS_REGION": "us-east-1"}
-    account.sqs.create_queue(QueueName="not-mine")
-    before = account.names()
-
-    account.run(*mine, env=env)
-    assert account.names() == {
-        "queues": ["mine", "mine-dead", "not-mine"], "buckets": ["mine-code"],
-        "roles": ["mine-role"], "profiles": ["mine-profile"], "alarms": [], "dashboards": [],
-        "files": ["application.yml"]}
-    assert account.bucket("mine-code")["region"] is None  # how S3 spells us-east-1
-    assert "\n    region: us-east-1\n" in account.config.read_text()
-    account.s3.put_object(Bucket="mine-code", Key="functions/kept.zip", Body=b"x")
-
-    made = account.names()
-    assert "nothing was removed" in account.run("--down", *mine, env=env, answer="y\n", status=1)
-    planned = account.run("--down", "--dry-run", *mine, env=env)
-    assert "would be removed: queue mine\n" in planned
-    assert account.names() == made
-    said = account.run("--down", *mine, env=env, answer="yes\n")
-    assert "left: bucket mine-code holds objects (such as functions/kept.zip)" in said
-    assert "(aws s3 rm s3://mine-code --recursive; " in said
-    assert account.names() == {**before, "buckets": ["mine-code"]}
-
-    account.s3.delete_object(Bucket="mine-code", Key="functions/kept.zip")
-    said = account.run("--down", *mine, env=env, answer="yes\n")
-    assert "not there: queue mine\n" in said and "removed: bucket mine-code" in said
-    assert account.names() == before
+def test_setup_of_a_second_queue_takes_nothing_from_the_first(cloud):
+    cloud.run()
+    first = cloud.base()
+    cloud.run("--queue", "second_one", "--dlq", "second-dead")
+    assert cloud.base() == first
+    assert cloud.profile_roles("NanoGridAgentProfile-second_one") == ["NanoGridAgentRole-second_one"]
+    assert cloud.settings().code_bucket == f"{cloud.code_bucket}-second-one"
+    assert cloud.queue("second-dead")["MessageRetentionPeriod"] == "1209600"
+    cloud.run("--down", "--queue", "second_one", answer="yes\n")
+    assert cloud.base() == first
 
 
-# --- setup_resources.sh and a CLI that answers what the test says -------------
-
-FAKE_AWS = r'''#!/bin/bash
-# An account that has nothing and takes everything but what FAKE_REFUSES names.
-printf '%s\n' "$*" >>"$FAKE_LOG"
-printf '%s' "$AWS_CLI_ERROR_FORMAT" >"$FAKE_LOG.format"
-case "$*" in
-  *" ${FAKE_REFUSES:-nothing at all} "*)
-    printf x >>"$FAKE_LOG.refused"
-    refused="$(<"$FAKE_LOG.refused")"
-    if [ ${#refused} -le "${FAKE_TIMES:-99}" ]; then printf '%s\n' "$FAKE_ANSWER" >&2; exit 254; fi ;;
-esac
-case "$*" in
-  *" get-caller-identity "*) printf '123456789012\t%s\n' "$FAKE_CALLER" ;;
-  *" get-queue-url --queue-name ${FAKE_QUEUE:-nothing at all} "*) echo http://old/address ;;
-  *" sqs get-"*) echo "An error occurred (QueueDoesNotExist) when calling …" >&2; exit 254 ;;
-  *" s3api get-"*) echo "An error occurred (NoSuchBucket) when calling …" >&2; exit 254 ;;
-  *" iam get-"*) echo "An error occurred (NoSuchEntity) when calling …" >&2; exit 254 ;;
-  *" get-dashboard "*) echo "An error occurred (ResourceNotFound) when calling …" >&2; exit 254 ;;
-  *" s3 cp "*) cp "${@:(-2):1}" "$FAKE_LOG.zip" ;;
-  *" send-message "*)
-    for word; do case "$word" in file://*) cp "${word#file://}" "$FAKE_LOG.json" ;; esac; done ;;
-esac
-'''
-TOOLS = ("bash", "cat", "cp", "dirname", "mktemp", "rm", "tr")  # cp is only the fake's
+TOPIC = "arn:aws:sns:ap-northeast-2:123456789012:alarms"
 
 
-class FakeAccount:
-    """The script with nothing on PATH but coreutils, Python and the CLI above."""
-
-    def __init__(self, path: Path):
-        self.path, self.log, tools = path / "here", path / "log", path / "bin"
-        self.path.mkdir()
-        tools.mkdir()
-        for tool in TOOLS:
-            (tools / tool).symlink_to(shutil.which(tool))
-        (tools / "python3").symlink_to(sys.executable)
-        (tools / "sleep").write_text('#!/bin/bash\nprintf "sleep $1\\n" >>"$FAKE_LOG"\n')
-        (tools / "aws").write_text(FAKE_AWS)
-        for tool in ("aws", "sleep"):
-            (tools / tool).chmod(0o755)
-        self.env = {"PATH": str(tools), "FAKE_LOG": str(self.log), "FAKE_QUEUE": "",
-                    "FAKE_CALLER": f"arn:aws:iam::{ACCOUNT}:user/somebody"}
-
-    def run(self, *flags, refuses="", refusal="", queue="", **rest) -> str:
-        env = {**self.env, "FAKE_REFUSES": refuses, "FAKE_ANSWER": refusal, "FAKE_QUEUE": queue}
-        return run_setup(self.path, *flags, env=env, **rest)
-
-    def calls(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
+# --- Without AWS
 
 @pytest.fixture
-def fake(tmp_path):
-    return FakeAccount(tmp_path)
+def refused(tmp_path):
+    """Runs the script with a CLI that has one answer, an error."""
+    def run(answer: str, *flags, **rest) -> str:
+        tool(tmp_path / "bin" / "aws", f"echo {shlex.quote(answer)} >&2; exit 254")
+        return run_setup(tmp_path, *flags, env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, **rest)
+    return run
 
 
-DENIED = "An error occurred (AccessDenied) when calling the operation: not authorized to do it"
-
-
-@pytest.mark.parametrize("look, change, step", [
-    ("sqs get-queue-url", "create-queue", "queue nanogrid-task-queue-dlq"),
-    ("s3api get-bucket-location", "create-bucket", f"bucket {CODE_BUCKET}"),
-    ("s3api get-public-access-block", "put-public-access-block", f"bucket {CODE_BUCKET}"),
-    ("s3api get-bucket-ownership-controls", "put-bucket-ownership", f"bucket {CODE_BUCKET}"),
-    ("s3api get-bucket-encryption", "put-bucket-encryption", f"bucket {CODE_BUCKET}"),
-    ("iam get-role", "create-role", "role NanoGridAgentRole"),
-    ("iam get-role-policy", "put-role-policy", "role policy NanoGridAgentPolicy"),
-    ("iam get-instance-profile", "create-instance", "instance profile NanoGridAgentProfile"),
+@pytest.mark.parametrize("answer, remedy", [
+    ("Unable to locate credentials.", "AWS_PROFILE"),
+    ("An error occurred (InvalidClientTokenId) when calling …", "aws configure"),
+    ("The SSO session of this profile has expired", "aws sso login"),
+    ("An error occurred (AccessDenied) when calling …", "ask for the permission"),
+    ("An error occurred (Strange) when calling …", "mend what is named"),
 ])
-def test_setup_does_not_take_a_refusal_for_not_there(fake, look, change, step):
-    said = fake.run(refuses=look, refusal=DENIED, status=1)
-    assert f"failed at: {step}\n" in said and f"command: aws {look} " in said
-    assert f"answer:  {DENIED}\n" in said and "permission" in said
-    assert look in fake.calls() and f" {change}" not in fake.calls()
-
-
-@pytest.mark.parametrize("refuses, answer, remedy", [
-    ("sts get-caller-identity", "Unable to locate credentials.", "AWS_PROFILE"),
-    ("sts get-caller-identity", "(InvalidClientTokenId)", "AWS_PROFILE"),
-    ("sts get-caller-identity", "Could not connect to the endpoint URL", "is the network up"),
-    ("sts get-caller-identity", "The SSO session of this profile has expired", "aws sso login"),
-    ("sqs create-queue", "(QueueDeletedRecently)", "60 seconds"),
-    ("s3api create-bucket", "(BucketAlreadyExists)", "--bucket NAME"),
-    ("iam create-role", "(AccessDenied)", "permission that the answer"),
-    ("iam put-role-policy", "(Throttling)", "wait a minute"),
-    ("iam add-role-to-instance-profile", "(Strange)", "the answer says"),
-])
-def test_setup_failure_names_step_answer_and_remedy(fake, refuses, answer, remedy):
-    said = fake.run(refuses=refuses, refusal=answer, status=1)
-    assert f"command: aws {refuses} " in said and f"answer:  {answer}\n" in said
-    assert remedy in said.split("to do:   ")[1] and "run the script again" in said
-    assert fake.calls().splitlines()[-1].find(f" {refuses} ") > 0  # nothing was tried after it
-    assert not (fake.path / "application.yml").exists()
-
-
-FRESH = "An error occurred ({}) when calling the operation: {}"
-
-
-# The first answer is SQS's own (serverless/serverless, issue 5215, shows it), the others IAM's and S3's.
-@pytest.mark.parametrize("refuses, answer", [
-    ("sqs create-queue --queue-name nanogrid-task-queue", FRESH.format(
-        "InvalidParameterValue", "… RedrivePolicy is invalid. Reason: Dead letter target does not exist.")),
-    ("iam put-role-policy", FRESH.format("NoSuchEntity", "The role with name … cannot be found.")),
-    ("s3api put-bucket-tagging", FRESH.format("NoSuchBucket", "The specified bucket does not exist")),
-    ("s3api put-public-access-block", FRESH.format("OperationAborted", "A conflicting conditional operation …")),
-])
-def test_setup_gives_aws_time_to_know_what_is_new(fake, refuses, answer):
-    fake.env["FAKE_TIMES"] = "3"
-    assert "Done; changes: 14." in fake.run(refuses=refuses, refusal=answer)
-    assert re.search(f"( {refuses} .*\nsleep 1\n.*)" + "{3}", fake.calls())
-    del fake.env["FAKE_TIMES"]
-    (fake.path / "application.yml").unlink()
-    said = fake.run(refuses=refuses, refusal=answer, status=1)  # for ten seconds, not for ever
-    assert "not all of it knows yet" in said and "wait a minute and run again" in said
-
-
-def test_setup_waits_for_what_it_made(fake):
-    fake.run()
-    calls = re.sub("--region .* --output text ", "", fake.calls())
-    for made, waited in (
-            ("sqs create-queue --queue-name nanogrid-task-queue-dlq .*", "sleep 1"),
-            ("s3api create-bucket .*", f"s3api wait bucket-exists --bucket {CODE_BUCKET}"),
-            ("iam create-role .*", "iam wait role-exists --role-name NanoGridAgentRole"),
-            ("iam create-instance-profile .*",
-             "iam wait instance-profile-exists --instance-profile-name NanoGridAgentProfile")):
-        assert re.search(f"^{made}\n{waited}$", calls, re.MULTILINE), made
-    assert Path(f"{fake.log}.format").read_text() == "legacy"  # json has the codes elsewhere
-
-
-def test_setup_failure_of_the_machine_names_its_step(fake, tmp_path):
-    (fake.path / "application.yml").symlink_to(tmp_path / "nowhere" / "application.yml")
-    said = fake.run(status=1)
-    assert "failed at: application.yml\n" in said and "No such file" in said
-    assert "a directory that you may write to" in said
-    (tmp_path / "bin" / "zip").write_text("#!/bin/bash\necho disk full >&2; exit 9\n")
-    (tmp_path / "bin" / "zip").chmod(0o755)
-    said = fake.run("--test-message", queue="nanogrid-task-queue", status=1)
-    assert "failed at: zip of hello-python\n" in said and "answer:  disk full\n" in said
-    assert " s3 cp " not in fake.calls() and " send-message " not in fake.calls()
-    fake.env["TMPDIR"] = str(tmp_path / "nowhere")
-    assert "set TMPDIR" in fake.run(status=1)
-
-
-def test_setup_remedy_is_for_the_answer_not_for_a_name(fake):
-    said = fake.run("--queue", "MISSOURI", refuses="sqs create-queue", refusal="(Strange)", status=1)
-    assert "the answer says what is wrong" in said
-
-
-@pytest.mark.parametrize("partition, region, suffix", [
-    ("aws", "eu-west-1", "amazonaws.com"),
-    ("aws-cn", "cn-north-1", "amazonaws.com.cn"),
-    ("aws-us-gov", "us-gov-west-1", "amazonaws.com"),
-])
-def test_setup_fills_in_the_partition_of_the_caller(fake, partition, region, suffix):
-    fake.env["FAKE_CALLER"] = f"arn:{partition}:iam::{ACCOUNT}:user/somebody"
-    fake.run("--region", region)
-    calls = fake.calls()
-    assert f'"Service":"ec2.{suffix}"' in calls
-    assert set(re.findall(r"arn:([a-z-]+):(?:sqs|s3):", calls)) == {partition}
-    assert f"arn:{partition}:sqs:{region}:{ACCOUNT}:nanogrid-task-queue-dlq" in calls
-    assert f"LocationConstraint={region}\n" in calls
-    assert calls.count(f"--region {region} --output text ") == len(calls.replace("sleep 1\n", "").splitlines())
-    written = (fake.path / "application.yml").read_text()
-    assert f"queueUrl: https://sqs.{region}.{suffix}/{ACCOUNT}/nanogrid-task-queue\n" in written
-
-
-def test_setup_region_comes_from_the_flag_then_the_environment_then_the_guide(fake):
-    fake.env["AWS_DEFAULT_REGION"] = "eu-north-1"
-    assert "region eu-north-1," in fake.run("--dry-run")
-    fake.env["AWS_REGION"] = "eu-south-1"
-    said = fake.run("--dry-run")
-    assert "region eu-south-1," in said and "LocationConstraint=eu-south-1" in said
-    said = fake.run("--dry-run", "--region", "us-east-1")
-    assert "region us-east-1," in said
-    assert "create-bucket" in said and "LocationConstraint" not in said  # S3 refuses this one
-    del fake.env["AWS_REGION"], fake.env["AWS_DEFAULT_REGION"]
-    assert "region ap-northeast-2," in fake.run("--dry-run", "--endpoint", "http://[::1]:9")
-    assert "--endpoint-url http://[::1]:9 " in fake.calls().splitlines()[-1]
-
-
-def test_setup_test_message_is_the_guides(fake):
-    said = fake.run("--test-message", queue="nanogrid-task-queue")  # with Python, without zip
-    assert "[test-001] stdout: Hello from NanoGrid!" in said and "status=ok" in said
-    assert json.loads(Path(f"{fake.log}.json").read_text()) == {
-        "requestId": "test-001", "functionId": "hello-python", "runtime": "python",
-        "s3Bucket": CODE_BUCKET, "s3Key": "functions/hello-python/v1.zip",
-        "timeoutMs": 5000, "memoryMb": 256}
-    with zipfile.ZipFile(f"{fake.log}.zip") as archive:
-        assert archive.namelist() == ["main.py"]
-        assert archive.read("main.py").decode() == (
-            '#!/usr/bin/env python3\nprint("Hello from NanoGrid!")\nprint("Result: 42")\n')
-    assert f" s3://{CODE_BUCKET}/functions/hello-python/v1.zip\n" in fake.calls()
-
-    said = fake.run("--test-message", refuses="sqs get-queue-url", status=1,
-                    refusal="An error occurred (AWS.SimpleQueueService.NonExistentQueue) …")
-    assert "run setup_resources.sh without --test-message first" in said
-    said = fake.run("--test-message", queue="nanogrid-task-queue", refuses="s3 cp", status=1,
-                    refusal="upload failed: … An error occurred (NoSuchBucket) when calling PutObject")
-    assert "run setup_resources.sh without --test-message first" in said
-    calls = len(fake.calls().splitlines())
-    assert "would be sent" in fake.run("--test-message", "--dry-run", queue="nanogrid-task-queue")
-    assert len(fake.calls().splitlines()) == calls + 2  # who am I, where is the queue
-
-
-def test_setup_removes_application_yml_only_as_it_wrote_it(fake):
-    config = fake.path / "application.yml"
-    fake.run()
-    assert "removed: application.yml\n" in fake.run("--down", answer="yes\n")
-    assert not config.exists()
-    fake.run()
-    config.write_text(config.read_text().replace("flushSeconds: 10", "flushSeconds: 60"))
-    edited = config.read_bytes()
-    assert "unchanged: application.yml (edited since" in fake.run()
-    assert "left: application.yml is not as" in fake.run("--down", answer="yes\n")
-    assert config.read_bytes() == edited
-
-
-def test_setup_goes_on_only_in_the_account_that_was_named(fake):
-    said = fake.run("--account", "999999999999", status=1)
-    assert f"account {ACCOUNT}, not 999999999999" in said and "AWS_PROFILE" in said
-    assert len(fake.calls().splitlines()) == 1
-    assert "Dry run" in fake.run("--account", ACCOUNT, "--dry-run")
+def test_setup_failure_names_step_answer_and_remedy(refused, tmp_path, answer, remedy):
+    said = refused(answer, status=1)
+    assert "failed at: credentials\n" in said and f"answer: {answer}\n" in said
+    assert remedy in said.split("to do:")[1] and not (tmp_path / "application.yml").exists()
 
 
 @pytest.mark.parametrize("flags, problem", [
-    (["--regoin", "x"], "there is no flag --regoin"),
-    (["queue"], "there is no flag queue"),
-    (["--queue"], "--queue needs a value"),
-    (["--queue", ""], "--queue needs a value"),
+    (["--regoin", "x"], "there is no flag --regoin"), (["queue", "x"], "there is no flag queue"),
+    (["--version", "x"], "there is no flag --version"), (["--no-such"], "there is no flag --such"),
+    (["--queue"], "--queue needs a value"), (["--queue", ""], "--queue needs a value"),
     (["--queue", "a.fifo"], "not FIFO"),
-    (["--queue", "same", "--dlq", "same"], "are both same"),
-    (["--bucket", "Capital"], "--bucket is 'Capital'"),
-    (["--role", 'a"b'], "--role is 'a\"b'"),
-    (["--output-queue", "nanogrid-task-queue-dlq"], "--output-queue is nanogrid-task-queue-dlq as well"),
-    (["--alarm-topic", "alarms"], "the ARN of an SNS topic"),
-    (["--down", "--test-message"], "do not go together"),
 ])
-def test_setup_wrong_usage(fake, flags, problem):
-    said = fake.run(*flags, status=2)
-    assert problem in said and "--help" in said
-    assert fake.calls() == ""
+def test_setup_wrong_usage(refused, flags, problem):
+    said = refused("it asked AWS", *flags, status=2)
+    assert problem in said and "--help" in said and "it asked" not in said
 
 
-def test_setup_help_names_every_flag_that_it_takes(fake):
-    parser = re.search(r"^parse_flags.*?^}", SETUP.read_text(), re.MULTILINE | re.DOTALL)[0]
-    taken = set(re.findall(r"--[a-z-]+", parser))
-    shown = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", fake.run("--help"), re.MULTILINE))
-    assert shown == taken and "--dry-run" in taken
-    assert fake.calls() == ""
+def test_setup_help_names_every_flag_that_it_takes(refused):
+    parser = re.search(r"^parse_flags.*?^}.*?^}", SETUP.read_text(), re.MULTILINE | re.DOTALL)[0]
+    taken = set(re.findall(r"--[a-z-]*[a-z]", parser)) - {"--no", "--existing"}
+    shown = set(re.findall(r"--[a-z][a-z-]*[a-z]", refused("it asked AWS", "--help")))
+    assert taken <= shown and {"--output-queue", "--instances", "--function-policy"} <= shown
+    assert not {"--bucket-is-there", "--architecture", "--version"} & shown
 
 
-def test_setup_without_what_it_needs_makes_nothing(fake, tmp_path):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(SETUP, alone)
-    done = subprocess.run(["bash", alone / SETUP.name], cwd=alone, env=fake.env, text=True,
-                          timeout=180, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    assert done.returncode == 1 and "application.yml.example: it is not beside" in done.stderr
-    assert "create" not in fake.calls()
-    (tmp_path / "bin" / "aws").unlink()
-    assert "AWS CLI (aws) is not on PATH" in fake.run(status=1)
-
-
-def test_setup_that_was_cut_short_does_nothing(fake, tmp_path):
+def test_setup_that_was_cut_short_does_nothing(refused, tmp_path):
     lines = SETUP.read_text().splitlines(keepends=True)
-    assert lines[-1] == 'main "$@"\n'
+    assert lines[-1] == 'main "$@"\n' and MACHINE.read_text().endswith(lines[-1])
     for end in range(1, len(lines), 40):
         (tmp_path / "cut.sh").write_text("".join(lines[:end]))
-        subprocess.run(["bash", tmp_path / "cut.sh"], cwd=fake.path, env=fake.env, timeout=180,
-                       stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    assert fake.calls() == "" and not list(fake.path.iterdir())
+        done = subprocess.run(["bash", tmp_path / "cut.sh"], cwd=tmp_path, timeout=180, text=True,
+                              stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        assert "account" not in done.stdout
+
+
+def test_setup_under_another_shell_says_to_use_bash(refused):
+    need("dash")
+    assert "run it with bash: bash " in refused("it asked AWS", shell="dash", status=2)
 
 
 def test_setup_uses_nothing_that_bash_3_lacks():
@@ -8358,8 +9516,116 @@ def test_setup_uses_nothing_that_bash_3_lacks():
         "a status that is lost": r"\b(local|export|readonly) \w+=\"?\$\(",
         "a subshell, whose failure does not end it": r"^\s*\((?!\()", "case in $()": r"\$\(\s*case ",
         "a name that runs into a letter": r"\$\w+[^\x00-\x7f]"}
-    text = SETUP.read_text()
+    text = re.sub(r"(?s)^template\(\) \{.*?^}$", "", SETUP.read_text(), flags=re.MULTILINE)
     assert [name for name, pattern in newer.items() if re.search(pattern, text, re.MULTILINE)] == []
+
+
+# --------------------------------------------------------------------------------------------
+# Log
+# --------------------------------------------------------------------------------------------
+
+NUMBERED = [f"line {number}" for number in range(1, 302)]
+# output: (text, bytes that there were, what the log has of it)
+SAID = {
+    "nothing": ("", 0, []),
+    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", 0, NUMBERED[:200]),
+    "one more": ("\n".join(NUMBERED[:201]), 0, [
+        *NUMBERED[:100], "1 lines of stdout are left out here", *NUMBERED[101:201]]),
+    "more than was kept": ("\n".join(NUMBERED), 2 * ng.KEPT_BYTES + 7, [
+        *NUMBERED[:100], "101 lines of stdout are left out here, and 7 bytes that were not kept", *NUMBERED[201:]]),
+    "a long line": ("x" * 60_000, 0, ["x" * 60_000]),
+    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, 0, ["\0" * 9000 + "\U0001f642" * 9000]),
+}
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("output", SAID)
+def test_log_has_the_ends_of_an_output_in_pieces_of_8_kib(output, form):
+    text, count, wanted = SAID[output]
+    log = Heard()
+    log.json = form == "json"
+    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text, stdout_bytes=count)).write(log, "r-1")
+    *lines, report = log.lines
+    assert "REPORT" in report and max([0, *(len(line.encode()) for line in lines)]) <= 8192
+    said = []
+    for line in lines:
+        if form == "json":
+            entry = json.loads(line)
+            said.append(entry["message"])
+            assert entry.get("requestId", "r-1") == "r-1"
+        else:
+            said.append(re.fullmatch(r"\S+ INFO \[r-1\] (.*)\n", line, re.DOTALL)[1])
+    if form == "text":
+        said = [line.removeprefix("stdout: ").replace("\\x00", "\0") for line in said]
+    said = [line.removeprefix("[r-1] ") for line in said]
+    assert said == wanted if len(wanted) != 1 else len(said) > 1 and "".join(said) == wanted[0]
+
+
+def test_log_says_at_debug_when_a_run_starts():
+    with local_site() as folder:
+        request_id = local_job(folder, "r-debug")
+        with local(folder, "--drain", "--log-level", "debug") as agent:
+            assert agent.end() == 0
+        assert re.search(rf"DEBUG \[{request_id}\] a run of .* starts\n(.*\n)*.* REPORT ", agent.log), agent.log
+
+
+def test_report_of_what_cannot_be_read_has_the_message_s_id():
+    with local_site() as folder:
+        (folder.path / "queue" / "no task.json").write_text("{")
+        with local(folder, "--drain") as agent:
+            assert agent.end() == 0
+        report = reports(agent.log)[-1]
+        assert (report["requestId"], report["messageId"]) == ("-", "no_task.json"), agent.log
+        assert report["status"] == "rejected"
+
+
+# --------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------
+
+
+def test_without_settings_it_names_the_demo_and_the_help(tmp_path):
+    with Agent(cwd=tmp_path) as agent:
+        assert agent.end() == 2
+    [line] = agent.log.splitlines()
+    assert re.search("ERROR application.yml:1: .*application.yml.example.* --demo .* --help", line)
+
+
+def test_the_environment_alone_will_do_for_settings(tmp_path):
+    with Agent("--check", cwd=tmp_path, env={"AGENT_SQS_QUEUEURL": "x"}) as agent:
+        assert agent.end() == 2
+    assert "agent.aws.region is missing" in agent.log and "AGENT_SQS_QUEUEURL: " in agent.log
+
+
+def test_help_says_what_each_flag_is_for_and_its_default():
+    text = ng.arguments().format_help()
+    for action in ng.arguments()._actions:
+        flag = action.option_strings[-1]
+        assert action.help and flag in text
+        assert flag in ("--help", "--version") or "(default: " in action.help, flag
+    assert re.search(r"(?s)exit status: 0 done.* 1 could not go on.* 2 wrong usage", text)
+
+
+def test_a_python_that_is_too_old_is_told_in_one_line_which_is_needed():
+    """3.7 and older cannot read the file: what they print of it is the line that says so."""
+    old = sorted(Path("~/.pyenv/versions").expanduser().glob("3.[678].*/bin/python3"))
+    if not old:
+        pytest.skip("no Python older than 3.9 here")
+    for python in old:
+        ended = subprocess.run([python, MODULE, "--demo"], capture_output=True, text=True, timeout=180, check=False)
+        assert ended.returncode == 1 and ended.stdout == "" and "Traceback" not in ended.stderr
+        assert sum("NanoGrid needs Python 3.9 or newer" in line for line in ended.stderr.splitlines()) == 1
+        assert len(ended.stderr.splitlines()) == (1 if "/3.8." in str(python) else 4)
+
+
+def test_a_demo_that_is_stopped_lists_nothing_that_never_ran():
+    with Agent("--demo", env={"AGENT_EXECUTION_CONCURRENCY": "1"}) as demo:
+        demo.wait_for("stdout: Hello from NanoGrid")
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.end() == 0
+    assert "a second signal stops at once" in demo.log
+    assert "hello-python" in demo.out and "sleepy-python " not in demo.out, demo.out
+    assert demo.out.endswith("The demo was stopped before its end.\n")
 
 
 # --------------------------------------------------------------------------------------------
@@ -8426,10 +9692,10 @@ def check_metric(url: str, peak_bytes: int):
 # Their commands and examples, run as they stand there; an emulator is AWS.
 
 
-ROOT = Path(__file__).parent
-PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+REPOSITORY = Path(__file__).parent
+PAGES = {page: page.read_text() for page in (REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md")))}
 TEXT = "\n".join(PAGES.values())
-UNIT = ROOT / "nanogrid.service"
+UNIT = REPOSITORY / "nanogrid.service"
 
 # The fenced blocks that stand behind a comment `<!-- test: NAME -->`, by name.
 MARKED = re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
@@ -8478,7 +9744,7 @@ def test_every_command_is_run_by_a_test():
 
 
 def test_pages_are_short_and_so_are_their_lines():
-    assert len(PAGES[ROOT / "README.md"].splitlines()) <= 260
+    assert len(PAGES[REPOSITORY / "README.md"].splitlines()) <= 260
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     assert [line for line in prose.splitlines() if len(line) > 120 and line[0] != "|"] == []
 
@@ -8499,7 +9765,7 @@ GUIDE_COMMENTS = [
 
 
 def test_application_yml_example_has_every_setting_with_its_default_and_a_word_on_it():
-    text = (ROOT / "application.yml.example").read_text()
+    text = (REPOSITORY / "application.yml.example").read_text()
     for row in ng.SETTINGS:
         value = ng.parse_yaml(text)
         for key in row.path.split("."):
@@ -8513,7 +9779,7 @@ def test_application_yml_example_has_every_setting_with_its_default_and_a_word_o
 
 
 def test_application_yml_example_loads_but_for_the_account_id(tmp_path):
-    text = (ROOT / "application.yml.example").read_text()
+    text = (REPOSITORY / "application.yml.example").read_text()
     [problem] = problems(tmp_path, text)
     assert "still holds YOUR_ACCOUNT_ID" in problem
     settings, warnings = load(tmp_path, text.replace("queueUrl: https://sqs.ap-northeast-2.amazonaws.com/"
@@ -8527,6 +9793,7 @@ def test_application_yml_example_loads_but_for_the_account_id(tmp_path):
 def test_demo_prints_what_is_shown(tmp_path):
     ended = sh(BLOCKS["demo"], tmp_path)
     lines = [alike(line) for line in (ended.stderr + ended.stdout).splitlines()]
+    assert "/tmp" not in ended.stderr + ended.stdout  # where its files were, which are gone
     has_compiler = any(map(shutil.which, ng.RUNTIMES["cpp"].programs))
     for shown in BLOCKS["demo output"].splitlines():
         if not has_compiler and re.search(r"cpp|C\+\+", shown):
@@ -8674,7 +9941,7 @@ class Shell:
         self.url, self.path = url, path
         # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
         tool(path / "bin" / "aws", f'exec {shutil.which("aws")} --endpoint-url {url} "$@"')
-        shutil.copy(ROOT / "application.yml.example", path)
+        shutil.copy(REPOSITORY / "application.yml.example", path)
         (path / "policy.json").write_text(BLOCKS["policy.json"])
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url, "AWS_PAGER": "",
                     "PATH": f"{path / 'bin'}:{os.environ['PATH']}"}
