@@ -234,7 +234,7 @@ set_value() {
 parameter() {
   local name
   name="$(printf '%s' "$1" | awk -F- '{ for (i = 3; i <= NF; i++) printf "%s", toupper(substr($i, 1, 1)) substr($i, 2) }')"
-  template | grep "^  $name: {Type" >/dev/null || wrong_usage "there is no flag $1"
+  template | grep "^  ${name%IsThere}: {.* Description: " >/dev/null || wrong_usage "there is no flag $1"
   PARAMETERS+=("$name=$2")
 }
 
