@@ -54,7 +54,6 @@ import shutil
 import signal
 import socket
 import stat
-import statistics
 import struct
 import subprocess
 import sys
@@ -781,8 +780,6 @@ MAX_NAME_BYTES = 1000              # PATH_MAX and XFS's limit on a link, less ro
 MAX_PART_BYTES = 255               # NAME_MAX
 _MEMBER_KINDS = {0: "file", stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 _OUTSIDE = re.compile(r"\A/|\A[A-Za-z]:(?:/|\Z)|(?:\A|/)\.\.(?:/|\Z)")
-BACKSLASH_ADVICE = ("as old Windows tools write it for '/'; zip it again with the Explorer, 7-Zip "
-                    "or Python's shutil.make_archive")
 UTF8_NAME = 0x800  # a member's flag (APPNOTE.TXT 4.4.4)
 TIMES = {0x5455: 1, 0x5855: 4}  # extra fields, as unzip knows them, and where their seconds are
 _CORRUPT = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError,
@@ -902,7 +899,7 @@ def _checked(member: zipfile.ZipInfo) -> tuple[str, str]:
         len(part.encode()) > MAX_PART_BYTES for part in parts)
     for is_wrong, what in (
             ("\0" in name, "has a NUL in its name; rename it"),
-            ("\\" in name, f"has a backslash in its name, {BACKSLASH_ADVICE}"),
+            ("\\" in name, "has a backslash: made by an old Windows tool; zip it again with 7-Zip"),
             (_OUTSIDE.search(name),
              "may leave the zip's folder (absolute, '..' or drive); make it relative"),
             (too_long, f"has over {MAX_NAME_BYTES} bytes of name, or {MAX_PART_BYTES} between '/'"),
@@ -933,21 +930,14 @@ def _mode(member: zipfile.ZipInfo) -> int:
 
 def _modified(member: zipfile.ZipInfo) -> float:
     """When it was changed, in seconds since the epoch."""
-    for kind, start in TIMES.items():
-        if len(_extra(member, kind)) >= start + 4:
-            return float(struct.unpack_from("<l", _extra(member, kind), start)[0])
+    at, extra = 0, member.extra
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, at)
+        at += 4 + size
+        start = TIMES.get(kind, size)
+        if start + 4 <= size and at <= len(extra):
+            return float(struct.unpack_from("<l", extra, at - size + start)[0])
     return time.mktime((*member.date_time, 0, 0, -1))  # local time, and every other second
-
-
-def _extra(member: zipfile.ZipInfo, kind: int) -> bytes:
-    """What an extra field of this kind holds; b"" when there is none."""
-    start, extra = 0, member.extra
-    while start + 4 <= len(extra):
-        found, size = struct.unpack_from("<HH", extra, start)
-        start += 4 + size
-        if found == kind:
-            return extra[start - size:start]
-    return b""
 
 
 def _content(bundle: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -1338,7 +1328,6 @@ LEAST_LEASE_SECONDS = 5  # asked for where the queue's own is shorter: no beat c
 ERROR_DELAY_SECONDS = 10  # until what ended as error is visible; x 4 for each further receive
 AT_ONCE = 3  # receives after which a rejected message is delayed, where no DLQ is to be seen
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
-POLL_SECONDS = 0.05  # how often a folder without tasks is looked at
 
 
 class Fate(NamedTuple):
@@ -1387,10 +1376,7 @@ class Queue(Protocol):
         """At most `limit` messages, after a while if there are none; raises what fails."""
 
     def lease_ends(self, message: Message, needed: float = 0) -> float:
-        """When the message will no longer be ours (time.monotonic()); inf: it is kept.
-
-        Where it would end before `needed`, it is extended at once, if that is permitted.
-        """
+        """When it will no longer be ours (time.monotonic()); inf: never. Extended for `needed`."""
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Have become of a message what FATES says of the status of its turn."""
@@ -1645,6 +1631,11 @@ class FolderQueue:
         self.lock = threading.RLock()
         self.ended: list[tuple[Message, str, object]] = []  # to be put away
         self.log, self.disk = log, Dependency(log, f"writing to {root}")
+        self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
+        with contextlib.suppress(OSError):
+            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
+            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
+            self.notices = [fd]
         self.recover()
 
     def recover(self) -> None:
@@ -1691,7 +1682,7 @@ class FolderQueue:
             return 0
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks; a moment later if there are none, but for a drain."""
+        """At most `limit` tasks; waits half a second for one, but for a drain."""
         self._put_away()
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
@@ -1708,7 +1699,8 @@ class FolderQueue:
                 taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
                                      stack.pop_all()))
         if not taken and not drain:
-            time.sleep(POLL_SECONDS)
+            for fd in select.select(self.notices, [], [], 0.5 if self.notices else 0.05)[0]:
+                os.read(fd, 65536)
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
@@ -2466,9 +2458,9 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 
 # --- The cgroup: what a slot may use, held by the kernel (cgroups(7), version 2) ---
 
-AGENT_WEIGHT = 10_000  # cpu.weight, the most: no lease may be late; each slot has the usual 100
-SLOTS_WEIGHT = 33  # of all slots, beside the machine's own work: nice 5 weighs as much
-EMPTYING_SECONDS = 20  # what is killed is gone in some milliseconds, but on a disk that hangs
+AGENT_WEIGHT = "10000"  # cpu.weight, the most: no lease may be late; each slot has the usual 100
+SLOTS_WEIGHT = "33"  # of all slots, beside the machine's own work: nice 5 weighs as much
+EMPTYING_LOOKS = 200  # 20 s: what is killed is gone in milliseconds, but on a disk that hangs
 
 
 def cgroup_root() -> str:
@@ -2514,39 +2506,36 @@ def make_cgroups(slots: int, processes: int) -> str:
 
 def _divide(top: str, slots: int, processes: int) -> None:
     """Make the slots' cgroups; raises OSError."""
-    os.stat(f"{top}/cgroup.kill")  # Linux 5.14
-    weighed, weight, dividing = f"{top}/agent", AGENT_WEIGHT, [top]
-    if not os.path.exists(weighed):
-        weighed, weight, dividing = top, SLOTS_WEIGHT, [os.path.dirname(top), top]
-    for path in dividing:
-        missing = {"memory", "pids", "cpu"}.difference(
-            Path(path, "cgroup.controllers").read_text().split())
-        if missing:
-            names = " and ".join(sorted(missing))
-            raise OSError(errno.ENOENT, f"this one has no controller for {names}", path)
+    agent, root = f"{top}/agent", os.path.dirname(top)
+    is_delegated = os.path.exists(agent)
+    for path in [top] if is_delegated else [root, top]:
         Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
-    Path(weighed, "cpu.weight").write_text(str(weight))
+    if is_delegated:
+        Path(agent, "cpu.weight").write_text(AGENT_WEIGHT)
+    else:
+        Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
         (slot / "pids.max").write_text(str(processes))
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
-        for path in (top, slot):  # a runtime that sizes itself by its cgroup reads it
-            os.chmod(path, 0o755)
+        for place in (top, slot):  # a runtime that sizes itself by its cgroup reads it
+            os.chmod(place, 0o755)
+        (slot / "cgroup.kill").write_text("1")  # Linux 5.14
 
 
 def empty_cgroup(path: str) -> None:
     """Kill all that runs in a cgroup, and wait until it is gone; raises OSError."""
-    deadline = time.monotonic() + EMPTYING_SECONDS
     with open(f"{path}/cgroup.events", "rb", buffering=0) as events:
         changes = select.poll()
         changes.register(events, select.POLLPRI)
-        while b"populated 1" in os.pread(events.fileno(), 100, 0):
-            if time.monotonic() > deadline:
-                raise OSError(errno.EBUSY, "a process that was killed does not end", path)
+        for _ in range(EMPTYING_LOOKS):
+            if b"populated 0" in os.pread(events.fileno(), 100, 0):
+                return
             Path(path, "cgroup.kill").write_text("1")
             changes.poll(100)
+    raise OSError(errno.EBUSY, "a process that was killed does not end", path)
 
 
 def remove_cgroups(top: str) -> None:
@@ -3475,29 +3464,27 @@ class Watch:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
             self.next_disk_look = now + max(DISK_LOOK_SECONDS, min(10 * (now - began), 3.0))
-        self.next_look = now + max(LOOK_SECONDS, time.monotonic() - now)
+        # A look at many processes is slow: it has a fifth of the time.
+        self.next_look = now + max(LOOK_SECONDS, 5 * (time.monotonic() - now))
         return ""
 
     def _held(self) -> int:
-        """The bytes that the run holds now, all its processes together; exact where it matters."""
+        """The bytes that the run holds now, all its processes together, shared pages once."""
         if self.supervisor.cgroup:
             return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
         sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
-        apart = sum(int((content.split() or [b"0", b"0"])[1]) * PAGE for content in sizes.values())
-        # Each alone counts what it shares with others. So that sum is no less than what is asked.
-        if len(pids) < 2 or apart <= self.largest:
-            return apart
         together = 0
-        for pid, content in sizes.items():
+        for pid, size in sizes.items():
             # A look at many can be long: each read waits for a process that is in a fork.
             if time.monotonic() > self.deadline:
                 break
+            if len(pids) == 1:
+                together = int((size.split() or [0, 0])[1]) * PAGE
             # Who is between vfork and exec has its parent's memory, not a copy of it.
-            if content == sizes.get(parent_of(pid)):
-                continue
-            found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
-            together += int(found[1]) * 1024 if found else 0
+            elif size != sizes.get(parent_of(pid)):
+                found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
+                together += int(found[1]) * 1024 if found else 0
         return together
 
 
@@ -3604,8 +3591,8 @@ class Report:
         """Log the function's kept output, each line after `label`, and the REPORT line."""
         outcome, lines, pairs = self.outcome, [], self.pairs()
         level = FATES[outcome.status].level
-        lines += said_by_function(log, label, "stdout", outcome.stdout, outcome.stdout_bytes)
-        lines += said_by_function(log, label, "stderr", outcome.stderr, outcome.stderr_bytes)
+        lines += said_by_function(log, label, "stdout", outcome.stdout)
+        lines += said_by_function(log, label, "stderr", outcome.stderr)
         if outcome.text:
             lines.append(log.line(level, f"[{label}] {outcome.status}: {outcome.text}", {}))
         if self.request_id is None:  # it could not be read: what else would name it?
@@ -3613,21 +3600,17 @@ class Report:
         log.write([*lines, log.line(level, "REPORT", pairs)])
 
 
-def said_by_function(log: Log, label: str, stream: str, text: str, count: int) -> list[str]:
-    """A function's output as lines of the log, of which it may not take much: the ends of many.
-
-    `count` is of the bytes that it wrote, also of those which were not kept.
-    """
-    lines, notes = text.removesuffix("\n").split("\n") if text else [], []
-    first, last = lines[:MOST_LINES], lines[MOST_LINES:]
-    if (left_out := len(last) - MOST_LINES) > 0:
-        last = last[-MOST_LINES:]
-        note = f"[{label}] {left_out} lines of {stream} are left out here"
-        if count > 2 * KEPT_BYTES:
-            note += f", and {count - 2 * KEPT_BYTES} bytes that were not kept"
-        notes = [log.line("INFO", note, {})]
-    return [*(piece for line in first for piece in in_pieces(log, label, stream, line)), *notes,
-            *(piece for line in last for piece in in_pieces(log, label, stream, line))]
+def said_by_function(log: Log, label: str, stream: str, text: str) -> list[str]:
+    """A function's output as lines of the log, of which it may not take much: the ends of many."""
+    lines, said = text.removesuffix("\n").split("\n") if text else [], []
+    for number, line in enumerate(lines):
+        if number < MOST_LINES or number >= len(lines) - MOST_LINES:
+            said += in_pieces(log, label, stream, line)
+        elif number == MOST_LINES:
+            left_out = len(lines) - 2 * MOST_LINES
+            note = f"[{label}] {left_out} of the kept lines of {stream} are left out here"
+            said.append(log.line("INFO", note, {}))
+    return said
 
 
 def in_pieces(log: Log, label: str, stream: str, line: str) -> list[str]:
@@ -3652,14 +3635,14 @@ def summary(reports: Iterable[Report]) -> str:
     if not runs:
         return "no task was run: nothing waited in the queue"
     width = max([8, *map(len, runs)])
-    lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
+    lines = [f"{'function':{width}}    runs     ok not ok   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
         good = sum(each.outcome.status == "ok" for each in mine)
         spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
         peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
                          if each.outcome.peak_memory_bytes), default=(0, 0))
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
-                     f"{statistics.median(spent):10.0f} {max(spent):8}  {peak:.1f} of {cap} MiB")
+                     f"{max(spent):8}  {peak:.1f} of {cap} MiB")
     return "\n".join(lines)
 
 
@@ -4073,7 +4056,7 @@ class Slots:
             try:
                 self.cgroups = make_cgroups(settings.concurrency, settings.max_processes)
             except OSError as error:
-                self.cgroup_gap = f"{error.strerror}: {error.filename or 'cgroup2'}"
+                self.cgroup_gap = f"{error.strerror}: {error.filename or 'its controllers'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
         self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
         is_refused = settings.metadata == "refuse" and settings.network == "host"
@@ -4644,16 +4627,11 @@ class Agent:
                     break
                 self._pause(pause)
         self._stop_taking()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _pause(self, seconds: float) -> None:
         with self.lock:
             self.space.wait_for(lambda: self.stopping, seconds)
-
-    def _wake(self) -> None:
-        """Have the main thread look."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.waker, b"\n")
 
     def _room(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
@@ -4712,7 +4690,7 @@ class Agent:
         if is_late:
             self._release([turn])
         elif len(self.turns) == 1:
-            self._wake()  # it may be resting
+            os.write(self.waker, b"\n")  # the main thread may be resting
 
     def _queue_up(self, turn: Turn) -> None:
         """Have a turn wait for what it needs next: a slot, or an errand."""
@@ -4799,10 +4777,10 @@ class Agent:
             with self.lock:
                 del self.running[slot]
                 self.free_mb += turn.memory_mb
-                mean = self.mean_seconds
-                self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
+                mean = self.mean_seconds or spent
+                self.mean_seconds = mean * 0.8 + spent * 0.2
                 (self.to_run if self.waiting else self.space).notify()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _run(self, turn: Turn, slot: Slot) -> None:
         """Run a turn's function, and its compiler before if need be; raises Ended and Outage."""
@@ -4810,7 +4788,7 @@ class Agent:
         assert task and package
         for part in self.results.parts():
             if part.since and part.retry_at + TRY_SECONDS > time.monotonic():
-                raise Outage(part, part.reason, part.error)  # who has a result tries before
+                raise Outage(part, part.reason, part.error)  # who has run already tries before
         run = self.slots.run_spec(task, self.slots.compile(task, package, slot), slot)
         with self.lock:
             if turn.is_over:
@@ -4839,7 +4817,8 @@ class Agent:
             ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
             if turn.directory and turn.report.outcome.status != "released":
-                self._keep_unstored(replace(turn, report=ran, package=None))
+                self._keep_unstored(replace(
+                    turn, report=ran, package=None, result={}, has_begun=False))
         outcome = turn.report.outcome
         if outcome.status == "error" and outcome.reason != "runtime":
             self._note_trouble(turn.task and turn.task.code, False)
@@ -4939,7 +4918,7 @@ class Agent:
                                     "wait to be stored; it runs again when its message is back")
                 remove(oldest.directory)
 
-    def _release(self, turns: list[Turn], reason: str | None = None) -> None:
+    def _release(self, turns: Iterable[Turn], reason: str | None = None) -> None:
         """Give messages back that did not run, or not to the end."""
         for turn in turns:
             self._end(turn, Outcome("released", reason))
@@ -4985,7 +4964,7 @@ def notify(state: str) -> None:
 
 
 def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
-    """Run an agent on SQS, or on a folder; raises GiveUp and ConfigError."""
+    """Run an agent on SQS, or on a folder; raises GiveUp, ConfigError, OSError."""
     if folder and not folder.is_dir():
         raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
@@ -5004,17 +4983,14 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
 
 def open_services(settings: Settings, log: Log, clients: Clients | None,
                   folder: Path | None) -> Services:
-    """Those of AWS, or the folder that stands in for them. Raises GiveUp."""
+    """Those of AWS, or the folder that stands in for them. Raises OSError."""
     if clients:
         return Services(SqsQueue(clients, settings, log), S3Code(clients.s3, log),
                         AwsResults(clients, settings, log),
                         CloudWatchMetrics(clients.cloudwatch, settings, log))
     assert folder
-    try:
-        return Services(FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
-                        FolderMetrics(folder, settings, log))
-    except OSError as error:
-        raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
+    return Services(FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
+                    FolderMetrics(folder, settings, log))
 
 
 def say(text: str) -> None:
@@ -5046,13 +5022,11 @@ def own_package(path: Path, target: Path, runtime: str | None,
             raise GiveUp(f"--invoke {path}: it has {' and '.join(sorted(found))}; say by --runtime "
                          "which of them is meant")
         runtime = next(iter(found.values()), "python")
-    if runtime not in _RUNTIME_OF:
-        raise GiveUp(f"--runtime {runtime}: write one of {', '.join(_RUNTIME_OF)}")
-    return runtime, Package(target, "")
+    return _RUNTIME_OF[runtime], Package(target, "")
 
 
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
-    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp."""
+    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp, OSError."""
     log, keep = Log(form, "ERROR"), args.output
     report, names = Report(), list[str]()
     with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
@@ -5081,13 +5055,10 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             report = report.ended(error)
         outcome = report.outcome
         if keep:
-            try:
-                keep.mkdir(parents=True, exist_ok=True)
-                copy_outputs(slot.output, names, keep)
-                write_json(str(keep), "result.json",
-                           report.result(names, [outcome.peak_memory_bytes or 0]))
-            except OSError as error:
-                raise GiveUp(f"--output {keep}: {error}; name a folder to write to") from None
+            keep.mkdir(parents=True, exist_ok=True)
+            copy_outputs(slot.output, names, keep)
+            write_json(str(keep), "result.json",
+                       report.result(names, [outcome.peak_memory_bytes or 0]))
     log.least = 0
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
@@ -5138,13 +5109,9 @@ def demo(settings: Settings, log: Log) -> None:
     say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
-TRIALS = {  # runtime: its entry file, which says the version of what runs or compiled it
-    "python": ("main.py", "import sys\nprint('runs', sys.version.split()[0])"),
-    "cpp": ("main.cpp", '#include <cstdio>\nint main() { std::puts("runs " __VERSION__); }'),
-    "nodejs": ("index.js", "console.log('runs', process.version)"),
-    "go": ("main.go", 'package main\nimport "runtime"\n'
-                      'func main() { println("runs", runtime.Version()) }'),
-}
+VERSIONS = {  # how the program of a runtime says which it is, and how that looks
+    "python": ("--version", r"Python 3\."), "cpp": ("--version", r"[gc]\+\+|clang|gcc|GCC"),
+    "nodejs": ("--version", r"v[0-9]"), "go": ("version", "go version")}
 
 
 class Check:
@@ -5172,19 +5139,26 @@ class Check:
         with self.of("sandbox") as is_ok, contextlib.closing(
                 Slots(replace(self.settings, concurrency=1), self.log)) as slots:
             slots.try_out()
-            needed = list(RUNTIMES)
             if args.invoke:
-                needed = []
-                with self.of("function") as is_whole:
-                    name, package = own_package(
-                        args.invoke, slots.base / "code/invoked", args.runtime, args.handler)
-                    needed = [_RUNTIME_OF[name]]
-                    entry = find_entry(package.path, needed[0], args.handler)
-                    is_whole(f"{args.invoke} begins with {entry}, for {needed[0]}")
-            for name in needed:
-                self._runtime(slots, name)
-            is_ok(self._sandbox(slots))
+                self._function(slots, args)
+            else:
+                for name in RUNTIMES:
+                    self._runtime(slots, name)
+            outcome = self._trial(slots, "trial", "test -w .")
+            if outcome.status != "ok":
+                raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
+            is_ok(f"a trial run ended ok, with a peak of {outcome.peak_memory_bytes} bytes; "
+                  f"isolation: {slots.isolation()}")
         return int(self.failed)
+
+    def _function(self, slots: Slots, args: argparse.Namespace) -> None:
+        """What --invoke would run, and its runtime."""
+        with self.of("function") as is_ok:
+            name, package = own_package(
+                args.invoke, slots.base / "code/invoked", args.runtime, args.handler)
+            entry = find_entry(package.path, name, args.handler)
+            is_ok(f"{args.invoke} begins with {entry}, for {name}")
+            self._runtime(slots, name)
 
     def _folder(self, folder: Path) -> None:
         """Whether the parts of --local's folder can be listed, and written to."""
@@ -5210,104 +5184,80 @@ class Check:
         if not clients:
             return
         self._queue(clients)
-        if arn := self.settings.function_role:
+        settings, key = self.settings, f"nanogrid-check-{os.urandom(8).hex()}"
+        if arn := settings.function_role:
             with self.of("function role") as is_ok:
-                FunctionRole(clients, self.settings, self.log).env(0)
+                FunctionRole(clients, settings, self.log).env(0)
                 is_ok(f"{arn} is lent to functions")
-        key = f"nanogrid-check-{os.urandom(8).hex()}"
-        with self.of("bucket") as is_ok:
-            bucket = str(self.settings.code_bucket)
-            self.ask(clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
-                     Bucket=bucket, Key=key)
-            is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
-        with self.of("CloudWatch") as is_ok:
-            # Nothing to write: who may not write is told so, who may is told that this is nothing.
-            self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
-                     "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
-            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
-        if bucket := self.settings.output_bucket:
-            with self.of("output bucket") as is_ok:
-                # A part of an upload that nobody began; moto answers 500.
-                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{bucket}/*",
-                         "NoSuchUpload|^500$", Bucket=bucket, Key=key, PartNumber=1,
-                         UploadId="none", Body=b"")
-                is_ok(f"{bucket}: s3:PutObject is not refused")
-        if url := self.settings.output_queue_url:
-            with self.of("output queue") as is_ok:
-                self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
-                         "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
-                is_ok(f"{url}: a batch of no messages is not refused")
+        bucket = str(settings.code_bucket)
+        self.ask("bucket", f"{bucket}: s3:GetObject and s3:ListBucket are granted",
+                 clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
+                 Bucket=bucket, Key=key)
+        # Nothing to write: who may not write is told so, who may is told that this is nothing.
+        self.ask("CloudWatch", f"PutMetricData into {settings.namespace} is not refused",
+                 clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
+                 "Parameter|Validation", Namespace=settings.namespace, MetricData=[])
+        if results := settings.output_bucket:
+            # A part of an upload that nobody began; moto answers 500.
+            self.ask("output bucket", f"{results}: s3:PutObject is not refused",
+                     clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{results}/*",
+                     "NoSuchUpload|^500$", Bucket=results, Key=key, UploadId="none", PartNumber=1,
+                     Body=b"")
+        if url := settings.output_queue_url:
+            self.ask("output queue", f"{url}: a batch of no messages is not refused",
+                     clients.sqs.send_message_batch, "sqs:SendMessage on it",
+                     "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
 
     def _queue(self, clients: Clients) -> None:
         """The queue, its visibility timeout and its DLQ."""
-        url, attributes = self.settings.queue_url, {}
-        with self.of("queue") as is_ok:
-            attributes = self.ask(clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
-                                  QueueUrl=url, AttributeNames=["All"])["Attributes"]
-            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting, with a "
-                  f"visibility timeout of {attributes.get('VisibilityTimeout')} s")
-        if attributes:
-            with self.of("dead-letter queue") as is_ok:
-                policy = json.loads(attributes.get("RedrivePolicy") or "{}")
-                if "deadLetterTargetArn" not in policy:
-                    raise GiveUp("none: what fails would come back for ever; set the queue's "
-                                 "RedrivePolicy (setup_resources.sh does)")
-                receives = policy.get("maxReceiveCount")
-                is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
+        url = self.settings.queue_url
+        answer = self.ask("queue", str(url), clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
+                          QueueUrl=url, AttributeNames=["All"])
+        if not answer:
+            return
+        attributes = answer["Attributes"]
+        with self.of("visibility timeout") as is_ok:
+            is_ok(f"{attributes['VisibilityTimeout']} s")
+        with self.of("dead-letter queue") as is_ok:
+            policy = json.loads(attributes.get("RedrivePolicy") or "{}")
+            if "deadLetterTargetArn" not in policy:
+                raise GiveUp("none: what fails would come back for ever; set the queue's "
+                             "RedrivePolicy (setup_resources.sh does)")
+            is_ok(f"{policy['deadLetterTargetArn']} after {policy.get('maxReceiveCount')} receives")
 
-    @staticmethod
-    def ask(call: Callable[..., Any], needs: str, fine: str, **arguments: Any) -> dict[str, Any]:
-        """The answer of AWS, {} for an error whose code is `fine`; GiveUp with what to do."""
+    def ask(self, name: str, text: str, call: Callable[..., Any], needs: str, fine: str,
+            **arguments: Any) -> Any:
+        """Say `text` of a call to AWS, also if it fails by a code that is `fine`; its answer."""
         answer, error = attempt(call, **arguments)
-        if error and not re.search(fine, error_code(error)):
-            raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
-                         or f"{error}; it may pass: if it does not, check the network, "
-                            "agent.aws.region and agent.aws.endpointUrl")
-        return answer or {}
+        with self.of(name) as is_ok:
+            if error and not re.search(fine, error_code(error)):
+                raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
+                             or f"{error}; it may pass: if it does not, check the network, "
+                                "agent.aws.region and agent.aws.endpointUrl")
+            is_ok(text)
+        return answer
 
     def _runtime(self, slots: Slots, name: str) -> None:
-        """Whether a program of this runtime runs, and which version runs or compiles it."""
+        """Whether the program of this runtime starts, and says that it is one."""
         if not slots.programs[name] and not getattr(self.settings, name):
             return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
                        "that a function can run; its tasks end as error")
         with self.of(f"runtime {name}") as is_ok:
-            program = slots.program("{program}", name)
-            try:
-                outcome = self._trial(slots, name, *TRIALS[name])
-            except Ended as error:  # it does not compile
-                outcome = error.outcome
-            said = outcome.stdout + outcome.stderr
-            if outcome.status != "ok" or not said.startswith("runs "):
-                raise GiveUp(f"{program} does not run {TRIALS[name][0]} as it should "
-                             f"({outcome.status}: {shown(said)}); correct agent.runtimes.{name}")
-            is_ok(f"{program}, {said[5:].strip()}")
+            program, (flag, pattern) = slots.program("{program}", name), VERSIONS[name]
+            outcome = self._trial(slots, name, f"exec {shlex.quote(program)} {flag}")
+            said = (outcome.stdout + outcome.stderr).partition("\n")[0]
+            if not re.match(pattern, said):
+                raise GiveUp(f"{program} {flag} ended {outcome.status}, with {shown(said)}: this "
+                             f"is no {name}; correct agent.runtimes.{name}")
+            is_ok(f"{program}, {said}")
 
-    def _trial(self, slots: Slots, runtime: str, entry: str, source: str) -> Outcome:
-        """What a function of our own comes to; raises Ended."""
-        place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
+    def _trial(self, slots: Slots, name: str, script: str) -> Outcome:
+        """What a function of our own comes to."""
+        place, slot = slots.base / "code" / name, slots.all[0]
         place.mkdir(mode=0o755)
-        (place / entry).write_text(source)
-        task = Task("check", "check", runtime, "", "", 60_000, 512, b"")
-        package = slots.compile(task, Package(place, ""), slot)
-        return slot.run(slots.run_spec(task, package, slot))
-
-    def _sandbox(self, slots: Slots) -> str:
-        """Say a line for the metadata; the sandbox's text. Raises GiveUp."""
-        slot, address = slots.all[0], METADATA[socket.AF_INET]
-        reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
-        outcome = self._trial(slots, "cpp", "run.sh", f"{reach}test -w .\n")
-        if reach:
-            with self.of("instance metadata") as is_ok:
-                if "not permitted" not in outcome.stderr:
-                    raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
-                                 "close it by a firewall, or set agent.execution.network none")
-                is_ok(f"{address} is refused to functions")
-        if outcome.status != "ok":
-            raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
-        who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
-        peak = outcome.peak_memory_bytes
-        return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
-                f"{slots.isolation()}")
+        (place / "run.sh").write_text(script)
+        task = Task("check", "check", "cpp", "", "", 60_000, 512, b"")
+        return slot.run(slots.run_spec(task, Package(place, ""), slot))
 
 
 def pair(text: str) -> list[str]:
@@ -5320,12 +5270,9 @@ def pair(text: str) -> list[str]:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="nanogrid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="NanoGrid: your own Lambda on one machine, in one file.\n"
-                    "It takes tasks from the SQS queue that the settings name until it is stopped.",
-        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: the\n"
-               "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
-               "settings")
+        prog="nanogrid.py", description="NanoGrid: your own Lambda on one machine, in one file.",
+        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: it did "
+               "not end ok; --check: not all is usable); 2 wrong usage or settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
                         help="the settings (default: application.yml here)")
     mode = parser.add_mutually_exclusive_group()
@@ -5341,7 +5288,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true",
                         help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", metavar="NAME",
+    one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
                      help="python, cpp, nodejs or go (default: its only entry file's)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
                      help="its time limit (default: execution.defaultTimeoutMs)")
@@ -5408,7 +5355,7 @@ def main(argv: list[str]) -> int:
         for line in str(error).splitlines():
             log("ERROR", line)
         return 2
-    except GiveUp as error:
+    except (GiveUp, OSError) as error:
         log("ERROR", str(error))
     except KeyboardInterrupt:
         log("ERROR", "interrupted")

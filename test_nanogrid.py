@@ -89,10 +89,14 @@ ORDINARY = 63000 + os.getpid() % 2000 if ROOT else os.getuid()
 USERS = [pytest.param("root", marks=pytest.mark.skipif(not ROOT, reason="needs root")), "ordinary"]
 
 
+def busy() -> float:
+    """How many times as long as on an idle machine things take here now."""
+    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
 def patient(seconds: float) -> float:
-    """What takes `seconds` at most on an idle machine may take so long on this one, as busy as it is."""
-    busy = os.getloadavg()[0] / len(os.sched_getaffinity(0))
-    return max(seconds, min(600.0, seconds * busy))
+    """What takes `seconds` at most on an idle machine may take so long on this one."""
+    return max(seconds, min(600.0, seconds * busy()))
 
 
 def until(condition, seconds=180.0, what="condition"):
@@ -309,9 +313,12 @@ def marks_in(path: Path) -> list[Path]:
     return [mark for mark in (path / "marks").iterdir() if mark.name[-1] != "~"]
 
 
-def proxy_runs(path: Path) -> Counter:
+def runs_in(path: Path) -> Counter:
     """How often each request id was run, by the marks under `path`."""
     return Counter(mark.name.partition(".")[0] for mark in marks_in(path))
+
+
+proxy_runs = runs_in
 
 
 def run_pids(path: Path) -> list[int]:
@@ -320,7 +327,7 @@ def run_pids(path: Path) -> list[int]:
 
 def until_ran(path: Path, request_id: str = "r1", times: int = 1):
     """Wait until the function of a request has begun."""
-    until(lambda: proxy_runs(path)[request_id] >= times, what=f"a run of {request_id}")
+    until(lambda: runs_in(path)[request_id] >= times, what=f"a run of {request_id}")
 
 
 # --- Processes, by /proc
@@ -465,6 +472,17 @@ class Folder:
         assert status == 0, agent.log[-5000:]
         return self
 
+    def job(self, request_id: str, sleep: float = 0, exit: int = 0, **task) -> str:
+        """Queue a task for MARKER; its requestId."""
+        told = {"marks": str(self.top / "marks"), "sleep": sleep, "exit": exit}
+        return self.put(request_id=request_id, input=told, **task)
+
+    def names(self, *parts) -> list[str]:
+        """The visible names in one of its directories; none where it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(name for name in os.listdir(self.path.joinpath(*parts)) if name[0] != ".")
+        return []
+
     def result(self, request_id: str) -> dict:
         return json.loads((self.path / "results" / request_id / "result.json").read_text())
 
@@ -502,17 +520,12 @@ def local(folder: Folder, *args, **options) -> Agent:
     return folder.agent(*args, **options)
 
 
-def local_job(folder: Folder, request_id, sleep=0, exit=0, **task) -> str:
-    """Queue a task for MARKER; its requestId."""
-    told = {"marks": str(folder.scratch / "marks"), "sleep": sleep, "exit": exit}
-    return folder.put(request_id=request_id, input=told, **task)
+def local_job(folder: Folder, *args, **task) -> str:
+    return folder.job(*args, **task)
 
 
 def names(folder: Folder, *parts) -> list[str]:
-    """The visible names in one of the folder's directories; none where it is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(name for name in os.listdir(folder.path.joinpath(*parts)) if name[0] != ".")
-    return []
+    return folder.names(*parts)
 
 
 Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
@@ -946,6 +959,19 @@ class Aws:
                 "s3Key": key, "timeoutMs": 60000, "memoryMb": 256, **task}
         return self.sqs.send_message(QueueUrl=self.queue_url, MessageBody=body or json.dumps(task))["MessageId"]
 
+    def agent(self, *args, wait: int = 1, env=None, prefix=None, **sections) -> Agent:
+        """An agent of this site; sections of its settings as dicts: execution={"concurrency": 1}."""
+        extra = ""
+        for name, values in sections.items():
+            extra += f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
+        return Agent("--config", self.config(extra, wait), *args, env={**self.env, **(env or {})},
+                     prefix=self.prefix if prefix is None else prefix)
+
+    def job(self, request_id: str = "r1", sleep: float = 0, exit: int = 0, **task) -> str:
+        """Send a task for MARKER; its message id."""
+        told = {"marks": str(self.path / "marks"), "sleep": sleep, "exit": exit}
+        return self.send(request_id, input=told, **task)
+
     def count(self, url: str | None = None, *states: str) -> int:
         """Messages in a queue (the main one by default), visible or in flight or delayed."""
         names = [f"ApproximateNumberOfMessages{state}" for state in states or ("", "NotVisible", "Delayed")]
@@ -964,19 +990,12 @@ def site(moto: str, **options):
         yield aws
 
 
-def start(aws: Aws, *args, wait: int = 1, env=None, prefix=None, **sections) -> Agent:
-    """An agent of this site; sections of its settings as dicts: execution={"concurrency": 1}."""
-    extra = ""
-    for name, values in sections.items():
-        extra += f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
-    return Agent("--config", aws.config(extra, wait), *args, env={**aws.env, **(env or {})},
-                 prefix=aws.prefix if prefix is None else prefix)
+def start(aws: Aws, *args, **options) -> Agent:
+    return aws.agent(*args, **options)
 
 
-def job(aws: Aws, request_id: str = "r1", sleep: float = 0, exit: int = 0, **task) -> str:
-    """Send a task for MARKER; its message id."""
-    told = {"marks": str(aws.path / "marks"), "sleep": sleep, "exit": exit}
-    return aws.send(request_id, input=told, **task)
+def job(aws: Aws, *args, **task) -> str:
+    return aws.job(*args, **task)
 
 
 def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
@@ -996,7 +1015,7 @@ def finish(aws: Aws, agent: Agent, runs=None, ends=None, in_dlq: int = 0, second
     ended with each status."""
     until_settled(aws, agent, in_dlq, seconds)
     assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
-    assert runs is None or proxy_runs(aws.path) == runs, agent.log
+    assert runs is None or runs_in(aws.path) == runs, agent.log
     assert ends is None or Counter(each["status"] for each in reports(agent.log)) == ends, agent.log
 
 
@@ -1987,7 +2006,7 @@ def far(offset):
 
 LEAVE, LINK, CORRUPT = "may leave the zip's folder", "is a link to", "is corrupt"
 TWICE, BELOW, BOTH = "stands twice", "which is no folder", "both a file and a folder"
-BACKSLASH = "a backslash in its name, as old Windows tools write it for '/'; zip it again with"
+BACKSLASH = "has a backslash: made by an old Windows tool; zip it again with"
 REFUSED = {
     "absolute": (bundle(member("/leak")), LEAVE),
     "dots": (bundle(member("../leak")), LEAVE),
@@ -3858,7 +3877,7 @@ def test_the_instance_metadata_is_the_agents_alone(moto):
         reached = set(re.findall(r"^reached (\S+)$", said, re.MULTILINE))
         assert reached >= {"169.254.169.254", "fast", *["fd00:ec2::254"][:len(servers) - 1]}, said
         for request_id in ("refused", "again"):
-            with machine.run(start, aws, env=env) as agent:
+            with machine.run(aws.agent, env=env) as agent:
                 aws.send(request_id, key="reach.zip", timeoutMs=60000)
                 agent.wait_for(f"REPORT requestId={request_id} .*status=ok")
                 if request_id == "again":
@@ -3881,9 +3900,8 @@ def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     with cloud() as (machine, _):
         with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
-        refused = re.search(r"^ok +instance metadata: 169.254.169.254 is refused", agent.out, re.MULTILINE)
         open_still = re.search(r"^ok +sandbox: .*functions reach the instance metadata", agent.out, re.MULTILINE)
-        assert (bool(refused), bool(open_still)) == ((True, False) if user == "root" else (False, True)), agent.out
+        assert bool(open_still) == (user != "root"), agent.out
 
 
 LOOPBACK_ALONE = r"""
@@ -4302,8 +4320,8 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
 @under_cgroup
 def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=1)
-    run = Lasting(grid, "lasting", timeoutMs=3000)
-    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 3")]
+    run = Lasting(grid, "lasting", timeoutMs=10000)
+    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 20")]
     with grid.agent(prefix=prefix) as agent:
         os.kill(run.begun()[1], signal.SIGSTOP)
         agent.wait_for("REPORT requestId=lasting .*status=error")
@@ -5903,15 +5921,14 @@ INVOKED_WRONGLY = {
     "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
     "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
     "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
-    "no such runtime": (MAIN_PY, "fn --runtime cobol", r"ERROR --runtime cobol: write one of python, cpp, .*\n"),
     "no time": (MAIN_PY, "fn --timeout-ms 0", r"ERROR rejected: timeoutMs is 0; .*\n.* reason=task\n"),
     "no entry file": ({"x.py": ""}, "fn", r"ERROR rejected: .* no main.py at its top.*\n.* reason=entry\n"),
     "two entry files": ({**MAIN_PY, "index.js": ""}, "fn",
                         r"ERROR --invoke fn: it has index.js and main.py; say by --runtime which of them is meant\n"),
     "what does not compile": ({"main.cpp": "int main() { return x; }"}, "fn",
-                              r"main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
+                              r"\S*main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
                               r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
-    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR --output fn/main.py: .*File exists.*\n"),
+    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR .*File exists: .fn/main.py.\n"),
 }
 
 
@@ -6284,7 +6301,8 @@ def trials(moto, request):
     wanted = {item.callspec.params["name"] for item in request.session.items
               if item.name.startswith("test_trial[")}
     order = sorted(wanted, key=lambda name: (name not in SLOW_TRIALS, list(TRIALS).index(name)))
-    with ThreadPoolExecutor(20) as pool:
+    # One emulator serves them all, and agents wait for an answer of its for 8 s.
+    with ThreadPoolExecutor(max(4, int(20 / busy()))) as pool:
         futures = {name: pool.submit(TRIALS[name], moto) for name in order}
         try:
             yield futures
@@ -6302,8 +6320,8 @@ def sigkill_of_agents_at_random_loses_nothing(moto):
     chance, wanted = random.Random(seed), {f"r{number}" for number in range(200)}
     with site(moto, visibility=5, receives=99) as aws, contextlib.ExitStack() as stack:
         for request_id in wanted:
-            job(aws, request_id, sleep=chance.choice((0, 0, 0.5)))
-        agents = [stack.enter_context(start(aws, execution={"concurrency": 2})) for _ in range(2)]
+            aws.job(request_id, sleep=chance.choice((0, 0, 0.5)))
+        agents = [stack.enter_context(aws.agent(execution={"concurrency": 2})) for _ in range(2)]
         for _ in range(8):
             seen = len(aws.proxy.received)
             until(lambda seen=seen: len(aws.proxy.received) > seen or not aws.count(), what="work")
@@ -6312,9 +6330,9 @@ def sigkill_of_agents_at_random_loses_nothing(moto):
             members = family(victim.process.pid)
             victim.stop(signal.SIGKILL)
             until_gone(members)
-            agents.append(stack.enter_context(start(aws, execution={"concurrency": 2})))
+            agents.append(stack.enter_context(aws.agent(execution={"concurrency": 2})))
         until_settled(aws, agents[0], seconds=300)
-        assert set(proxy_runs(aws.path)) == wanted, f"seed {seed}"
+        assert set(runs_in(aws.path)) == wanted, f"seed {seed}"
 
 
 @slow_trial
@@ -6323,17 +6341,17 @@ def sigkill_of_agents_of_one_folder_at_random_loses_nothing(_):
     chance, wanted = random.Random(seed), {f"r{number:03d}" for number in range(200)}
     with local_site() as folder, contextlib.ExitStack() as stack:
         for request_id in sorted(wanted):
-            local_job(folder, request_id, sleep=chance.choice((0, 0.05, 0.3)))
-        agents = [stack.enter_context(local(folder)) for _ in range(2)]
+            folder.job(request_id, sleep=chance.choice((0, 0.05, 0.3)))
+        agents = [stack.enter_context(folder.agent()) for _ in range(2)]
         for _ in range(12):
             time.sleep(chance.uniform(0.2, 1.2))
             agents.pop(chance.randrange(2)).stop(signal.SIGKILL)
-            agents.append(stack.enter_context(local(folder)))
-        until(lambda: not names(folder, "queue") and not names(folder, "running"), 300,
+            agents.append(stack.enter_context(folder.agent()))
+        until(lambda: not folder.names("queue") and not folder.names("running"), 300,
               f"an empty folder (seed {seed})")
-        assert set(proxy_runs(folder.scratch)) == wanted == set(names(folder, "results")), seed
+        assert set(runs_in(folder.scratch)) == wanted == set(folder.names("results")), seed
         assert {folder.result(request_id)["status"] for request_id in wanted} == {"ok"}
-        assert not names(folder, "dead"), f"seed {seed}"
+        assert not folder.names("dead"), f"seed {seed}"
 
 
 WHERE = """import os, json
@@ -6383,8 +6401,7 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
     with moto_server() as moto, site(moto, visibility=30, receives=12) as aws, \
             contextlib.ExitStack() as stack:
         def another() -> Agent:
-            agents.append(stack.enter_context(start(
-                aws, env={"AGENT_TASKBASEDIR": f"{aws.path}/task{len(agents)}"},
+            agents.append(stack.enter_context(aws.agent(env={"AGENT_TASKBASEDIR": f"{aws.path}/task{len(agents)}"},
                 execution={"concurrency": 2}, output={"bucket": aws.bucket})))
             return len(agents) - 1
 
@@ -6410,7 +6427,7 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
             assert agents[number].stop() == 0
         again, without_a_kill = run_again(aws.path, killed)
         log = "".join(agent.log for agent in agents)
-        assert set(proxy_runs(aws.path)) == set(good), f"seed {seed}"
+        assert set(runs_in(aws.path)) == set(good), f"seed {seed}"
         assert {each["status"] for each in reports(log)} <= {"ok", "rejected", "released"}, seed
         assert "Traceback" not in log, f"seed {seed}"
         assert not without_a_kill, f"{without_a_kill} ran again though their agent lived (seed {seed})"
@@ -6445,7 +6462,7 @@ def fault_trial(moto: str, what: str, fault: str):
         late = 12 if fault == "timeout" else 0  # later than any limit
         if what == "start":
             aws.proxy.fail(operations, proxy_fault, seconds=late)
-        with start(aws, wait=5, metrics={"flushSeconds": 1}) as agent:
+        with aws.agent(wait=5, metrics={"flushSeconds": 1}) as agent:
             if what != "start":
                 until(lambda: aws.proxy.count("ReceiveMessage"), what="a poll")
                 aws.proxy.fail(operations, proxy_fault, seconds=late)
@@ -6456,7 +6473,7 @@ def fault_trial(moto: str, what: str, fault: str):
 
             if what == "receive":  # not with the answer of a poll that is still well
                 until(failing, what="a poll that fails")
-            job(aws, sleep=takes, function_id=aws.name, timeoutMs=1000 * (takes + 60))
+            aws.job(sleep=takes, function_id=aws.name, timeoutMs=1000 * (takes + 60))
             until(failing, what="a request that fails")
             time.sleep(4)
             cpu = cpu_seconds(agent.process.pid)
@@ -6466,12 +6483,12 @@ def fault_trial(moto: str, what: str, fault: str):
                 until(lambda: not aws.count(), what="the delete")
             left, tried = aws.count(), failing()
             aws.proxy.heal()
-            job(aws, "after", function_id=aws.name)
+            aws.job("after", function_id=aws.name)
             until(lambda: not aws.count() and metric_values(aws, aws.name) >= 2, 180,
                   f"recovery; {[(s.operation, s.fault) for s in aws.proxy.requests]}\n{agent.log}")
             assert agent.stop() == 0
         log = agent.log
-        assert proxy_runs(aws.path) == {"r1": 1, "after": 1} and not dead(aws), log
+        assert runs_in(aws.path) == {"r1": 1, "after": 1} and not dead(aws), log
         assert [each["status"] for each in reports(log)].count("ok") == 2
         assert "Traceback" not in log
         assert metric_values(aws, aws.name) == 2 or what == "metrics" and fault in UNHEARD
@@ -6596,12 +6613,12 @@ def said_once(log: str):
 def begin_outage(aws: Aws, agent: Agent):
     """Something is away while two jobs run, and six come whose code is not there yet."""
     for request_id in JOBS[:2]:
-        job(aws, request_id, sleep=3)
+        aws.job(request_id, sleep=3)
     for request_id in JOBS[:2]:
         until_ran(aws.path, request_id)
     aws.away()
     for request_id in JOBS[2:]:
-        job(aws, request_id, key="new.zip")
+        aws.job(request_id, key="new.zip")
     agent.wait_for("trying on until it works")
 
 
@@ -6613,7 +6630,7 @@ def outage_site(moto: str, what: str, seconds: float):
         aws.put({**marker(), "ballast": os.urandom(1 << 20)}, "new.zip")
         aws.results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
         output = {"bucket": aws.bucket, "queueUrl": aws.results}
-        yield aws, functools.partial(start, aws, execution={"concurrency": 2}, output=output)
+        yield aws, functools.partial(aws.agent, execution={"concurrency": 2}, output=output)
 
 
 def check_all_done(aws: Aws, log: str):
@@ -6634,7 +6651,7 @@ def outage_trial(moto: str, what: str, seconds: float):
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
         assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
-        assert proxy_runs(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
+        assert runs_in(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
             [("ok", "1")] * len(JOBS), agent.log
         said_once(agent.log)
@@ -6664,8 +6681,8 @@ def stopped_outage_trial(moto: str, what: str, number: int):
             aws.back()
             until_settled(aws, second)
             assert second.stop() == 0
-        again = {name for name, times in proxy_runs(aws.path).items() if times > 1}
-        assert set(proxy_runs(aws.path)) == set(JOBS) and again <= set(JOBS[:2]), second.log
+        again = {name for name, times in runs_in(aws.path).items() if times > 1}
+        assert set(runs_in(aws.path)) == set(JOBS) and again <= set(JOBS[:2]), second.log
         check_all_done(aws, first.log + second.log)
 
 
@@ -6682,7 +6699,7 @@ for _what, (_, _seconds, _) in OUTAGES.items():
 
 def in_hand(folder) -> list[str]:
     """What is in the folder's hands."""
-    return names(folder, "queue") + names(folder, "running")
+    return folder.names("queue") + folder.names("running")
 
 
 def local_outage_trial(_, seconds: float, number: int = 0):
@@ -6696,7 +6713,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
             (folder.path / "code" / f"{name}.zip").write_bytes(make_zip({**marker(), **more}))
         with agent_of() as first, contextlib.ExitStack() as stack:
             for request_id in JOBS:
-                local_job(folder, request_id, sleep=3 if request_id in JOBS[:2] else 0,
+                folder.job(request_id, sleep=3 if request_id in JOBS[:2] else 0,
                           s3Key="fn.zip" if request_id in JOBS[:2] else "new.zip")
             for request_id in JOBS[:2]:
                 until_ran(folder.scratch, request_id)
@@ -6714,9 +6731,9 @@ def local_outage_trial(_, seconds: float, number: int = 0):
             back()
             until(lambda: not in_hand(folder), 60, f"the end of all\n{first.log}{last.log}")
             assert last.stop() == 0
-        log, runs = first.log + (last.log if number else ""), proxy_runs(folder.scratch)
+        log, runs = first.log + (last.log if number else ""), runs_in(folder.scratch)
         assert {folder.result(one)["status"] for one in JOBS} == {"ok"}, log
-        assert not names(folder, "dead") and "Traceback" not in log, log
+        assert not folder.names("dead") and "Traceback" not in log, log
         again = {name for name, times in runs.items() if times > 1}
         assert set(runs) == set(JOBS) and again <= (set(JOBS[:2]) if number else set()), log
         if number != signal.SIGKILL:
@@ -6735,8 +6752,8 @@ for _number in (signal.SIGTERM, signal.SIGKILL):
 @trial
 def network_away_for_longer_than_the_lease_runs_nothing_twice(moto):
     """The message comes back to the agent that has its result: that is stored, and no more."""
-    with site(moto, visibility=6) as aws, start(aws, output={"bucket": aws.bucket}) as agent:
-        job(aws, sleep=8)
+    with site(moto, visibility=6) as aws, aws.agent(output={"bucket": aws.bucket}) as agent:
+        aws.job(sleep=8)
         until_ran(aws.path)
         aws.proxy.fail("*", "reset")
         agent.wait_for("the lease of message .* is lost")
@@ -6751,8 +6768,8 @@ def outage_without_change_message_visibility_is_given_up_near_the_visibility_tim
     with site(moto, visibility=30, receives=9) as aws:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
         aws.proxy.fail("GetObject", "status 500")
-        with start(aws, execution={"concurrency": 1}) as agent:
-            job(aws, timeoutMs=20000)
+        with aws.agent(execution={"concurrency": 1}) as agent:
+            aws.job(timeoutMs=20000)
             until(lambda: aws.proxy.received, what="the receive")
             taken = time.time()
             said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
@@ -6769,16 +6786,16 @@ def what_is_cached_runs_on_while_s3_is_away(moto):
         aws.put(marker(), "new.zip")
         aws.proxy.fail("GetObject *new.zip*", "status 500")
         for number in range(9):
-            job(aws, f"r{number}", sleep=0.5)
+            aws.job(f"r{number}", sleep=0.5)
             if number == 1:
-                job(aws, "new", key="new.zip")
+                aws.job("new", key="new.zip")
         time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
-        with start(aws, execution={"concurrency": 2}) as agent:
+        with aws.agent(execution={"concurrency": 2}) as agent:
             until(lambda: len(reports(agent.log)) == 9, 90, "those that are cached")
-            assert aws.proxy.count("GetObject", "") <= 2 and proxy_runs(aws.path)["new"] == 0
+            assert aws.proxy.count("GetObject", "") <= 2 and runs_in(aws.path)["new"] == 0
             aws.proxy.heal()
             finish(aws, agent, ends={"ok": 10})
-        assert set(proxy_runs(aws.path).values()) == {1} and len(aws.proxy.received) == 10
+        assert set(runs_in(aws.path).values()) == {1} and len(aws.proxy.received) == 10
         assert {each["receiveCount"] for each in reports(agent.log)} == {"1"}, agent.log
 
 
@@ -6794,10 +6811,10 @@ def s3_trial(moto: str, trouble: str):
     """It is no outage: said after one try, and the message comes back after a growing delay."""
     fault, task, status, reason, word = S3_TROUBLE[trouble]
     prefix = [sys.executable, "-c", PATCHED.format("ng.ERROR_DELAY_SECONDS = 4")]
-    with site(moto, visibility=300) as aws, start(aws, prefix=prefix) as agent:
+    with site(moto, visibility=300) as aws, aws.agent(prefix=prefix) as agent:
         if fault:
             aws.proxy.fail("GetObject", fault)
-        job(aws, **task)
+        aws.job(**task)
         agent.wait_for("REPORT requestId=r1")
         first = reports(agent.log)[0]
         assert (first["status"], first["reason"]) == (status, reason) and word in agent.log
@@ -6806,7 +6823,7 @@ def s3_trial(moto: str, trouble: str):
             assert aws.proxy.count("GetObject") == 2 and aws.count() == 1 and not dead(aws)
             aws.proxy.heal()
         until_settled(aws, agent, in_dlq=status == "rejected")
-        assert proxy_runs(aws.path) == ({"r1": 1} if status == "error" else {})
+        assert runs_in(aws.path) == ({"r1": 1} if status == "error" else {})
         delays = [json.loads(seen.body)["Entries"][0]["VisibilityTimeout"] for seen in
                   aws.proxy.requests if seen.operation == "ChangeMessageVisibilityBatch"]
         assert delays == ([4, 16] if status == "error" else [0, 0, 0])
@@ -6822,17 +6839,18 @@ def result_trial(moto: str, operation: str, fault: str):
     with site(moto, visibility=3, receives=9) as aws:
         results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
         aws.proxy.fail(operation, fault)
-        with start(aws, output={"bucket": aws.bucket, "queueUrl": results},
+        with aws.agent(output={"bucket": aws.bucket, "queueUrl": results},
                    execution={"patienceSeconds": 3}) as agent:
-            job(aws)
+            aws.job()
             agent.wait_for("REPORT requestId=r1 .*reason=output")
             time.sleep(1)
             assert reports(agent.log)[0]["status"] == "error" and aws.count() == 1
             aws.proxy.heal()
             until_settled(aws, agent)
             agent.wait_for("REPORT requestId=r1 .*status=ok")
-            assert reports(agent.log)[-1]["status"] == "ok" and proxy_runs(aws.path) == {"r1": 1}
-            assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
+            assert reports(agent.log)[-1]["status"] == "ok" and runs_in(aws.path) == {"r1": 1}
+            stored = aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")["Body"].read()
+            assert json.loads(stored)["status"] == "ok" and json.loads(stored)["success"] is True
             assert visible(aws, results) == 1
 
 
@@ -6848,12 +6866,12 @@ def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
     prefix = [sys.executable, "-c", PATCHED.format("ng.CloudWatchMetrics.MOST_KEPT = 5")]
     with site(moto) as aws:
         aws.proxy.fail("PutMetricData", "reset", seconds=1)
-        with start(aws, prefix=prefix, metrics={"flushSeconds": 1}) as agent:
+        with aws.agent(prefix=prefix, metrics={"flushSeconds": 1}) as agent:
             for number in range(5):
-                job(aws, f"r{number}", function_id=aws.name)
+                aws.job(f"r{number}", function_id=aws.name)
             until(lambda: aws.proxy.count("PutMetricData"), what="a request to CloudWatch")
             for number in range(5, 9):
-                job(aws, f"r{number}", function_id=aws.name)
+                aws.job(f"r{number}", function_id=aws.name)
             until_settled(aws, agent)
             # All nine have come. Each request is made three times, so one of the next six is the
             # first of a new one, which holds all that is kept.
@@ -6872,8 +6890,8 @@ def a_lease_ends_after_twelve_hours_whatever_extends_it(moto):
     """Here after eight seconds: that is said, and the message is deleted when it comes back."""
     prefix = [sys.executable, "-c", PATCHED.format("ng.LONGEST_LEASE_SECONDS = 8")]
     with site(moto, visibility=6) as aws:
-        with start(aws, prefix=prefix, execution={"concurrency": 1}) as agent:
-            job(aws, sleep=30)
+        with aws.agent(prefix=prefix, execution={"concurrency": 1}) as agent:
+            aws.job(sleep=30)
             until_ran(aws.path)
             until(lambda: visible(aws), what="the end of the lease")
             agent.wait_for("REPORT requestId=r1", 120)
@@ -6891,7 +6909,7 @@ DEEP = ('{"requestId":"deep","functionId":"fn","runtime":"python","s3Key":"fn.zi
 
 @trial
 def bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
-    with site(moto, visibility=60) as aws, start(aws) as agent:
+    with site(moto, visibility=60) as aws, aws.agent() as agent:
         aws.put({"main.py": "import sys; print('input of', len(sys.stdin.read()))"}, "size.zip")
         task = {"requestId": "large", "functionId": "fn", "runtime": "python", "s3Key": "size.zip",
                 "input": ""}
@@ -6904,12 +6922,11 @@ def bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
 
 @trial
 def message_whose_delete_fails_for_longer_than_its_lease_is_not_run_by_another_agent(moto):
-    with site(moto, visibility=12) as aws, start(aws) as first:
+    with site(moto, visibility=12) as aws, aws.agent() as first:
         aws.proxy.fail("DeleteMessage*", "status 500")
-        job(aws)
+        aws.job()
         first.wait_for("REPORT requestId=r1 .*status=ok")
-        with FaultProxy(moto) as proxy, start(
-                aws, env={"AWS_ENDPOINT_URL": proxy.url}) as second:
+        with FaultProxy(moto) as proxy, aws.agent(env={"AWS_ENDPOINT_URL": proxy.url}) as second:
             until(lambda: proxy.count("ReceiveMessage") > 18, 120, "polls of another agent")
             assert not proxy.received and second.stop() == 0, second.log
         aws.proxy.heal()
@@ -6921,26 +6938,26 @@ def message_whose_delete_fails_for_longer_than_its_lease_is_not_run_by_another_a
 @trial
 def queue_that_is_empty_is_not_asked_without_a_pause(moto):
     """waitTimeSeconds 0: SQS answers at once, and asks money for each answer."""
-    with site(moto) as aws, start(aws, wait=0) as agent:
+    with site(moto) as aws, aws.agent(wait=0) as agent:
         until(lambda: aws.proxy.count("ReceiveMessage") > 1, what="polls")
         begun, before = time.monotonic(), aws.proxy.count("ReceiveMessage")
         time.sleep(4)
         polls = aws.proxy.count("ReceiveMessage") - before
         assert polls <= 2 * (time.monotonic() - begun)
         for number in range(40):
-            job(aws, f"r{number}")
+            aws.job(f"r{number}")
         finish(aws, agent)
 
 
 @trial
 def sigterm_while_deleting_deletes_first(moto):
     """The first delete is answered late, and the second refused."""
-    with site(moto, visibility=600) as aws, start(aws) as agent:
+    with site(moto, visibility=600) as aws, aws.agent() as agent:
         aws.proxy.fail("DeleteMessageBatch", "delay", times=1, seconds=3)
-        job(aws, "r1")
+        aws.job("r1")
         until(lambda: aws.proxy.count("DeleteMessageBatch"), what="the delete")
         aws.proxy.fail("DeleteMessageBatch", "status 500", times=2)
-        job(aws, "r2")
+        aws.job("r2")
         agent.wait_for("REPORT requestId=r2 .*status=ok")
         assert agent.stop() == 0 and not aws.count(), agent.log
 
@@ -6974,7 +6991,7 @@ def own_trouble_trial(moto: str, fault: str):
         assert not done(agent, "bad"), agent.log
         aws.proxy.heal()
         until_settled(aws, agent)
-        assert agent.stop() == 0 and set(proxy_runs(aws.path).values()) == {1}
+        assert agent.stop() == 0 and set(runs_in(aws.path).values()) == {1}
         counts = {each["receiveCount"] for each in reports(agent.log)}
         assert counts == {"1"} if waits else counts > {"1"}, agent.log
 
@@ -7024,7 +7041,7 @@ def no_run_starts_under_a_lease_that_is_lost(moto):
         agent.stop()
         first, second = reports(agent.log)
         assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
-        assert proxy_runs(aws.path) == {"r1": 1}
+        assert runs_in(aws.path) == {"r1": 1}
 
 
 @trial
@@ -7051,7 +7068,7 @@ def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
         aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
         for number in range(10):
             job(aws, f"slow{number}", sleep=20)
-        until(lambda: re.search("slow", str(proxy_runs(aws.path))), what="the first slow run")
+        until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
         until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
         given = [each for each in reports(agent.log) if each["requestId"].startswith("slow")]
         assert {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
@@ -7085,7 +7102,7 @@ def delete_is_sent_though_the_lease_has_run_out(moto):
         with aws.proxy.lock:
             aws.proxy.rules[:] = [Rule("ReceiveMessage", "reset")]
         until(lambda: not aws.count(), what="the delete")
-        assert not dead(aws) and agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1}
+        assert not dead(aws) and agent.stop() == 0 and runs_in(aws.path) == {"r1": 1}
 
 
 BALLAST = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
@@ -7111,7 +7128,7 @@ def test_a_queue_whose_visibility_timeout_is_too_short_is_served(moto, seconds):
     with site(moto, visibility=seconds) as aws, start(aws) as agent:
         job(aws, sleep=3)
         until_settled(aws, agent)
-        assert agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1} and not mishaps(agent.log)
+        assert agent.stop() == 0 and runs_in(aws.path) == {"r1": 1} and not mishaps(agent.log)
 
 
 @pytest.mark.parametrize("status,has_dlq,delays", [
@@ -7191,10 +7208,10 @@ def full_disk_is_an_error_when_patience_ends_and_the_agent_lives(moto):
             prefix = ["prlimit", f"--fsize={8 << 20}"]
         elif subprocess.run([*prefix, "true"], check=False).returncode:
             pytest.skip("this machine lets root mount no tmpfs")
-        with start(aws, prefix=prefix, execution={"patienceSeconds": 3}) as agent:
+        with aws.agent(prefix=prefix, execution={"patienceSeconds": 3}) as agent:
             aws.send("large", key="large.zip")
             agent.wait_for("REPORT requestId=large")
-            job(aws, "fine")
+            aws.job("fine")
             agent.wait_for("REPORT requestId=fine")
             seen = {(each["requestId"], each["status"]) for each in reports(agent.log)}
             assert seen == {("large", "error"), ("fine", "ok")}, agent.log
@@ -7208,7 +7225,7 @@ def full_disk_takes_idle_packages_before_any_run_ends_as_error(moto):
     with site(moto, visibility=60) as aws:
         (aws.path / "task").mkdir()
         prefix = in_mounts(f"mount -t tmpfs -o size=16m,mode=755 none {aws.path}/task")
-        with start(aws, prefix=prefix, execution={"patienceSeconds": 0}) as agent:
+        with aws.agent(prefix=prefix, execution={"patienceSeconds": 0}) as agent:
             for name in "abc":
                 aws.put({"main.py": "print(1)", "ballast": os.urandom(6 << 20)}, f"{name}.zip")
                 aws.send(name, key=f"{name}.zip")
@@ -7244,8 +7261,8 @@ def test_the_code_cache_takes_a_share_of_the_disk(folder, monkeypatch):
 def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
     """The limit is lowered under a running agent, to less than it has open."""
     metrics = {"flushSeconds": 2}
-    with site(moto, visibility=3, receives=99) as aws, start(aws, metrics=metrics) as agent:
-        job(aws, "before", function_id=aws.name)
+    with site(moto, visibility=3, receives=99) as aws, aws.agent(metrics=metrics) as agent:
+        aws.job("before", function_id=aws.name)
         until_settled(aws, agent)
         pid = agent.process.pid
         kept = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -7257,7 +7274,7 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         assert agent.process.poll() is None, agent.log
         assert cpu_seconds(pid) - cpu < 1.0
         resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
-        until(lambda: metric_values(aws, aws.name) == 1, what="the value that could not be sent")
+        until(lambda: metric_values(aws, aws.name) >= 1, what="the value that could not be sent")
         finish(aws, agent)
 
 
@@ -7282,7 +7299,7 @@ def test_a_full_disk_under_a_folder_stops_no_slot(grids):
         set_limit(pid, "--fsize=0:")
         grid.put(request_id="during", function_id="f")
         agent.wait_for("storing results in .*too large")
-        until(lambda: len(names(grid, "running")) == 1 and not names(grid, "queue"), what="the task in hand")
+        until(lambda: len(grid.names("running")) == 1 and not grid.names("queue"), what="the task in hand")
         assert "requestId=during" not in agent.log
         set_limit(pid, "--fsize=unlimited:")
         agent.wait_for("REPORT requestId=during .*status=ok .*receiveCount=1")
@@ -7318,8 +7335,8 @@ def test_no_more_processes_is_waited_out(grids):
 @trial
 def message_that_comes_again_while_it_runs_is_not_started_twice(moto):
     """Its lease is ended from outside: SQS may do that at any time (at-least-once)."""
-    with site(moto, visibility=30) as aws, start(aws, execution={"concurrency": 2}) as agent:
-        job(aws, sleep=15)
+    with site(moto, visibility=30) as aws, aws.agent(execution={"concurrency": 2}) as agent:
+        aws.job(sleep=15)
         until_ran(aws.path)
         aws.sqs.change_message_visibility(QueueUrl=aws.queue_url, VisibilityTimeout=0,
                                           ReceiptHandle=aws.proxy.received[0]["ReceiptHandle"])
@@ -7331,18 +7348,18 @@ def message_that_comes_again_while_it_runs_is_not_started_twice(moto):
 @trial
 def message_that_comes_again_before_it_is_known_to_be_given_back_is_given_back_again(moto):
     """SQS has made it visible, and it was received and rejected anew, before the answer came."""
-    with site(moto, visibility=600) as aws, start(aws) as agent:
+    with site(moto, visibility=600) as aws, aws.agent() as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "late answer", seconds=3)
-        job(aws, "wrong", runtime="cobol")
+        aws.job("wrong", runtime="cobol")
         until_settled(aws, agent, 1)
 
 
 @trial
 def finished_message_that_comes_back_is_deleted_not_run(moto):
     """Its delete is refused until its visibility timeout is over and it was received again."""
-    with site(moto, visibility=2, receives=99) as aws, start(aws) as agent:
+    with site(moto, visibility=2, receives=99) as aws, aws.agent() as agent:
         aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*", "reset")
-        job(aws)
+        aws.job()
         until(lambda: len(aws.proxy.received) >= 2, what="the second receive")
         aws.proxy.heal()
         finish(aws, agent, {"r1": 1})
@@ -7353,8 +7370,8 @@ def entries_that_a_batch_delete_refuses_are_deleted_later(moto):
     with site(moto, visibility=30) as aws:
         aws.proxy.fail("DeleteMessageBatch", "partial", times=2)
         for number in range(10):
-            job(aws, f"r{number}")
-        with start(aws) as agent:
+            aws.job(f"r{number}")
+        with aws.agent() as agent:
             finish(aws, agent, {f"r{number}": 1 for number in range(10)})
         assert aws.proxy.count("DeleteMessageBatch", "partial") == 2
 
@@ -7364,9 +7381,9 @@ def entries_that_a_batch_delete_refuses_are_deleted_later(moto):
 
 @trial
 def lease_is_kept_for_a_function_longer_than_the_visibility_timeout(moto):
-    with site(moto, visibility=12) as aws, start(aws, execution={"concurrency": 2}) as agent:
+    with site(moto, visibility=12) as aws, aws.agent(execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
-            job(aws, request_id, sleep=25)
+            aws.job(request_id, sleep=25)
         finish(aws, agent, {"r1": 1, "r2": 1})
         assert len(aws.proxy.received) == 2
         assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
@@ -7384,7 +7401,7 @@ def visibility_timeout_that_is_not_answered_at_the_start_is_asked_for_again(moto
     """Until then a lease is of what each receive asks for, whatever the queue's own is."""
     with site(moto, visibility=300) as aws:
         aws.proxy.fail("GetQueueAttributes", "status 500", times=1)
-        with start(aws) as agent:
+        with aws.agent() as agent:
             agent.wait_for("taken to be 30 s until it does")
             until(lambda: 300 in visibility_timeouts(aws), what="the queue's own")
             agent.stop()
@@ -7396,11 +7413,11 @@ def visibility_timeout_that_is_not_answered_at_the_start_is_asked_for_again(moto
 def visibility_timeout_that_is_changed_is_seen(moto):
     """And a message that was received with it is kept by it: 9 s, renewed, for a run of 20."""
     prefix = [sys.executable, "-c", PATCHED.format("ng.ATTRIBUTES_SECONDS = 1")]
-    with site(moto, visibility=300) as aws, start(aws, prefix=prefix) as agent:
+    with site(moto, visibility=300) as aws, aws.agent(prefix=prefix) as agent:
         until(lambda: visibility_timeouts(aws), what="a poll")
         aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"VisibilityTimeout": "9"})
         until(lambda: 9 in visibility_timeouts(aws), what="the new one")
-        job(aws, sleep=20)
+        aws.job(sleep=20)
         finish(aws, agent, {"r1": 1})
         assert len(aws.proxy.received) == 1
         assert set(visibility_timeouts(aws)) == {300, 9} and not mishaps(agent.log)
@@ -7413,9 +7430,9 @@ def visibility_timeout_that_is_changed_is_seen(moto):
 def delete_that_is_not_permitted_is_said_once_and_tried_with_growing_pauses(moto):
     said = (403, "AccessDeniedException", "AccessDenied", DENIED_BY.format(
         "sqs:deletemessage", "arn:aws:sqs:ap-northeast-2:123456789012:q", "session policy"))
-    with site(moto) as aws, start(aws) as agent:
+    with site(moto) as aws, aws.agent() as agent:
         aws.proxy.fail("DeleteMessageBatch", "said", said=said)
-        job(aws)
+        aws.job()
         until(lambda: aws.proxy.count("DeleteMessageBatch"), what="a delete")
         time.sleep(4)
         aws.proxy.heal()
@@ -7430,45 +7447,45 @@ def delete_that_is_not_permitted_is_said_once_and_tried_with_growing_pauses(moto
 @trial
 def lost_lease_is_said_and_its_result_is_not_deleted(moto):
     """The beats fail for longer than the lease, and another consumer has the message by then."""
-    with site(moto, visibility=3) as aws, start(aws, execution={"concurrency": 1}) as agent:
+    with site(moto, visibility=3) as aws, aws.agent(execution={"concurrency": 1}) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "status 500")
-        job(aws, sleep=20)
+        aws.job(sleep=20)
         until_ran(aws.path)
         held = {"QueueUrl": aws.queue_url, "WaitTimeSeconds": 1, "VisibilityTimeout": 600}
         other = until(lambda: aws.sqs.receive_message(**held).get("Messages"), what="the message")
         aws.proxy.heal()
         agent.wait_for("REPORT requestId=r1")
         agent.stop()
-        assert aws.count() == 1 and proxy_runs(aws.path) == {"r1": 1}
+        assert aws.count() == 1 and runs_in(aws.path) == {"r1": 1}
         assert any("lease" in line for line in complaints(agent.log)), agent.log
         aws.sqs.delete_message(QueueUrl=aws.queue_url, ReceiptHandle=other[0]["ReceiptHandle"])
 
 
 @trial
 def without_change_message_visibility_what_fits_runs_and_what_does_not_is_rejected(moto):
-    with site(moto, visibility=20) as aws, start(aws) as agent:
+    with site(moto, visibility=20) as aws, aws.agent() as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
         for number in range(3):
-            job(aws, f"fits{number}", timeoutMs=12000)
-            job(aws, f"long{number}", timeoutMs=60000)
+            aws.job(f"fits{number}", timeoutMs=12000)
+            aws.job(f"long{number}", timeoutMs=60000)
         finish(aws, agent, in_dlq=3)
         seen = {(each["requestId"], each["status"], each.get("reason"))
                 for each in reports(agent.log)}
         assert seen == {(f"fits{number}", "ok", None) for number in range(3)} | {
             (f"long{number}", "rejected", "visibility") for number in range(3)}
-        assert set(proxy_runs(aws.path)) == {"fits0", "fits1", "fits2"}
+        assert set(runs_in(aws.path)) == {"fits0", "fits1", "fits2"}
         warnings = [line for line in complaints(agent.log) if " [long" not in line]
         assert len(warnings) == 1 and "sqs:ChangeMessageVisibility" in warnings[0]
 
 
 @trial
 def failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(moto):
-    with site(moto, visibility=10) as aws, start(aws, execution={"concurrency": 3}) as agent:
+    with site(moto, visibility=10) as aws, aws.agent(execution={"concurrency": 3}) as agent:
         aws.put({"main.py": "junk = b'x' * (200 << 20)"}, "large.zip")
         sent = time.monotonic()
-        job(aws, "failed", exit=3)
-        job(aws, "timeout", sleep=30, timeoutMs=300)
-        job(aws, "oom", key="large.zip", memoryMb=64)
+        aws.job("failed", exit=3)
+        aws.job("timeout", sleep=30, timeoutMs=300)
+        aws.job("oom", key="large.zip", memoryMb=64)
         until_settled(aws, agent, 3)
         assert time.monotonic() - sent > 2 * 10, "they were given back"
         finish(aws, agent, in_dlq=3)
@@ -7480,10 +7497,10 @@ def failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(m
 
 @trial
 def rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
-    with site(moto, visibility=600) as aws, start(aws) as agent:
+    with site(moto, visibility=600) as aws, aws.agent() as agent:
         aws.send(body="no JSON {")
-        job(aws, "wrong", runtime="cobol")
-        job(aws, "fine")
+        aws.job("wrong", runtime="cobol")
+        aws.job("fine")
         finish(aws, agent, {"fine": 1}, in_dlq=2)
         seen = Counter((each["requestId"], each["status"]) for each in reports(agent.log))
         assert seen == {("-", "rejected"): 3, ("wrong", "rejected"): 3, ("fine", "ok"): 1}
@@ -7494,10 +7511,10 @@ def rejected_goes_back_visible_at_once_and_its_neighbours_run(moto):
 
 @trial
 def wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
-    with site(moto, visibility=30) as aws, start(aws) as agent:
+    with site(moto, visibility=30) as aws, aws.agent() as agent:
         aws.proxy.fail("GetObject|HeadObject", "denied")
         for number in range(10):
-            job(aws, f"r{number}")
+            aws.job(f"r{number}")
         agent.wait_for("REPORT requestId=")
         time.sleep(10)
         assert aws.count() == 10 and not dead(aws), agent.log
@@ -7507,7 +7524,7 @@ def wrong_permission_does_not_empty_the_queue_into_the_dlq(moto):
 
 @trial
 def zip_overwritten_under_its_key_is_used_by_messages_sent_after(moto):
-    with site(moto) as aws, start(aws) as agent:
+    with site(moto) as aws, aws.agent() as agent:
         for version in ("one", "two", "three"):
             aws.put({"main.py": f"print('version {version}')"}, "v.zip")
             for number in range(3):
@@ -7540,7 +7557,7 @@ def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(mo
         results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
         aws.put(LEAVES)
         output = {"bucket": aws.bucket, "s3Prefix": "out", "queueUrl": results}
-        with start(aws, output=output) as agent:
+        with aws.agent(output=output) as agent:
             aws.send("r1", input={"a": 1})
             until_settled(aws, agent)
             agent.stop()
@@ -7565,10 +7582,10 @@ def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starv
     """512 MB: two of 200 at once; one of 512 is sent among them and must not wait for them all."""
     with site(moto, visibility=60) as aws:
         for number in range(16):
-            job(aws, f"s{number:02d}", sleep=1, memoryMb=200)
+            aws.job(f"s{number:02d}", sleep=1, memoryMb=200)
             if number == 1:
-                job(aws, "large", sleep=0.5, memoryMb=512)
-        with start(aws, execution={"concurrency": 4, "memoryMb": 512}) as agent:
+                aws.job("large", sleep=0.5, memoryMb=512)
+        with aws.agent(execution={"concurrency": 4, "memoryMb": 512}) as agent:
             most = 0
             while aws.count():
                 most = max(most, sum(map(alive, run_pids(aws.path))))
@@ -7580,9 +7597,9 @@ def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starv
 
 
 def test_task_over_the_memory_of_the_machine_is_rejected(moto):
-    with site(moto, visibility=60) as aws, start(aws, execution={"memoryMb": 512}) as agent:
-        job(aws, "huge", memoryMb=513)
-        job(aws, "fits", memoryMb=512)
+    with site(moto, visibility=60) as aws, aws.agent(execution={"memoryMb": 512}) as agent:
+        aws.job("huge", memoryMb=513)
+        aws.job("fits", memoryMb=512)
         finish(aws, agent, in_dlq=1)
         assert {(each["requestId"], each["status"]) for each in reports(agent.log)} == \
             {("huge", "rejected"), ("fits", "ok")}
@@ -7593,16 +7610,16 @@ def test_task_over_the_memory_of_the_machine_is_rejected(moto):
 def test_long_jobs_are_not_received_ahead_so_that_another_agent_can_take_them(moto):
     with site(moto, visibility=60) as aws:
         for number in range(8):
-            job(aws, f"r{number}", sleep=20)
-        with start(aws, execution={"concurrency": 1}) as first:
-            until(lambda: proxy_runs(aws.path), what="the first run")
+            aws.job(f"r{number}", sleep=20)
+        with aws.agent(execution={"concurrency": 1}) as first:
+            until(lambda: runs_in(aws.path), what="the first run")
             time.sleep(1)
             assert visible(aws) >= 6
             polls = aws.proxy.count("ReceiveMessage")
             time.sleep(2)
             assert aws.proxy.count("ReceiveMessage") - polls <= 1, "nothing can start"
-            with start(aws, execution={"concurrency": 7}) as second:
-                until(lambda: len(proxy_runs(aws.path)) == 8, 60, "all of them running or done")
+            with aws.agent(execution={"concurrency": 7}) as second:
+                until(lambda: len(runs_in(aws.path)) == 8, 60, "all of them running or done")
                 until_settled(aws, second)
                 until(lambda: len(reports(second.log)) >= 5 and reports(first.log), what="the reports")
 
@@ -7611,7 +7628,7 @@ def test_long_jobs_are_not_received_ahead_so_that_another_agent_can_take_them(mo
 
 
 def test_sigterm_while_idle(moto):
-    with site(moto) as aws, start(aws, wait=3) as agent:
+    with site(moto) as aws, aws.agent(wait=3) as agent:
         until(lambda: aws.proxy.count("ReceiveMessage"), what="a poll")
         begun = time.monotonic()
         assert agent.stop() == 0
@@ -7621,20 +7638,20 @@ def test_sigterm_while_idle(moto):
 
 def test_message_that_comes_with_the_last_poll_is_given_back(moto):
     """SIGTERM while a long poll is out, then a message: it may not wait for its lease's end."""
-    with site(moto, visibility=600) as aws, start(aws, wait=5) as agent:
+    with site(moto, visibility=600) as aws, aws.agent(wait=5) as agent:
         until(lambda: aws.proxy.count("ReceiveMessage"), what="a poll")
         time.sleep(0.5)
         agent.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
-        job(aws)
+        aws.job()
         assert agent.end() == 0
         assert visible(aws) == 1 or not aws.count(), "received and neither run nor given back"
 
 
 @trial
 def sigterm_lets_a_run_within_the_grace_finish(moto):
-    with site(moto) as aws, start(aws) as agent:
-        job(aws, sleep=3)
+    with site(moto) as aws, aws.agent() as agent:
+        aws.job(sleep=3)
         until_ran(aws.path)
         assert agent.stop() == 0
         assert [each["status"] for each in reports(agent.log)] == ["ok"] and not aws.count()
@@ -7643,8 +7660,8 @@ def sigterm_lets_a_run_within_the_grace_finish(moto):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(moto, number):
     grace = {"shutdownGraceSeconds": 1}
-    with site(moto, visibility=600) as aws, start(aws, execution=grace) as agent:
-        job(aws, sleep=300, timeoutMs=400000)
+    with site(moto, visibility=600) as aws, aws.agent(execution=grace) as agent:
+        aws.job(sleep=300, timeoutMs=400000)
         until_ran(aws.path)
         assert agent.stop(number, 90) == 0
         assert [each["status"] for each in reports(agent.log)] == ["released"]
@@ -7655,7 +7672,7 @@ def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(mot
 def sigterm_while_the_queue_has_not_answered_yet_ends_clean(moto):
     with site(moto) as aws:
         aws.proxy.fail("GetQueueAttributes", "black hole")
-        with start(aws) as agent:
+        with aws.agent() as agent:
             until(lambda: aws.proxy.count("GetQueueAttributes"), what="the first request")
             assert agent.stop(seconds=60) == 0
         assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*")), agent.log
@@ -7669,16 +7686,16 @@ def sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
         compiler.write_text("#!/bin/sh\nsleep 300\n")
         compiler.chmod(0o755)
         aws.put({"main.cpp": ""}, "cpp.zip")
-        with start(aws, runtimes={"cpp": compiler}, execution={"concurrency": 2}) as agent:
+        with aws.agent(runtimes={"cpp": compiler}, execution={"concurrency": 2}) as agent:
             aws.send("compiling", key="cpp.zip", runtime="cpp")
             until(lambda: any("sleep\x00300" in command_lines().get(pid, "")
                               for pid in family(agent.process.pid)), what="the compiler")
             aws.proxy.fail("GetObject", "black hole")
-            job(aws, "fetching")
+            aws.job("fetching")
             until(lambda: aws.proxy.count("GetObject", "black hole"), what="the download")
             agent.process.send_signal(signal.SIGTERM)
             until(lambda: visible(aws) == 2, 15, f"the messages\n{agent.log}")
-            assert agent.end(20) == 0 and not proxy_runs(aws.path)
+            assert agent.end(20) == 0 and not runs_in(aws.path)
         assert sorted((each["requestId"], each["status"]) for each in reports(agent.log)) == \
             [("compiling", "released"), ("fetching", "released")]
         assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*"))
@@ -7686,14 +7703,14 @@ def sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
 
 @trial
 def sigterm_gives_back_what_waits_behind_a_running_one(moto):
-    with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
+    with site(moto, visibility=600) as aws, aws.agent(execution={"concurrency": 1}) as agent:
         for number in range(30):  # short ones first, so that it receives ahead
-            job(aws, f"quick{number}")
+            aws.job(f"quick{number}")
         until_settled(aws, agent)
         aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
         for number in range(10):
-            job(aws, f"slow{number}", sleep=20)
-        until(lambda: re.search("slow", str(proxy_runs(aws.path))), what="the first slow run")
+            aws.job(f"slow{number}", sleep=20)
+        until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
         agent.process.send_signal(signal.SIGTERM)
         until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
         assert agent.end() == 0
@@ -7721,8 +7738,8 @@ def test_run_that_is_let_go_of_before_it_begins_is_released(when):
 @trial
 def second_signal_ends_it_at_once(moto):
     grace = {"shutdownGraceSeconds": 300}
-    with site(moto, visibility=600) as aws, start(aws, execution=grace) as agent:
-        job(aws, sleep=300, timeoutMs=400000)
+    with site(moto, visibility=600) as aws, aws.agent(execution=grace) as agent:
+        aws.job(sleep=300, timeoutMs=400000)
         until_ran(aws.path)
         agent.process.send_signal(signal.SIGTERM)
         time.sleep(2)
@@ -7767,8 +7784,8 @@ def test_spot_interruption_starts_the_same_shutdown(moto):
         env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://127.0.0.2:{imds.server_port}",
                "http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1",  # it would refuse
                "AGENT_AWS_SPOTINTERRUPTION": "true", "AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}
-        with start(aws, env=env) as agent:
-            job(aws, sleep=300, timeoutMs=400000)
+        with aws.agent(env=env) as agent:
+            aws.job(sleep=300, timeoutMs=400000)
             until_ran(aws.path)
             assert agent.process.poll() is None
             Imds.announced = True
@@ -7781,7 +7798,7 @@ def test_spot_interruption_starts_the_same_shutdown(moto):
 @slow_trial
 def metadata_that_do_not_answer_are_said_once(moto):
     env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "AGENT_AWS_SPOTINTERRUPTION": "true"}
-    with site(moto) as aws, start(aws, env=env) as agent:
+    with site(moto) as aws, aws.agent(env=env) as agent:
         agent.wait_for("asking EC2 for a spot interruption notice failed: .*refused")
         time.sleep(6)
         assert agent.stop() == 0 and agent.log.count("spot interruption") == 1, agent.log
@@ -7803,7 +7820,7 @@ def test_systemd_is_told_of_start_status_stop_and_life(moto, kind):
 
         threading.Thread(target=listen, daemon=True).start()
         aws.put({"main.py": "import os; print(sorted(os.environ))"})
-        with start(aws, env={"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "1000000"}) as agent:
+        with aws.agent(env={"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "1000000"}) as agent:
             until(lambda: hear("READY=1"), what="READY")
             aws.send()
             until(lambda: re.search(r"\b1\b", str(hear("STATUS="))), what="a STATUS with a 1")
@@ -7822,8 +7839,8 @@ def test_systemd_that_does_not_listen_stops_nothing(moto):
     with site(moto) as aws, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(f"{aws.path}/notify")
         env = {"NOTIFY_SOCKET": f"{aws.path}/notify", "WATCHDOG_USEC": "20000"}
-        with start(aws, env=env) as agent:
-            job(aws)
+        with aws.agent(env=env) as agent:
+            aws.job()
             finish(aws, agent)
 
 
@@ -7901,18 +7918,18 @@ def test_guide_walkthrough_with_the_least_privilege_policy(more):
 def test_drain_ends_with_a_table_when_the_queue_is_empty(moto):
     with site(moto, visibility=600) as aws:
         for number in range(5):
-            job(aws, f"a{number}", function_id="steady")
-        job(aws, "b0", function_id="broken", exit=7)
-        with start(aws, "--drain", wait=1) as agent:
+            aws.job(f"a{number}", function_id="steady")
+        aws.job("b0", function_id="broken", exit=7)
+        with aws.agent("--drain", wait=1) as agent:
             assert agent.end() == 0
         table = agent.out + agent.log
         assert re.search(r"^steady\s.*\b5\b", table, re.MULTILINE), table
         assert re.search(r"^broken\s.*\b1\b", table, re.MULTILINE), table
-        assert len(proxy_runs(aws.path)) == 6 and dead(aws) + aws.count() == 1
+        assert len(runs_in(aws.path)) == 6 and dead(aws) + aws.count() == 1
 
 
 def test_drain_of_an_empty_queue_ends(moto):
-    with site(moto) as aws, start(aws, "--drain", wait=1) as agent:
+    with site(moto) as aws, aws.agent("--drain", wait=1) as agent:
         assert agent.end() == 0
         assert agent.out == "no task was run: nothing waited in the queue\n"
 
@@ -7949,8 +7966,8 @@ def test_what_cannot_start_says_so_in_one_line(moto, trouble, status, words):
 
 def test_check_of_a_usable_site_changes_nothing(moto):
     with site(moto) as aws:
-        job(aws)
-        with start(aws, "--check") as agent:
+        aws.job()
+        with aws.agent("--check") as agent:
             assert agent.end() == 0, agent.out + agent.log
         text = agent.out + agent.log
         for word in ("setting", "credential", "queue", "visibility", "DLQ|dead-letter", "bucket",
@@ -8002,7 +8019,7 @@ def test_check_tells_what_aws_answers(moto, answer):
     operation, said, line, words = CHECKED[answer]
     with site(moto) as aws:
         aws.proxy.fail(operation, "said", said=said)
-        with start(aws, "--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
+        with aws.agent("--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
                    output={"bucket": aws.bucket, "queueUrl": aws.queue_url}) as agent:
             assert agent.end() == line.startswith("FAIL"), agent.out
         assert re.search(f"^{line}: .*{words}", agent.out, re.MULTILINE), agent.out
@@ -8014,7 +8031,7 @@ def test_check_tells_what_aws_answers(moto, answer):
 # --check of --invoke: (files, arguments, status, what it says)
 CHECKED_FUNCTIONS = {
     "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
-                   r"ok    runtime python: /\S+, 3\.\d+\.\S+\n(.*metadata.*\n)?ok    sandbox: .*\n"),
+                   r"ok    runtime python: /\S+, Python 3\.\d+\.\S+\nok    sandbox: .*\n"),
     "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
     "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
 }
@@ -8037,18 +8054,18 @@ def test_check_of_a_function_looks_at_what_that_needs(tmp_path, function):
 def test_check_starts_each_runtime_for_real(runtime, program):
     with local_site() as folder:
         name = f"AGENT_RUNTIMES_{runtime.upper()}"
-        with local(folder, "--check", env={name: program, "AGENT_EXECUTION_METADATA": "allow"}) as agent:
+        with folder.agent("--check", env={name: program, "AGENT_EXECUTION_METADATA": "allow"}) as agent:
             assert agent.end() == 1
     lines = [line for line in agent.out.splitlines() if "runtime " in line]
     [failed] = [line for line in lines if line.startswith("FAIL")]
-    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* correct agent.runtimes.{runtime}", failed)
-    assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
+    assert re.match(rf"FAIL  runtime {runtime}: {program} (--)?version ended ok, .*: this is no {runtime}; correct", failed)
+    assert all(re.match(r"(ok    runtime \w+: /\S+, .*\d+\.\d+|none  )", line) for line in lines if line != failed)
 
 
 def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
     with site(moto) as aws:
         aws.env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
-        with start(aws, "--check", env=NO_RUNTIMES) as agent:
+        with aws.agent("--check", env=NO_RUNTIMES) as agent:
             assert agent.end() == 1
         for name in ("queue", "bucket", "CloudWatch"):
             assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", agent.out, re.MULTILINE), agent.out
@@ -8057,7 +8074,7 @@ def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
 def test_check_without_a_dlq_or_an_interpreter(moto):
     with site(moto) as aws:
         aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"RedrivePolicy": ""})
-        with start(aws, "--check", runtimes={"python": "/nonexistent/python3"}) as agent:
+        with aws.agent("--check", runtimes={"python": "/nonexistent/python3"}) as agent:
             assert agent.end() == 1
         assert "/nonexistent/python3" in agent.out + agent.log
         assert re.search("DLQ|dead-letter", agent.out + agent.log)
@@ -8066,7 +8083,7 @@ def test_check_without_a_dlq_or_an_interpreter(moto):
 @pytest.mark.parametrize("flag", ["--check", "--drain"])
 def test_reader_of_standard_output_that_went_away_ends_nothing(flag):
     with local_site() as folder:
-        local_job(folder, "r1")
+        folder.job("r1")
         reader, writer = os.pipe()
         os.close(reader)
         with open(writer, "wb") as out:
@@ -8105,7 +8122,7 @@ def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
 def test_check_of_a_usable_folder_changes_nothing():
     with local_site() as folder:
         before = sorted(folder.path.rglob("*"))
-        with local(folder, "--check") as agent:
+        with folder.agent("--check") as agent:
             assert agent.end() == 0 and f"ok    folder: {folder.path}" in agent.out
         assert sorted(folder.path.rglob("*")) == before
 
@@ -8211,13 +8228,13 @@ def test_credentials_of_each_kind_are_named_and_do_a_job(moto, kind):
     said, key, _ = CREDENTIALS[kind]
     with site(moto) as aws, lender() as lent:
         with_credentials(aws, kind, lent.url)
-        job(aws)
-        with start(aws, "--check") as check:
+        aws.job()
+        with aws.agent("--check") as check:
             assert check.end() == 0, check.out + check.log
         assert f"\nok    credentials: {said}" in check.out, check.out
-        with start(aws, "--drain") as agent:
+        with aws.agent("--drain") as agent:
             assert agent.end() == 0, agent.log
-        assert proxy_runs(aws.path) == {"r1": 1} and not aws.count() and not mishaps(agent.log)
+        assert runs_in(aws.path) == {"r1": 1} and not aws.count() and not mishaps(agent.log)
         assert signers(aws, key) == {key} and "Successfully published 1 " in agent.log
 
 
@@ -8235,13 +8252,13 @@ def test_credentials_that_expire_are_renewed_while_the_agent_runs(moto, kind):
     prefix = [sys.executable, "-c", PATCHED.format(patch)]
     with site(moto) as aws, lender("ASIAFIRST", seconds) as lent:
         with_credentials(aws, kind, lent.url)
-        with start(aws, prefix=prefix) as agent:
-            job(aws)
+        with aws.agent(prefix=prefix) as agent:
+            aws.job()
             until_settled(aws, agent)
             assert signers(aws, lent.key) == {"ASIAFIRST"}
             lent.key, lent.seconds = "ASIANEXT", 6 * 3600
             aws.proxy.expired.add("ASIAFIRST")
-            job(aws, "r2")
+            aws.job("r2")
             finish(aws, agent, {"r1": 1, "r2": 1})
         assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
         last = [seen.key for seen in aws.proxy.requests if seen.operation == "DeleteMessageBatch"]
@@ -8265,10 +8282,10 @@ def test_credentials_that_cannot_be_had_are_said_in_one_line(moto, kind):
     with site(moto) as aws, lender() as lent:
         with_credentials(aws, kind, lent.url)
         aws.env.update({name: value.format(lender=lent.url) for name, value in wrong.items()})
-        with start(aws, "--check") as check:
+        with aws.agent("--check") as check:
             assert check.end() == 1
         assert re.search(f"^FAIL  credentials: .*({words})", check.out, re.MULTILINE), check.out
-        with start(aws) as agent:
+        with aws.agent() as agent:
             agent.wait_for(words)
             assert agent.stop() == 0 if kind == "web identity" else agent.end() == 1
         assert "Traceback" not in check.log + agent.log and not aws.proxy.requests
@@ -8294,7 +8311,7 @@ def test_what_boto3_cannot_work_with_ends_the_start(moto, name):
         (aws.path / "old/boto3").mkdir(parents=True)
         (aws.path / "old/boto3/__init__.py").write_text("__version__ = '1.26.27'")
         aws.env.update({key: value.format(top=aws.path) for key, value in environment.items()})
-        with start(aws) as agent, start(aws, "--check") as check:
+        with aws.agent() as agent, aws.agent("--check") as check:
             assert (agent.end(), check.end()) == (1, 1), agent.log + check.out
         assert re.search(f"ERROR .*{words}", agent.log), agent.log
         assert re.search(f"FAIL  credentials: .*{words}", check.out), check.out
@@ -8313,10 +8330,10 @@ def test_what_refuses_the_role_itself_is_told_from_a_missing_permission(moto, sa
     with site(moto) as aws:
         with_credentials(aws, "role of a profile", "")
         aws.proxy.fail("AssumeRole", "said", said=said)
-        with start(aws) as agent:
+        with aws.agent() as agent:
             agent.wait_for(words)
             assert said[3] in agent.log and "grant sqs" not in agent.log
-        with start(aws, "--check") as check:
+        with aws.agent("--check") as check:
             assert check.end() == 1
         assert f"FAIL  credentials: An error occurred ({said[1]})" in check.out and said[3] in check.out
 
@@ -8365,11 +8382,11 @@ def test_the_endpoint_of_one_service_wins_as_boto3_has_it(tmp_path, monkeypatch,
 def test_each_service_is_asked_at_its_own_endpoint(moto):
     """As with interface endpoints of a VPC; there is nothing at agent.aws.endpointUrl."""
     with site(moto) as aws, FaultProxy(moto) as s3, FaultProxy(moto) as cloudwatch:
-        job(aws)
+        aws.job()
         nothing = f"http://127.0.0.1:{free_port()}"
         env = {"AWS_ENDPOINT_URL": nothing, "AGENT_AWS_ENDPOINTURL": nothing, "AWS_ENDPOINT_URL_S3": s3.url,
                "AWS_ENDPOINT_URL_SQS": aws.proxy.url, "AWS_ENDPOINT_URL_CLOUDWATCH": cloudwatch.url}
-        with start(aws, "--drain", env=env) as agent:
+        with aws.agent("--drain", env=env) as agent:
             assert agent.end() == 0, agent.log
         assert not aws.count() and not mishaps(agent.log)
         assert [{seen.operation for seen in proxy.requests} for proxy in (s3, cloudwatch)] == \
@@ -8709,11 +8726,11 @@ ENTRIES = [
 def clock_that_jumped_costs_no_receive(moto):
     """Every service refuses what is signed with it, in its own words, while a run goes on and another waits."""
     skewed = 403, "RequestTimeTooSkewed", "", "The difference between the request time and the current time is too large."
-    with site(moto, visibility=90) as aws, start(aws, execution={"concurrency": 2}) as agent:
-        job(aws, sleep=15)
+    with site(moto, visibility=90) as aws, aws.agent(execution={"concurrency": 2}) as agent:
+        aws.job(sleep=15)
         until_ran(aws.path)
         aws.proxy.fail("GetObject", "said", said=skewed)
-        job(aws, "r2")
+        aws.job("r2")
         until(lambda: aws.proxy.count("GetObject", "said"), what="a GET that is refused")
         aws.proxy.fail("*", "said", said=(403, "InvalidSignatureException", "SignatureDoesNotMatch", LATE))
         agent.wait_for("REPORT requestId=r1 .*status=ok")
@@ -8734,8 +8751,8 @@ def refusal_names_the_policy_or_the_key_and_passes_once_that_is_mended(moto):
              ("GetObject", (403, "AccessDenied", "", no_way), "grant s3:GetObject .* in the VPC endpoint policy"),
              ("PutObject", (403, "AccessDenied", "", no_key), KMS_KEY)]
     with site(moto, visibility=3, receives=9) as aws:
-        with start(aws, output={"bucket": aws.bucket}) as agent:
-            job(aws)
+        with aws.agent(output={"bucket": aws.bucket}) as agent:
+            aws.job()
             for operation, said, words in steps:
                 aws.proxy.heal()
                 aws.proxy.fail(operation, "said", said=said)
@@ -8765,7 +8782,7 @@ def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender
 
 @trial
 def emulator_that_tells_less_than_aws_is_served_all_the_same(moto):
-    with site(moto) as aws, start(aws) as agent:
+    with site(moto) as aws, aws.agent() as agent:
         aws.proxy.fail("ReceiveMessage", "emulator")
         for number in range(4):
             if number == 2:
@@ -8780,10 +8797,10 @@ def emulator_that_tells_less_than_aws_is_served_all_the_same(moto):
 
 @trial
 def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
-    with site(moto, visibility=90) as aws, start(aws, execution={"concurrency": 2}) as agent:
+    with site(moto, visibility=90) as aws, aws.agent(execution={"concurrency": 2}) as agent:
         for request_id in ("r1", "r2"):
-            job(aws, request_id, sleep=20)
-        until(lambda: len(proxy_runs(aws.path)) == 2, what="the runs")
+            aws.job(request_id, sleep=20)
+        until(lambda: len(runs_in(aws.path)) == 2, what="the runs")
         os.kill(family(agent.process.pid)[1], signal.SIGKILL)  # the agent's only child
         until_gone(run_pids(aws.path), 15)
         finish(aws, agent, ends={"error": 2, "ok": 2})
@@ -8812,7 +8829,7 @@ def test_an_agent_works_whatever_it_was_started_with(grids, user, name):
     grid.put({"run.sh": "umask"}, "cpp", "cpp", "cpp")
     with Agent("--local", grid.path, python=PYTHON, env=grid.env,
                prefix=[*as_user(user), *STARTED_WITH[name]]) as agent:
-        until(lambda: len(names(grid, "results")) == 2 and not names(grid, "running"), what="the results")
+        until(lambda: len(grid.names("results")) == 2 and not grid.names("running"), what="the results")
         assert agent.stop() == 0
     assert grid.result("python")["stdout"] == "18 [0, 1, 2, 3]\n", grid.result("python")
     assert grid.result("cpp")["stdout"] == "0022\n", grid.result("cpp")
@@ -8852,51 +8869,51 @@ def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(fo
 
 
 def test_local_several_agents_share_a_folder_and_run_each_task_once():
-    with local_site() as folder, local(folder) as first, local(folder) as second:
+    with local_site() as folder, folder.agent() as first, folder.agent() as second:
         for agent in (first, second):
             agent.wait_for("INFO runtimes: ")
         for number in range(60):
-            local_job(folder, f"r{number:02d}", sleep=0.1)
-        until(lambda: len(names(folder, "results")) == 60 and not names(folder, "running"), 60,
+            folder.job(f"r{number:02d}", sleep=0.1)
+        until(lambda: len(folder.names("results")) == 60 and not folder.names("running"), 60,
               "sixty results")
-        assert proxy_runs(folder.scratch) == {f"r{number:02d}": 1 for number in range(60)}
+        assert runs_in(folder.scratch) == {f"r{number:02d}": 1 for number in range(60)}
         assert reports(first.log) and reports(second.log)
         assert first.stop() == second.stop() == 0
-        assert not names(folder, "queue") and not names(folder, "dead")
+        assert not folder.names("queue") and not folder.names("dead")
 
 
 def test_local_task_is_claimed_by_rename_and_recovered_at_the_next_start():
     with local_site() as folder:
-        local_job(folder, "r1", sleep=10)
-        with local(folder) as agent:
+        folder.job("r1", sleep=10)
+        with folder.agent() as agent:
             until_ran(folder.scratch)
-            assert not names(folder, "queue") and len(names(folder, "running")) >= 1
+            assert not folder.names("queue") and len(folder.names("running")) >= 1
             agent.stop(signal.SIGKILL)
-        assert not names(folder, "results")
-        with local(folder, "--drain") as agent:
+        assert not folder.names("results")
+        with folder.agent("--drain") as agent:
             assert agent.end() == 0
         report, = reports(agent.log)
         assert (report["status"], report["receiveCount"]) == ("ok", "2")
-        assert not any(names(folder, each) for each in ("queue", "running", "dead"))
+        assert not any(folder.names(each) for each in ("queue", "running", "dead"))
 
 
 def test_local_running_tasks_of_a_living_agent_are_left_to_it():
-    with local_site() as folder, local(folder) as first:
-        local_job(folder, "r1", sleep=4)
+    with local_site() as folder, folder.agent() as first:
+        folder.job("r1", sleep=4)
         until_ran(folder.scratch)
-        with local(folder) as second:
+        with folder.agent() as second:
             until(lambda: reports(first.log), 30, "the report")
-            assert proxy_runs(folder.scratch) == {"r1": 1} and not reports(second.log)
-            assert len(names(folder, "results")) == len(reports(first.log)) == 1
+            assert runs_in(folder.scratch) == {"r1": 1} and not reports(second.log)
+            assert len(folder.names("results")) == len(reports(first.log)) == 1
 
 
 def test_local_third_failure_is_dead_with_its_result_beside_it():
     with local_site() as folder:
-        local_job(folder, "bad", exit=3)
-        local_job(folder, "good")
+        folder.job("bad", exit=3)
+        folder.job("good")
         task = json.loads((folder.path / "queue" / "bad.json").read_text())
         (folder.path / "queue" / "wrong.json").write_text("{")
-        with local(folder, "--drain") as agent:
+        with folder.agent("--drain") as agent:
             assert agent.end() == 0
         left = {each.name: each.read_text() for each in (folder.path / "dead").iterdir()}
         assert set(left) == {"bad.json", "bad.result.json", "wrong.json", "wrong.result.json"}
@@ -8905,7 +8922,7 @@ def test_local_third_failure_is_dead_with_its_result_beside_it():
         assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
         wrong = json.loads(left["wrong.result.json"])
         assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
-        assert proxy_runs(folder.scratch) == {"bad": 3, "good": 1}
+        assert runs_in(folder.scratch) == {"bad": 3, "good": 1}
 
 
 def taken(path: Path, name: str) -> tuple:
@@ -8962,10 +8979,10 @@ def test_local_locks_are_taken_by_descriptors_that_may_write(tmp_path):
 
 def test_local_names_that_begin_with_a_dot_are_passed_over():
     with local_site() as folder:
-        local_job(folder, "r1")
+        folder.job("r1")
         hidden = folder.path / "queue" / ".half.json"
         hidden.write_text('{"requestId": "half"')
-        with local(folder, "--drain") as agent:
+        with folder.agent("--drain") as agent:
             assert agent.end() == 0
         assert hidden.exists() and [each["requestId"] for each in reports(agent.log)] == ["r1"]
 
@@ -8997,11 +9014,11 @@ def test_local_what_cannot_be_taken_is_said_once_and_ends_no_drain(grids):
 def test_local_task_of_a_name_that_runs_waits_for_its_turn(first):
     """Both are run, whatever becomes of the first one's name meanwhile."""
     with local_site() as folder:
-        with local(folder) as agent:
-            local_job(folder, "r1", sleep=10 if first == "killed" else 2, exit=first == "failed",
+        with folder.agent() as agent:
+            folder.job("r1", sleep=10 if first == "killed" else 2, exit=first == "failed",
                       functionId="first")
             until_ran(folder.scratch)
-            local_job(folder, "r1", functionId="second")
+            folder.job("r1", functionId="second")
             if first == "killed":
                 agent.stop(signal.SIGKILL)
             else:
@@ -9010,13 +9027,13 @@ def test_local_task_of_a_name_that_runs_waits_for_its_turn(first):
                                "functionId=first .*receiveCount=3")
                 assert agent.stop() == 0
             before = "" if first == "killed" else agent.log
-        with local(folder, "--drain") as agent:
+        with folder.agent("--drain") as agent:
             assert agent.end() == 0
         log = before + agent.log
         seen = Counter((each["functionId"], each["status"]) for each in reports(log))
         assert seen == ({("second", "ok"): 1, ("first", "failed"): 3} if first == "failed" else
                         {("second", "ok"): 1, ("first", "ok"): 1}), log
-        assert not names(folder, "running") and not names(folder, "queue")
+        assert not folder.names("running") and not folder.names("queue")
 
 
 # Descriptors as an agent of many slots has them; select(2) takes none over 1,023.
@@ -9037,20 +9054,20 @@ def test_local_a_slot_whose_descriptors_are_over_1023_is_used_again():
     env = {"AGENT_EXECUTION_CONCURRENCY": "1"}
     with local_site() as folder:
         for request_id in ("r1", "r2"):
-            local_job(folder, request_id)
-        with local(folder, "--drain", prefix=prefix, env=env) as agent:
+            folder.job(request_id)
+        with folder.agent("--drain", prefix=prefix, env=env) as agent:
             assert agent.end() == 0
     assert [each["status"] for each in reports(agent.log)] == ["ok", "ok"], agent.log
 
 
 def test_local_sigterm_gives_back_what_runs_longer_than_the_grace():
     with local_site() as folder:
-        local_job(folder, "r1", sleep=300, timeoutMs=400000)
-        with local(folder, env={"AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}) as agent:
+        folder.job("r1", sleep=300, timeoutMs=400000)
+        with folder.agent(env={"AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}) as agent:
             until_ran(folder.scratch)
             assert agent.stop(seconds=90) == 0
         assert [each["status"] for each in reports(agent.log)] == ["released"]
-        assert len(names(folder, "queue")) == 1 and not names(folder, "running")
+        assert len(folder.names("queue")) == 1 and not folder.names("running")
 
 
 def held(pid: int, task_dir: Path) -> dict[str, int]:
@@ -9070,13 +9087,13 @@ def held(pid: int, task_dir: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_local_20_000_jobs_leave_memory_descriptors_zombies_and_disk_flat():
-    with local_site() as folder, local(folder) as agent:
+    with local_site() as folder, folder.agent() as agent:
         (folder.path / "code" / "noop.zip").write_bytes(make_zip({"main.py": ""}))
         samples = []
         for part in range(4):
             for number in range(5000):
                 folder.put(s3Key="noop.zip", request_id=f"r{part}-{number}")
-            until(lambda: not names(folder, "queue") and not names(folder, "running"), 900, "all")
+            until(lambda: not folder.names("queue") and not folder.names("running"), 900, "all")
             samples.append(held(agent.process.pid, folder.scratch / "task"))
         assert agent.stop() == 0
         first, *_, last = samples
@@ -9109,15 +9126,15 @@ def test_local_clock_set_forward_hangs_nothing(tmp_path):
                    check=True)
     env = {"LD_PRELOAD": f"{sleep}:{library}", "FAKETIME_TIMESTAMP_FILE": str(clock),
            "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    with local_site() as folder, local(folder, env=env) as agent:
-        local_job(folder, "before")
+    with local_site() as folder, folder.agent(env=env) as agent:
+        folder.job("before")
         agent.wait_for("REPORT requestId=before")
         for step, moved in enumerate(("+7200", "+0", "+7200")):
-            local_job(folder, f"during{step}", sleep=1.5)
+            folder.job(f"during{step}", sleep=1.5)
             until_ran(folder.scratch, f"during{step}")
             clock.write_text(moved)
             agent.wait_for(f"REPORT requestId=during{step}")
-            local_job(folder, f"after{step}")
+            folder.job(f"after{step}")
             agent.wait_for(f"REPORT requestId=after{step}")
         stamps = [line[:13] for line in agent.log.splitlines() if "REPORT" in line]
         assert agent.stop() == 0
@@ -9530,26 +9547,24 @@ def test_setup_uses_nothing_that_bash_3_lacks():
 # --------------------------------------------------------------------------------------------
 
 NUMBERED = [f"line {number}" for number in range(1, 302)]
-# output: (text, bytes that there were, what the log has of it)
+# output: (text, what the log has of it)
 SAID = {
-    "nothing": ("", 0, []),
-    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", 0, NUMBERED[:200]),
-    "one more": ("\n".join(NUMBERED[:201]), 0, [
-        *NUMBERED[:100], "1 lines of stdout are left out here", *NUMBERED[101:201]]),
-    "more than was kept": ("\n".join(NUMBERED), 2 * ng.KEPT_BYTES + 7, [
-        *NUMBERED[:100], "101 lines of stdout are left out here, and 7 bytes that were not kept", *NUMBERED[201:]]),
-    "a long line": ("x" * 60_000, 0, ["x" * 60_000]),
-    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, 0, ["\0" * 9000 + "\U0001f642" * 9000]),
+    "nothing": ("", []),
+    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", NUMBERED[:200]),
+    "one more": ("\n".join(NUMBERED[:201]), [
+        *NUMBERED[:100], "1 of the kept lines of stdout are left out here", *NUMBERED[101:201]]),
+    "a long line": ("x" * 60_000, ["x" * 60_000]),
+    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, ["\0" * 9000 + "\U0001f642" * 9000]),
 }
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("output", SAID)
 def test_log_has_the_ends_of_an_output_in_pieces_of_8_kib(output, form):
-    text, count, wanted = SAID[output]
+    text, wanted = SAID[output]
     log = Heard()
     log.json = form == "json"
-    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text, stdout_bytes=count)).write(log, "r-1")
+    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text)).write(log, "r-1")
     *lines, report = log.lines
     assert "REPORT" in report and max([0, *(len(line.encode()) for line in lines)]) <= 8192
     said = []
@@ -9568,8 +9583,8 @@ def test_log_has_the_ends_of_an_output_in_pieces_of_8_kib(output, form):
 
 def test_log_says_at_debug_when_a_run_starts():
     with local_site() as folder:
-        request_id = local_job(folder, "r-debug")
-        with local(folder, "--drain", "--log-level", "debug") as agent:
+        request_id = folder.job("r-debug")
+        with folder.agent("--drain", "--log-level", "debug") as agent:
             assert agent.end() == 0
         assert re.search(rf"DEBUG \[{request_id}\] a run of .* starts\n(.*\n)*.* REPORT ", agent.log), agent.log
 
@@ -9577,7 +9592,7 @@ def test_log_says_at_debug_when_a_run_starts():
 def test_report_of_what_cannot_be_read_has_the_message_s_id():
     with local_site() as folder:
         (folder.path / "queue" / "no task.json").write_text("{")
-        with local(folder, "--drain") as agent:
+        with folder.agent("--drain") as agent:
             assert agent.end() == 0
         report = reports(agent.log)[-1]
         assert (report["requestId"], report["messageId"]) == ("-", "no_task.json"), agent.log
@@ -9848,7 +9863,7 @@ def test_a_task_of_your_own_from_a_folder(tmp_path):
 
 def tool(path: Path, script: str):
     """An executable shell script at `path`, which stands in for a program."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{script}\n")
     path.chmod(0o755)
 
@@ -9989,17 +10004,34 @@ def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_cli_to_an_agent_of_its_own_environment(shell, tmp_path):
-    shell.run(BLOCKS["cli"] + BLOCKS["send"])
-    install, check, start = BLOCKS["agent"].splitlines()
-    assert "pip install boto3" in install
-    python = f"{shlex.quote(sys.executable)} {MODULE}"
-    for line, more in ((check, " || true"), (start, " --drain")):  # an emulator has no metadata to refuse
-        said = shell.run(line.partition("#")[0].replace(".venv/bin/python nanogrid.py", python) + more,
-                         AGENT_SQS_WAITTIMESECONDS="1", AGENT_TASKBASEDIR=str(tmp_path / "task"))
-        assert re.search("^ok    (queue|bucket|CloudWatch)", said.stdout, re.MULTILINE) or "|" not in more
-    assert "stdout: Result: 42" in said.stderr and reports(said.stderr)[0]["status"] == "ok"
-    assert "Successfully published 1 values" in said.stderr
+def test_the_readme_from_a_function_of_your_own_to_its_results(tmp_path):
+    """Its blocks in their order, in one shell, with the packages that are here in place of pip's."""
+    need("aws")
+    for name in ("application.yml.example", "setup_resources.sh", "nanogrid.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "total").mkdir()
+    for name in ("total/main.py", "send.py", "read.py"):
+        (tmp_path / name).write_text(BLOCKS[name])
+    tool(tmp_path / ".venv" / "bin" / "pip", "exit 0")
+    tool(tmp_path / ".venv" / "bin" / "python", f'exec {sys.executable} "$@"')
+    tool(tmp_path / ".venv" / "bin" / "moto_server", f'exec {sys.executable} -m moto.server "$@"')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    check, start = (line.partition("  #")[0] for line in BLOCKS["agent"].splitlines())
+    lines = ["trap 'kill $(jobs -p)' EXIT", BLOCKS["local"],
+             BLOCKS["boto3"].replace("python3 -m venv .venv", "true"), BLOCKS["emulator"].replace("5000", port),
+             f"until curl -s 127.0.0.1:{port} >curl; do sleep 0.1; done",
+             "./setup_resources.sh --output-queue results", "./setup_resources.sh --test-message",
+             f"{check} || true",  # it looks for the instance metadata, too
+             f"{start} --drain", """url=$(sed -n 's/^ *queueUrl: //p' application.yml | head -n 1)""",
+             "bucket=$(sed -n 's/^ *codeBucket: //p' application.yml)",
+             ".venv/bin/python send.py $url $bucket", f"{start} --drain", ".venv/bin/python read.py ${url%/*}/results"]
+    said = sh("\n".join(lines), tmp_path, {"AGENT_SQS_WAITTIMESECONDS": "1", "AGENT_TASKBASEDIR": str(tmp_path / "task"),
+                                           "AGENT_EXECUTION_CONCURRENCY": "1"}, seconds=600)
+    assert "ok    queue: " in said.stdout and "ok    output queue: " in said.stdout
+    assert "stdout: Result: 42" in said.stderr and "Successfully published 3 values to CloudWatch" in said.stderr
+    for number in range(3):
+        assert re.search(rf"^total-{number} ok total {number + 4} \d+$", said.stdout, re.MULTILINE), said.stdout
 
 
 @pytest.mark.slow
