@@ -9720,6 +9720,7 @@ UNIT = REPOSITORY / "nanogrid.service"
 # The fenced blocks that stand behind a comment `<!-- test: NAME -->`, by name.
 MARKED = re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 BLOCKS = dict(MARKED)
+CLI = "".join(map(BLOCKS.get, ("cli queues", "cli bucket", "cli policy", "cli role")))  # in the page's order
 
 
 def sh(script: str, cwd: Path, env=None, seconds=180, **options) -> subprocess.CompletedProcess:
@@ -9962,7 +9963,6 @@ class Shell:
         # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
         tool(path / "bin" / "aws", f'exec {shutil.which("aws")} --endpoint-url {url} "$@"')
         shutil.copy(REPOSITORY / "application.yml.example", path)
-        (path / "policy.json").write_text(BLOCKS["policy.json"])
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url, "AWS_PAGER": "",
                     "PATH": f"{path / 'bin'}:{os.environ['PATH']}"}
 
@@ -9984,7 +9984,7 @@ def shell(tmp_path):
 @pytest.mark.slow
 def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
     need("flock")
-    shell.run(BLOCKS["cli"] + BLOCKS["send"])
+    shell.run(CLI + BLOCKS["send"])
     command = BLOCKS["cron"].split(" ", 6)[6]
     for there, here in (("/run/", f"{tmp_path}/"), ("/var/log/", f"{tmp_path}/"),
                         ("/opt/nanogrid/venv/bin/python", sys.executable),
@@ -10036,23 +10036,25 @@ def test_the_readme_from_a_function_of_your_own_to_its_results(tmp_path):
 
 @pytest.mark.slow
 def test_what_the_cli_makes_is_what_the_script_makes(shell):
-    shell.run(BLOCKS["cli"])
+    shell.run(CLI)
     Account(shell.url, shell.path).check_set()
 
 
 @pytest.mark.slow
-def test_profile_and_group(shell):
-    ec2 = shell.client("ec2")
-    [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
+def test_profile_on_an_instance(shell):
+    [instance] = shell.client("ec2").run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
     shell.client("iam").create_instance_profile(InstanceProfileName="NanoGridAgentProfile")
-    group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
-    shell.run(BLOCKS["profile"] + BLOCKS["scaling"], INSTANCE=instance["InstanceId"], GROUP=group,
-              SUBNETS=ec2.describe_subnets()["Subnets"][0]["SubnetId"])
-    [version] = ec2.describe_launch_template_versions(LaunchTemplateName="nanogrid")["LaunchTemplateVersions"]
-    made = version["LaunchTemplateData"]
-    assert (made["InstanceType"], made["SecurityGroupIds"]) == (instance["InstanceType"], [group])
-    [association] = ec2.describe_iam_instance_profile_associations()["IamInstanceProfileAssociations"]
+    shell.run(BLOCKS["profile"], INSTANCE=instance["InstanceId"])
+    [association] = shell.client("ec2").describe_iam_instance_profile_associations()["IamInstanceProfileAssociations"]
     assert association["InstanceId"] == instance["InstanceId"]
-    [policy] = shell.client("autoscaling").describe_policies(
-        AutoScalingGroupName="nanogrid")["ScalingPolicies"]
-    assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
+
+
+@pytest.mark.parametrize("block", ["script", "fleet"])
+def test_setup_takes_the_flags_that_the_page_shows(tmp_path, block):
+    """A CLI that refuses all stands in; what the flags make has its own tests."""
+    shutil.copy(SETUP, tmp_path)
+    tool(tmp_path / "bin" / "aws", "exit 254")
+    for line in BLOCKS[block].splitlines():
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=180,
+                              env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, check=False)
+        assert done.returncode == 1 and "failed at: credentials" in done.stderr, done.stderr
