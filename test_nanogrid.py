@@ -10289,11 +10289,11 @@ def test_what_triggers_a_task_sends_one(shell, tmp_path):
     """The lines are run; what the emulator stores and does not deliver is filled in as AWS does it."""
     need("jq")
     url = shell.client("sqs").create_queue(QueueName="nanogrid-task-queue")["QueueUrl"]
-    for bucket in (CODE_BUCKET, "pictures", "results"):
+    for bucket in ("code-bucket", "pictures", "results"):
         shell.run(f"aws s3 mb s3://{bucket} >/dev/null")
     topic = shell.client("sns").create_topic(Name="orders")["TopicArn"]
     (tmp_path / "function.zip").write_bytes(make_zip({"lambda_function.py": ""}))
-    settings = ng.Settings(code_bucket=CODE_BUCKET)
+    settings = ng.Settings(code_bucket="code-bucket")
     env = {"QUEUE_URL": url, "QUEUE_ARN": "arn:aws:sqs:ap-northeast-2:123456789012:nanogrid-task-queue",
            "ACCOUNT_ID": "123456789012", "ROLE_ARN": "arn:aws:iam::123456789012:role/sender",
            "TOPIC_ARN": topic, "OUTPUT_BUCKET": "results"}
@@ -10304,7 +10304,7 @@ def test_what_triggers_a_task_sends_one(shell, tmp_path):
         return ng.parse_task(message["Body"], settings)
 
     shell.run(BLOCKS["queue policy"], **env)
-    shell.run(BLOCKS["lambda"], BUCKET=CODE_BUCKET)
+    shell.run(BLOCKS["lambda"], BUCKET="code-bucket")
     task = received()
     assert (task.handler, task.env, task.input) == (
         "lambda_function.lambda_handler", {"TABLE": "orders"}, b'{"order": 7}')
