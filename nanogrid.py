@@ -2946,6 +2946,7 @@ class Workspace:
                 *((path, stays, 0o1777) for path, stays in self.room.own.items())):
             sweep(path, stays)
             os.chmod(path, mode)
+            os.utime(path)
 
     def is_marked(self) -> bool:
         """Whether a run has left anything on what only another room has anew."""
