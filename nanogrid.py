@@ -2522,7 +2522,7 @@ def _divide(top: str, slots: int, processes: int) -> None:
         Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
-        (slot / "pids.max").write_text(str(processes))
+        (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
@@ -3276,23 +3276,14 @@ class Supervisor:
                 answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.is_spent(),
                        unready=self.unready)
             except OSError as error:  # ConnectionError is one
-                self._fail(run, error)
+                with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+                    self.end_run(self.helpers)
+                # A helper that does not answer is as if it could not be forked.
+                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
-
-    def _fail(self, run: RunSpec, error: OSError) -> None:
-        """End a run that cannot go on, and say what it came to."""
-        with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
-            self.end_run(self.helpers)
-        if self.cgroup and self.cgroup.was_full():  # its cap is less than what its start takes
-            outcome = Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0,
-                              peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
-            answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=True)
-            return
-        # A helper that does not answer is as if it could not be forked.
-        number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-        answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
 
     def is_spent(self) -> bool:
         """Whether a run left what only another supervisor has not: IPC, which ends with its
@@ -3312,7 +3303,15 @@ class Supervisor:
         try:
             helper, start = self._helper(run)
             os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
-            child, started = helper.start(run, self._limits(run))
+            try:
+                child, started = helper.start(run, self._limits(run))
+            except OSError:
+                if not self.cgroup or not self.cgroup.was_full():
+                    raise
+                answer(self.agent, BEGUN)  # its cap is less than what its start takes
+                self.end_run()
+                return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
+                               peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
             self.begun = True
             answer(self.agent, BEGUN)
             started_at = time.time() - (time.monotonic() - started)
