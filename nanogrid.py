@@ -2240,10 +2240,9 @@ sys.exit(status)
 # What runs a handler, as `python -c … FILE FUNCTION RETURNED` and `node -e …`, as Lambda runs it.
 # RETURNED is a pipe for what FUNCTION returns; its time is when the run began.
 PYTHON_HANDLER = r'''
-import json
-import os
 import sys
-import time
+del sys.path[0]  # no module of the function's stands for one of these
+import json, logging, os, time
 
 file, function, returned = sys.argv[1:]
 pipe = open(returned, "w", encoding="utf-8", errors="backslashreplace")
@@ -2262,30 +2261,19 @@ class Context:
     def get_remaining_time_in_millis(self):
         return max(0, int((end - time.time()) * 1000))
 
-class Logging:
-    """A finder of modules: has logging begin as in Lambda, if anything imports it (10 ms)."""
-    def find_spec(name, *_, find=sys.meta_path[-1].find_spec):
-        if name == "logging":
-            sys.meta_path.remove(Logging)
-            spec = find(name)
-            load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (load(module), add_handler(module))
-            return spec
-
-def add_handler(logging):
-    logging.basicConfig(
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
-    handler = logging.root.handlers[0]
-    handler.formatter.converter = time.gmtime
-    handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
+# Functions find a handler there, and change its format or remove it.
+logging.basicConfig(
+    datefmt="%Y-%m-%dT%H:%M:%S",
+    format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
+handler = logging.root.handlers[0]
+handler.formatter.converter = time.gmtime
+handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
 
 def number(value):
     if type(value).__name__ == "Decimal":  # as DynamoDB has numbers
         return int(value) if value == int(value) else float(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
-sys.meta_path.insert(0, Logging)
 try:
     module = file[:-len(".py")].removesuffix("/__init__").replace("/", ".")
     __import__(module)
