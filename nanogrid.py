@@ -2056,31 +2056,30 @@ class CodeCache:
 # agent behind the launcher, for a function without a uid of its own may kill any of them.
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
+USER = "nanogrid"  # the name that a function's user has for it
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
-OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
-RETURNED = "out/returned"  # beside them: what a handler returned, as JSON
+OUTPUTS = ("stdout", "stderr")  # in a slot's feed
+RETURNED = "returned"  # beside them: what a handler returned, as JSON
 MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
-PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
+PR_CAPBSET_READ, PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 23, 24, 24
+PR_SET_SECCOMP, PR_SET_SECUREBITS, SECBIT_NOROOT = 22, 28, 1
 
-# Forks what is exec'd. The kernel starts a child's ru_maxrss at its parent's size, and exec keeps
-# it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks the function. But wait4 gives
-# the supervisor the rusage of its own children alone. So the shell forks a child, that child forks
-# the function, and the function kills that child at once: the kernel then gives the function to
-# the supervisor, which is a subreaper. The function says its pid and waits for the word to begin.
-# A background job would do without that kill, but it would ignore SIGINT.
-FORK_SHELL = """
-while read -r go <&3; do
-  ( cd -P /proc/self && parent=${PWD#/proc/}
-    ( cd -P /proc/self && pid=${PWD#/proc/}
-      kill -9 "$parent"
-      echo "$pid" >&3
-      read -r go <&4 && . "$0" ) ; : )
-  echo >&3
-done
-"""
+# Starts what is exec'd, one shell for each run. The kernel starts a child's ru_maxrss at its
+# parent's size, and exec keeps it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks
+# the function. But wait4 gives the supervisor the rusage of its own children alone. So what the
+# shell forked kills that shell: the kernel then gives it to the supervisor, which is a subreaper.
+# It waits for the word to begin. A background job would do without that kill, but it would ignore
+# SIGINT. The colon keeps a shell from becoming its own last command.
+FORK_SHELL = """( kill -9 $$
+read -r go <&3 || exit
+exec 3<&-
+%s
+unset PWD OLDPWD SHLVL
+exec "$@" )
+:"""
 
 # The ready interpreter: started as `python main.py` in a directory that holds this as main.py,
 # so that argv, flags and /proc/self/cmdline are what they would be; forked once for each run.
@@ -2116,14 +2115,14 @@ def fork_each(channel=3, procs=4):
             os.close(procs)
             return channel, marshal.loads(request)
         pid = 0
-        while pid != child:  # clone(CLONE_PARENT) makes others its children
-            pid, status, usage = os.wait4(-1, 0)
+        while pid != child or os.WIFSTOPPED(status):  # clone(CLONE_PARENT) makes others its
+            pid, status, usage = os.wait4(-1, 0)      # children, ptrace(2) answers with a stop
         os.write(channel, marshal.dumps(("ended", status, usage.ru_maxrss), 2))
 
 def become(channel, request):
     """Turn this fork into the process of the request; its global names and its code."""
     os.setsid()
-    for fd, name in enumerate(("stdin", "out/stdout", "out/stderr")):
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
         path = f"{request['directory']}/feed/{name}"
         opened = os.open(path, os.O_WRONLY if fd else os.O_RDONLY)
         os.dup2(opened, fd)
@@ -2139,6 +2138,9 @@ def become(channel, request):
     for name, value in request["env"].items():  # update() would touch 60 pages more
         os.environ[name] = value
         sys.modules["posix"].environ[name.encode()] = os.fsencode(value)
+    if site := sys.modules.get("site"):
+        site.USER_BASE = site.USER_SITE = None
+        site.getusersitepackages()  # of this HOME
     # From here on the time is the function's.
     os.write(channel, marshal.dumps(("begun", os.getpid(), time.monotonic()), 2))
     os.close(channel)
@@ -2512,7 +2514,7 @@ def _divide(top: str, slots: int, processes: int) -> None:
         Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
-        (slot / "pids.max").write_text(str(processes))
+        (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
@@ -2585,7 +2587,7 @@ class Cgroup:
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
-MS_REC, MS_SLAVE = 16384, 1 << 19
+MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; a right; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MAY_REFER = 444, 445, 446, 1 << 13
@@ -2599,6 +2601,12 @@ METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """mount(2); raises OSError."""
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
+
+
+def make_read_only(path: str) -> None:
+    """Have a mount be read-only; raises OSError."""
+    kept = os.statvfs(path).f_flag & MS_KEPT
+    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
 
 
 def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -2678,14 +2686,16 @@ class Room:
         self.spec, self.feed = spec, f"{spec.directory}/feed"
         self.gaps: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
-        self.files: list[str] = []  # that are hidden
+        self.covers: dict[str, str] = {}  # file of the machine -> what is seen in its place
         self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
         self.ruleset = -1
-        for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
-            os.makedirs(f"{spec.directory}/{name}", exist_ok=True)
-            if name in OWN_TMP.values():
-                sweep(f"{spec.directory}/{name}")
+        self.proc = os.open("/proc", os.O_PATH)  # that of the machine, which can be written to
+        for name in ("own", "feed", "queues", *OWN_TMP.values()):
+            if os.path.lexists(path := f"{spec.directory}/{name}"):
+                remove(path)  # with all that may have been set on it
+            os.mkdir(path)
+        self._name_user()
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
@@ -2693,11 +2703,23 @@ class Room:
                 self._try("functions see this machine's terminals", lambda: mount(
                     "pts", "/dev/pts", "devpts", MS_NOSUID, "ptmxmode=666,mode=620"))
             if not os.geteuid():  # before Linux 5.8, which knows no `invisible`, it is refused
+                # Who lacks CAP_SYS_RESOURCE cannot keep a function from lowering its oom_score_adj.
+                can_keep = kernel("prctl", PR_CAPBSET_READ, CAP_SYS_RESOURCE, 0, 0, 0)
+                flags = MS_NOSUID | MS_NODEV | (0 if can_keep else MS_RDONLY)
                 self._try("functions see other users' processes in /proc", lambda: mount(
-                    "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
-        os.makedirs(f"{self.feed}/out", exist_ok=True)
+                    "proc", "/proc", "proc", flags, "hidepid=invisible"))
         if spec.uid is not None:
             self._try("functions may use the machine's abstract sockets", self._make_ruleset)
+
+    def _name_user(self) -> None:
+        """Write a copy of /etc/passwd that has the slot's user first."""
+        uid, gid = self.spec.uid, self.spec.gid
+        if uid is None:
+            uid, gid = os.getuid(), os.getgid()
+        entry = f"{USER}:x:{uid}:{gid}::{self.spec.directory}/own/home:/bin/sh\n"
+        passwd = Path(self.spec.directory, "passwd")
+        passwd.write_bytes(entry.encode() + read_proc("/etc/passwd"))
+        passwd.chmod(0o644)
 
     def _try(self, effect: str, step: Callable[[], None]) -> bool:
         try:
@@ -2732,7 +2754,9 @@ class Room:
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
         spec, flags = self.spec, MS_NOSUID | MS_NODEV
-        self.files = [path for path in spec.hidden if not os.path.isdir(path)]
+        nothing, passwd = f"{spec.directory}/nothing", f"{spec.directory}/passwd"
+        files = [path for path in spec.hidden if not os.path.isdir(path)]
+        self.covers = {**dict.fromkeys(files, nothing), "/etc/passwd": passwd}
         here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
         # A mount point cannot be renamed or removed, but a plain directory above it can. So the
         # first part of a kept path below its cover becomes a mount point, too.
@@ -2760,11 +2784,10 @@ class Room:
             if path != SHM:
                 mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
-        # Its input, script and outputs are made anew for each run, for next to nothing here: a
-        # file system on disk searches past all inodes that were freed of late.
+        # Its input and outputs are made anew for each run, for next to nothing here: a file system
+        # on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
-        queues = "/dev/mqueue" if os.path.isdir("/dev/mqueue") else f"{self.feed}/queues"
-        os.makedirs(queues, exist_ok=True)
+        queues = "/dev/mqueue" if os.path.isdir("/dev/mqueue") else f"{spec.directory}/queues"
         with contextlib.suppress(OSError):  # a kernel without message queues
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
@@ -2777,6 +2800,8 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
+        if self.spec.uid is None and path != f"{self.spec.directory}/own":
+            make_read_only(path)  # the code, too, is the functions' own user's
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
@@ -2804,10 +2829,9 @@ class Room:
         if SHM in self.own and limits != self.shm_limits:
             mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
             self.shm_limits = limits
-        nothing = f"{self.spec.directory}/nothing"
-        for path in self.files:  # one that was replaced by a rename is not covered any more
-            if os.path.exists(path) and not os.path.samefile(path, nothing):
-                mount(nothing, path, "", MS_BIND)
+        for path, cover in self.covers.items():  # one that was replaced by a rename is so no more
+            if os.path.exists(path) and not os.path.samefile(path, cover):
+                mount(cover, path, "", MS_BIND)
 
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
@@ -2856,22 +2880,57 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
+# ioctl_fs(2): what an owner may set on a directory: flags, generation; struct fsxattr
+FS_IOC_GETFLAGS, FS_IOC_GETVERSION, FS_IOC_FSGETXATTR = 0x80086601, 0x80087601, 0x801C581F
+
+
+def marks(path: str) -> list[object]:
+    """All that the owner of a directory may have set on it, but for its times.
+
+    That is its mode and group, ACLs and extended attributes, flags, generation, project, and
+    whether it is that directory at all. A flag also says that ext4 has given it an index, which
+    stays when it is empty again. Empty for what is no directory that can be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return []
+    try:
+        status = os.fstat(fd)
+        found: list[object] = [status.st_ino, status.st_mode, status.st_uid, status.st_gid]
+        with contextlib.suppress(OSError):  # a file system without any
+            found += [(name, os.getxattr(fd, name)) for name in os.listxattr(fd)]
+        for request, size in (FS_IOC_GETFLAGS, 8), (FS_IOC_GETVERSION, 8), (FS_IOC_FSGETXATTR, 28):
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(fd, request, bytes(size))
+                found += [answer[:8], answer[12:20]]  # between them: how many extents it has
+        return found
+    finally:
+        os.close(fd)
+
+
 class Workspace:
     """A slot's directories, made pristine before a run.
 
     With a uid of its own a function cannot change the package's files, which are root's: they are
-    links, and those that are still there stay. Else all is removed, and copied again.
+    links, and those that are still there stay. Else all is removed, and copied again. A directory
+    stays while nothing was set on it; to make it anew each time is what a package of many files
+    would cost most.
     """
 
     def __init__(self, spec: SlotSpec, room: Room):
         self.spec, self.room = spec, room
-        own = f"{spec.directory}/own"
-        self.work, *self.emptied = [f"{own}/{name}" for name in OWN]
-        self.tidied = {own: OWN, **room.own}  # path -> names that stay there
-        self.on_disk = [own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
+        self.own = f"{spec.directory}/own"
+        self.work, *self.emptied = [f"{self.own}/{name}" for name in OWN]
+        self.on_disk = [self.own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
+        self.made: dict[str, list[object]] = {}  # path of a directory -> its marks
         self.is_tidy = False
+        self.tidy()
+        # The functions' own user has what the room made, too, and no run can have that anew.
+        lasting = () if self.linked else (self.own, room.feed, *room.own)
+        self.lasting = {path: marks(path) for path in lasting}
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
@@ -2887,10 +2946,17 @@ class Workspace:
 
     def tidy(self) -> None:
         """Empty /tmp and the like; raises OSError."""
-        for path, stays in self.tidied.items():
+        self.is_tidy = False
+        sweep(self.own, OWN)
+        os.chmod(self.own, 0o711)
+        for path, stays in self.room.own.items():
             sweep(path, stays)
-            os.chmod(path, 0o1777 if path in self.room.own else 0o711)
+            os.chmod(path, 0o1777)
         self.is_tidy = True
+
+    def is_marked(self) -> bool:
+        """Whether a run has set anything on what only another room has anew."""
+        return any(marks(path) != known for path, known in self.lasting.items())
 
     def _fill(self, path: str, package: str) -> list[str]:
         """Give a directory of the workspace just what one of the package has; those below that."""
@@ -2905,16 +2971,19 @@ class Workspace:
             else:
                 remove(entry.path)
         for name, entry in missing.items():
-            if not is_folder(entry):
+            if is_folder(entry):
+                self._have(f"{path}/{name}", 0o755)
+            else:
                 self.put(entry.path, f"{path}/{name}", follow_symlinks=False)
+        if missing:
+            self.made[path] = marks(path)
         return below
 
     def _feed(self, text: str) -> None:
         """Make the input and the outputs anew: none may see those of the next run."""
         feed = self.room.feed
-        for name in ("stdin", "run", *OUTPUTS, RETURNED):
-            if os.path.lexists(f"{feed}/{name}"):
-                remove(f"{feed}/{name}")
+        sweep(feed)
+        os.chmod(feed, 0o711)
         with open(f"{feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
         for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
@@ -2922,12 +2991,14 @@ class Workspace:
             self._own(f"{feed}/{name}", 0o600)
 
     def _have(self, path: str, mode: int) -> None:
-        """Have a directory of the function's at `path`, whatever a function put there."""
-        if os.path.islink(path) or not os.path.isdir(path):
+        """Have a directory of the function's at `path`, as if it had been made now."""
+        if path not in self.made or marks(path) != self.made[path]:
             if os.path.lexists(path):
-                os.unlink(path)
+                remove(path)
             os.mkdir(path)
-        self._own(path, mode)
+            self._own(path, mode)
+            self.made[path] = marks(path)
+        os.utime(path)
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
@@ -2940,6 +3011,11 @@ class Workspace:
 # --- Helpers: the processes that fork runs ---
 
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
+STOPPED = 0x137F  # a status of wait4(2)
+# linux/audit.h: x86_64, i386, aarch64, arm; the first of three system calls for keys there
+KEY_CALLS = {0xC000003E: 248, 0x40000003: 286, 0xC00000B7: 217, 0x40000028: 309}
+RLIM_NLIMITS = 16  # getrlimit(2)
+IOPRIO_GET = {"x86_64": 252, "aarch64": 31}.get(os.uname().machine, -1)
 
 class Output:
     """One output of a run: its first and its last bytes, and how many there were."""
@@ -2980,147 +3056,176 @@ def write_all(fd: int, content: bytes) -> None:
             content = content[os.write(fd, content):]
 
 
-class Helper:
-    """A confined process that forks a supervisor's runs, one after another."""
+def key_filter() -> bytes:
+    """A seccomp program that knows no add_key(2), request_key(2) and keyctl(2).
 
-    privileged = False  # keeps the supervisor's user, and changes that of its forks
-    done: int  # readable once the run has ended
+    The kernel keeps keys for a user, for days: each run would find those of the one before.
+    """
+    def step(code: int, value: int, jump: int = 0, other: int = 0) -> bytes:
+        return struct.pack("=HBBI", code, jump, other, value)
 
-    def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
-                 files: list[int]):
-        """Exec argv with `files` as its descriptors, but for 3, its end of the channel.
+    program = b""
+    for architecture, first in KEY_CALLS.items():
+        program += step(0x20, 4) + step(0x15, architecture, 0, 5)  # another: go on below
+        program += step(0x20, 0) + step(0x54, 0xBFFFFFFF)  # the call's number, x32's bit taken away
+        program += step(0x35, first, 0, 2) + step(0x25, first + 2, 1, 0)
+        program += step(0x06, 0x50000 | errno.ENOSYS)
+    return program + step(0x06, 0x7FFF0000)  # allowed
 
-        Who writes 0 into the last of them is in the slot's cgroup.
-        """
-        self.room, self.spec = room, room.spec
-        self.runs = 0
+
+def spawn(room: Room, argv: list[str], env: dict[str, str], cwd: str, files: list[int],
+          procs: int = -1) -> int:
+    """The pid of a confined process with `files` as its descriptors 0, 1, 2, …, which it closes.
+
+    With `procs` it is a run's: it has the slot's user, and is in the slot's cgroup. Without, it
+    keeps the supervisor's user, to change that of its forks. Raises OSError.
+    """
+    try:
+        pid = os.fork()
+        if not pid:
+            try:
+                confine(room)
+                kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
+                if procs >= 0:
+                    os.write(procs, b"0")
+                    become_user(room.spec)
+                for target, fd in enumerate(kept):
+                    os.dup2(fd, target)
+                os.closerange(len(files), 1024)
+                os.chdir(cwd)
+                os.execve(argv[0], argv, env)
+            finally:
+                os._exit(127)
+        return pid
+    finally:
+        for fd in set(files):
+            os.close(fd)
+
+
+KEY_FILTER = key_filter()
+
+
+def confine(room: Room) -> None:
+    """In a new child: limits, priority, signals, and what the room keeps from it."""
+    if room.spec.uid is None and not os.getuid():
+        kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
+    # The kernel shares the processors between sessions first (sched(7), autogroup): a function in
+    # its supervisor's session could starve it. So each leads one of its own.
+    os.setsid()
+    for name, value in room.spec.limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
+    with contextlib.suppress(PermissionError):
+        os.write(os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=room.proc), b"1000")
+    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
+    if room.ruleset >= 0:
+        kernel("syscall", LANDLOCK_RESTRICT, room.ruleset, 0)
+    program = ctypes.create_string_buffer(KEY_FILTER)
+    with contextlib.suppress(OSError):  # a kernel without seccomp
+        kernel("prctl", PR_SET_SECCOMP, 2, struct.pack(
+            "HP", len(KEY_FILTER) // 8, ctypes.addressof(program)))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+def become_user(spec: SlotSpec) -> None:
+    """In a new child: the slot's user, without any capability."""
+    uid, gid = spec.uid, spec.gid
+    if uid is not None and gid is not None:
+        with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
+            for capability in range(64):
+                kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+        os.setgroups(spec.groups)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)  # takes all capabilities, too
+
+
+class ForkShell:
+    """Starts a run that is exec'd (FORK_SHELL says how); nothing of it is there for another."""
+
+    def __init__(self, room: Room, procs: int, others: Collection[int]):
+        self.room, self.procs = room, procs
+        self.others = others  # the supervisor's children that are no run's
+
+    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
+        """Start the run; its pid, a child of ours, and when (monotonic). Raises OSError."""
+        lines = []
+        if limits:
+            lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
+                     "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
+                     .format(limits["RLIMIT_NPROC"])]
+        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh", *run.command]
+        read_end, gate = os.pipe()
+        with open(gate, "wb", buffering=0) as word:
+            files = [os.open(f"{self.room.feed}/{name}", flags) for name, flags in (
+                ("stdin", os.O_RDONLY), *((output, os.O_WRONLY) for output in OUTPUTS))]
+            shell = spawn(self.room, argv, {**run.helper_env, **run.env},
+                          f"{self.room.spec.directory}/own/work", [*files, read_end], self.procs)
+            os.waitpid(shell, 0)
+            found = [pid for pid in children_of(os.getpid()) if pid not in self.others]
+            if len(found) != 1:
+                raise NotBegun(errno.EAGAIN, "no shell could be forked for the function")
+            self.done = os.pidfd_open(found[0])  # Linux 5.3
+            started = time.monotonic()
+            word.write(b"\n")
+        return found[0], started
+
+    def wait(self, child: int) -> tuple[int, int]:
+        """(status, ru_maxrss in KiB) of the run, once it has ended."""
+        status = STOPPED
+        while os.WIFSTOPPED(status):  # by itself, as traced by us: that is no end
+            _, status, usage = os.wait4(child, 0)
+        os.close(self.done)
+        return status, usage.ru_maxrss
+
+
+def traits(pid: int) -> list[object]:
+    """All that another process of its user can set on a process: its forks have it, too."""
+    scheduling = os.sched_getscheduler(pid), os.sched_getparam(pid).sched_priority
+    return [*(resource.prlimit(pid, kind) for kind in range(RLIM_NLIMITS)),
+            os.sched_getaffinity(pid), os.getpriority(os.PRIO_PROCESS, pid), scheduling,
+            LIBC.syscall(IOPRIO_GET, 1, pid)]
+
+
+class ReadyPython:
+    """An interpreter that has started and is forked for each run (READY_PYTHON)."""
+
+    def __init__(self, room: Room, env: dict[str, str], procs: int, interpreter: str):
+        """Start it; raises ConnectionError when it cannot be kept ready."""
+        self.spec, self.runs = room.spec, 0
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        files[3:3] = [theirs.detach()]
+        null = os.open(os.devnull, os.O_RDWR)
+        unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
+        self.pid = spawn(room, [interpreter, "main.py"], env, os.path.dirname(self.spec.shell),
+                         [null, output, output, theirs.detach(), os.dup(procs)])
+        os.close(unread)
+        self.done = self.channel.fileno()
         try:
-            self.pid = os.fork()
-            if not self.pid:
-                try:
-                    self._confine(files)
-                    os.chdir(cwd)
-                    os.execve(argv[0], argv, env)
-                finally:
-                    os._exit(127)
-        finally:
-            for fd in set(files):
-                os.close(fd)
+            self.receive(30)
+            self.traits = traits(self.pid)
+            threads = len(os.listdir(f"/proc/{self.pid}/task")) - 1
+            if threads or children_of(self.pid):  # no fork has them, but the locks that they hold
+                raise ConnectionError(f"it starts {threads} threads and "
+                                      f"{len(children_of(self.pid))} processes of its own (in a "
+                                      ".pth file or sitecustomize)")
+        except ConnectionError:
+            self.close()
+            raise
 
-    def _confine(self, files: list[int]) -> None:
-        """In the new child: user, limits, and descriptors 0, 1, 2, … from `files` alone."""
-        if self.spec.uid is None and not os.getuid():
-            kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
-        # The kernel shares the processors between sessions first (sched(7), autogroup): a function
-        # in its supervisor's session could starve it. So a helper leads one of its own. What is
-        # exec'd stays in it and in the helper's process group. It may end both: the next run then
-        # has another helper.
-        os.setsid()
-        for name, value in self.spec.limits.items():
-            resource.setrlimit(getattr(resource, name), (value, value))
-        # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
-        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
-        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
-        if self.room.ruleset >= 0:
-            kernel("syscall", LANDLOCK_RESTRICT, self.room.ruleset, 0)
-        kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
-        for target, fd in enumerate(kept):
-            os.dup2(fd, target)
-        os.closerange(len(files), 1024)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        uid, gid = self.spec.uid, self.spec.gid
-        if uid is not None and gid is not None and not self.privileged:
-            with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
-                for capability in range(64):
-                    kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
-            os.setgroups(self.spec.groups)
-            os.setresgid(gid, gid, gid)
-            os.setresuid(uid, uid, uid)  # takes all capabilities, too
+    def is_as_made(self) -> bool:
+        """Whether no run has killed or changed it: as an ordinary user each could."""
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        return self.spec.uid is not None or traits(self.pid) == self.traits
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
-        signal_all([self.pid], signal.SIGCONT)  # a run of its uid may have stopped it
+        signal_all([self.pid], signal.SIGCONT)  # a run of its user may have stopped it
         if not select.select([self.channel], [], [], seconds)[0]:
             raise ConnectionError("what forks the functions does not answer")
         if answer := self.channel.recv(1000):
             return answer
         raise ConnectionError("what forks the functions has ended")
-
-    def close(self) -> None:
-        """End it; what stood below it becomes ours."""
-        self.channel.close()
-        signal_all([self.pid], signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
-
-
-class ForkShell(Helper):
-    """A shell that forks what is exec'd (FORK_SHELL says why)."""
-
-    def __init__(self, room: Room, env: dict[str, str], procs: int):
-        gate, self.gate = os.pipe()
-        null = os.open(os.devnull, os.O_RDWR)
-        super().__init__(room, [room.spec.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
-                         env, "/", [null, null, null, gate, os.dup(procs)])
-
-    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
-        """Start the run; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
-        feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.spec.directory}/own/work")
-        lines = ["echo 0 >&5"]
-        if limits:
-            data_kib, processes = limits["RLIMIT_DATA"] // 1024, limits["RLIMIT_NPROC"]
-            lines += [f"ulimit -d {data_kib}",
-                      f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}"]  # bash; dash
-        lines = [*lines, f"cd {work}", "unset PWD OLDPWD SHLVL",
-                 *(f"export {name}={shlex.quote(value)}" for name, value in run.env.items()),
-                 (f"exec {shlex.join(run.command)} <{feed}/stdin "
-                  f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&- 5>&-")]
-        with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
-            file.write("\n".join((*lines, "")))
-        self.channel.send(b"\n")
-        answer = self.receive()
-        while answer.count(b"\n") < 2:
-            answer += self.receive()
-        child = int(answer)
-        self.done = os.pidfd_open(child)  # Linux 5.3
-        started = time.monotonic()
-        os.write(self.gate, b"\n")
-        return child, started
-
-    def wait(self, child: int) -> tuple[int, int]:
-        """(status, ru_maxrss in KiB) of the run, once it has ended."""
-        _, status, usage = os.wait4(child, 0)
-        os.close(self.done)
-        return status, usage.ru_maxrss
-
-    def close(self) -> None:
-        super().close()
-        os.close(self.gate)
-
-
-class ReadyPython(Helper):
-    """An interpreter that has started and is forked for each run (READY_PYTHON)."""
-
-    privileged = True
-
-    def __init__(self, room: Room, env: dict[str, str], procs: int, interpreter: str):
-        directory = os.path.dirname(room.spec.shell)
-        null = os.open(os.devnull, os.O_RDWR)
-        unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
-        super().__init__(room, [interpreter, "main.py"], env, directory,
-                         [null, output, output, os.dup(procs)])
-        os.close(unread)
-        self.done = self.channel.fileno()
-        self.receive(30)
-        threads, children = len(os.listdir(f"/proc/{self.pid}/task")) - 1, children_of(self.pid)
-        if threads or children:  # no fork has its threads, but the locks that they hold
-            self.close()
-            raise ConnectionError(f"it starts {threads} threads and {len(children)} processes of "
-                                  "its own (in a .pth file or sitecustomize)")
 
     def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of the interpreter, and when. Raises ConnectionError."""
@@ -3138,6 +3243,13 @@ class ReadyPython(Helper):
         """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
         _, status, peak_kib = marshal.loads(self.receive())
         return status, peak_kib
+
+    def close(self) -> None:
+        """End it; what stood below it becomes ours."""
+        self.channel.close()
+        signal_all([self.pid], signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
 
 
 # --- The supervisor: one run from its workspace to its outcome ---
@@ -3191,9 +3303,10 @@ class Supervisor:
         self.procs = self.cgroup.procs if self.cgroup else os.open(os.devnull, os.O_WRONLY)
         self.room = Room(spec)
         self.workspace = Workspace(spec, self.room)
-        self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
+        self.helpers: dict[str, ReadyPython] = {}  # by interpreter
         self.unready: dict[str, str] = {}  # an interpreter that is not kept ready: why
         self.begun = False  # whether the function of the run has begun
+        self.traits = traits(os.getpid())
         spec.limits.update(allowed(spec.limits))
 
     def work(self) -> None:
@@ -3207,27 +3320,23 @@ class Supervisor:
                 outcome = self.run(run)
                 outcome = with_returned(outcome) if run.has_handler else replace(
                     outcome, returned="")
-                # What is left of IPC ends with its namespace, and that with its supervisor.
-                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc(),
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.is_spent(),
                        unready=self.unready)
             except OSError as error:  # ConnectionError is one
-                self._fail(run, error)
+                with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+                    self.end_run(self.helpers)
+                # A helper that does not answer is as if it could not be forked.
+                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
 
-    def _fail(self, run: RunSpec, error: OSError) -> None:
-        """End a run that cannot go on, and say what it came to."""
-        with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
-            self.end_run(self.helpers)
-        if self.cgroup and self.cgroup.was_full():  # its cap is less than what its start takes
-            outcome = Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0,
-                              peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
-            answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=True)
-            return
-        # A helper that does not answer is as if it could not be forked.
-        number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-        answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
+    def is_spent(self) -> bool:
+        """Whether a run left what only another supervisor has not: IPC, which ends with its
+        namespace; as an ordinary user, what was set on the room's directories or this process."""
+        return (self.room.has_ipc() or self.workspace.is_marked()
+                or self.spec.uid is None and traits(os.getpid()) != self.traits)
 
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end. Raises OSError."""
@@ -3241,7 +3350,15 @@ class Supervisor:
         try:
             helper, start = self._helper(run)
             os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
-            child, started = helper.start(run, self._limits(run))
+            try:
+                child, started = helper.start(run, self._limits(run))
+            except OSError:
+                if not self.cgroup or not self.cgroup.was_full():
+                    raise
+                answer(self.agent, BEGUN)  # its cap is less than what its start takes
+                self.end_run()
+                return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
+                               peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
             self.begun = True
             answer(self.agent, BEGUN)
             started_at = time.time() - (time.monotonic() - started)
@@ -3288,11 +3405,9 @@ class Supervisor:
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
-        self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
-            os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
         if run.interpreter and run.interpreter not in self.unready:
             ready = self.helpers.get(run.interpreter)
-            if ready and ready.runs < READY_RUNS:
+            if ready and ready.runs < READY_RUNS and ready.is_as_made():
                 return ready, "warm"
             self._close([run.interpreter])
             try:
@@ -3302,9 +3417,8 @@ class Supervisor:
             except ConnectionError as error:  # it is too old, or a wrapper, or does more than start
                 self.unready[run.interpreter] = str(error)
                 self.end_run()
-        if "" not in self.helpers:
-            self.helpers[""] = ForkShell(self.room, run.helper_env, self.procs)
-        return self.helpers[""], "cold"
+        others = [helper.pid for helper in self.helpers.values()]
+        return ForkShell(self.room, self.procs, others), "cold"
 
     def _close(self, names: Iterable[str]) -> None:
         """End those of these helpers that there are."""
@@ -3344,8 +3458,11 @@ def launch(control: socket.socket, cgroups: str) -> None:
     kernel("prctl", PR_SET_DUMPABLE, 0)
     kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
     kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # A handler that does nothing, for "ignored" would last through exec into the functions.
-    # nohup and a shell's `&` leave some ignored, too.
+    # What ignores or blocks a signal hands that on, through exec, into the functions.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # A handler that does nothing is not handed on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
@@ -3476,7 +3593,7 @@ class Watch:
             if time.monotonic() > self.deadline:
                 break
             if len(pids) == 1:
-                together = int((size.split() or [0, 0])[1]) * PAGE
+                together = int((size.split() or [b"0", b"0"])[1]) * PAGE
             # Who is between vfork and exec has its parent's memory, not a copy of it.
             elif size != sizes.get(parent_of(pid)):
                 found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
@@ -4133,10 +4250,16 @@ class Slots:
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
                   "RLIMIT_FSIZE": self.settings.max_file_mb * MIB}
         cgroup = f"{self.cgroups}/slot{number}" if self.cgroups else ""
-        # A link needs code and workspace under one mount: that of all slots.
+        # A link needs code and workspace under one mount: that of all slots. Who has no uid of its
+        # own has copies, and could change the code: it sees no other slot, and that read-only.
+        hidden, shown = self.hidden, [self.base]
+        if uid is None:
+            hidden = sorted({*hidden, str(self.base)})
+            shown = [self.base / "code", self.shell, self.base / "main.py", directory,
+                     directory / "own"]
         return SlotSpec(str(directory), uid, gid, groups, cgroup,
                         self.settings.max_processes + self.other_tasks, str(self.shell), limits,
-                        self.settings.network, tuple(self.hidden), (*self.shown, str(self.base)))
+                        self.settings.network, tuple(hidden), (*self.shown, *map(str, shown)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
@@ -4227,9 +4350,11 @@ class Slots:
     def run_spec(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> RunSpec:
         """What runs a package, or compiles it if it is a source; raises Ended and Outage."""
         entry = find_entry(package.path, task.runtime, task.handler)
-        helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
-                      "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
-        env = {**task.env, "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
+        # The ready interpreter is root's: its HOME is where nobody can make anything.
+        helper_env = {**BASE_ENV, "PATH": self.path, "HOME": os.devnull}
+        env = {**task.env, "HOME": f"{slot.own}/home", "TMPDIR": f"{slot.own}/tmp",
+               "OUTPUT_DIR": slot.output, "USER": USER, "LOGNAME": USER,
+               "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
         if task.handler:
             env.update({
