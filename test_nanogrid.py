@@ -2887,13 +2887,13 @@ def test_duration_is_what_the_function_itself_sees(timed, kind):
     results = [timed[f"{kind}-{n}"] for n in range(5)]
     more = [each["durationMillis"] - float(each["stdout"]) for each in results]
     assert min(more) >= -1, results  # a whole number of milliseconds
-    assert min(more) <= 500, results  # how near it comes is the benchmark's business
+    assert min(more) <= 500 * busy(), results  # how near it comes is the benchmark's business
 
 
 @pytest.mark.parametrize("name", ["sleeps", "spins", "stops its group"])
 def test_a_run_has_its_time_limit_and_not_much_more(timed, name):
     durations = [int(report["durationMillis"]) for report in timed.reports[slug(name)]]
-    assert 399 <= min(durations) <= 5400, durations  # the best of three takes
+    assert 399 <= min(durations) <= 400 + 5000 * busy(), durations  # the best of three takes
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root to read the memory of other users' processes")
@@ -6646,7 +6646,7 @@ def fault_trial(moto: str, what: str, fault: str):
         if what in ("code", "visibility"):
             assert {each["receiveCount"] for each in reports(log)} == {"1"}, log
         if what in ("receive", "delete", "metrics"):
-            assert cpu < 0.01, f"{cpu:.1%} of a core meanwhile\n{log}"
+            assert cpu < 0.01 * busy(), f"{cpu:.1%} of a core meanwhile\n{log}"
         if what == "visibility":
             assert len(aws.proxy.received) == 2, f"the lease was lost\n{log}"
         if what == "start":
@@ -6798,7 +6798,7 @@ def outage_trial(moto: str, what: str, seconds: float):
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
+        assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert runs_in(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
             [("ok", "1")] * len(JOBS), agent.log
@@ -6870,7 +6870,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
             begun, used = time.monotonic(), cpu_seconds(first.process.pid)
             time.sleep(seconds)
             used = (cpu_seconds(first.process.pid) - used) / (time.monotonic() - begun)
-            assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
+            assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
             last = first
             if number:
                 first.stop(number)
@@ -7125,16 +7125,16 @@ OWN_TROUBLES = {"status 503": True, "black hole": True, "denied": False}
 def own_trouble_trial(moto: str, fault: str):
     """More of its messages than there are slots; the other functions' go on, and so do these at its end."""
     waits = OWN_TROUBLES[fault]
-    with site(moto, visibility=30, receives=9) as aws, start(aws, execution={"concurrency": 2}) as agent:
+    with site(moto, visibility=30, receives=9) as aws, aws.agent(execution={"concurrency": 2}) as agent:
         aws.put(marker(), "bad.zip")
-        job(aws, "good0")
+        aws.job("good0")
         until_settled(aws, agent)
         aws.proxy.fail("GetObject *bad.zip*", fault)
         for number in range(8):
-            job(aws, f"bad{number}", key="bad.zip")
+            aws.job(f"bad{number}", key="bad.zip")
         until(lambda: aws.proxy.count("GetObject", fault), what="a try")
         for number in range(1, 31):
-            job(aws, f"good{number}")
+            aws.job(f"good{number}")
         until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
         assert not done(agent, "bad"), agent.log
         aws.proxy.heal()
@@ -7162,7 +7162,7 @@ def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_cha
             aws.send(f"corrupt{number}", key="corrupt.zip")
             aws.send(f"source{number}", key="source.zip", runtime="cpp")
         time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
-        with start(aws, runtimes={"cpp": compiler}) as agent:
+        with aws.agent(runtimes={"cpp": compiler}) as agent:
             until_settled(aws, agent, 10)
             gets = [seen.path for seen in aws.proxy.requests if seen.operation == "GetObject"]
             assert len(gets) == 2 and len((aws.path / "compiled").read_text()) <= 2, gets
@@ -7177,9 +7177,9 @@ def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_cha
 @trial
 def no_run_starts_under_a_lease_that_is_lost(moto):
     """The agent is stopped while a run's code is on its way, for longer than the lease."""
-    with site(moto, visibility=6, receives=9) as aws, start(aws) as agent:
+    with site(moto, visibility=6, receives=9) as aws, aws.agent() as agent:
         aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
-        job(aws)
+        aws.job()
         until(lambda: aws.proxy.count("GetObject"), what="the fetch")
         agent.process.send_signal(signal.SIGSTOP)
         time.sleep(8)
@@ -7195,13 +7195,13 @@ def no_run_starts_under_a_lease_that_is_lost(moto):
 @trial
 def permission_that_is_granted_later_is_used(moto):
     prefix = [sys.executable, "-c", PATCHED.format("ng.PERMISSION_SECONDS = 1")]
-    with site(moto, visibility=15, receives=1) as aws, start(aws, prefix=prefix) as agent:
+    with site(moto, visibility=15, receives=1) as aws, aws.agent(prefix=prefix) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
-        job(aws, "early", timeoutMs=60000)
+        aws.job("early", timeoutMs=60000)
         agent.wait_for("REPORT requestId=early .*reason=visibility")
         aws.proxy.heal()
         time.sleep(1.5)
-        job(aws, "late", timeoutMs=60000)
+        aws.job("late", timeoutMs=60000)
         agent.wait_for("REPORT requestId=late .*status=ok")
         assert agent.stop() == 0 and "is granted" in agent.log
 
@@ -7209,13 +7209,13 @@ def permission_that_is_granted_later_is_used(moto):
 @trial
 def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
     """Short runs, then long ones: another agent could have them. Nothing more is taken ahead then."""
-    with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
+    with site(moto, visibility=600) as aws, aws.agent(execution={"concurrency": 1}) as agent:
         for number in range(30):
-            job(aws, f"quick{number}")
+            aws.job(f"quick{number}")
         until_settled(aws, agent)
         aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
         for number in range(10):
-            job(aws, f"slow{number}", sleep=20)
+            aws.job(f"slow{number}", sleep=20)
         until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
         until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
         given = [each for each in reports(agent.log) if each["requestId"].startswith("slow")]
@@ -7228,8 +7228,8 @@ def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
 def second_signal_does_not_wait_for_an_upload(moto):
     with site(moto, visibility=600) as aws:
         aws.proxy.fail("PutObject|PutMetricData", "black hole")
-        with start(aws, output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
-            job(aws)
+        with aws.agent(output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
+            aws.job()
             until(lambda: aws.proxy.count("PutObject"), what="the upload")
             agent.process.send_signal(signal.SIGTERM)
             agent.wait_for("stopping: ")
@@ -7241,8 +7241,8 @@ def second_signal_does_not_wait_for_an_upload(moto):
 @trial
 def delete_is_sent_though_the_lease_has_run_out(moto):
     """Nobody else received it: its newest handle still deletes it, and it does not go to the DLQ."""
-    with site(moto, visibility=5, receives=1) as aws, start(aws) as agent:
-        job(aws, sleep=2)
+    with site(moto, visibility=5, receives=1) as aws, aws.agent() as agent:
+        aws.job(sleep=2)
         until_ran(aws.path)
         aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*|ReceiveMessage", "reset")
         agent.wait_for("the lease of message .* is lost")
@@ -7262,7 +7262,7 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
     with site(moto, visibility=600, receives=9) as aws:
         aws.put(BALLAST)
         aws.proxy.fail("PutObject", "denied")
-        with start(aws, prefix=prefix, output={"bucket": aws.bucket}) as agent:
+        with aws.agent(prefix=prefix, output={"bucket": aws.bucket}) as agent:
             aws.send("first")
             agent.wait_for("REPORT requestId=first .*reason=output")
             aws.send("second")
@@ -7273,8 +7273,8 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
 
 @pytest.mark.parametrize("seconds", [0, 1])
 def test_a_queue_whose_visibility_timeout_is_too_short_is_served(moto, seconds):
-    with site(moto, visibility=seconds) as aws, start(aws) as agent:
-        job(aws, sleep=3)
+    with site(moto, visibility=seconds) as aws, aws.agent() as agent:
+        aws.job(sleep=3)
         until_settled(aws, agent)
         assert agent.stop() == 0 and runs_in(aws.path) == {"r1": 1} and not mishaps(agent.log)
 
@@ -7321,7 +7321,7 @@ def test_run_whose_preparation_does_not_end_has_not_begun():
 def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
     with site(moto, visibility=600) as aws:
         aws.send(body="no JSON {")
-        with start(aws, "--drain", wait=0) as agent:
+        with aws.agent("--drain", wait=0) as agent:
             assert agent.end() == 0
         assert len(reports(agent.log)) == 3 and dead(aws) == 1
 
@@ -7329,7 +7329,7 @@ def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
 def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(moto):
     with site(moto) as aws:
         aws.proxy.fail("ReceiveMessage", "reset")
-        with start(aws, "--drain", execution={"patienceSeconds": 2}) as agent:
+        with aws.agent("--drain", execution={"patienceSeconds": 2}) as agent:
             assert agent.end() == 1
         assert "the drain is given up after" in agent.log and "Traceback" not in agent.log
 
@@ -7437,7 +7437,7 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         cpu = cpu_seconds(pid)
         time.sleep(5)
         assert agent.process.poll() is None, agent.log
-        assert cpu_seconds(pid) - cpu < 1.0
+        assert cpu_seconds(pid) - cpu < 1.0 * busy()
         resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
         until(lambda: metric_values(aws, aws.name) >= 1, what="the value that could not be sent")
         finish(aws, agent)
