@@ -1,19 +1,21 @@
 """Tests of NanoGrid, in the order of the module: real processes, real HTTP, real files.
 
 To add a test, find the part of nanogrid.py that you changed: its tests stand below the same banner.
+A new row in a table is mostly enough:
+    YAML, settings, tasks, zips                the tables beside their tests; REFUSED for zips
+    how a function ends                        RUNS, CAPPED; with a cgroup v2 COUNTED
+    what it cannot do, see or hide             CONFINED, ROOM, HOARDS
+    what it leaves running, or to the next run ESCAPES, LEFTOVERS, OUTPUTS, DISKS
+    a warm Python as a bare one, a handler as Lambda calls it, a program that is compiled
+                                               PROGRAMS, HANDLED, BUILT
+    what AWS answers, what fails for a while   AWS_ERRORS, CHECKED, SCENES, OUTAGES
+A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py; `--- other.py`
+begins another file. All its rows are one drain, and each is then a test of its result.
 
-A new row in a table is mostly enough. What is read or refused: the tables beside `parse_yaml`,
-Settings, Tasks and Zips (REFUSED). A function and how it ends: RUNS; what it may not do: CONFINED;
-what it hides memory or files in: HOARDS; what it leaves behind: ESCAPES; what a warm Python must do
-as a bare one: the tables of "a warm start". An answer of AWS's: AWS_ERRORS. A fault: SCENES and
-OUTAGES. A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py;
-`--- other.py` begins another file. All its rows are one drain, and each is then a test of its result.
-
-Else write a test, for one of these worlds:
-    Agent      nanogrid.py as a process, whose log is read as it comes
+Else write a test, for one of these worlds (each has put(), job() and agent()):
     Folder     --local: `with Folder("ordinary") as folder:`, or the fixture grids(user, SETTING=…)
     site(moto) SQS, S3 and CloudWatch in an emulator, behind a proxy that fails as it is told to
-    Party      the parts of the agent before answers of AWS's that the test writes
+and Party, the parts of the agent before answers of AWS's that the test writes.
 Functions tell what they did to a witness (`tell`, `marker`): they share no directory with the tests.
 
 Wait with until(), for a condition; never for a time, and assert no time that a busy machine breaks.
