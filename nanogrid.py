@@ -1401,7 +1401,7 @@ class SqsQueue:
         self.has_dlq = False
         self.attributes_due = 0.0
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: to be tried
-        self.denied_at = 0.0
+        self.denied_at = 0.0  # 0: it is not
         self.lock = threading.Lock()
         self.sending = threading.Lock()  # so that one failure is said once
         self.in_flight: dict[str, Message] = {}  # by id, each as it was received last
@@ -1478,30 +1478,22 @@ class SqsQueue:
 
     def _delay(self, message: Message, status: str) -> int:
         """The seconds until a message that is returned is visible again."""
-        receives = message.receive_count
-        if status == "rejected" and not self.has_dlq:
-            receives -= AT_ONCE  # not every emulator says that there is one
-        elif not FATES[status].is_delayed:
+        is_delayed, tries = FATES[status].is_delayed, message.receive_count
+        if status == "rejected" and not self.has_dlq:  # not every emulator says that there is one
+            is_delayed, tries = tries > AT_ONCE, tries - AT_ONCE
+        if not is_delayed:
             return 0
-        if receives < 1:
-            return 0
-        delay = ERROR_DELAY_SECONDS * 4 ** min(receives - 1, 6)
+        delay = ERROR_DELAY_SECONDS * 4 ** min(tries - 1, 6)
         return int(min(delay, message.last - time.monotonic()))
 
     def lease_ends(self, message: Message, needed: float = 0) -> float:
         """When the message will no longer be ours; inf: its lease is kept alive."""
         newest = self.in_flight[message.id]
-        if self._may_change() is None and newest.ends - 1 < needed:
+        if self.may_change is None and newest.ends - 1 < needed:
             with self.sending:
                 self._send("keep", [newest])
         is_over = newest.is_lost or newest.ends <= time.monotonic()
-        return newest.ends - 1 if is_over or self._may_change() is False else math.inf
-
-    def _may_change(self) -> bool | None:
-        """Whether ChangeMessageVisibility is permitted; None: to be tried (again)."""
-        if self.may_change is False and time.monotonic() > self.denied_at + PERMISSION_SECONDS:
-            return None  # a new policy takes minutes to hold
-        return self.may_change
+        return newest.ends - 1 if is_over or self.may_change is False else math.inf
 
     def is_empty(self) -> bool:
         """Whether no message is visible; what is in flight elsewhere is not ours."""
@@ -1538,11 +1530,12 @@ class SqsQueue:
     def _due(self, now: float) -> dict[str, list[Message]]:
         """The messages to keep, return and delete now."""
         due: dict[str, list[Message]] = {"keep": [], "return": [], "delete": []}
-        may_change = self._may_change()
+        if self.may_change is False and now > self.denied_at + PERMISSION_SECONDS:
+            self.may_change = None  # a new policy takes minutes to hold
         for key, message in list(self.in_flight.items()):
             action = message.action
             is_over = message.ends <= now
-            if action == "return" and (is_over or may_change is False):
+            if action == "return" and (is_over or self.may_change is False):
                 del self.in_flight[key]  # SQS makes it visible by itself
                 continue
             if is_over and not message.is_lost:
@@ -1552,7 +1545,7 @@ class SqsQueue:
             if action != "keep" and self.requests[action].retry_at <= now:
                 due[action].append(message)
             if (action != "return" and not is_over and message.beat <= now < message.last - 1
-                    and may_change is not False):
+                    and self.may_change is not False):
                 message.beat = now + max(0.5, (message.ends - now) / 3)  # again, if this one fails
                 due["keep"].append(message)
         whole_batches = due["delete"][:len(due["delete"]) // BATCH * BATCH]
@@ -1573,7 +1566,7 @@ class SqsQueue:
         answer, error = attempt(call, QueueUrl=self.url, Entries=entries)
         if error and action != "delete" and is_denied(error):
             with self.lock:
-                if self.may_change is not False:
+                if not self.denied_at:
                     self.log("WARNING", "no lease is extended, and tasks over the queue's "
                              f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
                 self.may_change, self.denied_at = False, asked
@@ -1589,9 +1582,9 @@ class SqsQueue:
             return False
         with self.lock:
             if action != "delete":
-                if self.may_change is False:
+                if self.denied_at:
                     self.log("INFO", "leases are extended: sqs:ChangeMessageVisibility is granted")
-                self.may_change = True
+                self.may_change, self.denied_at = True, 0.0
             for entry, message in zip(entries, messages):
                 is_final, said = failed.get(entry["Id"], (False, ""))
                 if is_final:  # its handle holds no longer, as after a delete whose answer was lost
@@ -2240,10 +2233,9 @@ sys.exit(status)
 # What runs a handler, as `python -c … FILE FUNCTION RETURNED` and `node -e …`, as Lambda runs it.
 # RETURNED is a pipe for what FUNCTION returns; its time is when the run began.
 PYTHON_HANDLER = r'''
-import json
-import os
 import sys
-import time
+del sys.path[0]  # no module of the function's stands for one of these
+import json, logging, os, time
 
 file, function, returned = sys.argv[1:]
 pipe = open(returned, "w", encoding="utf-8", errors="backslashreplace")
@@ -2262,30 +2254,19 @@ class Context:
     def get_remaining_time_in_millis(self):
         return max(0, int((end - time.time()) * 1000))
 
-class Logging:
-    """A finder of modules: has logging begin as in Lambda, if anything imports it (10 ms)."""
-    def find_spec(name, *_, find=sys.meta_path[-1].find_spec):
-        if name == "logging":
-            sys.meta_path.remove(Logging)
-            spec = find(name)
-            load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (load(module), add_handler(module))
-            return spec
-
-def add_handler(logging):
-    logging.basicConfig(
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
-    handler = logging.root.handlers[0]
-    handler.formatter.converter = time.gmtime
-    handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
+# Functions find a handler there, and change its format or remove it.
+logging.basicConfig(
+    datefmt="%Y-%m-%dT%H:%M:%S",
+    format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
+handler = logging.root.handlers[0]
+handler.formatter.converter = time.gmtime
+handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
 
 def number(value):
     if type(value).__name__ == "Decimal":  # as DynamoDB has numbers
         return int(value) if value == int(value) else float(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
-sys.meta_path.insert(0, Logging)
 try:
     module = file[:-len(".py")].removesuffix("/__init__").replace("/", ".")
     __import__(module)
@@ -2521,7 +2502,7 @@ def _divide(top: str, slots: int, processes: int) -> None:
         Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
-        (slot / "pids.max").write_text(str(processes))
+        (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
@@ -3330,23 +3311,14 @@ class Supervisor:
                 answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.is_spent(),
                        unready=self.unready)
             except OSError as error:  # ConnectionError is one
-                self._fail(run, error)
+                with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+                    self.end_run(self.helpers)
+                # A helper that does not answer is as if it could not be forked.
+                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
-
-    def _fail(self, run: RunSpec, error: OSError) -> None:
-        """End a run that cannot go on, and say what it came to."""
-        with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
-            self.end_run(self.helpers)
-        if self.cgroup and self.cgroup.was_full():  # its cap is less than what its start takes
-            outcome = Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0,
-                              peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
-            answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=True)
-            return
-        # A helper that does not answer is as if it could not be forked.
-        number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-        answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
 
     def is_spent(self) -> bool:
         """Whether a run left what only another supervisor has not: IPC, which ends with its
@@ -3366,7 +3338,15 @@ class Supervisor:
         try:
             helper, start = self._helper(run)
             os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
-            child, started = helper.start(run, self._limits(run))
+            try:
+                child, started = helper.start(run, self._limits(run))
+            except OSError:
+                if not self.cgroup or not self.cgroup.was_full():
+                    raise
+                answer(self.agent, BEGUN)  # its cap is less than what its start takes
+                self.end_run()
+                return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
+                               peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
             self.begun = True
             answer(self.agent, BEGUN)
             started_at = time.time() - (time.monotonic() - started)
@@ -4539,6 +4519,7 @@ class Turn:
     message: Message
     report: Report  # what is known so far
     task: Task | None = None  # None: it was refused before it was understood
+    memory_mb: int = 0  # that it takes up in a slot
     package: Package | None = None  # its code, once that is here
     is_done: bool = False  # its outcome is known: it only has to be stored, and ended
     has_begun: bool = False  # it runs, or its result is being stored: a shutdown lets it finish
@@ -4554,11 +4535,6 @@ class Turn:
     result: dict[str, Any] = field(default_factory=dict)  # for result.json
     ran_before: bool = False  # when it was here before, and could not be stored
     size: int = 0  # in bytes, of what it left then
-
-    @property
-    def memory_mb(self) -> int:
-        """What it takes up in a slot."""
-        return self.task.memory_mb if self.task else 0
 
 
 class Agent:
@@ -4801,7 +4777,7 @@ class Agent:
         else:
             try:
                 turn.task = task = parse_task(message.body, self.settings, any_bucket=self.local)
-                turn.report = replace(turn.report, **task.known())
+                turn.report, turn.memory_mb = replace(turn.report, **task.known()), task.memory_mb
                 ends = time.monotonic() + task.timeout_ms / 1000
                 if ends > self.queue.lease_ends(message, ends):
                     raise rejected("visibility", f"timeoutMs {task.timeout_ms} is over the queue's "

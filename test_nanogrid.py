@@ -6154,6 +6154,14 @@ def handler(event, context): return three + beside.zero, __name__
 three = 3
 --- beside.py
 zero = 0
+=== modules named as those that call it | handler="app.handler" | value="own"
+--- app.py
+import json
+def handler(event, context): return "own"
+--- json.py
+raise SystemExit(9)
+--- logging.py
+raise SystemExit(9)
 === main.py is not run | handler="app.handler" | value=null stdout=
 print("main.py")
 --- app.py
