@@ -8586,7 +8586,7 @@ LENT = {"main.py": "import json, os\nprint(json.dumps({k: v for k, v in os.envir
 def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(moto):
     with site(moto) as aws:
         aws.put(LENT)
-        with start(aws, execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
+        with aws.agent(execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
             for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
                                      ("long", {"timeoutMs": 7_200_000}), ("short", {})):
                 aws.send(request_id, **task)
@@ -8610,7 +8610,7 @@ def test_without_a_role_functions_get_no_credentials(moto):
     with site(moto) as aws:
         aws.put(LENT)
         aws.send("r1", env={"AWS_REGION": "eu-west-1"})
-        with start(aws, "--drain") as agent:
+        with aws.agent("--drain") as agent:
             assert agent.end() == 0
     assert lent(agent, "r1") == {"AWS_REGION": "eu-west-1"}
 
@@ -8620,17 +8620,17 @@ def test_a_role_that_is_refused_is_an_error_in_awss_words(moto):
         aws.put(LENT)
         aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
         role = {"functionRole": FUNCTION_ROLE}
-        with start(aws, "--check", execution=role) as check:
+        with aws.agent("--check", execution=role) as check:
             assert check.end() == 1
         assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
                          f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
         aws.send()
-        with start(aws, execution=role) as agent:
+        with aws.agent(execution=role) as agent:
             agent.wait_for("REPORT .*status=error .*reason=permission")
             agent.stop()
         assert "not authorized to perform: sts:AssumeRole" in agent.log and aws.count() == 1
         aws.proxy.heal()
-        with start(aws, "--check", execution=role) as check:
+        with aws.agent("--check", execution=role) as check:
             assert check.end() == 0, check.out
         assert f"\nok    function role: {FUNCTION_ROLE}" in check.out
 
@@ -8640,7 +8640,7 @@ def test_sts_away_is_an_outage_that_costs_no_receive(moto):
         aws.put(LENT)
         aws.proxy.fail("AssumeRole", "status 503")
         aws.send()
-        with start(aws, execution={"functionRole": FUNCTION_ROLE}) as agent:
+        with aws.agent(execution={"functionRole": FUNCTION_ROLE}) as agent:
             agent.wait_for(f"assuming {FUNCTION_ROLE} failed")
             aws.proxy.heal()
             finish(aws, agent, ends={"ok": 1})
