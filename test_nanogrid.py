@@ -320,9 +320,6 @@ def runs_in(path: Path) -> Counter:
     return Counter(mark.name.partition(".")[0] for mark in marks_in(path))
 
 
-proxy_runs = runs_in
-
-
 def run_pids(path: Path) -> list[int]:
     return [int(mark.read_text()) for mark in marks_in(path)]
 
@@ -516,18 +513,6 @@ def local_site() -> Folder:
     folder = Folder()
     (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
     return folder
-
-
-def local(folder: Folder, *args, **options) -> Agent:
-    return folder.agent(*args, **options)
-
-
-def local_job(folder: Folder, *args, **task) -> str:
-    return folder.job(*args, **task)
-
-
-def names(folder: Folder, *parts) -> list[str]:
-    return folder.names(*parts)
 
 
 Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
@@ -990,14 +975,6 @@ def site(moto: str, **options):
         aws.env["AWS_ENDPOINT_URL"] = proxy.url
         aws.put(marker())
         yield aws
-
-
-def start(aws: Aws, *args, **options) -> Agent:
-    return aws.agent(*args, **options)
-
-
-def job(aws: Aws, *args, **task) -> str:
-    return aws.job(*args, **task)
 
 
 def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
