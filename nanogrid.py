@@ -54,7 +54,6 @@ import shutil
 import signal
 import socket
 import stat
-import statistics
 import struct
 import subprocess
 import sys
@@ -1104,6 +1103,9 @@ class Dependency:
             if error.errno not in MACHINE_AWAY:
                 raise
             raise self.outage(error, MACHINE_AWAY[error.errno]) from None
+        except Exception:  # which says nothing of it: somebody else may try at once
+            self.tried_at = -math.inf
+            raise
         else:
             self.worked()
 
@@ -1331,7 +1333,6 @@ LEAST_LEASE_SECONDS = 5  # asked for where the queue's own is shorter: no beat c
 ERROR_DELAY_SECONDS = 10  # until what ended as error is visible; x 4 for each further receive
 AT_ONCE = 3  # receives after which a rejected message is delayed, where no DLQ is to be seen
 REMEMBERED = 100_000  # finished messages whose return would be a duplicate
-POLL_SECONDS = 0.05  # how often a folder without tasks is looked at
 
 
 class Fate(NamedTuple):
@@ -1380,10 +1381,7 @@ class Queue(Protocol):
         """At most `limit` messages, after a while if there are none; raises what fails."""
 
     def lease_ends(self, message: Message, needed: float = 0) -> float:
-        """When the message will no longer be ours (time.monotonic()); inf: it is kept.
-
-        Where it would end before `needed`, it is extended at once, if that is permitted.
-        """
+        """When it will no longer be ours (time.monotonic()); inf: never. Extended for `needed`."""
 
     def end(self, message: Message, status: str, result: object) -> None:
         """Have become of a message what FATES says of the status of its turn."""
@@ -1405,7 +1403,7 @@ class SqsQueue:
         self.has_dlq = False
         self.attributes_due = 0.0
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: to be tried
-        self.denied_at = 0.0
+        self.denied_at = 0.0  # 0: it is not
         self.lock = threading.Lock()
         self.sending = threading.Lock()  # so that one failure is said once
         self.in_flight: dict[str, Message] = {}  # by id, each as it was received last
@@ -1482,30 +1480,22 @@ class SqsQueue:
 
     def _delay(self, message: Message, status: str) -> int:
         """The seconds until a message that is returned is visible again."""
-        receives = message.receive_count
-        if status == "rejected" and not self.has_dlq:
-            receives -= AT_ONCE  # not every emulator says that there is one
-        elif not FATES[status].is_delayed:
+        is_delayed, tries = FATES[status].is_delayed, message.receive_count
+        if status == "rejected" and not self.has_dlq:  # not every emulator says that there is one
+            is_delayed, tries = tries > AT_ONCE, tries - AT_ONCE
+        if not is_delayed:
             return 0
-        if receives < 1:
-            return 0
-        delay = ERROR_DELAY_SECONDS * 4 ** min(receives - 1, 6)
+        delay = ERROR_DELAY_SECONDS * 4 ** min(tries - 1, 6)
         return int(min(delay, message.last - time.monotonic()))
 
     def lease_ends(self, message: Message, needed: float = 0) -> float:
         """When the message will no longer be ours; inf: its lease is kept alive."""
         newest = self.in_flight[message.id]
-        if self._may_change() is None and newest.ends - 1 < needed:
+        if self.may_change is None and newest.ends - 1 < needed:
             with self.sending:
                 self._send("keep", [newest])
         is_over = newest.is_lost or newest.ends <= time.monotonic()
-        return newest.ends - 1 if is_over or self._may_change() is False else math.inf
-
-    def _may_change(self) -> bool | None:
-        """Whether ChangeMessageVisibility is permitted; None: to be tried (again)."""
-        if self.may_change is False and time.monotonic() > self.denied_at + PERMISSION_SECONDS:
-            return None  # a new policy takes minutes to hold
-        return self.may_change
+        return newest.ends - 1 if is_over or self.may_change is False else math.inf
 
     def is_empty(self) -> bool:
         """Whether no message is visible; what is in flight elsewhere is not ours."""
@@ -1542,11 +1532,12 @@ class SqsQueue:
     def _due(self, now: float) -> dict[str, list[Message]]:
         """The messages to keep, return and delete now."""
         due: dict[str, list[Message]] = {"keep": [], "return": [], "delete": []}
-        may_change = self._may_change()
+        if self.may_change is False and now > self.denied_at + PERMISSION_SECONDS:
+            self.may_change = None  # a new policy takes minutes to hold
         for key, message in list(self.in_flight.items()):
             action = message.action
             is_over = message.ends <= now
-            if action == "return" and (is_over or may_change is False):
+            if action == "return" and (is_over or self.may_change is False):
                 del self.in_flight[key]  # SQS makes it visible by itself
                 continue
             if is_over and not message.is_lost:
@@ -1556,7 +1547,7 @@ class SqsQueue:
             if action != "keep" and self.requests[action].retry_at <= now:
                 due[action].append(message)
             if (action != "return" and not is_over and message.beat <= now < message.last - 1
-                    and may_change is not False):
+                    and self.may_change is not False):
                 message.beat = now + max(0.5, (message.ends - now) / 3)  # again, if this one fails
                 due["keep"].append(message)
         whole_batches = due["delete"][:len(due["delete"]) // BATCH * BATCH]
@@ -1577,7 +1568,7 @@ class SqsQueue:
         answer, error = attempt(call, QueueUrl=self.url, Entries=entries)
         if error and action != "delete" and is_denied(error):
             with self.lock:
-                if self.may_change is not False:
+                if not self.denied_at:
                     self.log("WARNING", "no lease is extended, and tasks over the queue's "
                              f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
                 self.may_change, self.denied_at = False, asked
@@ -1593,9 +1584,9 @@ class SqsQueue:
             return False
         with self.lock:
             if action != "delete":
-                if self.may_change is False:
+                if self.denied_at:
                     self.log("INFO", "leases are extended: sqs:ChangeMessageVisibility is granted")
-                self.may_change = True
+                self.may_change, self.denied_at = True, 0.0
             for entry, message in zip(entries, messages):
                 is_final, said = failed.get(entry["Id"], (False, ""))
                 if is_final:  # its handle holds no longer, as after a delete whose answer was lost
@@ -1638,6 +1629,11 @@ class FolderQueue:
         self.lock = threading.RLock()
         self.ended: list[tuple[Message, str, object]] = []  # to be put away
         self.log, self.disk = log, Dependency(log, f"writing to {root}")
+        self.notices: list[int] = []  # an inotify(7) descriptor for new tasks, where there is one
+        with contextlib.suppress(OSError):
+            fd, moved_to, close_write = kernel("inotify_init1", os.O_CLOEXEC), 0x80, 0x8
+            kernel("inotify_add_watch", fd, os.fsencode(self.queue), moved_to | close_write)
+            self.notices = [fd]
         self.recover()
 
     def recover(self) -> None:
@@ -1684,7 +1680,7 @@ class FolderQueue:
             return 0
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
-        """At most `limit` tasks; a moment later if there are none, but for a drain."""
+        """At most `limit` tasks; waits half a second for one, but for a drain."""
         self._put_away()
         if not self.names:
             # One listing serves until it is used up: each receive costs the same at any depth.
@@ -1701,7 +1697,8 @@ class FolderQueue:
                 taken.append(Message(name, text, self._takes(name) + 1, status.st_mtime,
                                      stack.pop_all()))
         if not taken and not drain:
-            time.sleep(POLL_SECONDS)
+            for fd in select.select(self.notices, [], [], 0.5 if self.notices else 0.05)[0]:
+                os.read(fd, 65536)
         return taken
 
     def end(self, message: Message, status: str, result: object) -> None:
@@ -2061,31 +2058,30 @@ class CodeCache:
 # agent behind the launcher, for a function without a uid of its own may kill any of them.
 
 READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
+USER = "nanogrid"  # the name that a function's user has for it
 FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
 UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
-OUTPUTS = ("out/stdout", "out/stderr")  # in a slot's feed
-RETURNED = "out/returned"  # beside them: what a handler returned, as JSON
+OUTPUTS = ("stdout", "stderr")  # in a slot's feed
+RETURNED = "returned"  # beside them: what a handler returned, as JSON
 MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
 NICER = 5  # functions give way to the agent, whose leases must not be late
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
-PR_CAPBSET_DROP, PR_SET_SECUREBITS, SECBIT_NOROOT = 24, 28, 1
+PR_CAPBSET_READ, PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 23, 24, 24
+PR_SET_SECCOMP, PR_SET_SECUREBITS, SECBIT_NOROOT = 22, 28, 1
 
-# Forks what is exec'd. The kernel starts a child's ru_maxrss at its parent's size, and exec keeps
-# it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks the function. But wait4 gives
-# the supervisor the rusage of its own children alone. So the shell forks a child, that child forks
-# the function, and the function kills that child at once: the kernel then gives the function to
-# the supervisor, which is a subreaper. The function says its pid and waits for the word to begin.
-# A background job would do without that kill, but it would ignore SIGINT.
-FORK_SHELL = """
-while read -r go <&3; do
-  ( cd -P /proc/self && parent=${PWD#/proc/}
-    ( cd -P /proc/self && pid=${PWD#/proc/}
-      kill -9 "$parent"
-      echo "$pid" >&3
-      read -r go <&4 && . "$0" ) ; : )
-  echo >&3
-done
-"""
+# Starts what is exec'd, one shell for each run. The kernel starts a child's ru_maxrss at its
+# parent's size, and exec keeps it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks
+# the function. But wait4 gives the supervisor the rusage of its own children alone. So what the
+# shell forked kills that shell: the kernel then gives it to the supervisor, which is a subreaper.
+# It waits for the word to begin. A background job would do without that kill, but it would ignore
+# SIGINT. The colon keeps a shell from becoming its own last command.
+FORK_SHELL = """( kill -9 $$
+read -r go <&3 || exit
+exec 3<&-
+%s
+unset PWD OLDPWD SHLVL
+exec "$@" )
+:"""
 
 # The ready interpreter: started as `python main.py` in a directory that holds this as main.py,
 # so that argv, flags and /proc/self/cmdline are what they would be; forked once for each run.
@@ -2121,14 +2117,14 @@ def fork_each(channel=3, procs=4):
             os.close(procs)
             return channel, marshal.loads(request)
         pid = 0
-        while pid != child:  # clone(CLONE_PARENT) makes others its children
-            pid, status, usage = os.wait4(-1, 0)
+        while pid != child or os.WIFSTOPPED(status):  # clone(CLONE_PARENT) makes others its
+            pid, status, usage = os.wait4(-1, 0)      # children, ptrace(2) answers with a stop
         os.write(channel, marshal.dumps(("ended", status, usage.ru_maxrss), 2))
 
 def become(channel, request):
     """Turn this fork into the process of the request; its global names and its code."""
     os.setsid()
-    for fd, name in enumerate(("stdin", "out/stdout", "out/stderr")):
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
         path = f"{request['directory']}/feed/{name}"
         opened = os.open(path, os.O_WRONLY if fd else os.O_RDONLY)
         os.dup2(opened, fd)
@@ -2144,6 +2140,9 @@ def become(channel, request):
     for name, value in request["env"].items():  # update() would touch 60 pages more
         os.environ[name] = value
         sys.modules["posix"].environ[name.encode()] = os.fsencode(value)
+    if site := sys.modules.get("site"):
+        site.USER_BASE = site.USER_SITE = None
+        site.getusersitepackages()  # of this HOME
     # From here on the time is the function's.
     os.write(channel, marshal.dumps(("begun", os.getpid(), time.monotonic()), 2))
     os.close(channel)
@@ -2236,10 +2235,9 @@ sys.exit(status)
 # What runs a handler, as `python -c … FILE FUNCTION RETURNED` and `node -e …`, as Lambda runs it.
 # RETURNED is a pipe for what FUNCTION returns; its time is when the run began.
 PYTHON_HANDLER = r'''
-import json
-import os
 import sys
-import time
+del sys.path[0]  # no module of the function's stands for one of these
+import json, logging, os, time
 
 file, function, returned = sys.argv[1:]
 pipe = open(returned, "w", encoding="utf-8", errors="backslashreplace")
@@ -2258,30 +2256,19 @@ class Context:
     def get_remaining_time_in_millis(self):
         return max(0, int((end - time.time()) * 1000))
 
-class Logging:
-    """A finder of modules: has logging begin as in Lambda, if anything imports it (10 ms)."""
-    def find_spec(name, *_, find=sys.meta_path[-1].find_spec):
-        if name == "logging":
-            sys.meta_path.remove(Logging)
-            spec = find(name)
-            load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (load(module), add_handler(module))
-            return spec
-
-def add_handler(logging):
-    logging.basicConfig(
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
-    handler = logging.root.handlers[0]
-    handler.formatter.converter = time.gmtime
-    handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
+# Functions find a handler there, and change its format or remove it.
+logging.basicConfig(
+    datefmt="%Y-%m-%dT%H:%M:%S",
+    format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
+handler = logging.root.handlers[0]
+handler.formatter.converter = time.gmtime
+handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
 
 def number(value):
     if type(value).__name__ == "Decimal":  # as DynamoDB has numbers
         return int(value) if value == int(value) else float(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
-sys.meta_path.insert(0, Logging)
 try:
     module = file[:-len(".py")].removesuffix("/__init__").replace("/", ".")
     __import__(module)
@@ -2459,9 +2446,9 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 
 # --- The cgroup: what a slot may use, held by the kernel (cgroups(7), version 2) ---
 
-AGENT_WEIGHT = 10_000  # cpu.weight, the most: no lease may be late; each slot has the usual 100
-SLOTS_WEIGHT = 33  # of all slots, beside the machine's own work: nice 5 weighs as much
-EMPTYING_SECONDS = 20  # what is killed is gone in some milliseconds, but on a disk that hangs
+AGENT_WEIGHT = "10000"  # cpu.weight, the most: no lease may be late; each slot has the usual 100
+SLOTS_WEIGHT = "33"  # of all slots, beside the machine's own work: nice 5 weighs as much
+EMPTYING_LOOKS = 200  # 20 s: what is killed is gone in milliseconds, but on a disk that hangs
 
 
 def cgroup_root() -> str:
@@ -2507,39 +2494,36 @@ def make_cgroups(slots: int, processes: int) -> str:
 
 def _divide(top: str, slots: int, processes: int) -> None:
     """Make the slots' cgroups; raises OSError."""
-    os.stat(f"{top}/cgroup.kill")  # Linux 5.14
-    weighed, weight, dividing = f"{top}/agent", AGENT_WEIGHT, [top]
-    if not os.path.exists(weighed):
-        weighed, weight, dividing = top, SLOTS_WEIGHT, [os.path.dirname(top), top]
-    for path in dividing:
-        missing = {"memory", "pids", "cpu"}.difference(
-            Path(path, "cgroup.controllers").read_text().split())
-        if missing:
-            names = " and ".join(sorted(missing))
-            raise OSError(errno.ENOENT, f"this one has no controller for {names}", path)
+    agent, root = f"{top}/agent", os.path.dirname(top)
+    is_delegated = os.path.exists(agent)
+    for path in [top] if is_delegated else [root, top]:
         Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
-    Path(weighed, "cpu.weight").write_text(str(weight))
+    if is_delegated:
+        Path(agent, "cpu.weight").write_text(AGENT_WEIGHT)
+    else:
+        Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
-        (slot / "pids.max").write_text(str(processes))
+        (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
         for place in (top, slot):  # a runtime that sizes itself by its cgroup reads it
             os.chmod(place, 0o755)
+        (slot / "cgroup.kill").write_text("1")  # Linux 5.14
 
 
 def empty_cgroup(path: str) -> None:
     """Kill all that runs in a cgroup, and wait until it is gone; raises OSError."""
-    deadline = time.monotonic() + EMPTYING_SECONDS
     with open(f"{path}/cgroup.events", "rb", buffering=0) as events:
         changes = select.poll()
         changes.register(events, select.POLLPRI)
-        while b"populated 1" in os.pread(events.fileno(), 100, 0):
-            if time.monotonic() > deadline:
-                raise OSError(errno.EBUSY, "a process that was killed does not end", path)
+        for _ in range(EMPTYING_LOOKS):
+            if b"populated 0" in os.pread(events.fileno(), 100, 0):
+                return
             Path(path, "cgroup.kill").write_text("1")
             changes.poll(100)
+    raise OSError(errno.EBUSY, "a process that was killed does not end", path)
 
 
 def remove_cgroups(top: str) -> None:
@@ -2593,7 +2577,7 @@ class Cgroup:
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
-MS_REC, MS_SLAVE = 16384, 1 << 19
+MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; a right; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MAY_REFER = 444, 445, 446, 1 << 13
@@ -2607,6 +2591,12 @@ METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
 def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
     """mount(2); raises OSError."""
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
+
+
+def make_read_only(path: str) -> None:
+    """Have a mount be read-only; raises OSError."""
+    kept = os.statvfs(path).f_flag & MS_KEPT
+    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
 
 
 def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -2686,14 +2676,16 @@ class Room:
         self.spec, self.feed = spec, f"{spec.directory}/feed"
         self.gaps: list[str] = []
         self.own: dict[str, list[str]] = {}  # path of /tmp and the like -> names that stay there
-        self.files: list[str] = []  # that are hidden
+        self.covers: dict[str, str] = {}  # file of the machine -> what is seen in its place
         self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
         self.ruleset = -1
-        for name in ("feed", *OWN_TMP.values(), *(f"own/{name}" for name in OWN)):
-            os.makedirs(f"{spec.directory}/{name}", exist_ok=True)
-            if name in OWN_TMP.values():
-                sweep(f"{spec.directory}/{name}")
+        self.proc = os.open("/proc", os.O_PATH)  # that of the machine, which can be written to
+        for name in ("own", "feed", "queues", *OWN_TMP.values()):
+            if os.path.lexists(path := f"{spec.directory}/{name}"):
+                remove(path)  # with all that may have been set on it
+            os.mkdir(path)
+        self._name_user()
         if self._try("functions share /tmp, /dev/shm, /run and IPC with the machine, and may read "
                      "the settings", self._unshare):
             self._furnish()
@@ -2701,11 +2693,23 @@ class Room:
                 self._try("functions see this machine's terminals", lambda: mount(
                     "pts", "/dev/pts", "devpts", MS_NOSUID, "ptmxmode=666,mode=620"))
             if not os.geteuid():  # before Linux 5.8, which knows no `invisible`, it is refused
+                # Who lacks CAP_SYS_RESOURCE cannot keep a function from lowering its oom_score_adj.
+                can_keep = kernel("prctl", PR_CAPBSET_READ, CAP_SYS_RESOURCE, 0, 0, 0)
+                flags = MS_NOSUID | MS_NODEV | (0 if can_keep else MS_RDONLY)
                 self._try("functions see other users' processes in /proc", lambda: mount(
-                    "proc", "/proc", "proc", MS_NOSUID | MS_NODEV, "hidepid=invisible"))
-        os.makedirs(f"{self.feed}/out", exist_ok=True)
+                    "proc", "/proc", "proc", flags, "hidepid=invisible"))
         if spec.uid is not None:
             self._try("functions may use the machine's abstract sockets", self._make_ruleset)
+
+    def _name_user(self) -> None:
+        """Write a copy of /etc/passwd that has the slot's user first."""
+        uid, gid = self.spec.uid, self.spec.gid
+        if uid is None:
+            uid, gid = os.getuid(), os.getgid()
+        entry = f"{USER}:x:{uid}:{gid}::{self.spec.directory}/own/home:/bin/sh\n"
+        passwd = Path(self.spec.directory, "passwd")
+        passwd.write_bytes(entry.encode() + read_proc("/etc/passwd"))
+        passwd.chmod(0o644)
 
     def _try(self, effect: str, step: Callable[[], None]) -> bool:
         try:
@@ -2740,7 +2744,9 @@ class Room:
     def _furnish(self) -> None:
         """Cover what is hidden, show again what is kept of it, and mount what is the room's own."""
         spec, flags = self.spec, MS_NOSUID | MS_NODEV
-        self.files = [path for path in spec.hidden if not os.path.isdir(path)]
+        nothing, passwd = f"{spec.directory}/nothing", f"{spec.directory}/passwd"
+        files = [path for path in spec.hidden if not os.path.isdir(path)]
+        self.covers = {**dict.fromkeys(files, nothing), "/etc/passwd": passwd}
         here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
         # A mount point cannot be renamed or removed, but a plain directory above it can. So the
         # first part of a kept path below its cover becomes a mount point, too.
@@ -2768,11 +2774,10 @@ class Room:
             if path != SHM:
                 mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
-        # Its input, script and outputs are made anew for each run, for next to nothing here: a
-        # file system on disk searches past all inodes that were freed of late.
+        # Its input and outputs are made anew for each run, for next to nothing here: a file system
+        # on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
-        queues = "/dev/mqueue" if os.path.isdir("/dev/mqueue") else f"{self.feed}/queues"
-        os.makedirs(queues, exist_ok=True)
+        queues = "/dev/mqueue" if os.path.isdir("/dev/mqueue") else f"{spec.directory}/queues"
         with contextlib.suppress(OSError):  # a kernel without message queues
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
@@ -2785,6 +2790,8 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
+        if self.spec.uid is None and path != f"{self.spec.directory}/own":
+            make_read_only(path)  # the code, too, is the functions' own user's
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
@@ -2812,10 +2819,9 @@ class Room:
         if SHM in self.own and limits != self.shm_limits:
             mount("room", SHM, "", MS_REMOUNT | MS_NOSUID | MS_NODEV, limits)
             self.shm_limits = limits
-        nothing = f"{self.spec.directory}/nothing"
-        for path in self.files:  # one that was replaced by a rename is not covered any more
-            if os.path.exists(path) and not os.path.samefile(path, nothing):
-                mount(nothing, path, "", MS_BIND)
+        for path, cover in self.covers.items():  # one that was replaced by a rename is so no more
+            if os.path.exists(path) and not os.path.samefile(path, cover):
+                mount(cover, path, "", MS_BIND)
 
     def has_ipc(self) -> bool:
         """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
@@ -2864,22 +2870,57 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
+# ioctl_fs(2): what an owner may set on a directory: flags, generation; struct fsxattr
+FS_IOC_GETFLAGS, FS_IOC_GETVERSION, FS_IOC_FSGETXATTR = 0x80086601, 0x80087601, 0x801C581F
+
+
+def marks(path: str) -> list[object]:
+    """All that the owner of a directory may have set on it, but for its times.
+
+    That is its mode and group, ACLs and extended attributes, flags, generation, project, and
+    whether it is that directory at all. A flag also says that ext4 has given it an index, which
+    stays when it is empty again. Empty for what is no directory that can be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return []
+    try:
+        status = os.fstat(fd)
+        found: list[object] = [status.st_ino, status.st_mode, status.st_uid, status.st_gid]
+        with contextlib.suppress(OSError):  # a file system without any
+            found += [(name, os.getxattr(fd, name)) for name in os.listxattr(fd)]
+        for request, size in (FS_IOC_GETFLAGS, 8), (FS_IOC_GETVERSION, 8), (FS_IOC_FSGETXATTR, 28):
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(fd, request, bytes(size))
+                found += [answer[:8], answer[12:20]]  # between them: how many extents it has
+        return found
+    finally:
+        os.close(fd)
+
+
 class Workspace:
     """A slot's directories, made pristine before a run.
 
     With a uid of its own a function cannot change the package's files, which are root's: they are
-    links, and those that are still there stay. Else all is removed, and copied again.
+    links, and those that are still there stay. Else all is removed, and copied again. A directory
+    stays while nothing was set on it; to make it anew each time is what a package of many files
+    would cost most.
     """
 
     def __init__(self, spec: SlotSpec, room: Room):
         self.spec, self.room = spec, room
-        own = f"{spec.directory}/own"
-        self.work, *self.emptied = [f"{own}/{name}" for name in OWN]
-        self.tidied = {own: OWN, **room.own}  # path -> names that stay there
-        self.on_disk = [own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
+        self.own = f"{spec.directory}/own"
+        self.work, *self.emptied = [f"{self.own}/{name}" for name in OWN]
+        self.on_disk = [self.own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
+        self.made: dict[str, list[object]] = {}  # path of a directory -> its marks
         self.is_tidy = False
+        self.tidy()
+        # The functions' own user has what the room made, too, and no run can have that anew.
+        lasting = () if self.linked else (self.own, room.feed, *room.own)
+        self.lasting = {path: marks(path) for path in lasting}
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
@@ -2895,10 +2936,17 @@ class Workspace:
 
     def tidy(self) -> None:
         """Empty /tmp and the like; raises OSError."""
-        for path, stays in self.tidied.items():
+        self.is_tidy = False
+        sweep(self.own, OWN)
+        os.chmod(self.own, 0o711)
+        for path, stays in self.room.own.items():
             sweep(path, stays)
-            os.chmod(path, 0o1777 if path in self.room.own else 0o711)
+            os.chmod(path, 0o1777)
         self.is_tidy = True
+
+    def is_marked(self) -> bool:
+        """Whether a run has set anything on what only another room has anew."""
+        return any(marks(path) != known for path, known in self.lasting.items())
 
     def _fill(self, path: str, package: str) -> list[str]:
         """Give a directory of the workspace just what one of the package has; those below that."""
@@ -2913,16 +2961,19 @@ class Workspace:
             else:
                 remove(entry.path)
         for name, entry in missing.items():
-            if not is_folder(entry):
+            if is_folder(entry):
+                self._have(f"{path}/{name}", 0o755)
+            else:
                 self.put(entry.path, f"{path}/{name}", follow_symlinks=False)
+        if missing:
+            self.made[path] = marks(path)
         return below
 
     def _feed(self, text: str) -> None:
         """Make the input and the outputs anew: none may see those of the next run."""
         feed = self.room.feed
-        for name in ("stdin", "run", *OUTPUTS, RETURNED):
-            if os.path.lexists(f"{feed}/{name}"):
-                remove(f"{feed}/{name}")
+        sweep(feed)
+        os.chmod(feed, 0o711)
         with open(f"{feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
         for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
@@ -2930,12 +2981,14 @@ class Workspace:
             self._own(f"{feed}/{name}", 0o600)
 
     def _have(self, path: str, mode: int) -> None:
-        """Have a directory of the function's at `path`, whatever a function put there."""
-        if os.path.islink(path) or not os.path.isdir(path):
+        """Have a directory of the function's at `path`, as if it had been made now."""
+        if path not in self.made or marks(path) != self.made[path]:
             if os.path.lexists(path):
-                os.unlink(path)
+                remove(path)
             os.mkdir(path)
-        self._own(path, mode)
+            self._own(path, mode)
+            self.made[path] = marks(path)
+        os.utime(path)
 
     def _own(self, path: str, mode: int) -> None:
         """Give the function a path in this mode."""
@@ -2948,6 +3001,11 @@ class Workspace:
 # --- Helpers: the processes that fork runs ---
 
 KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
+STOPPED = 0x137F  # a status of wait4(2)
+# linux/audit.h: x86_64, i386, aarch64, arm; the first of three system calls for keys there
+KEY_CALLS = {0xC000003E: 248, 0x40000003: 286, 0xC00000B7: 217, 0x40000028: 309}
+RLIM_NLIMITS = 16  # getrlimit(2)
+IOPRIO_GET = {"x86_64": 252, "aarch64": 31}.get(os.uname().machine, -1)
 
 class Output:
     """One output of a run: its first and its last bytes, and how many there were."""
@@ -2988,147 +3046,176 @@ def write_all(fd: int, content: bytes) -> None:
             content = content[os.write(fd, content):]
 
 
-class Helper:
-    """A confined process that forks a supervisor's runs, one after another."""
+def key_filter() -> bytes:
+    """A seccomp program that knows no add_key(2), request_key(2) and keyctl(2).
 
-    privileged = False  # keeps the supervisor's user, and changes that of its forks
-    done: int  # readable once the run has ended
+    The kernel keeps keys for a user, for days: each run would find those of the one before.
+    """
+    def step(code: int, value: int, jump: int = 0, other: int = 0) -> bytes:
+        return struct.pack("=HBBI", code, jump, other, value)
 
-    def __init__(self, room: Room, argv: list[str], env: dict[str, str], cwd: str,
-                 files: list[int]):
-        """Exec argv with `files` as its descriptors, but for 3, its end of the channel.
+    program = b""
+    for architecture, first in KEY_CALLS.items():
+        program += step(0x20, 4) + step(0x15, architecture, 0, 5)  # another: go on below
+        program += step(0x20, 0) + step(0x54, 0xBFFFFFFF)  # the call's number, x32's bit taken away
+        program += step(0x35, first, 0, 2) + step(0x25, first + 2, 1, 0)
+        program += step(0x06, 0x50000 | errno.ENOSYS)
+    return program + step(0x06, 0x7FFF0000)  # allowed
 
-        Who writes 0 into the last of them is in the slot's cgroup.
-        """
-        self.room, self.spec = room, room.spec
-        self.runs = 0
+
+def spawn(room: Room, argv: list[str], env: dict[str, str], cwd: str, files: list[int],
+          procs: int = -1) -> int:
+    """The pid of a confined process with `files` as its descriptors 0, 1, 2, …, which it closes.
+
+    With `procs` it is a run's: it has the slot's user, and is in the slot's cgroup. Without, it
+    keeps the supervisor's user, to change that of its forks. Raises OSError.
+    """
+    try:
+        pid = os.fork()
+        if not pid:
+            try:
+                confine(room)
+                kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
+                if procs >= 0:
+                    os.write(procs, b"0")
+                    become_user(room.spec)
+                for target, fd in enumerate(kept):
+                    os.dup2(fd, target)
+                os.closerange(len(files), 1024)
+                os.chdir(cwd)
+                os.execve(argv[0], argv, env)
+            finally:
+                os._exit(127)
+        return pid
+    finally:
+        for fd in set(files):
+            os.close(fd)
+
+
+KEY_FILTER = key_filter()
+
+
+def confine(room: Room) -> None:
+    """In a new child: limits, priority, signals, and what the room keeps from it."""
+    if room.spec.uid is None and not os.getuid():
+        kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
+    # The kernel shares the processors between sessions first (sched(7), autogroup): a function in
+    # its supervisor's session could starve it. So each leads one of its own.
+    os.setsid()
+    for name, value in room.spec.limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
+    with contextlib.suppress(PermissionError):
+        os.write(os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=room.proc), b"1000")
+    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
+    if room.ruleset >= 0:
+        kernel("syscall", LANDLOCK_RESTRICT, room.ruleset, 0)
+    program = ctypes.create_string_buffer(KEY_FILTER)
+    with contextlib.suppress(OSError):  # a kernel without seccomp
+        kernel("prctl", PR_SET_SECCOMP, 2, struct.pack(
+            "HP", len(KEY_FILTER) // 8, ctypes.addressof(program)))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+def become_user(spec: SlotSpec) -> None:
+    """In a new child: the slot's user, without any capability."""
+    uid, gid = spec.uid, spec.gid
+    if uid is not None and gid is not None:
+        with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
+            for capability in range(64):
+                kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+        os.setgroups(spec.groups)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)  # takes all capabilities, too
+
+
+class ForkShell:
+    """Starts a run that is exec'd (FORK_SHELL says how); nothing of it is there for another."""
+
+    def __init__(self, room: Room, procs: int, others: Collection[int]):
+        self.room, self.procs = room, procs
+        self.others = others  # the supervisor's children that are no run's
+
+    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
+        """Start the run; its pid, a child of ours, and when (monotonic). Raises OSError."""
+        lines = []
+        if limits:
+            lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
+                     "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
+                     .format(limits["RLIMIT_NPROC"])]
+        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh", *run.command]
+        read_end, gate = os.pipe()
+        with open(gate, "wb", buffering=0) as word:
+            files = [os.open(f"{self.room.feed}/{name}", flags) for name, flags in (
+                ("stdin", os.O_RDONLY), *((output, os.O_WRONLY) for output in OUTPUTS))]
+            shell = spawn(self.room, argv, {**run.helper_env, **run.env},
+                          f"{self.room.spec.directory}/own/work", [*files, read_end], self.procs)
+            os.waitpid(shell, 0)
+            found = [pid for pid in children_of(os.getpid()) if pid not in self.others]
+            if len(found) != 1:
+                raise NotBegun(errno.EAGAIN, "no shell could be forked for the function")
+            self.done = os.pidfd_open(found[0])  # Linux 5.3
+            started = time.monotonic()
+            word.write(b"\n")
+        return found[0], started
+
+    def wait(self, child: int) -> tuple[int, int]:
+        """(status, ru_maxrss in KiB) of the run, once it has ended."""
+        status = STOPPED
+        while os.WIFSTOPPED(status):  # by itself, as traced by us: that is no end
+            _, status, usage = os.wait4(child, 0)
+        os.close(self.done)
+        return status, usage.ru_maxrss
+
+
+def traits(pid: int) -> list[object]:
+    """All that another process of its user can set on a process: its forks have it, too."""
+    scheduling = os.sched_getscheduler(pid), os.sched_getparam(pid).sched_priority
+    return [*(resource.prlimit(pid, kind) for kind in range(RLIM_NLIMITS)),
+            os.sched_getaffinity(pid), os.getpriority(os.PRIO_PROCESS, pid), scheduling,
+            LIBC.syscall(IOPRIO_GET, 1, pid)]
+
+
+class ReadyPython:
+    """An interpreter that has started and is forked for each run (READY_PYTHON)."""
+
+    def __init__(self, room: Room, env: dict[str, str], procs: int, interpreter: str):
+        """Start it; raises ConnectionError when it cannot be kept ready."""
+        self.spec, self.runs = room.spec, 0
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        files[3:3] = [theirs.detach()]
+        null = os.open(os.devnull, os.O_RDWR)
+        unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
+        self.pid = spawn(room, [interpreter, "main.py"], env, os.path.dirname(self.spec.shell),
+                         [null, output, output, theirs.detach(), os.dup(procs)])
+        os.close(unread)
+        self.done = self.channel.fileno()
         try:
-            self.pid = os.fork()
-            if not self.pid:
-                try:
-                    self._confine(files)
-                    os.chdir(cwd)
-                    os.execve(argv[0], argv, env)
-                finally:
-                    os._exit(127)
-        finally:
-            for fd in set(files):
-                os.close(fd)
+            self.receive(30)
+            self.traits = traits(self.pid)
+            threads = len(os.listdir(f"/proc/{self.pid}/task")) - 1
+            if threads or children_of(self.pid):  # no fork has them, but the locks that they hold
+                raise ConnectionError(f"it starts {threads} threads and "
+                                      f"{len(children_of(self.pid))} processes of its own (in a "
+                                      ".pth file or sitecustomize)")
+        except ConnectionError:
+            self.close()
+            raise
 
-    def _confine(self, files: list[int]) -> None:
-        """In the new child: user, limits, and descriptors 0, 1, 2, … from `files` alone."""
-        if self.spec.uid is None and not os.getuid():
-            kernel("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT)  # no capability by exec
-        # The kernel shares the processors between sessions first (sched(7), autogroup): a function
-        # in its supervisor's session could starve it. So a helper leads one of its own. What is
-        # exec'd stays in it and in the helper's process group. It may end both: the next run then
-        # has another helper.
-        os.setsid()
-        for name, value in self.spec.limits.items():
-            resource.setrlimit(getattr(resource, name), (value, value))
-        # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
-        with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
-        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
-        if self.room.ruleset >= 0:
-            kernel("syscall", LANDLOCK_RESTRICT, self.room.ruleset, 0)
-        kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in files]
-        for target, fd in enumerate(kept):
-            os.dup2(fd, target)
-        os.closerange(len(files), 1024)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        uid, gid = self.spec.uid, self.spec.gid
-        if uid is not None and gid is not None and not self.privileged:
-            with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
-                for capability in range(64):
-                    kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
-            os.setgroups(self.spec.groups)
-            os.setresgid(gid, gid, gid)
-            os.setresuid(uid, uid, uid)  # takes all capabilities, too
+    def is_as_made(self) -> bool:
+        """Whether no run has killed or changed it: as an ordinary user each could."""
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        return self.spec.uid is not None or traits(self.pid) == self.traits
 
     def receive(self, seconds: float = 20) -> bytes:
         """What it says next; raises ConnectionError."""
-        signal_all([self.pid], signal.SIGCONT)  # a run of its uid may have stopped it
+        signal_all([self.pid], signal.SIGCONT)  # a run of its user may have stopped it
         if not select.select([self.channel], [], [], seconds)[0]:
             raise ConnectionError("what forks the functions does not answer")
         if answer := self.channel.recv(1000):
             return answer
         raise ConnectionError("what forks the functions has ended")
-
-    def close(self) -> None:
-        """End it; what stood below it becomes ours."""
-        self.channel.close()
-        signal_all([self.pid], signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
-
-
-class ForkShell(Helper):
-    """A shell that forks what is exec'd (FORK_SHELL says why)."""
-
-    def __init__(self, room: Room, env: dict[str, str], procs: int):
-        gate, self.gate = os.pipe()
-        null = os.open(os.devnull, os.O_RDWR)
-        super().__init__(room, [room.spec.shell, "-c", FORK_SHELL, f"{room.feed}/run"],
-                         env, "/", [null, null, null, gate, os.dup(procs)])
-
-    def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
-        """Start the run; its pid, a child of ours, and when (monotonic). Raises ConnectionError."""
-        feed, work = shlex.quote(self.room.feed), shlex.quote(f"{self.spec.directory}/own/work")
-        lines = ["echo 0 >&5"]
-        if limits:
-            data_kib, processes = limits["RLIMIT_DATA"] // 1024, limits["RLIMIT_NPROC"]
-            lines += [f"ulimit -d {data_kib}",
-                      f"ulimit -u {processes} 2>/dev/null || ulimit -p {processes}"]  # bash; dash
-        lines = [*lines, f"cd {work}", "unset PWD OLDPWD SHLVL",
-                 *(f"export {name}={shlex.quote(value)}" for name, value in run.env.items()),
-                 (f"exec {shlex.join(run.command)} <{feed}/stdin "
-                  f">{feed}/{OUTPUTS[0]} 2>{feed}/{OUTPUTS[1]} 3<&- 4<&- 5>&-")]
-        with open(f"{self.room.feed}/run", "x", encoding="utf-8", errors="surrogateescape") as file:
-            file.write("\n".join((*lines, "")))
-        self.channel.send(b"\n")
-        answer = self.receive()
-        while answer.count(b"\n") < 2:
-            answer += self.receive()
-        child = int(answer)
-        self.done = os.pidfd_open(child)  # Linux 5.3
-        started = time.monotonic()
-        os.write(self.gate, b"\n")
-        return child, started
-
-    def wait(self, child: int) -> tuple[int, int]:
-        """(status, ru_maxrss in KiB) of the run, once it has ended."""
-        _, status, usage = os.wait4(child, 0)
-        os.close(self.done)
-        return status, usage.ru_maxrss
-
-    def close(self) -> None:
-        super().close()
-        os.close(self.gate)
-
-
-class ReadyPython(Helper):
-    """An interpreter that has started and is forked for each run (READY_PYTHON)."""
-
-    privileged = True
-
-    def __init__(self, room: Room, env: dict[str, str], procs: int, interpreter: str):
-        directory = os.path.dirname(room.spec.shell)
-        null = os.open(os.devnull, os.O_RDWR)
-        unread, output = os.pipe()  # sys.stdout remembers that a pipe cannot seek
-        super().__init__(room, [interpreter, "main.py"], env, directory,
-                         [null, output, output, os.dup(procs)])
-        os.close(unread)
-        self.done = self.channel.fileno()
-        self.receive(30)
-        threads, children = len(os.listdir(f"/proc/{self.pid}/task")) - 1, children_of(self.pid)
-        if threads or children:  # no fork has its threads, but the locks that they hold
-            self.close()
-            raise ConnectionError(f"it starts {threads} threads and {len(children)} processes of "
-                                  "its own (in a .pth file or sitecustomize)")
 
     def start(self, run: RunSpec, limits: dict[str, int]) -> tuple[int, float]:
         """Start the run; its pid, a child of the interpreter, and when. Raises ConnectionError."""
@@ -3146,6 +3233,13 @@ class ReadyPython(Helper):
         """(status, ru_maxrss in KiB) of the run, once it has ended; raises ConnectionError."""
         _, status, peak_kib = marshal.loads(self.receive())
         return status, peak_kib
+
+    def close(self) -> None:
+        """End it; what stood below it becomes ours."""
+        self.channel.close()
+        signal_all([self.pid], signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
 
 
 # --- The supervisor: one run from its workspace to its outcome ---
@@ -3199,9 +3293,10 @@ class Supervisor:
         self.procs = self.cgroup.procs if self.cgroup else os.open(os.devnull, os.O_WRONLY)
         self.room = Room(spec)
         self.workspace = Workspace(spec, self.room)
-        self.helpers: dict[str, ForkShell | ReadyPython] = {}  # by interpreter; the shell: ""
+        self.helpers: dict[str, ReadyPython] = {}  # by interpreter
         self.unready: dict[str, str] = {}  # an interpreter that is not kept ready: why
         self.begun = False  # whether the function of the run has begun
+        self.traits = traits(os.getpid())
         spec.limits.update(allowed(spec.limits))
 
     def work(self) -> None:
@@ -3215,27 +3310,23 @@ class Supervisor:
                 outcome = self.run(run)
                 outcome = with_returned(outcome) if run.has_handler else replace(
                     outcome, returned="")
-                # What is left of IPC ends with its namespace, and that with its supervisor.
-                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.room.has_ipc(),
+                answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.is_spent(),
                        unready=self.unready)
             except OSError as error:  # ConnectionError is one
-                self._fail(run, error)
+                with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+                    self.end_run(self.helpers)
+                # A helper that does not answer is as if it could not be forked.
+                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
 
-    def _fail(self, run: RunSpec, error: OSError) -> None:
-        """End a run that cannot go on, and say what it came to."""
-        with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
-            self.end_run(self.helpers)
-        if self.cgroup and self.cgroup.was_full():  # its cap is less than what its start takes
-            outcome = Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0,
-                              peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
-            answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=True)
-            return
-        # A helper that does not answer is as if it could not be forked.
-        number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-        answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
+    def is_spent(self) -> bool:
+        """Whether a run left what only another supervisor has not: IPC, which ends with its
+        namespace; as an ordinary user, what was set on the room's directories or this process."""
+        return (self.room.has_ipc() or self.workspace.is_marked()
+                or self.spec.uid is None and traits(os.getpid()) != self.traits)
 
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end. Raises OSError."""
@@ -3249,7 +3340,15 @@ class Supervisor:
         try:
             helper, start = self._helper(run)
             os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
-            child, started = helper.start(run, self._limits(run))
+            try:
+                child, started = helper.start(run, self._limits(run))
+            except OSError:
+                if not self.cgroup or not self.cgroup.was_full():
+                    raise
+                answer(self.agent, BEGUN)  # its cap is less than what its start takes
+                self.end_run()
+                return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
+                               peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
             self.begun = True
             answer(self.agent, BEGUN)
             started_at = time.time() - (time.monotonic() - started)
@@ -3296,11 +3395,9 @@ class Supervisor:
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
-        self._close([name for name, helper in self.helpers.items() if os.waitid(  # a run killed it
-            os.P_PID, helper.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)])
         if run.interpreter and run.interpreter not in self.unready:
             ready = self.helpers.get(run.interpreter)
-            if ready and ready.runs < READY_RUNS:
+            if ready and ready.runs < READY_RUNS and ready.is_as_made():
                 return ready, "warm"
             self._close([run.interpreter])
             try:
@@ -3310,9 +3407,8 @@ class Supervisor:
             except ConnectionError as error:  # it is too old, or a wrapper, or does more than start
                 self.unready[run.interpreter] = str(error)
                 self.end_run()
-        if "" not in self.helpers:
-            self.helpers[""] = ForkShell(self.room, run.helper_env, self.procs)
-        return self.helpers[""], "cold"
+        others = [helper.pid for helper in self.helpers.values()]
+        return ForkShell(self.room, self.procs, others), "cold"
 
     def _close(self, names: Iterable[str]) -> None:
         """End those of these helpers that there are."""
@@ -3352,8 +3448,11 @@ def launch(control: socket.socket, cgroups: str) -> None:
     kernel("prctl", PR_SET_DUMPABLE, 0)
     kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
     kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # A handler that does nothing, for "ignored" would last through exec into the functions.
-    # nohup and a shell's `&` leave some ignored, too.
+    # What ignores or blocks a signal hands that on, through exec, into the functions.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # A handler that does nothing is not handed on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
@@ -3468,29 +3567,27 @@ class Watch:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
             self.next_disk_look = now + max(DISK_LOOK_SECONDS, min(10 * (now - began), 3.0))
-        self.next_look = now + max(LOOK_SECONDS, time.monotonic() - now)
+        # A look at many processes is slow: it has a fifth of the time.
+        self.next_look = now + max(LOOK_SECONDS, 5 * (time.monotonic() - now))
         return ""
 
     def _held(self) -> int:
-        """The bytes that the run holds now, all its processes together; exact where it matters."""
+        """The bytes that the run holds now, all its processes together, shared pages once."""
         if self.supervisor.cgroup:
             return self.supervisor.cgroup.held()
         pids = self.supervisor.run_pids()
         sizes = {pid: read_proc(f"/proc/{pid}/statm") for pid in pids}
-        apart = sum(int((content.split() or [b"0", b"0"])[1]) * PAGE for content in sizes.values())
-        # Each alone counts what it shares with others. So that sum is no less than what is asked.
-        if len(pids) < 2 or apart <= self.largest:
-            return apart
         together = 0
-        for pid, content in sizes.items():
+        for pid, size in sizes.items():
             # A look at many can be long: each read waits for a process that is in a fork.
             if time.monotonic() > self.deadline:
                 break
+            if len(pids) == 1:
+                together = int((size.split() or [b"0", b"0"])[1]) * PAGE
             # Who is between vfork and exec has its parent's memory, not a copy of it.
-            if content == sizes.get(parent_of(pid)):
-                continue
-            found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
-            together += int(found[1]) * 1024 if found else 0
+            elif size != sizes.get(parent_of(pid)):
+                found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
+                together += int(found[1]) * 1024 if found else 0
         return together
 
 
@@ -3597,8 +3694,8 @@ class Report:
         """Log the function's kept output, each line after `label`, and the REPORT line."""
         outcome, lines, pairs = self.outcome, [], self.pairs()
         level = FATES[outcome.status].level
-        lines += said_by_function(log, label, "stdout", outcome.stdout, outcome.stdout_bytes)
-        lines += said_by_function(log, label, "stderr", outcome.stderr, outcome.stderr_bytes)
+        lines += said_by_function(log, label, "stdout", outcome.stdout)
+        lines += said_by_function(log, label, "stderr", outcome.stderr)
         if outcome.text:
             lines.append(log.line(level, f"[{label}] {outcome.status}: {outcome.text}", {}))
         if self.request_id is None:  # it could not be read: what else would name it?
@@ -3606,21 +3703,17 @@ class Report:
         log.write([*lines, log.line(level, "REPORT", pairs)])
 
 
-def said_by_function(log: Log, label: str, stream: str, text: str, count: int) -> list[str]:
-    """A function's output as lines of the log, of which it may not take much: the ends of many.
-
-    `count` is of the bytes that it wrote, also of those which were not kept.
-    """
-    lines, notes = text.removesuffix("\n").split("\n") if text else [], []
-    first, last = lines[:MOST_LINES], lines[MOST_LINES:]
-    if (left_out := len(last) - MOST_LINES) > 0:
-        last = last[-MOST_LINES:]
-        note = f"[{label}] {left_out} lines of {stream} are left out here"
-        if count > 2 * KEPT_BYTES:
-            note += f", and {count - 2 * KEPT_BYTES} bytes that were not kept"
-        notes = [log.line("INFO", note, {})]
-    return [*(piece for line in first for piece in in_pieces(log, label, stream, line)), *notes,
-            *(piece for line in last for piece in in_pieces(log, label, stream, line))]
+def said_by_function(log: Log, label: str, stream: str, text: str) -> list[str]:
+    """A function's output as lines of the log, of which it may not take much: the ends of many."""
+    lines, said = text.removesuffix("\n").split("\n") if text else [], []
+    for number, line in enumerate(lines):
+        if number < MOST_LINES or number >= len(lines) - MOST_LINES:
+            said += in_pieces(log, label, stream, line)
+        elif number == MOST_LINES:
+            left_out = len(lines) - 2 * MOST_LINES
+            note = f"[{label}] {left_out} of the kept lines of {stream} are left out here"
+            said.append(log.line("INFO", note, {}))
+    return said
 
 
 def in_pieces(log: Log, label: str, stream: str, line: str) -> list[str]:
@@ -3645,14 +3738,14 @@ def summary(reports: Iterable[Report]) -> str:
     if not runs:
         return "no task was run: nothing waited in the queue"
     width = max([8, *map(len, runs)])
-    lines = [f"{'function':{width}}    runs     ok not ok  median ms   max ms  largest peak"]
+    lines = [f"{'function':{width}}    runs     ok not ok   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
         good = sum(each.outcome.status == "ok" for each in mine)
         spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
         peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
                          if each.outcome.peak_memory_bytes), default=(0, 0))
         lines.append(f"{name:{width}}  {len(mine):6} {good:6} {len(mine) - good:6} "
-                     f"{statistics.median(spent):10.0f} {max(spent):8}  {peak:.1f} of {cap} MiB")
+                     f"{max(spent):8}  {peak:.1f} of {cap} MiB")
     return "\n".join(lines)
 
 
@@ -4066,7 +4159,7 @@ class Slots:
             try:
                 self.cgroups = make_cgroups(settings.concurrency, settings.max_processes)
             except OSError as error:
-                self.cgroup_gap = f"{error.strerror}: {error.filename or 'cgroup2'}"
+                self.cgroup_gap = f"{error.strerror}: {error.filename or 'its controllers'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
         self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
         is_refused = settings.metadata == "refuse" and settings.network == "host"
@@ -4147,10 +4240,16 @@ class Slots:
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
                   "RLIMIT_FSIZE": self.settings.max_file_mb * MIB}
         cgroup = f"{self.cgroups}/slot{number}" if self.cgroups else ""
-        # A link needs code and workspace under one mount: that of all slots.
+        # A link needs code and workspace under one mount: that of all slots. Who has no uid of its
+        # own has copies, and could change the code: it sees no other slot, and that read-only.
+        hidden, shown = self.hidden, [self.base]
+        if uid is None:
+            hidden = sorted({*hidden, str(self.base)})
+            shown = [self.base / "code", self.shell, self.base / "main.py", directory,
+                     directory / "own"]
         return SlotSpec(str(directory), uid, gid, groups, cgroup,
                         self.settings.max_processes + self.other_tasks, str(self.shell), limits,
-                        self.settings.network, tuple(self.hidden), (*self.shown, str(self.base)))
+                        self.settings.network, tuple(hidden), (*self.shown, *map(str, shown)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
         """(uid, gid, groups, whether nobody else has it) of a slot; no uid: the agent's own."""
@@ -4241,9 +4340,11 @@ class Slots:
     def run_spec(self, task: Task, package: Package, slot: Slot, tee: bool = False) -> RunSpec:
         """What runs a package, or compiles it if it is a source; raises Ended and Outage."""
         entry = find_entry(package.path, task.runtime, task.handler)
-        helper_env = {**BASE_ENV, "PATH": self.path, "HOME": f"{slot.own}/home",
-                      "TMPDIR": f"{slot.own}/tmp", "OUTPUT_DIR": slot.output}
-        env = {**task.env, "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
+        # The ready interpreter is root's: its HOME is where nobody can make anything.
+        helper_env = {**BASE_ENV, "PATH": self.path, "HOME": os.devnull}
+        env = {**task.env, "HOME": f"{slot.own}/home", "TMPDIR": f"{slot.own}/tmp",
+               "OUTPUT_DIR": slot.output, "USER": USER, "LOGNAME": USER,
+               "REQUEST_ID": task.request_id, "FUNCTION_ID": task.function_id,
                "MEMORY_MB": str(task.memory_mb), "TIMEOUT_MS": str(task.timeout_ms)}
         if task.handler:
             env.update({
@@ -4420,6 +4521,7 @@ class Turn:
     message: Message
     report: Report  # what is known so far
     task: Task | None = None  # None: it was refused before it was understood
+    memory_mb: int = 0  # that it takes up in a slot
     package: Package | None = None  # its code, once that is here
     is_done: bool = False  # its outcome is known: it only has to be stored, and ended
     has_begun: bool = False  # it runs, or its result is being stored: a shutdown lets it finish
@@ -4435,11 +4537,6 @@ class Turn:
     result: dict[str, Any] = field(default_factory=dict)  # for result.json
     ran_before: bool = False  # when it was here before, and could not be stored
     size: int = 0  # in bytes, of what it left then
-
-    @property
-    def memory_mb(self) -> int:
-        """What it takes up in a slot."""
-        return self.task.memory_mb if self.task else 0
 
 
 class Agent:
@@ -4637,16 +4734,11 @@ class Agent:
                     break
                 self._pause(pause)
         self._stop_taking()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _pause(self, seconds: float) -> None:
         with self.lock:
             self.space.wait_for(lambda: self.stopping, seconds)
-
-    def _wake(self) -> None:
-        """Have the main thread look."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.waker, b"\n")
 
     def _room(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
@@ -4687,7 +4779,7 @@ class Agent:
         else:
             try:
                 turn.task = task = parse_task(message.body, self.settings, any_bucket=self.local)
-                turn.report = replace(turn.report, **task.known())
+                turn.report, turn.memory_mb = replace(turn.report, **task.known()), task.memory_mb
                 ends = time.monotonic() + task.timeout_ms / 1000
                 if ends > self.queue.lease_ends(message, ends):
                     raise rejected("visibility", f"timeoutMs {task.timeout_ms} is over the queue's "
@@ -4705,7 +4797,7 @@ class Agent:
         if is_late:
             self._release([turn])
         elif len(self.turns) == 1:
-            self._wake()  # it may be resting
+            os.write(self.waker, b"\n")  # the main thread may be resting
 
     def _queue_up(self, turn: Turn) -> None:
         """Have a turn wait for what it needs next: a slot, or an errand."""
@@ -4792,10 +4884,10 @@ class Agent:
             with self.lock:
                 del self.running[slot]
                 self.free_mb += turn.memory_mb
-                mean = self.mean_seconds
-                self.mean_seconds = spent if mean is None else mean * 0.8 + spent * 0.2
+                mean = self.mean_seconds or spent
+                self.mean_seconds = mean * 0.8 + spent * 0.2
                 (self.to_run if self.waiting else self.space).notify()
-        self._wake()
+        os.write(self.waker, b"\n")
 
     def _run(self, turn: Turn, slot: Slot) -> None:
         """Run a turn's function, and its compiler before if need be; raises Ended and Outage."""
@@ -4803,7 +4895,7 @@ class Agent:
         assert task and package
         for part in self.results.parts():
             if part.since and part.retry_at + TRY_SECONDS > time.monotonic():
-                raise Outage(part, part.reason, part.error)  # who has a result tries before
+                raise Outage(part, part.reason, part.error)  # who has run already tries before
         run = self.slots.run_spec(task, self.slots.compile(task, package, slot), slot)
         with self.lock:
             if turn.is_over:
@@ -4832,7 +4924,8 @@ class Agent:
             ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
             if turn.directory and turn.report.outcome.status != "released":
-                self._keep_unstored(replace(turn, report=ran, package=None))
+                self._keep_unstored(replace(
+                    turn, report=ran, package=None, result={}, has_begun=False))
         outcome = turn.report.outcome
         if outcome.status == "error" and outcome.reason != "runtime":
             self._note_trouble(turn.task and turn.task.code, False)
@@ -4932,7 +5025,7 @@ class Agent:
                                     "wait to be stored; it runs again when its message is back")
                 remove(oldest.directory)
 
-    def _release(self, turns: list[Turn], reason: str | None = None) -> None:
+    def _release(self, turns: Iterable[Turn], reason: str | None = None) -> None:
         """Give messages back that did not run, or not to the end."""
         for turn in turns:
             self._end(turn, Outcome("released", reason))
@@ -4978,7 +5071,7 @@ def notify(state: str) -> None:
 
 
 def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) -> None:
-    """Run an agent on SQS, or on a folder; raises GiveUp and ConfigError."""
+    """Run an agent on SQS, or on a folder; raises GiveUp, ConfigError, OSError."""
     if folder and not folder.is_dir():
         raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
@@ -4997,17 +5090,14 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
 
 def open_services(settings: Settings, log: Log, clients: Clients | None,
                   folder: Path | None) -> Services:
-    """Those of AWS, or the folder that stands in for them. Raises GiveUp."""
+    """Those of AWS, or the folder that stands in for them. Raises OSError."""
     if clients:
         return Services(SqsQueue(clients, settings, log), S3Code(clients.s3, log),
                         AwsResults(clients, settings, log),
                         CloudWatchMetrics(clients.cloudwatch, settings, log))
     assert folder
-    try:
-        return Services(FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
-                        FolderMetrics(folder, settings, log))
-    except OSError as error:
-        raise GiveUp(f"--local: {error}; name a folder this user can write to") from None
+    return Services(FolderQueue(folder, log), FolderCode(folder), FolderResults(folder, log),
+                    FolderMetrics(folder, settings, log))
 
 
 def say(text: str) -> None:
@@ -5039,13 +5129,11 @@ def own_package(path: Path, target: Path, runtime: str | None,
             raise GiveUp(f"--invoke {path}: it has {' and '.join(sorted(found))}; say by --runtime "
                          "which of them is meant")
         runtime = next(iter(found.values()), "python")
-    if runtime not in _RUNTIME_OF:
-        raise GiveUp(f"--runtime {runtime}: write one of {', '.join(_RUNTIME_OF)}")
-    return runtime, Package(target, "")
+    return _RUNTIME_OF[runtime], Package(target, "")
 
 
 def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
-    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp."""
+    """Run one function from a zip or a folder; 0 when it ends ok. Raises GiveUp, OSError."""
     log, keep = Log(form, "ERROR"), args.output
     report, names = Report(), list[str]()
     with contextlib.closing(Slots(replace(settings, concurrency=1), log)) as slots:
@@ -5074,13 +5162,10 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             report = report.ended(error)
         outcome = report.outcome
         if keep:
-            try:
-                keep.mkdir(parents=True, exist_ok=True)
-                copy_outputs(slot.output, names, keep)
-                write_json(str(keep), "result.json",
-                           report.result(names, [outcome.peak_memory_bytes or 0]))
-            except OSError as error:
-                raise GiveUp(f"--output {keep}: {error}; name a folder to write to") from None
+            keep.mkdir(parents=True, exist_ok=True)
+            copy_outputs(slot.output, names, keep)
+            write_json(str(keep), "result.json",
+                       report.result(names, [outcome.peak_memory_bytes or 0]))
     log.least = 0
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
@@ -5131,13 +5216,9 @@ def demo(settings: Settings, log: Log) -> None:
     say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
-TRIALS = {  # runtime: its entry file, which says the version of what runs or compiled it
-    "python": ("main.py", "import sys\nprint('runs', sys.version.split()[0])"),
-    "cpp": ("main.cpp", '#include <cstdio>\nint main() { std::puts("runs " __VERSION__); }'),
-    "nodejs": ("index.js", "console.log('runs', process.version)"),
-    "go": ("main.go", 'package main\nimport "runtime"\n'
-                      'func main() { println("runs", runtime.Version()) }'),
-}
+VERSIONS = {  # how the program of a runtime says which it is, and how that looks
+    "python": ("--version", r"Python 3\."), "cpp": ("--version", r"[gc]\+\+|clang|gcc|GCC"),
+    "nodejs": ("--version", r"v[0-9]"), "go": ("version", "go version")}
 
 
 class Check:
@@ -5165,19 +5246,26 @@ class Check:
         with self.of("sandbox") as is_ok, contextlib.closing(
                 Slots(replace(self.settings, concurrency=1), self.log)) as slots:
             slots.try_out()
-            needed = list(RUNTIMES)
             if args.invoke:
-                needed = []
-                with self.of("function") as is_whole:
-                    name, package = own_package(
-                        args.invoke, slots.base / "code/invoked", args.runtime, args.handler)
-                    needed = [_RUNTIME_OF[name]]
-                    entry = find_entry(package.path, needed[0], args.handler)
-                    is_whole(f"{args.invoke} begins with {entry}, for {needed[0]}")
-            for name in needed:
-                self._runtime(slots, name)
-            is_ok(self._sandbox(slots))
+                self._function(slots, args)
+            else:
+                for name in RUNTIMES:
+                    self._runtime(slots, name)
+            outcome = self._trial(slots, "trial", "test -w .")
+            if outcome.status != "ok":
+                raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
+            is_ok(f"a trial run ended ok, with a peak of {outcome.peak_memory_bytes} bytes; "
+                  f"isolation: {slots.isolation()}")
         return int(self.failed)
+
+    def _function(self, slots: Slots, args: argparse.Namespace) -> None:
+        """What --invoke would run, and its runtime."""
+        with self.of("function") as is_ok:
+            name, package = own_package(
+                args.invoke, slots.base / "code/invoked", args.runtime, args.handler)
+            entry = find_entry(package.path, name, args.handler)
+            is_ok(f"{args.invoke} begins with {entry}, for {name}")
+            self._runtime(slots, name)
 
     def _folder(self, folder: Path) -> None:
         """Whether the parts of --local's folder can be listed, and written to."""
@@ -5203,104 +5291,80 @@ class Check:
         if not clients:
             return
         self._queue(clients)
-        if arn := self.settings.function_role:
+        settings, key = self.settings, f"nanogrid-check-{os.urandom(8).hex()}"
+        if arn := settings.function_role:
             with self.of("function role") as is_ok:
-                FunctionRole(clients, self.settings, self.log).env(0)
+                FunctionRole(clients, settings, self.log).env(0)
                 is_ok(f"{arn} is lent to functions")
-        key = f"nanogrid-check-{os.urandom(8).hex()}"
-        with self.of("bucket") as is_ok:
-            bucket = str(self.settings.code_bucket)
-            self.ask(clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
-                     Bucket=bucket, Key=key)
-            is_ok(f"{bucket}: s3:GetObject and s3:ListBucket are granted")
-        with self.of("CloudWatch") as is_ok:
-            # Nothing to write: who may not write is told so, who may is told that this is nothing.
-            self.ask(clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
-                     "Parameter|Validation", Namespace=self.settings.namespace, MetricData=[])
-            is_ok(f"PutMetricData into {self.settings.namespace} is not refused")
-        if results := self.settings.output_bucket:
-            with self.of("output bucket") as is_ok:
-                # A part of an upload that nobody began; moto answers 500.
-                self.ask(clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{results}/*",
-                         "NoSuchUpload|^500$", Bucket=results, Key=key, PartNumber=1,
-                         UploadId="none", Body=b"")
-                is_ok(f"{results}: s3:PutObject is not refused")
-        if url := self.settings.output_queue_url:
-            with self.of("output queue") as is_ok:
-                self.ask(clients.sqs.send_message_batch, "sqs:SendMessage on it",
-                         "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
-                is_ok(f"{url}: a batch of no messages is not refused")
+        bucket = str(settings.code_bucket)
+        self.ask("bucket", f"{bucket}: s3:GetObject and s3:ListBucket are granted",
+                 clients.s3.get_object, BUCKET_NEEDS.format(bucket), "NoSuchKey",
+                 Bucket=bucket, Key=key)
+        # Nothing to write: who may not write is told so, who may is told that this is nothing.
+        self.ask("CloudWatch", f"PutMetricData into {settings.namespace} is not refused",
+                 clients.cloudwatch.put_metric_data, "cloudwatch:PutMetricData",
+                 "Parameter|Validation", Namespace=settings.namespace, MetricData=[])
+        if results := settings.output_bucket:
+            # A part of an upload that nobody began; moto answers 500.
+            self.ask("output bucket", f"{results}: s3:PutObject is not refused",
+                     clients.s3.upload_part, f"s3:PutObject on arn:aws:s3:::{results}/*",
+                     "NoSuchUpload|^500$", Bucket=results, Key=key, UploadId="none", PartNumber=1,
+                     Body=b"")
+        if url := settings.output_queue_url:
+            self.ask("output queue", f"{url}: a batch of no messages is not refused",
+                     clients.sqs.send_message_batch, "sqs:SendMessage on it",
+                     "EmptyBatch|Parameter|Validation", QueueUrl=url, Entries=[])
 
     def _queue(self, clients: Clients) -> None:
         """The queue, its visibility timeout and its DLQ."""
-        url, attributes = self.settings.queue_url, {}
-        with self.of("queue") as is_ok:
-            attributes = self.ask(clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
-                                  QueueUrl=url, AttributeNames=["All"])["Attributes"]
-            is_ok(f"{url}, about {attributes.get('ApproximateNumberOfMessages')} waiting, with a "
-                  f"visibility timeout of {attributes.get('VisibilityTimeout')} s")
-        if attributes:
-            with self.of("dead-letter queue") as is_ok:
-                policy = json.loads(attributes.get("RedrivePolicy") or "{}")
-                if "deadLetterTargetArn" not in policy:
-                    raise GiveUp("none: what fails would come back for ever; set the queue's "
-                                 "RedrivePolicy (setup_resources.sh does)")
-                receives = policy.get("maxReceiveCount")
-                is_ok(f"{policy['deadLetterTargetArn']} after {receives} receives")
+        url = self.settings.queue_url
+        answer = self.ask("queue", str(url), clients.sqs.get_queue_attributes, QUEUE_NEEDS, "(?!)",
+                          QueueUrl=url, AttributeNames=["All"])
+        if not answer:
+            return
+        attributes = answer["Attributes"]
+        with self.of("visibility timeout") as is_ok:
+            is_ok(f"{attributes['VisibilityTimeout']} s")
+        with self.of("dead-letter queue") as is_ok:
+            policy = json.loads(attributes.get("RedrivePolicy") or "{}")
+            if "deadLetterTargetArn" not in policy:
+                raise GiveUp("none: what fails would come back for ever; set the queue's "
+                             "RedrivePolicy (setup_resources.sh does)")
+            is_ok(f"{policy['deadLetterTargetArn']} after {policy.get('maxReceiveCount')} receives")
 
-    @staticmethod
-    def ask(call: Callable[..., Any], needs: str, fine: str, **arguments: Any) -> dict[str, Any]:
-        """The answer of AWS, {} for an error whose code is `fine`; GiveUp with what to do."""
+    def ask(self, name: str, text: str, call: Callable[..., Any], needs: str, fine: str,
+            **arguments: Any) -> Any:
+        """Say `text` of a call to AWS, also if it fails by a code that is `fine`; its answer."""
         answer, error = attempt(call, **arguments)
-        if error and not re.search(fine, error_code(error)):
-            raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
-                         or f"{error}; it may pass: if it does not, check the network, "
-                            "agent.aws.region and agent.aws.endpointUrl")
-        return answer or {}
+        with self.of(name) as is_ok:
+            if error and not re.search(fine, error_code(error)):
+                raise GiveUp(remedy(error, needs, arguments.get("QueueUrl"))
+                             or f"{error}; it may pass: if it does not, check the network, "
+                                "agent.aws.region and agent.aws.endpointUrl")
+            is_ok(text)
+        return answer
 
     def _runtime(self, slots: Slots, name: str) -> None:
-        """Whether a program of this runtime runs, and which version runs or compiles it."""
+        """Whether the program of this runtime starts, and says that it is one."""
         if not slots.programs[name] and not getattr(self.settings, name):
             return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
                        "that a function can run; its tasks end as error")
         with self.of(f"runtime {name}") as is_ok:
-            program = slots.program("{program}", name)
-            try:
-                outcome = self._trial(slots, name, *TRIALS[name])
-            except Ended as error:  # it does not compile
-                outcome = error.outcome
-            said = outcome.stdout + outcome.stderr
-            if outcome.status != "ok" or not said.startswith("runs "):
-                raise GiveUp(f"{program} does not run {TRIALS[name][0]} as it should "
-                             f"({outcome.status}: {shown(said)}); correct agent.runtimes.{name}")
-            is_ok(f"{program}, {said[5:].strip()}")
+            program, (flag, pattern) = slots.program("{program}", name), VERSIONS[name]
+            outcome = self._trial(slots, name, f"exec {shlex.quote(program)} {flag}")
+            said = (outcome.stdout + outcome.stderr).partition("\n")[0]
+            if not re.match(pattern, said):
+                raise GiveUp(f"{program} {flag} ended {outcome.status}, with {shown(said)}: this "
+                             f"is no {name}; correct agent.runtimes.{name}")
+            is_ok(f"{program}, {said}")
 
-    def _trial(self, slots: Slots, runtime: str, entry: str, source: str) -> Outcome:
-        """What a function of our own comes to; raises Ended."""
-        place, slot = slots.base / "code" / entry.replace(".", "-"), slots.all[0]
+    def _trial(self, slots: Slots, name: str, script: str) -> Outcome:
+        """What a function of our own comes to."""
+        place, slot = slots.base / "code" / name, slots.all[0]
         place.mkdir(mode=0o755)
-        (place / entry).write_text(source)
-        task = Task("check", "check", runtime, "", "", 60_000, 512, b"")
-        package = slots.compile(task, Package(place, ""), slot)
-        return slot.run(slots.run_spec(task, package, slot))
-
-    def _sandbox(self, slots: Slots) -> str:
-        """Say a line for the metadata; the sandbox's text. Raises GiveUp."""
-        slot, address = slots.all[0], METADATA[socket.AF_INET]
-        reach = "" if slots.metadata_gap else f"exec 3<>/dev/tcp/{address}/80\n"
-        outcome = self._trial(slots, "cpp", "run.sh", f"{reach}test -w .\n")
-        if reach:
-            with self.of("instance metadata") as is_ok:
-                if "not permitted" not in outcome.stderr:
-                    raise GiveUp(f"{address} is not refused to functions ({outcome.stderr}): "
-                                 "close it by a firewall, or set agent.execution.network none")
-                is_ok(f"{address} is refused to functions")
-        if outcome.status != "ok":
-            raise GiveUp(f"a trial run ended {outcome.status} ({outcome.stderr})")
-        who = "the agent's own user" if slot.spec.uid is None else f"uid {slot.spec.uid}"
-        peak = outcome.peak_memory_bytes
-        return (f"a trial run ended ok, as {who}, with a peak of {peak} bytes; isolation: "
-                f"{slots.isolation()}")
+        (place / "run.sh").write_text(script)
+        task = Task("check", "check", "cpp", "", "", 60_000, 512, b"")
+        return slot.run(slots.run_spec(task, Package(place, ""), slot))
 
 
 def pair(text: str) -> list[str]:
@@ -5313,12 +5377,9 @@ def pair(text: str) -> list[str]:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="nanogrid.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="NanoGrid: your own Lambda on one machine, in one file.\n"
-                    "It takes tasks from the SQS queue that the settings name until it is stopped.",
-        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: the\n"
-               "function did not end ok; --check: something cannot be used); 2 wrong usage or\n"
-               "settings")
+        prog="nanogrid.py", description="NanoGrid: your own Lambda on one machine, in one file.",
+        epilog="exit status: 0 done, or stopped by a signal; 1 could not go on (--invoke: it did "
+               "not end ok; --check: not all is usable); 2 wrong usage or settings")
     parser.add_argument("--config", metavar="FILE", type=Path,
                         help="the settings (default: application.yml here)")
     mode = parser.add_mutually_exclusive_group()
@@ -5334,7 +5395,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true",
                         help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
-    one.add_argument("--runtime", metavar="NAME",
+    one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
                      help="python, cpp, nodejs or go (default: its only entry file's)")
     one.add_argument("--timeout-ms", type=int, metavar="MS",
                      help="its time limit (default: execution.defaultTimeoutMs)")
@@ -5401,7 +5462,7 @@ def main(argv: list[str]) -> int:
         for line in str(error).splitlines():
             log("ERROR", line)
         return 2
-    except GiveUp as error:
+    except (GiveUp, OSError) as error:
         log("ERROR", str(error))
     except KeyboardInterrupt:
         log("ERROR", "interrupted")

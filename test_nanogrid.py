@@ -23,6 +23,7 @@ behind, and have been seen to fail.
 """
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import ctypes
@@ -32,6 +33,7 @@ import fnmatch
 import functools
 import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import math
@@ -2885,13 +2887,13 @@ def test_duration_is_what_the_function_itself_sees(timed, kind):
     results = [timed[f"{kind}-{n}"] for n in range(5)]
     more = [each["durationMillis"] - float(each["stdout"]) for each in results]
     assert min(more) >= -1, results  # a whole number of milliseconds
-    assert min(more) <= 500, results  # how near it comes is the benchmark's business
+    assert min(more) <= 500 * busy(), results  # how near it comes is the benchmark's business
 
 
 @pytest.mark.parametrize("name", ["sleeps", "spins", "stops its group"])
 def test_a_run_has_its_time_limit_and_not_much_more(timed, name):
     durations = [int(report["durationMillis"]) for report in timed.reports[slug(name)]]
-    assert 399 <= min(durations) <= 5400, durations  # the best of three takes
+    assert 399 <= min(durations) <= 400 + 5000 * busy(), durations  # the best of three takes
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root to read the memory of other users' processes")
@@ -2941,17 +2943,6 @@ finally:
         agent.wait_for("REPORT requestId=hog .* status=oom")
     held_mib = int(re.search(r"VmHWM:\s+(\d+) kB", held)[1]) / 1024
     assert 128 < held_mib <= 4 * 128 + 512 + 16  # what is no data
-
-
-@pytest.mark.skipif(not ROOT, reason="where slots have no uid of their own it could stop what is not the slot's")
-def test_a_run_that_stops_its_fork_shell_does_not_stop_the_next(grids):
-    grid = grids("root", EXECUTION_CONCURRENCY=1)
-    grid.put({"run.sh": "for ((pid = $$ - 300; pid < $$; pid++)); do kill -STOP $pid && echo stopped; done 2>/dev/null; true"},
-             "cpp", "first", "first")
-    grid.put({"run.sh": "echo fine"}, "cpp", "second", "second")
-    grid.run()
-    assert "stopped" in grid["first"]["stdout"] and grid["second"]["stdout"] == "fine\n", (grid["first"], grid["second"])
-    assert "does not answer" not in grid.log, grid.log[-2000:]
 
 
 # ---------------------------------------------------------------- nothing outlives its run
@@ -3086,13 +3077,13 @@ assert sorted(fd for fd in there if "libffi" not in there[fd]) == ["0", "1", "2"
 [ "$(ls /proc/self/fd | tr '\n' ' ')" = "0 1 2 3 " ] || { ls -l /proc/self/fd; exit 1; }
 === environment | input={"k":[1]} timeoutMs=59000 memoryMb=200
 import os
-own = {"HOME", "TMPDIR", "OUTPUT_DIR", "REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS"}
+own = {"HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS"}
 assert set(os.environ) == own | {"PATH", "LANG", "TZ"}, dict(os.environ)
 expected = {"LANG": "C.UTF-8", "TZ": "Asia/Seoul", "REQUEST_ID": "environment", "FUNCTION_ID": "environment",
             "MEMORY_MB": "200", "TIMEOUT_MS": "59000"}
 assert expected.items() <= os.environ.items(), dict(os.environ)
 === environment of a shell | cpp
-own="FUNCTION_ID|HOME|LANG|MEMORY_MB|OUTPUT_DIR|PATH|REQUEST_ID|TIMEOUT_MS|TMPDIR|TZ|PWD|OLDPWD|SHLVL|_"
+own="FUNCTION_ID|HOME|LANG|LOGNAME|MEMORY_MB|OUTPUT_DIR|PATH|REQUEST_ID|TIMEOUT_MS|TMPDIR|TZ|USER|PWD|OLDPWD|SHLVL|_"
 ! env | grep -vE "^($own)="
 === private directories
 import os
@@ -3142,6 +3133,35 @@ trap : TERM; sleep 60 & kill 0; wait; echo -n fine
 echo -n fine
 === the standard streams can be opened again | cpp | stdout=in_out
 echo -n in_ > /dev/stdout; echo out >> /proc/self/fd/1; echo err > /dev/stderr; cat /dev/stdin
+=== signals | | stdout=0_1001000
+status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
+print(status["SigBlk"].lstrip("0") or "0", status["SigIgn"].lstrip("0"), sep="_")  # Python ignores PIPE and XFSZ
+=== signals in a shell | cpp
+! grep -E '^Sig(Blk|Ign):.*[1-9a-f]' /proc/self/status
+=== it has a name and a home
+import getpass, os, pwd
+entry = pwd.getpwuid(os.getuid())
+assert (getpass.getuser(), os.environ["USER"], entry.pw_name) == ("nanogrid",) * 3, entry
+assert os.path.expanduser("~") == entry.pw_dir == os.path.expanduser("~nanogrid") == os.environ["HOME"], entry
+assert pwd.getpwnam("root").pw_uid == 0
+=== it goes first when memory ends | root
+try:
+    open("/proc/self/oom_score_adj", "w").write("0")
+except OSError:
+    pass
+assert open("/proc/self/oom_score_adj").read() == "1000\n"
+=== outputs that were closed and opened again | | stdoutBytes=200000
+import os, time
+path = os.readlink("/proc/self/fd/1")
+os.close(1), os.close(2)
+time.sleep(0.2)
+os.write(os.open(path, os.O_WRONLY), bytes(200000))
+=== stopped under its tracer | timeoutMs=1000 | status=timeout
+import ctypes, os, signal
+ctypes.CDLL(None).ptrace(0, 0, 0, 0)
+os.kill(os.getpid(), signal.SIGSTOP)
+=== stopped under its tracer in a shell | cpp timeoutMs=1000 | status=timeout
+exec python3 -c 'import ctypes, os; ctypes.CDLL(None).ptrace(0, 0, 0, 0); os.kill(os.getpid(), 19)'
 === a terminal is out of reach
 try:
     open("/dev/tty")
@@ -3161,6 +3181,8 @@ def confined(grids, user):
                     PYTHONDONTWRITEBYTECODE="1", LD_LIBRARY_PATH="/nonexistent", BASH_ENV="/nonexistent")
     grid.put_all(CONFINED)
     raised = [PYTHON, "-c", "import os, resource, sys; os.open('/dev/zero', 0); os.set_inheritable(3, True); "  # noqa: ISC004
+              "import signal; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGUSR1, signal.SIGRTMIN)]; "
+              "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGALRM]); "
               "hard = resource.getrlimit(resource.RLIMIT_CORE)[1]; "
               "resource.setrlimit(resource.RLIMIT_CORE, (hard, hard)); os.execvp(sys.argv[1], sys.argv[1:])"]
     return grid.run(prefix=raised)
@@ -3898,9 +3920,8 @@ def test_check_says_whether_the_instance_metadata_is_refused(grids, user):
     with cloud() as (machine, _):
         with machine.run(grid.agent, "--check") as agent:
             assert agent.end() == 0, agent.out
-        refused = re.search(r"^ok +instance metadata: 169.254.169.254 is refused", agent.out, re.MULTILINE)
         open_still = re.search(r"^ok +sandbox: .*functions reach the instance metadata", agent.out, re.MULTILINE)
-        assert (bool(refused), bool(open_still)) == ((True, False) if user == "root" else (False, True)), agent.out
+        assert bool(open_still) == (user != "root"), agent.out
 
 
 LOOPBACK_ALONE = r"""
@@ -4319,8 +4340,8 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
 @under_cgroup
 def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=1)
-    run = Lasting(grid, "lasting", timeoutMs=3000)
-    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 3")]
+    run = Lasting(grid, "lasting", timeoutMs=10000)
+    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 20")]
     with grid.agent(prefix=prefix) as agent:
         os.kill(run.begun()[1], signal.SIGSTOP)
         agent.wait_for("REPORT requestId=lasting .*status=error")
@@ -4466,7 +4487,9 @@ def test_many_runs_leave_nothing(grids):
     assert len(grid.reports) == 100 and agents_cgroups() == set()
 
 
-# ---------------------------------------------------------------- what is left on disk
+# ---------------------------------------------------------------- from one run into the next
+#
+# Pairs: what one run does, and what the next of its slot must find, which is what a first run found.
 
 LEFTOVERS = table(r"""
 === a tree of mode 000
@@ -4530,6 +4553,68 @@ for place in workplaces:
 import shutil
 for place in workplaces:
     shutil.rmtree(place, ignore_errors=True)
+=== ACLs and attributes
+acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, 0, 0xFFFFFFFF) for tag in (1, 4, 0x20))
+for place in places:
+    attempt(os.setxattr, place, "system.posix_acl_default", acl)
+    attempt(os.setxattr, place, "user.left", b"1")
+=== flags and generations
+for place in places:
+    for name, value in ((SETFLAGS, 0xC8), (SETVERSION, 7)):
+        attempt(lambda: fcntl.ioctl(os.open(place, os.O_RDONLY), name, struct.pack("l", value)))
+=== modes and times
+for place in places:
+    attempt(os.chmod, place, 0o2755)
+    attempt(os.utime, place, (1, 1))
+=== directories of the package
+for name in "lib", "lib/deep":
+    attempt(os.setxattr, name, "user.left", b"1")
+    attempt(os.utime, name, (1, 1))
+    os.chmod(name, 0o700)
+os.rename("lib/deep", "lib/left")
+os.mkdir("lib/deep")
+=== what stands above it is stopped | timeoutMs=3000
+for pid in above():
+    attempt(os.kill, pid, 19)
+=== what stands above it has other limits
+for pid in above():
+    for kind in range(16):
+        attempt(resource.prlimit, pid, kind, (3, 3))
+=== what stands above it has other priorities
+for pid in above():
+    attempt(os.sched_setaffinity, pid, {min(os.sched_getaffinity(0))})
+    attempt(os.setpriority, os.PRIO_PROCESS, pid, 19)
+    attempt(os.sched_setscheduler, pid, os.SCHED_IDLE, os.sched_param(0))
+    ctypes.CDLL(None).syscall({"x86_64": 251, "aarch64": 30}[os.uname().machine], 1, pid, 3 << 13)
+=== what stands above it is killed
+for pid in above():
+    attempt(os.kill, pid, 9)
+=== shared memory, semaphores and queues
+import mmap, multiprocessing.shared_memory as shared_memory
+ctypes.CDLL(None).shmget(1, 4096, 0o1666)
+ctypes.CDLL(None).semget(2, 1, 0o1666)
+attempt(os.mkdir, "/dev/shm/left")
+=== keys of the kernel
+for keyring in (-3, -4, -5):
+    syscall("add_key", b"user", b"left", b"left", 4, keyring)
+    syscall("keyctl", 5, keyring, 0)  # KEYCTL_SETPERM
+=== a home that an interpreter reads
+place = f"{os.environ['HOME']}/.local/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+os.makedirs(place)
+open(place + "/left.pth", "w").write("import os; os.environ['left'] = '1'\n")
+open(place + "/usercustomize.py", "w").write("import os; os.environ['left'] = '1'\n")
+=== what it was started from
+for path in ("../../../main.py", "../../../sh", "../../passwd", "/etc/passwd", "../../feed/stdin"):
+    attempt(lambda: open(path, "ab").write(b"left"))
+    attempt(os.unlink, path)
+    attempt(os.rename, path, "left")
+=== what the supervisor made
+feed = os.path.realpath("../../feed")
+attempt(os.mkdir, feed + "/left")
+attempt(lambda: open(feed + "/left-file", "wb").write(bytes(1 << 20)))
+for name in os.listdir(feed) if os.access(feed, os.R_OK) else ():
+    attempt(os.rename, feed + "/" + name, feed + "/left-" + name)
+attempt(os.rename, feed, feed + "-left")
 === 20000 small files
 os.mkdir("left-many")
 os.chdir("left-many")
@@ -4537,12 +4622,23 @@ for n in range(20000):
     open(str(n), "w").close()
 """)
 LEFTOVER_HEAD = r"""
-import json, os, sys
+import ctypes, fcntl, json, os, resource, struct, sys
+SETFLAGS, SETVERSION = 0x40086602, 0x40087602
+KEYS = {"x86_64": {"add_key": 248, "keyctl": 250}, "aarch64": {"add_key": 217, "keyctl": 219}}[os.uname().machine]
 victim, shared = json.load(sys.stdin)
 workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], *shared, os.getcwd()]))
 places = [os.environ["OUTPUT_DIR"]] + workplaces
+def attempt(change, *arguments):
+    try:
+        return change(*arguments)
+    except OSError:
+        pass
+def syscall(name, *arguments):
+    return ctypes.CDLL(None).syscall(KEYS[name], *arguments)
+def above():  # what forked it, and what leads its session and its group
+    return {os.getppid(), os.getpgrp(), os.getsid(0)} - {os.getpid(), 0}
 def replace_streams(make):
-    for name in "stdin", "out/stdout", "out/stderr", "run":
+    for name in "stdin", "stdout", "stderr":
         path = os.environ["HOME"].replace("own/home", "feed/" + name)
         try:
             os.unlink(path)
@@ -4551,19 +4647,44 @@ def replace_streams(make):
             pass
 """
 PROBE = r"""
-import json, os, sys
+import ctypes, fcntl, json, os, resource, sys, time
 shared = json.loads(sys.stdin.read() or "[]")
-for place in (".", os.environ["TMPDIR"], os.environ["HOME"], os.environ["OUTPUT_DIR"], *shared):
+KEYCTL = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+def flags(path, request):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return fcntl.ioctl(fd, request, bytes(8)).hex()
+    except OSError as error:
+        return error.errno
+    finally:
+        os.close(fd)
+seen = {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")}
+seen["scheduling"] = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0))
+libc = ctypes.CDLL(None)
+seen["ioprio"] = libc.syscall({"x86_64": 252, "aarch64": 31}[os.uname().machine], 1, 0)
+seen["names"] = sorted(os.environ), os.getgroups(), os.umask(0o022)
+seen["status"] = [line for line in open("/proc/self/status") if line.startswith(("Sig", "Cap", "NoNew"))][1:]
+seen["keys"] = [libc.syscall(KEYCTL, 11, keyring, None, 0) for keyring in (-3, -4, -5)]  # KEYCTL_READ: its size
+seen["ipc"] = [open(f"/proc/sysvipc/{kind}").read().count("\n") for kind in ("shm", "sem", "msg")]
+seen["passwd"] = open("/etc/passwd").read()
+for place in (".", "lib", "lib/deep", os.environ["TMPDIR"], os.environ["HOME"], os.environ["OUTPUT_DIR"], *shared):
+    status = os.stat(place)
     found = [os.path.join(top, name) for top, names, files in os.walk(place) for name in names + files]
-    assert not [name for name in found if "left-" in name], found
-    open(os.path.join(place, "probe"), "w").close()
-assert sorted(os.listdir(".")) == ["main.py", "probe"], os.listdir(".")
+    assert not [name for name in found if "left" in name], found
+    attributes = {name: os.getxattr(place, name).hex() for name in os.listxattr(place)}
+    seen[place] = (oct(status.st_mode), status.st_uid, attributes, flags(place, 0x80086601), time.time() - status.st_mtime < 1e6)
+    path = os.path.join(place, "probe")
+    open(path, "w").close()
+    os.mkdir(path + "-folder")
+    seen[path] = oct(os.stat(path).st_mode), oct(os.stat(path + "-folder").st_mode), os.listxattr(path), open(path).read()
+assert sorted(os.listdir(".")) == sorted(["lib", "main.py", "probe", "probe-folder", *sys.argv[1:]]), os.listdir(".")
+print(json.dumps(seen))
 """
 
 
 @pytest.fixture(scope="module")
 def leftovers(grids, user):
-    """One slot: after each function that leaves something comes one that looks."""
+    """One slot: after each function that leaves something come two that look, a warm and a cold one."""
     grid = grids(user, EXECUTION_CONCURRENCY=1)
     victim = grid.spool / "victim"
     victim.mkdir()
@@ -4573,18 +4694,38 @@ def leftovers(grids, user):
         for place in (victim, victim / "precious"):
             os.chown(place, ORDINARY, ORDINARY)
     shared = ["/tmp", "/var/tmp", "/dev/shm"] if has_room(user) else []
+    tree = {"main.py": PROBE, "lib/one.py": "", "lib/deep/two.py": ""}
+    def look(name):
+        grid.put(tree, request_id=f"{name}-b", function_id="probe", input=shared)
+        grid.put({**tree, "run.sh": f"exec {PYTHON} main.py run.sh"}, "cpp", request_id=f"{name}-c",
+                 function_id="cold-probe", input=shared)
+    look("00")
     for n, (name, case) in enumerate(LEFTOVERS.items()):
         source = LEFTOVER_HEAD + case.files["main.py"]
-        grid.put({"main.py": source}, request_id=f"{n}-a-{slug(name)}", function_id=slug(name),
-                 **{**case.task, "timeoutMs": 120000, "input": [str(victim), shared]})
-        grid.put({"main.py": PROBE}, request_id=f"{n}-b-{slug(name)}", function_id="probe", input=shared)
+        grid.put({**tree, "main.py": source}, request_id=f"{n:02}-a-{slug(name)}", function_id=slug(name),
+                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared]})
+        look(f"{n:02}-b-{slug(name)}")
+        if user == "ordinary" and "above" in name:
+            continue  # that is its supervisor: the agent kills one that hangs, but not at once
+        grid.put({**tree, "main.py": source, "run.sh": f"exec {PYTHON} main.py"}, "cpp",
+                 request_id=f"{n:02}-d-{slug(name)}", function_id=f"cold-{slug(name)}",
+                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared]})
+        look(f"{n:02}-e-{slug(name)}")
     return grid.run()
 
 
 @pytest.mark.parametrize("number, name", list(enumerate(LEFTOVERS)))
-def test_the_next_run_starts_pristine(leftovers, number, name):
-    assert leftovers.reports[f"{number}-a-{slug(name)}"]
-    assert leftovers.result(f"{number}-b-{slug(name)}")["status"] == "ok", leftovers.log[-5000:]
+def test_the_next_run_finds_what_the_first_one_found(leftovers, number, name):
+    """However each of the two was started."""
+    for kind in "bc":
+        first = leftovers.result(f"00-{kind}")
+        assert first["status"] == "ok", first
+        for did, looks in ("a", "b"), ("d", "e"):
+            if leftovers.reports[f"{number:02}-{did}-{slug(name)}"]:
+                after = leftovers.result(f"{number:02}-{looks}-{slug(name)}-{kind}")
+                assert after["status"] == "ok" and after["receiveCount"] == 1, after
+                assert json.loads(after["stdout"]) == json.loads(first["stdout"]), (did, kind)
+    assert leftovers.reports[f"{number:02}-a-{slug(name)}"]
 
 
 def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
@@ -4725,7 +4866,7 @@ def test_small_files_without_end_are_bounded(grids, user):
     grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_MAXFILES=5000)
     grid.put({"main.py": "for n in range(1000000): open(str(n), 'w').close()\n"}, request_id="many",
              function_id="many", timeoutMs=300_000)
-    grid.put({"main.py": PROBE}, request_id="probe", function_id="probe")
+    grid.put({"main.py": PROBE, "lib/deep/two.py": ""}, request_id="probe", function_id="probe")
     grid.run()
     for report in grid.reports["many"]:
         assert (report["status"], report.get("reason")) in (("failed", "disk"), ("error", "disk")), report
@@ -5590,7 +5731,7 @@ def bare_run(place: Path, case: Case, elsewhere: bool = False) -> tuple:
         subprocess.run(["chown", "-R", f"{uid}:{uid}", place], check=True)
     env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TZ": "Asia/Seoul", "HOME": f"{place}/home",
            "TMPDIR": f"{place}/tmp", "OUTPUT_DIR": f"{place}/out", "REQUEST_ID": "r", "FUNCTION_ID": "f",
-           "MEMORY_MB": "256", "TIMEOUT_MS": "60000"}
+           "MEMORY_MB": "256", "TIMEOUT_MS": "60000", "USER": "nanogrid", "LOGNAME": "nanogrid"}
     given = json.dumps(case.task["input"]).encode() if "input" in case.task else b""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         streams = (out, err) if elsewhere else (subprocess.PIPE, subprocess.PIPE)
@@ -5922,15 +6063,14 @@ INVOKED_WRONGLY = {
     "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
     "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
     "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
-    "no such runtime": (MAIN_PY, "fn --runtime cobol", r"ERROR --runtime cobol: write one of python, cpp, .*\n"),
     "no time": (MAIN_PY, "fn --timeout-ms 0", r"ERROR rejected: timeoutMs is 0; .*\n.* reason=task\n"),
     "no entry file": ({"x.py": ""}, "fn", r"ERROR rejected: .* no main.py at its top.*\n.* reason=entry\n"),
     "two entry files": ({**MAIN_PY, "index.js": ""}, "fn",
                         r"ERROR --invoke fn: it has index.js and main.py; say by --runtime which of them is meant\n"),
     "what does not compile": ({"main.cpp": "int main() { return x; }"}, "fn",
-                              r"main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
+                              r"\S*main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
                               r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
-    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR --output fn/main.py: .*File exists.*\n"),
+    "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR .*File exists: .fn/main.py.\n"),
 }
 
 
@@ -6014,6 +6154,14 @@ def handler(event, context): return three + beside.zero, __name__
 three = 3
 --- beside.py
 zero = 0
+=== modules named as those that call it | handler="app.handler" | value="own"
+--- app.py
+import json
+def handler(event, context): return "own"
+--- json.py
+raise SystemExit(9)
+--- logging.py
+raise SystemExit(9)
 === main.py is not run | handler="app.handler" | value=null stdout=
 print("main.py")
 --- app.py
@@ -6500,7 +6648,7 @@ def fault_trial(moto: str, what: str, fault: str):
         if what in ("code", "visibility"):
             assert {each["receiveCount"] for each in reports(log)} == {"1"}, log
         if what in ("receive", "delete", "metrics"):
-            assert cpu < 0.01, f"{cpu:.1%} of a core meanwhile\n{log}"
+            assert cpu < 0.01 * busy(), f"{cpu:.1%} of a core meanwhile\n{log}"
         if what == "visibility":
             assert len(aws.proxy.received) == 2, f"the lease was lost\n{log}"
         if what == "start":
@@ -6652,7 +6800,7 @@ def outage_trial(moto: str, what: str, seconds: float):
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
+        assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert runs_in(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
             [("ok", "1")] * len(JOBS), agent.log
@@ -6724,7 +6872,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
             begun, used = time.monotonic(), cpu_seconds(first.process.pid)
             time.sleep(seconds)
             used = (cpu_seconds(first.process.pid) - used) / (time.monotonic() - begun)
-            assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
+            assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
             last = first
             if number:
                 first.stop(number)
@@ -6851,7 +6999,8 @@ def result_trial(moto: str, operation: str, fault: str):
             until_settled(aws, agent)
             agent.wait_for("REPORT requestId=r1 .*status=ok")
             assert reports(agent.log)[-1]["status"] == "ok" and runs_in(aws.path) == {"r1": 1}
-            assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
+            stored = aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")["Body"].read()
+            assert json.loads(stored)["status"] == "ok" and json.loads(stored)["success"] is True
             assert visible(aws, results) == 1
 
 
@@ -6978,21 +7127,21 @@ OWN_TROUBLES = {"status 503": True, "black hole": True, "denied": False}
 def own_trouble_trial(moto: str, fault: str):
     """More of its messages than there are slots; the other functions' go on, and so do these at its end."""
     waits = OWN_TROUBLES[fault]
-    with site(moto, visibility=30, receives=9) as aws, start(aws, execution={"concurrency": 2}) as agent:
+    with site(moto, visibility=30, receives=9) as aws, aws.agent(execution={"concurrency": 2}) as agent:
         aws.put(marker(), "bad.zip")
-        job(aws, "good0")
+        aws.job("good0")
         until_settled(aws, agent)
         aws.proxy.fail("GetObject *bad.zip*", fault)
         for number in range(8):
-            job(aws, f"bad{number}", key="bad.zip")
+            aws.job(f"bad{number}", key="bad.zip")
         until(lambda: aws.proxy.count("GetObject", fault), what="a try")
         for number in range(1, 31):
-            job(aws, f"good{number}")
+            aws.job(f"good{number}")
         until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
         assert not done(agent, "bad"), agent.log
         aws.proxy.heal()
         until_settled(aws, agent)
-        assert agent.stop() == 0 and set(proxy_runs(aws.path).values()) == {1}
+        assert agent.stop() == 0 and set(runs_in(aws.path).values()) == {1}
         counts = {each["receiveCount"] for each in reports(agent.log)}
         assert counts == {"1"} if waits else counts > {"1"}, agent.log
 
@@ -7015,7 +7164,7 @@ def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_cha
             aws.send(f"corrupt{number}", key="corrupt.zip")
             aws.send(f"source{number}", key="source.zip", runtime="cpp")
         time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
-        with start(aws, runtimes={"cpp": compiler}) as agent:
+        with aws.agent(runtimes={"cpp": compiler}) as agent:
             until_settled(aws, agent, 10)
             gets = [seen.path for seen in aws.proxy.requests if seen.operation == "GetObject"]
             assert len(gets) == 2 and len((aws.path / "compiled").read_text()) <= 2, gets
@@ -7030,9 +7179,9 @@ def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_cha
 @trial
 def no_run_starts_under_a_lease_that_is_lost(moto):
     """The agent is stopped while a run's code is on its way, for longer than the lease."""
-    with site(moto, visibility=6, receives=9) as aws, start(aws) as agent:
+    with site(moto, visibility=6, receives=9) as aws, aws.agent() as agent:
         aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
-        job(aws)
+        aws.job()
         until(lambda: aws.proxy.count("GetObject"), what="the fetch")
         agent.process.send_signal(signal.SIGSTOP)
         time.sleep(8)
@@ -7042,19 +7191,19 @@ def no_run_starts_under_a_lease_that_is_lost(moto):
         agent.stop()
         first, second = reports(agent.log)
         assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
-        assert proxy_runs(aws.path) == {"r1": 1}
+        assert runs_in(aws.path) == {"r1": 1}
 
 
 @trial
 def permission_that_is_granted_later_is_used(moto):
     prefix = [sys.executable, "-c", PATCHED.format("ng.PERMISSION_SECONDS = 1")]
-    with site(moto, visibility=15, receives=1) as aws, start(aws, prefix=prefix) as agent:
+    with site(moto, visibility=15, receives=1) as aws, aws.agent(prefix=prefix) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
-        job(aws, "early", timeoutMs=60000)
+        aws.job("early", timeoutMs=60000)
         agent.wait_for("REPORT requestId=early .*reason=visibility")
         aws.proxy.heal()
         time.sleep(1.5)
-        job(aws, "late", timeoutMs=60000)
+        aws.job("late", timeoutMs=60000)
         agent.wait_for("REPORT requestId=late .*status=ok")
         assert agent.stop() == 0 and "is granted" in agent.log
 
@@ -7062,14 +7211,14 @@ def permission_that_is_granted_later_is_used(moto):
 @trial
 def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
     """Short runs, then long ones: another agent could have them. Nothing more is taken ahead then."""
-    with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
+    with site(moto, visibility=600) as aws, aws.agent(execution={"concurrency": 1}) as agent:
         for number in range(30):
-            job(aws, f"quick{number}")
+            aws.job(f"quick{number}")
         until_settled(aws, agent)
         aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
         for number in range(10):
-            job(aws, f"slow{number}", sleep=20)
-        until(lambda: re.search("slow", str(proxy_runs(aws.path))), what="the first slow run")
+            aws.job(f"slow{number}", sleep=20)
+        until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
         until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
         given = [each for each in reports(agent.log) if each["requestId"].startswith("slow")]
         assert {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
@@ -7081,8 +7230,8 @@ def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
 def second_signal_does_not_wait_for_an_upload(moto):
     with site(moto, visibility=600) as aws:
         aws.proxy.fail("PutObject|PutMetricData", "black hole")
-        with start(aws, output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
-            job(aws)
+        with aws.agent(output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
+            aws.job()
             until(lambda: aws.proxy.count("PutObject"), what="the upload")
             agent.process.send_signal(signal.SIGTERM)
             agent.wait_for("stopping: ")
@@ -7094,8 +7243,8 @@ def second_signal_does_not_wait_for_an_upload(moto):
 @trial
 def delete_is_sent_though_the_lease_has_run_out(moto):
     """Nobody else received it: its newest handle still deletes it, and it does not go to the DLQ."""
-    with site(moto, visibility=5, receives=1) as aws, start(aws) as agent:
-        job(aws, sleep=2)
+    with site(moto, visibility=5, receives=1) as aws, aws.agent() as agent:
+        aws.job(sleep=2)
         until_ran(aws.path)
         aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*|ReceiveMessage", "reset")
         agent.wait_for("the lease of message .* is lost")
@@ -7103,7 +7252,7 @@ def delete_is_sent_though_the_lease_has_run_out(moto):
         with aws.proxy.lock:
             aws.proxy.rules[:] = [Rule("ReceiveMessage", "reset")]
         until(lambda: not aws.count(), what="the delete")
-        assert not dead(aws) and agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1}
+        assert not dead(aws) and agent.stop() == 0 and runs_in(aws.path) == {"r1": 1}
 
 
 BALLAST = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
@@ -7115,7 +7264,7 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
     with site(moto, visibility=600, receives=9) as aws:
         aws.put(BALLAST)
         aws.proxy.fail("PutObject", "denied")
-        with start(aws, prefix=prefix, output={"bucket": aws.bucket}) as agent:
+        with aws.agent(prefix=prefix, output={"bucket": aws.bucket}) as agent:
             aws.send("first")
             agent.wait_for("REPORT requestId=first .*reason=output")
             aws.send("second")
@@ -7126,10 +7275,10 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
 
 @pytest.mark.parametrize("seconds", [0, 1])
 def test_a_queue_whose_visibility_timeout_is_too_short_is_served(moto, seconds):
-    with site(moto, visibility=seconds) as aws, start(aws) as agent:
-        job(aws, sleep=3)
+    with site(moto, visibility=seconds) as aws, aws.agent() as agent:
+        aws.job(sleep=3)
         until_settled(aws, agent)
-        assert agent.stop() == 0 and proxy_runs(aws.path) == {"r1": 1} and not mishaps(agent.log)
+        assert agent.stop() == 0 and runs_in(aws.path) == {"r1": 1} and not mishaps(agent.log)
 
 
 @pytest.mark.parametrize("status,has_dlq,delays", [
@@ -7141,6 +7290,23 @@ def test_delays_grow_with_each_receive(party, status, has_dlq, delays):
         queue.has_dlq = has_dlq
         found = [queue._delay(ng.Message("m", "", count, 0.0, last=math.inf), status) for count in range(1, 6)]
     assert found == delays
+
+
+def test_who_needs_what_is_away_is_turned_away_until_one_has_tried():
+    """That one may learn nothing of it; then the next one tries."""
+    disk = ng.Dependency(log := Heard(), "a disk")
+    with pytest.raises(ng.Outage), disk.needed():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(ng.Outage, match="No space left"), disk.needed():
+        pytest.fail("tried before its time")
+    disk.retry_at = 0.0
+    with pytest.raises(KeyError), disk.needed():
+        with pytest.raises(ng.Outage), disk.needed():
+            pytest.fail("tried while another does")
+        raise KeyError
+    with disk.needed():
+        pass
+    assert not disk.since and [line.split(" ")[1] for line in log.lines] == ["WARNING", "INFO"]
 
 
 def test_run_whose_preparation_does_not_end_has_not_begun():
@@ -7157,7 +7323,7 @@ def test_run_whose_preparation_does_not_end_has_not_begun():
 def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
     with site(moto, visibility=600) as aws:
         aws.send(body="no JSON {")
-        with start(aws, "--drain", wait=0) as agent:
+        with aws.agent("--drain", wait=0) as agent:
             assert agent.end() == 0
         assert len(reports(agent.log)) == 3 and dead(aws) == 1
 
@@ -7165,7 +7331,7 @@ def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
 def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(moto):
     with site(moto) as aws:
         aws.proxy.fail("ReceiveMessage", "reset")
-        with start(aws, "--drain", execution={"patienceSeconds": 2}) as agent:
+        with aws.agent("--drain", execution={"patienceSeconds": 2}) as agent:
             assert agent.end() == 1
         assert "the drain is given up after" in agent.log and "Traceback" not in agent.log
 
@@ -7273,7 +7439,7 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         cpu = cpu_seconds(pid)
         time.sleep(5)
         assert agent.process.poll() is None, agent.log
-        assert cpu_seconds(pid) - cpu < 1.0
+        assert cpu_seconds(pid) - cpu < 1.0 * busy()
         resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
         until(lambda: metric_values(aws, aws.name) >= 1, what="the value that could not be sent")
         finish(aws, agent)
@@ -8032,7 +8198,7 @@ def test_check_tells_what_aws_answers(moto, answer):
 # --check of --invoke: (files, arguments, status, what it says)
 CHECKED_FUNCTIONS = {
     "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
-                   r"ok    runtime python: /\S+, 3\.\d+\.\S+\n(.*metadata.*\n)?ok    sandbox: .*\n"),
+                   r"ok    runtime python: /\S+, Python 3\.\d+\.\S+\nok    sandbox: .*\n"),
     "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
     "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
 }
@@ -8059,8 +8225,8 @@ def test_check_starts_each_runtime_for_real(runtime, program):
             assert agent.end() == 1
     lines = [line for line in agent.out.splitlines() if "runtime " in line]
     [failed] = [line for line in lines if line.startswith("FAIL")]
-    assert re.match(rf"FAIL  runtime {runtime}: {program} does not run .* correct agent.runtimes.{runtime}", failed)
-    assert all(re.match(r"(ok    runtime \w+: /\S+, (go|v)?\d+\.|none  )", line) for line in lines if line != failed)
+    assert re.match(rf"FAIL  runtime {runtime}: {program} (--)?version ended ok, .*: this is no {runtime}; correct", failed)
+    assert all(re.match(r"(ok    runtime \w+: /\S+, .*\d+\.\d+|none  )", line) for line in lines if line != failed)
 
 
 def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
@@ -8392,6 +8558,93 @@ def test_each_service_is_asked_at_its_own_endpoint(moto):
         assert not aws.count() and not mishaps(agent.log)
         assert [{seen.operation for seen in proxy.requests} for proxy in (s3, cloudwatch)] == \
             [{"GetObject"}, {"PutMetricData"}]
+
+
+# ---------------------------------------------------------------------- functionRole
+
+FUNCTION_ROLE = "arn:aws:iam::123456789012:role/functions"
+TOO_LONG = (400, "ValidationError", "", "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
+NO_ROLE = (403, "AccessDenied", "", f"User: {WORKER} is not authorized to perform: sts:AssumeRole on "
+                                    f"resource: {FUNCTION_ROLE}")
+
+
+def sessions(aws: Aws) -> list[int]:
+    """How long the sessions were that were asked for, in seconds."""
+    return [int(urllib.parse.parse_qs(seen.body.decode())["DurationSeconds"][0])
+            for seen in aws.proxy.requests if seen.operation == "AssumeRole"]
+
+
+def lent(agent: Agent, request_id: str) -> dict[str, str]:
+    """What a run of LENT saw of AWS."""
+    return json.loads(re.search(rf"\[{request_id}\] stdout: (.*)", agent.log)[1])
+
+
+LENT = {"main.py": "import json, os\nprint(json.dumps({k: v for k, v in os.environ.items() if 'AWS' in k}))\n",
+        "app.py": "def handler(event, context): import main\n"}
+
+
+def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        with start(aws, execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
+            for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
+                                     ("long", {"timeoutMs": 7_200_000}), ("short", {})):
+                aws.send(request_id, **task)
+                agent.wait_for(f"requestId={request_id} ")
+            aws.proxy.fail("AssumeRole", "too long", times=1, said=TOO_LONG)
+            aws.send("chained", timeoutMs=40_000_000)
+            agent.wait_for("requestId=chained ")
+            assert agent.stop() == 0
+    assert sessions(aws) == [3600, 7500, 40_300, 3600], agent.log
+    first = lent(agent, "warm")
+    assert first.keys() == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+                            "AWS_REGION", "AWS_DEFAULT_REGION"}
+    assert first["AWS_REGION"] == first["AWS_DEFAULT_REGION"] == "ap-northeast-2"
+    assert first["AWS_ACCESS_KEY_ID"].startswith("ASIA") and "testing" not in first.values()
+    assert first.items() <= lent(agent, "warm2").items()
+    assert lent(agent, "long")["AWS_ACCESS_KEY_ID"] == lent(agent, "short")["AWS_ACCESS_KEY_ID"]
+    assert len({lent(agent, each)["AWS_ACCESS_KEY_ID"] for each in ("warm", "long", "chained")}) == 3
+
+
+def test_without_a_role_functions_get_no_credentials(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.send("r1", env={"AWS_REGION": "eu-west-1"})
+        with start(aws, "--drain") as agent:
+            assert agent.end() == 0
+    assert lent(agent, "r1") == {"AWS_REGION": "eu-west-1"}
+
+
+def test_a_role_that_is_refused_is_an_error_in_awss_words(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
+        role = {"functionRole": FUNCTION_ROLE}
+        with start(aws, "--check", execution=role) as check:
+            assert check.end() == 1
+        assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
+                         f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
+        aws.send()
+        with start(aws, execution=role) as agent:
+            agent.wait_for("REPORT .*status=error .*reason=permission")
+            agent.stop()
+        assert "not authorized to perform: sts:AssumeRole" in agent.log and aws.count() == 1
+        aws.proxy.heal()
+        with start(aws, "--check", execution=role) as check:
+            assert check.end() == 0, check.out
+        assert f"\nok    function role: {FUNCTION_ROLE}" in check.out
+
+
+def test_sts_away_is_an_outage_that_costs_no_receive(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.proxy.fail("AssumeRole", "status 503")
+        aws.send()
+        with start(aws, execution={"functionRole": FUNCTION_ROLE}) as agent:
+            agent.wait_for(f"assuming {FUNCTION_ROLE} failed")
+            aws.proxy.heal()
+            finish(aws, agent, ends={"ok": 1})
+        assert "receiveCount=1 " in agent.log and f"assuming {FUNCTION_ROLE} works again" in agent.log
 
 
 # ---------------------------------------------------------------------- AWS's errors, by call
@@ -9154,129 +9407,135 @@ def test_trial(trials, name, capsys):
 # setup_resources.sh
 # --------------------------------------------------------------------------------------------
 #
-# setup_resources.sh against an emulator with the real CLI, and against a CLI that refuses.
-
-
-# --- setup_resources.sh -------------------------------------------------------
+# The script with the real CLI against emulators, and what is there then. ministack does as
+# CloudFormation: it changes a stack, takes back what failed, says why. moto makes and removes one.
 
 SETUP = Path(__file__).with_name("setup_resources.sh")
-ACCOUNT = "123456789012"
-CODE_BUCKET = f"nanogrid-code-bucket-{ACCOUNT}"
-ALL_BLOCKED = dict.fromkeys(
-    ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets"), True)
+MACHINE = Path(__file__).with_name("fleet_machine.sh")
+MOTO_ACCOUNT = "123456789012"
 TRUST = {"Version": "2012-10-17", "Statement": [
     {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]}
-TAGS = {"Project": "nanogrid", "Queue": "nanogrid-task-queue", "Region": "ap-northeast-2"}
 LEAST_ACTIONS = ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"]
 
 
-def run_setup(cwd: Path, *flags, env=None, answer: str = "", status: int = 0) -> str:
+@contextlib.contextmanager
+def ministack_server():
+    """A ministack of the caller's own; its URL."""
+    need("ministack", found=importlib.util.find_spec)
+    url = f"http://127.0.0.1:{free_port()}"
+    with scratch() as place:
+        env = {**os.environ, "GATEWAY_PORT": url.rpartition(":")[2], "TMPDIR": str(place)}
+        server = subprocess.Popen([sys.executable, "-m", "ministack"], cwd=place, env=env,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def answers():
+            try:
+                return urllib.request.urlopen(url + "/_ministack/health", timeout=5).status == 200
+            except OSError:
+                return False
+        try:
+            until(answers, what="ministack")
+            yield url
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def run_setup(cwd: Path, *flags, env=None, answer: str = "", status: int = 0, shell: str = "bash") -> str:
     """Everything that the script printed; fails unless it ended with `status`."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
     own |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, **(env or {})}
-    done = subprocess.run(["bash", SETUP, *flags], cwd=cwd, env=own, input=answer, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-                          check=False)
+    done = subprocess.run([shell, SETUP, *flags], cwd=cwd, env=own, input=answer, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600, check=False)
     assert done.returncode == status, done.stdout
     return done.stdout
 
 
 class Account:
-    """An empty account in the emulator, the script's working directory and what it made."""
+    """An empty account in an emulator, the script's working directory, and what there is."""
 
-    def __init__(self, url: str, path: Path, region: str = "ap-northeast-2"):
+    def __init__(self, url: str, path: Path):
         self.url, self.path, self.config = url, path, path / "application.yml"
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url}
         del self.env["AWS_DEFAULT_REGION"]
-        options = {"region_name": region, "endpoint_url": url,
-                   "aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-        self.sqs, self.s3, self.iam, self.cloudwatch, self.ec2 = (
-            boto3.client(n, **options) for n in ("sqs", "s3", "iam", "cloudwatch", "ec2"))
-
-    def enforce_permissions(self):
-        """From here on the emulator answers only what the caller's IAM policies allow."""
-        request = urllib.request.Request(f"{self.url}/moto-api/reset-auth", b"0",
-                                         headers={"Content-Type": "text/plain"}, method="POST")
-        urllib.request.urlopen(request, timeout=30).close()
+        self.sqs, self.s3, self.iam, self.cloudwatch, self.ec2, self.scaling, sts = (
+            client_of(url, name)
+            for name in ("sqs", "s3", "iam", "cloudwatch", "ec2", "autoscaling", "sts"))
+        self.number = sts.get_caller_identity()["Account"]
+        self.code_bucket = f"nanogrid-code-bucket-{self.number}"
 
     def run(self, *flags, env=None, **rest) -> str:
         return run_setup(self.path, *flags, env={**self.env, **(env or {})}, **rest)
+
+    def settings(self) -> ng.Settings:
+        return ng.load_settings(self.config, {}, False)[0]
 
     def queue(self, name: str = "nanogrid-task-queue") -> dict:
         url = self.sqs.get_queue_url(QueueName=name)["QueueUrl"]
         return self.sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
 
     def bucket(self, name: str) -> dict:
-        block = self.s3.get_public_access_block(Bucket=name)
-        owner = self.s3.get_bucket_ownership_controls(Bucket=name)["OwnershipControls"]
-        rules = self.s3.get_bucket_encryption(Bucket=name)["ServerSideEncryptionConfiguration"]
-        return {"region": self.s3.get_bucket_location(Bucket=name)["LocationConstraint"],
-                "block": block["PublicAccessBlockConfiguration"],
-                "owner": owner["Rules"][0]["ObjectOwnership"],
-                "encryption": rules["Rules"][0]["ApplyServerSideEncryptionByDefault"]}
+        rules = self.s3.get_bucket_encryption(Bucket=name)["ServerSideEncryptionConfiguration"]["Rules"]
+        found = {"region": self.s3.get_bucket_location(Bucket=name)["LocationConstraint"],
+                 "encryption": rules[0]["ApplyServerSideEncryptionByDefault"]["SSEAlgorithm"]}
+        if self.number != MOTO_ACCOUNT:
+            block = self.s3.get_public_access_block(Bucket=name)
+            owner = self.s3.get_bucket_ownership_controls(Bucket=name)["OwnershipControls"]
+            found["block"] = set(block["PublicAccessBlockConfiguration"].values())
+            found["owner"] = owner["Rules"][0]["ObjectOwnership"]
+        return found
 
-    def role(self, name: str = "NanoGridAgentRole") -> dict:
-        policies = self.iam.list_role_policies(RoleName=name)["PolicyNames"]
-        return {"trust": self.iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"],
-                "policies": {one: self.iam.get_role_policy(RoleName=name, PolicyName=one)
-                             ["PolicyDocument"] for one in policies}}
+    def trust(self, name: str = "NanoGridAgentRole") -> dict:
+        return self.iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"]
 
-    def statements(self) -> list[dict]:
-        policies = self.role()["policies"]
-        assert list(policies) == ["NanoGridAgentPolicy"]
-        return policies["NanoGridAgentPolicy"]["Statement"]
+    def statements(self, name: str = "NanoGridAgentRole") -> list[dict]:
+        """Of all policies of the role, the agent's first."""
+        found = []
+        for policy in sorted(self.iam.list_role_policies(RoleName=name)["PolicyNames"]):
+            document = self.iam.get_role_policy(RoleName=name, PolicyName=policy)["PolicyDocument"]
+            found += document["Statement"]
+        return found
 
     def profile_roles(self, name: str = "NanoGridAgentProfile") -> list[str]:
         profile = self.iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
         return [role["RoleName"] for role in profile["Roles"]]
 
-    def names(self) -> dict:
-        """What there is at all, by kind."""
-        return {"queues": sorted(url.rsplit("/", 1)[1]
-                                 for url in self.sqs.list_queues().get("QueueUrls", [])),
-                "buckets": [bucket["Name"] for bucket in self.s3.list_buckets()["Buckets"]],
-                "roles": [role["RoleName"] for role in self.iam.list_roles()["Roles"]],
-                "profiles": [profile["InstanceProfileName"]
-                             for profile in self.iam.list_instance_profiles()["InstanceProfiles"]],
-                "alarms": [alarm["AlarmName"] for alarm in
-                           self.cloudwatch.describe_alarms()["MetricAlarms"]],
-                "dashboards": [board["DashboardName"] for board in
-                               self.cloudwatch.list_dashboards()["DashboardEntries"]],
-                "files": sorted(path.name for path in self.path.iterdir())}
+    def names(self) -> list[str]:
+        """What there is at all."""
+        return sorted([
+            *(url.rsplit("/", 1)[1] for url in self.sqs.list_queues().get("QueueUrls", [])),
+            *(bucket["Name"] for bucket in self.s3.list_buckets()["Buckets"]),
+            *(role["RoleName"] for role in self.iam.list_roles()["Roles"]),
+            *(one["InstanceProfileName"] for one in self.iam.list_instance_profiles()["InstanceProfiles"]),
+            *(alarm["AlarmName"] for alarm in self.cloudwatch.describe_alarms()["MetricAlarms"]),
+            *(board["DashboardName"] for board in self.cloudwatch.list_dashboards()["DashboardEntries"]),
+            *(group["AutoScalingGroupName"]
+              for group in self.scaling.describe_auto_scaling_groups()["AutoScalingGroups"])])
 
-    def tags(self, queue: str = "nanogrid-task-queue", bucket: str = CODE_BUCKET,
-             role: str = "NanoGridAgentRole", profile: str = "NanoGridAgentProfile") -> list[dict]:
-        """Of a queue, its DLQ, a bucket, a role, a profile and all alarms."""
-        urls = [self.sqs.get_queue_url(QueueName=name)["QueueUrl"] for name in (queue, queue + "-dlq")]
-        found = [self.s3.get_bucket_tagging(Bucket=bucket)["TagSet"],
-                 self.iam.list_role_tags(RoleName=role)["Tags"],
-                 self.iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Tags"],
-                 *(self.cloudwatch.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]
-                   for alarm in self.cloudwatch.describe_alarms()["MetricAlarms"])]
-        return ([self.sqs.list_queue_tags(QueueUrl=url).get("Tags") for url in urls]
-                + [{tag["Key"]: tag["Value"] for tag in tags} for tags in found])
-
-    def everything(self) -> list:
-        """The whole set with its attributes; a queue's hold the time of its last change."""
-        return [self.names(), self.queue(), self.queue("nanogrid-task-queue-dlq"),
-                self.bucket(CODE_BUCKET), self.role(), self.profile_roles(), self.tags(),
-                self.config.read_bytes()]
+    def base(self) -> list:
+        """The guide's set with its attributes."""
+        return [self.queue(), self.queue("nanogrid-task-queue-dlq"), self.bucket(self.code_bucket),
+                self.trust(), self.statements(), self.profile_roles()]
 
     def check_set(self):
-        """What the guide asks for, whatever was there before."""
+        """What the guide asks for; moto passes over what closes a bucket."""
         dlq, queue = self.queue("nanogrid-task-queue-dlq"), self.queue()
         assert dlq["MessageRetentionPeriod"] == "1209600"
         wanted = {"VisibilityTimeout": "300", "MessageRetentionPeriod": "1209600",
                   "MaximumMessageSize": "262144", "ReceiveMessageWaitTimeSeconds": "20"}
         assert {key: queue[key] for key in wanted} == wanted
         redrive = json.loads(queue["RedrivePolicy"])
-        assert redrive["deadLetterTargetArn"] == dlq["QueueArn"]
-        assert int(redrive["maxReceiveCount"]) == 3
-        assert self.bucket(CODE_BUCKET) == {
-            "region": "ap-northeast-2", "block": ALL_BLOCKED, "owner": "BucketOwnerEnforced",
-            "encryption": {"SSEAlgorithm": "AES256"}}
-        assert self.role()["trust"] == TRUST
-        assert self.profile_roles() == ["NanoGridAgentRole"]
+        assert redrive["deadLetterTargetArn"] == dlq["QueueArn"] and int(redrive["maxReceiveCount"]) == 3
+        closed = {} if self.number == MOTO_ACCOUNT else {"block": {True}, "owner": "BucketOwnerEnforced"}
+        assert self.bucket(self.code_bucket) == {"region": "ap-northeast-2", "encryption": "AES256", **closed}
+        assert self.trust() == TRUST and self.profile_roles() == ["NanoGridAgentRole"]
+        bucket = f"arn:aws:s3:::{self.code_bucket}"
+        assert [(one["Action"], one["Resource"]) for one in self.statements()] == [
+            ([*LEAST_ACTIONS, "sqs:ChangeMessageVisibility"], queue["QueueArn"]),
+            (["s3:GetObject", "s3:ListBucket"], [bucket, f"{bucket}/*"]),
+            (["cloudwatch:PutMetricData"], "*")]
+        assert [one.get("Condition", {}).get("StringEquals") for one in self.statements()] == [
+            None, {"aws:ResourceAccount": self.number}, {"cloudwatch:namespace": ng.Settings().namespace}]
 
 
 @pytest.fixture
@@ -9286,531 +9545,253 @@ def account(tmp_path):
         yield Account(url, tmp_path)
 
 
+@pytest.fixture
+def stack(tmp_path):
+    need("aws")
+    with ministack_server() as url:
+        yield Account(url, tmp_path)
+
+
 @pytest.mark.slow
-def test_setup_makes_the_guides_set_and_a_second_run_changes_nothing(account):
+@pytest.mark.parametrize("emulator", ["account", "stack"])
+def test_setup_makes_the_guides_set_once_and_takes_it_down(request, emulator):
+    account = request.getfixturevalue(emulator)
     before = account.names()
-    planned = account.run("--dry-run")
-    assert account.names() == before
-    assert "would be made: queue nanogrid-task-queue\n" in planned
-    assert "nothing was changed" in planned
-    assert f"aws s3api create-bucket --bucket {CODE_BUCKET} " in planned
-
-    assert "Done; changes: 14." in account.run()
+    assert "TaskQueue" in account.run("--dry-run")
+    assert account.names() == before and not account.config.exists()
+    account.run("--instance-type", "t4g.small")
     account.check_set()
-    assert [(one["Sid"], one["Action"], one["Resource"]) for one in account.statements()] == [
-        ("SQSAccess", [*LEAST_ACTIONS, "sqs:ChangeMessageVisibility"],
-         f"arn:aws:sqs:ap-northeast-2:{ACCOUNT}:nanogrid-task-queue"),
-        ("S3Access", ["s3:GetObject", "s3:ListBucket"],
-         [f"arn:aws:s3:::{CODE_BUCKET}", f"arn:aws:s3:::{CODE_BUCKET}/*"]),
-        ("CloudWatchAccess", ["cloudwatch:PutMetricData"], "*")]
-    assert {one["Effect"] for one in account.statements()} == {"Allow"}
-    assert [one.get("Condition", {}).get("StringEquals") for one in account.statements()] == [
-        None, {"aws:ResourceAccount": ACCOUNT}, {"cloudwatch:namespace": ng.Settings().namespace}]
-    assert account.tags() == [TAGS] * 5
-    queue_url = account.sqs.get_queue_url(QueueName="nanogrid-task-queue")["QueueUrl"]
-    written = account.config.read_text()
-    for line in ("region: ap-northeast-2", f"queueUrl: {queue_url}", f"codeBucket: {CODE_BUCKET}"):
-        assert f"\n    {line}\n" in written
-    assert "YOUR_ACCOUNT_ID" not in written
+    [described] = client_of(account.url, "cloudformation").describe_stacks()["Stacks"]
+    architecture = {"ParameterKey": "Architecture", "ParameterValue": "arm64"}
+    assert emulator != "account" or architecture in described["Parameters"]  # the other knows one alone
+    settings = account.settings()
+    assert settings.queue_url.endswith(f"/{account.number}/nanogrid-task-queue")
+    assert (settings.region, settings.code_bucket) == ("ap-northeast-2", account.code_bucket)
 
-    made = account.everything()
-    again = account.run()
-    assert "Nothing changed" in again
-    assert not re.search("^(made|set|written|differs)", again, re.MULTILINE)
-    assert account.everything() == made
-
-
-@pytest.mark.slow
-def test_setup_changes_what_it_did_not_make_only_when_forced(account):
-    account.sqs.create_queue(QueueName="nanogrid-task-queue",
-                             Attributes={"VisibilityTimeout": "30", "MaximumMessageSize": "1024"})
-    account.s3.create_bucket(Bucket=CODE_BUCKET,
-                             CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
-    account.s3.put_public_access_block(Bucket=CODE_BUCKET, PublicAccessBlockConfiguration={
-        **ALL_BLOCKED, "BlockPublicPolicy": False})
-    other = json.dumps(TRUST).replace("ec2", "lambda")
-    for role in ("NanoGridAgentRole", "other-role"):
-        account.iam.create_role(RoleName=role, AssumeRolePolicyDocument=other)
-    account.iam.create_instance_profile(InstanceProfileName="NanoGridAgentProfile")
-    account.iam.add_role_to_instance_profile(InstanceProfileName="NanoGridAgentProfile",
-                                             RoleName="other-role")
-    account.config.write_text("agent:  # somebody's own\n")
-
-    said = account.run()
-    for line in ("made: queue nanogrid-task-queue-dlq",
-                 "differs: queue nanogrid-task-queue: VisibilityTimeout is 30, should be 300",
-                 "left: queue nanogrid-task-queue: RedrivePolicy",
-                 "public access block is True True False True, should be True True True True",
-                 "left: role policy NanoGridAgentPolicy: document",
-                 "differs: role NanoGridAgentRole: trust policy is",
-                 "NanoGridAgentProfile: role is other-role, should be NanoGridAgentRole",
-                 "left: application.yml is there and does not name this queue and bucket",
-                 "Done; changes: 1; left as they are, for the reasons above: 12."):
-        assert line in said, said
-    assert account.queue()["VisibilityTimeout"] == "30" and account.profile_roles() == ["other-role"]
-    assert account.role() == {"trust": json.loads(other), "policies": {}}
-    assert account.config.read_text() == "agent:  # somebody's own\n"
-    said = account.run("--down", answer="yes\n")  # the DLQ alone is its own
-    assert account.names()["queues"] == ["nanogrid-task-queue"] and CODE_BUCKET in account.names()["buckets"]
-
-    assert "written: application.yml" in account.run("--least", "--force")
-    account.check_set()
-    assert account.statements()[0]["Action"] == LEAST_ACTIONS
-    assert f"codeBucket: {CODE_BUCKET}\n" in account.config.read_text()
-
-
-@pytest.mark.slow
-def test_setup_keeps_choices_that_are_larger_or_stricter(account):
+    made, written = account.base(), account.config.read_bytes()
     account.run()
-    url = account.sqs.get_queue_url(QueueName="nanogrid-task-queue")["QueueUrl"]
-    redrive = json.loads(account.queue()["RedrivePolicy"])
-    account.sqs.set_queue_attributes(QueueUrl=url, Attributes={
-        "VisibilityTimeout": "3600", "ReceiveMessageWaitTimeSeconds": "5",
-        "RedrivePolicy": json.dumps({**redrive, "maxReceiveCount": 10})})
-    account.s3.put_bucket_encryption(Bucket=CODE_BUCKET, ServerSideEncryptionConfiguration={
-        "Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms"}}]})
-    account.s3.put_public_access_block(Bucket=CODE_BUCKET, PublicAccessBlockConfiguration={
-        **ALL_BLOCKED, "BlockPublicPolicy": False})
-    trust = json.dumps(TRUST).replace('"ec2.amazonaws.com"', '["ec2.amazonaws.com", "ssm.amazonaws.com"]')
-    account.iam.update_assume_role_policy(RoleName="NanoGridAgentRole", PolicyDocument=trust)
-    decrypt = {"Sid": "Key", "Effect": "Allow", "Action": ["kms:Decrypt"], "Resource": "*"}
-    more = {"Version": "2012-10-17", "Statement": [*account.statements(), decrypt]}
-    account.iam.put_role_policy(RoleName="NanoGridAgentRole", PolicyName="NanoGridAgentPolicy",
-                                PolicyDocument=json.dumps(more))
+    assert account.base() == made and account.config.read_bytes() == written
+    account.config.write_text(account.config.read_text().replace("flushSeconds: 10", "flushSeconds: 60"))
+    edited = account.config.read_bytes()
+    assert "application.yml is not as this script wrote it, and stays" in account.run("--test-message")
+    assert account.config.read_bytes() == edited
+    kept = account.s3.get_object(Bucket=account.code_bucket, Key="functions/hello-python/v1.zip")
+    assert zipfile.ZipFile(io.BytesIO(kept["Body"].read())).namelist() == ["main.py"]
 
-    said = account.run()
-    assert "Done; changes: 2." in said and said.count("\nkept: ") == 5  # its own, weaker ones are mended
-    assert "kept: queue nanogrid-task-queue: VisibilityTimeout is 3600, no less than 300" in said
-    queue = account.queue()
-    assert (queue["VisibilityTimeout"], queue["ReceiveMessageWaitTimeSeconds"]) == ("3600", "20")
-    assert int(json.loads(queue["RedrivePolicy"])["maxReceiveCount"]) == 10
-    bucket = account.bucket(CODE_BUCKET)
-    assert bucket["encryption"]["SSEAlgorithm"] == "aws:kms" and bucket["block"] == ALL_BLOCKED
-    assert account.role() == {"trust": json.loads(trust), "policies": {"NanoGridAgentPolicy": more}}
+    said = account.run("--down", answer="y\n", status=1)
+    assert "queue nanogrid-task-queue; messages that wait, are in work, are delayed: 1, 0, 0\n" in said
+    assert "nothing was removed" in said and account.base()[1:] == made[1:]
+    said = account.run("--down", answer="yes\n")
+    assert f"bucket {account.code_bucket} stays" in said
+    assert account.names() == sorted([*before, account.code_bucket])
+    assert "not there: stack" in account.run("--down")
 
 
 @pytest.mark.slow
-def test_setup_of_a_second_queue_takes_nothing_from_the_first(account):
-    account.run()
-    first = account.everything()[1:-1]
-    account.run("--queue", "second")
-    assert account.everything()[1:-1] == first
-    assert account.profile_roles("NanoGridAgentProfile-second") == ["NanoGridAgentRole-second"]
-    account.run("--queue", "third", "--role", "NanoGridAgentRole")  # one role for two queues
-    assert sorted(account.role()["policies"]) == ["NanoGridAgentPolicy", "NanoGridAgentPolicy-third"]
-    account.s3.create_bucket(Bucket="code-2", CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
-    assert "left: role policy NanoGridAgentPolicy: document" in account.run("--bucket", "code-2")
-    account.run("--down", "--queue", "third", "--role", "NanoGridAgentRole", answer="yes\n")
-    account.run("--down", "--queue", "second", answer="yes\n")
-    assert account.everything()[1:-1] == first and set(account.names()["buckets"]) == {"code-2", CODE_BUCKET}
-
-
-TOPIC = f"arn:aws:sns:ap-northeast-2:{ACCOUNT}:alarms"
-
-
-@pytest.mark.slow
-def test_setup_makes_outputs_alarms_and_a_dashboard_and_takes_them_down(account):
-    before = account.names()
-    flags = ("--alarm-topic", TOPIC, "--dashboard", "--output-bucket", "results", "--output-queue", "done")
-    account.run(*flags)
-    made = account.everything()
-    again = account.run(*flags)
-    assert "Nothing changed: everything" in again and account.everything() == made
-    assert account.names()["dashboards"] == ["NanoGrid-nanogrid-task-queue-ap-northeast-2"]
-    alarms = account.cloudwatch.describe_alarms()["MetricAlarms"]
+def test_setup_changes_what_the_flags_say_and_keeps_the_rest(stack):
+    stack.run("--alarm-topic", TOPIC, "--dashboard", "--output-bucket", "results", "--output-queue", "done",
+              "--function-policy", "arn:aws:iam::aws:policy/AmazonS3ReadOnlyAccess")
+    made = [stack.names(), stack.base()]
+    stack.run()
+    assert [stack.names(), stack.base()] == made
     assert [(one["MetricName"], one["Dimensions"][0]["Value"], one["Threshold"], one["AlarmActions"])
-            for one in alarms] == [
+            for one in stack.cloudwatch.describe_alarms()["MetricAlarms"]] == [
         ("ApproximateNumberOfMessagesVisible", "nanogrid-task-queue-dlq", 0, [TOPIC]),
         ("ApproximateAgeOfOldestMessage", "nanogrid-task-queue", 900, [TOPIC])]
-    assert account.tags(bucket="results") == [TAGS] * 7
-    board = account.cloudwatch.get_dashboard(DashboardName=account.names()["dashboards"][0])
-    shown = json.dumps([one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]])
-    for part in ("ApproximateAgeOfOldestMessage", "-dlq", "NanoGrid/FunctionRunner,FunctionId,Runtime"):
-        assert part in shown
-    assert [(one["Action"], one["Resource"]) for one in account.statements()[3:]] == [
-        (["s3:PutObject"], "arn:aws:s3:::results/*"),
-        (["sqs:SendMessage"], f"arn:aws:sqs:ap-northeast-2:{ACCOUNT}:done")]
-    settings, _ = ng.load_settings(account.config, {}, False)
+    board = stack.cloudwatch.get_dashboard(DashboardName="NanoGrid-nanogrid-task-queue-ap-northeast-2")
+    metrics = [one["properties"]["metrics"] for one in json.loads(board["DashboardBody"])["widgets"]]
+    assert "-dlq" in str(metrics[0]) and "NanoGrid/FunctionRunner,FunctionId,Runtime" in str(metrics[1])
+    role = f"arn:aws:iam::{stack.number}:role/NanoGridAgentRole"
+    assert [(one["Action"], one["Resource"]) for one in stack.statements()[3:]] == [
+        (["sts:AssumeRole"], f"{role}-functions"), (["s3:PutObject"], "arn:aws:s3:::results/*"),
+        (["sqs:SendMessage"], f"arn:aws:sqs:ap-northeast-2:{stack.number}:done")]
+    assert stack.trust("NanoGridAgentRole-functions")["Statement"][0]["Principal"] == {"AWS": role}
+    assert stack.bucket("results") == stack.bucket(stack.code_bucket)
+    settings = stack.settings()
     assert settings.output_bucket == "results" and settings.output_queue_url.endswith("/done")
-    assert "Nothing changed" in account.run()  # without the flags: nothing that was granted is lost
-    assert account.everything() == made
+    assert settings.function_role == f"{role}-functions"
 
-    account.run("--alarm-topic", TOPIC + "-2")
-    assert {one["AlarmActions"][0] for one in account.cloudwatch.describe_alarms()["MetricAlarms"]} == {TOPIC + "-2"}
-    account.run("--down", "--output-bucket", "results", "--output-queue", "done", answer="yes\n")
-    assert account.names() == before
-
-
-@pytest.mark.slow
-def test_setup_says_what_would_be_lost_before_it_asks(account):
-    account.run()
-    for name, count in (("nanogrid-task-queue", 2), ("nanogrid-task-queue-dlq", 1)):
-        url = account.sqs.get_queue_url(QueueName=name)["QueueUrl"]
-        for _ in range(count):
-            account.sqs.send_message(QueueUrl=url, MessageBody="x")
-    [instance] = account.ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
-    account.ec2.associate_iam_instance_profile(
-        InstanceId=instance["InstanceId"], IamInstanceProfile={"Name": "NanoGridAgentProfile"})
-    made = account.everything()
-    said = account.run("--down", answer="no\n", status=1).split("Type yes")[0]
-    assert "queue nanogrid-task-queue; messages that wait, are in work, are delayed: 2, 0, 0\n" in said
-    assert "queue nanogrid-task-queue-dlq; messages that wait, are in work, are delayed: 1, 0, 0\n" in said
-    assert f"NanoGridAgentProfile; instances that use it: {instance['InstanceId']}\n" in said
-    assert account.everything() == made
+    stack.run("--least", "--no-alarm-topic", "--no-dashboard", "--no-function-policy", "--no-output-queue",
+              "--bucket", "code-2")
+    assert stack.statements()[0]["Action"] == LEAST_ACTIONS
+    assert stack.statements()[1]["Resource"] == ["arn:aws:s3:::code-2", "arn:aws:s3:::code-2/*"]
+    assert [one["Action"] for one in stack.statements()[3:]] == [["s3:PutObject"]]
+    assert stack.names() == sorted(["NanoGridAgentProfile", "NanoGridAgentRole", "nanogrid-task-queue",
+                                    "nanogrid-task-queue-dlq", stack.code_bucket, "code-2", "results"])
+    stack.s3.put_object(Bucket="code-2", Key="functions/x.zip", Body=b"x")
+    stack.run("--down", "--empty-bucket", answer="yes\n")
+    assert stack.names() == [stack.code_bucket]  # another stack's now, for all it knows
 
 
 @pytest.mark.slow
-def test_setup_that_was_stopped_after_any_change_is_completed(account, tmp_path):
-    """A CLI that kills the script as soon as one more change is done; the next run goes on."""
-    tool(tmp_path / "bin" / "aws", f"""{shutil.which("aws")} "$@" || exit
-case "$*" in *" create-"* | *" put-"* | *"tag-queue "* | *" add-role-"*) ;; *) exit 0 ;; esac
-pid=$PPID
-while grep -q setup_resources.sh /proc/$pid/cmdline; do
-  pids="$pids $pid"
-  pid=$(cut -d" " -f4 /proc/$pid/stat)
-done
-kill -9 $pids""")
-    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    for _ in range(13):
-        account.run(env=env, status=-signal.SIGKILL)
-    assert "changes: 1." in account.run(env=env)  # application.yml
-    account.check_set()
-    assert account.tags() == [TAGS] * 5
+def test_setup_says_why_it_failed_and_leaves_nothing_behind(stack):
+    stack.run("--queue", "first")
+    before = stack.names()
+    stack.s3.create_bucket(Bucket="taken", CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
+    said = stack.run("--bucket", "taken", status=1)
+    assert re.search("reason: CodeBucket: .*'taken' already exists", said) and "--existing-bucket" in said
+    assert stack.names() == sorted([*before, "taken"]) and not stack.config.read_text().count("task-queue")
+
+    stack.run("--existing-bucket", "taken")  # the stack that was taken back is out of the way
+    assert stack.settings().code_bucket == "taken" and stack.code_bucket not in stack.names()
+    stack.run("--down", "--empty-bucket", answer="yes\n")  # it made no bucket
+    assert stack.names() == sorted([*before, "taken"])
 
 
 @pytest.mark.slow
-def test_setup_believes_a_real_403(account):
-    account.iam.create_user(UserName="half")
-    account.iam.put_user_policy(UserName="half", PolicyName="no-s3", PolicyDocument=json.dumps({
-        "Version": "2012-10-17",
-        "Statement": [{"Effect": "Allow", "Action": ["sqs:*", "iam:*"], "Resource": "*"}]}))
-    key = account.iam.create_access_key(UserName="half")["AccessKey"]
-    env = {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
-    account.enforce_permissions()
-    said = account.run("--dry-run", env=env, status=1)
-    assert "as arn:aws:iam::123456789012:user/half" in said
-    assert f"failed at: bucket {CODE_BUCKET}\n" in said and "(AccessDenied)" in said
-    assert "create-bucket" not in said
+def test_setup_brings_up_a_fleet_and_new_versions_to_it(stack, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    wheel = {"boto3.py": "", "boto3-9.dist-info/METADATA": "Metadata-Version: 2.1\nName: boto3\nVersion: 9\n",
+             "boto3-9.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+             "boto3-9.dist-info/RECORD": ""}
+    (tmp_path / "wheels" / "boto3-9-py3-none-any.whl").write_bytes(make_zip(wheel))
+    env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_CONFIG_FILE": os.devnull}
+    stack.run("--instances", "3", "--instance-type", "t4g.small", "--packages", "nodejs", "--spot", env=env)
+    stack.run("--instances", "3", env=env)
+    [group] = stack.scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
+    name = group["AutoScalingGroupName"]
+    assert (name, group["MinSize"], group["MaxSize"]) == ("NanoGrid-nanogrid-task-queue", 1, 3)
+    template = {"LaunchTemplateId": group["LaunchTemplate"]["LaunchTemplateId"]}
+    [version] = stack.ec2.describe_launch_template_versions(**template, Versions=["$Latest"])["LaunchTemplateVersions"]
+    machine = version["LaunchTemplateData"]
+    assert machine["ImageId"].startswith("resolve:ssm:/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-")
+    assert machine["InstanceType"] == "t4g.small"
+    assert machine["MetadataOptions"]["HttpTokens"] == "required"
+    assert machine["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert machine["IamInstanceProfile"]["Name"] == "NanoGridAgentProfile"
+    [hook] = stack.scaling.describe_lifecycle_hooks(AutoScalingGroupName=name)["LifecycleHooks"]
+    assert hook["LifecycleTransition"] == "autoscaling:EC2_INSTANCE_TERMINATING"
+    [policy] = stack.scaling.describe_policies(AutoScalingGroupName=name)["ScalingPolicies"]
+    assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
+    assert not stack.scaling.describe_instance_refreshes(AutoScalingGroupName=name)["InstanceRefreshes"]
+    boot_a_machine(stack, base64.b64decode(machine["UserData"]).decode(), tmp_path / "machine")
+
+    stack.config.write_text(stack.config.read_text() + "# edited\n")
+    stack.run("--instances", "2", env=env)
+    assert len(stack.scaling.describe_instance_refreshes(AutoScalingGroupName=name)["InstanceRefreshes"]) == 1
+    [group] = stack.scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
+    assert group["MaxSize"] == 2
+    stack.run("--instances", "0")
+    assert not stack.scaling.describe_auto_scaling_groups()["AutoScalingGroups"] and len(stack.statements()) == 3
+
+
+def boot_a_machine(stack: Account, user_data: str, place: Path):
+    """Run the user data with stand-ins for Amazon Linux's dnf, its Python, systemd, the metadata and autoscaling."""
+    place.mkdir()
+    (place / "units").mkdir()
+    log, tools = place / "log", place / "tools"
+    for name in ("dnf", "systemctl"):
+        tool(tools / name, f'echo "{name} $*" >>{log}')
+    tool(tools / "python3.12", f'exec {sys.executable} "$@"')
+    tool(tools / "curl", f'echo "curl ${{@: -1}}" >>{log}; case "$*" in *target-lifecycle*) echo Terminated ;; *) echo i-1 ;; esac')
+    tool(tools / "aws", f'case "$1" in autoscaling) echo "aws $*" >>{log} ;; *) exec {shutil.which("aws")} '
+         f'--endpoint-url {stack.url} "$@" ;; esac')
+    env = {**os.environ, **stack.env, "PATH": f"{tools}:{os.environ['PATH']}"}
+    script = user_data.replace("/opt/nanogrid", str(place / "opt")).replace(
+        "bash fleet_machine.sh", f"sed -i 's|/etc/systemd/system|{place}/units|' fleet_machine.sh; bash fleet_machine.sh")
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (place / "opt" / "nanogrid.py").read_bytes() == MODULE.read_bytes()
+    assert (place / "opt" / "application.yml").read_bytes() == stack.config.read_bytes()
+    assert list((place / "opt" / "venv").glob("lib/python*/site-packages/boto3.py"))
+    assert "SPOTINTERRUPTION=true" in (place / "units" / "nanogrid.service.d" / "fleet.conf").read_text()
+    assert log.read_text().splitlines() == [
+        "dnf -q -y install python3.12 nodejs", "systemctl daemon-reload", "systemctl enable --now nanogrid",
+        "systemctl enable --now nanogrid-fleet"]
+
+    service = re.search("^ExecStart=(.*)$", (place / "units" / "nanogrid-fleet.service").read_text(), re.MULTILINE)[1]
+    subprocess.run(["bash", "-c", service], env=env, timeout=300, check=True)
+    told = [line for line in log.read_text().splitlines()[4:] if not line.startswith("curl")]
+    ready, stopped, taken = told
+    assert stopped == "systemctl stop nanogrid" and "--lifecycle-hook-name ready " in ready
+    assert "--lifecycle-hook-name taken-away " in taken and taken.endswith("--instance-id i-1")
+    assert "--auto-scaling-group-name NanoGrid-nanogrid-task-queue " in taken
 
 
 @pytest.mark.slow
-def test_setup_takes_down_all_but_a_bucket_with_objects(account):
-    account = Account(account.url, account.path, "us-east-1")
-    mine = ("--queue", "mine", "--dlq", "mine-dead", "--bucket", "mine-code", "--role", "mine-role",
-            "--instance-profile", "mine-profile")
-    env = {"AWS_REGION": "us-east-1"}
-    account.sqs.create_queue(QueueName="not-mine")
-    before = account.names()
-
-    account.run(*mine, env=env)
-    assert account.names() == {
-        "queues": ["mine", "mine-dead", "not-mine"], "buckets": ["mine-code"],
-        "roles": ["mine-role"], "profiles": ["mine-profile"], "alarms": [], "dashboards": [],
-        "files": ["application.yml"]}
-    assert account.bucket("mine-code")["region"] is None  # how S3 spells us-east-1
-    assert "\n    region: us-east-1\n" in account.config.read_text()
-    account.s3.put_object(Bucket="mine-code", Key="functions/kept.zip", Body=b"x")
-
-    made = account.names()
-    assert "nothing was removed" in account.run("--down", *mine, env=env, answer="y\n", status=1)
-    planned = account.run("--down", "--dry-run", *mine, env=env)
-    assert "would be removed: queue mine\n" in planned
-    assert account.names() == made
-    said = account.run("--down", *mine, env=env, answer="yes\n")
-    assert "left: bucket mine-code holds objects (such as functions/kept.zip)" in said
-    assert "(aws s3 rm s3://mine-code --recursive; " in said
-    assert account.names() == {**before, "buckets": ["mine-code"]}
-
-    account.s3.delete_object(Bucket="mine-code", Key="functions/kept.zip")
-    said = account.run("--down", *mine, env=env, answer="yes\n")
-    assert "not there: queue mine\n" in said and "removed: bucket mine-code" in said
-    assert account.names() == before
+def test_setup_of_a_second_queue_takes_nothing_from_the_first(stack):
+    stack.run()
+    first = stack.base()
+    stack.run("--queue", "second_one", "--dlq", "second-dead")
+    assert stack.base() == first
+    assert stack.profile_roles("NanoGridAgentProfile-second_one") == ["NanoGridAgentRole-second_one"]
+    assert stack.settings().code_bucket == f"{stack.code_bucket}-second-one"
+    assert stack.queue("second-dead")["MessageRetentionPeriod"] == "1209600"
+    stack.run("--down", "--queue", "second_one", answer="yes\n")
+    assert stack.base() == first
 
 
-# --- setup_resources.sh and a CLI that answers what the test says -------------
-
-FAKE_AWS = r'''#!/bin/bash
-# An account that has nothing and takes everything but what FAKE_REFUSES names.
-printf '%s\n' "$*" >>"$FAKE_LOG"
-printf '%s' "$AWS_CLI_ERROR_FORMAT" >"$FAKE_LOG.format"
-case "$*" in
-  *" ${FAKE_REFUSES:-nothing at all} "*)
-    printf x >>"$FAKE_LOG.refused"
-    refused="$(<"$FAKE_LOG.refused")"
-    if [ ${#refused} -le "${FAKE_TIMES:-99}" ]; then printf '%s\n' "$FAKE_ANSWER" >&2; exit 254; fi ;;
-esac
-case "$*" in
-  *" get-caller-identity "*) printf '123456789012\t%s\n' "$FAKE_CALLER" ;;
-  *" get-queue-url --queue-name ${FAKE_QUEUE:-nothing at all} "*) echo http://old/address ;;
-  *" sqs get-"*) echo "An error occurred (QueueDoesNotExist) when calling …" >&2; exit 254 ;;
-  *" s3api get-"*) echo "An error occurred (NoSuchBucket) when calling …" >&2; exit 254 ;;
-  *" iam get-"*) echo "An error occurred (NoSuchEntity) when calling …" >&2; exit 254 ;;
-  *" get-dashboard "*) echo "An error occurred (ResourceNotFound) when calling …" >&2; exit 254 ;;
-  *" s3 cp "*) cp "${@:(-2):1}" "$FAKE_LOG.zip" ;;
-  *" send-message "*)
-    for word; do case "$word" in file://*) cp "${word#file://}" "$FAKE_LOG.json" ;; esac; done ;;
-esac
-'''
-TOOLS = ("bash", "cat", "cp", "dirname", "mktemp", "rm", "tr")  # cp is only the fake's
+TOPIC = "arn:aws:sns:ap-northeast-2:123456789012:alarms"
 
 
-class FakeAccount:
-    """The script with nothing on PATH but coreutils, Python and the CLI above."""
-
-    def __init__(self, path: Path):
-        self.path, self.log, tools = path / "here", path / "log", path / "bin"
-        self.path.mkdir()
-        tools.mkdir()
-        for tool in TOOLS:
-            (tools / tool).symlink_to(shutil.which(tool))
-        (tools / "python3").symlink_to(sys.executable)
-        (tools / "sleep").write_text('#!/bin/bash\nprintf "sleep $1\\n" >>"$FAKE_LOG"\n')
-        (tools / "aws").write_text(FAKE_AWS)
-        for tool in ("aws", "sleep"):
-            (tools / tool).chmod(0o755)
-        self.env = {"PATH": str(tools), "FAKE_LOG": str(self.log), "FAKE_QUEUE": "",
-                    "FAKE_CALLER": f"arn:aws:iam::{ACCOUNT}:user/somebody"}
-
-    def run(self, *flags, refuses="", refusal="", queue="", **rest) -> str:
-        env = {**self.env, "FAKE_REFUSES": refuses, "FAKE_ANSWER": refusal, "FAKE_QUEUE": queue}
-        return run_setup(self.path, *flags, env=env, **rest)
-
-    def calls(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
-
+# --- Without AWS
 
 @pytest.fixture
-def fake(tmp_path):
-    return FakeAccount(tmp_path)
+def refused(tmp_path):
+    """Runs the script with a CLI that has one answer, an error."""
+    def run(answer: str, *flags, **rest) -> str:
+        tool(tmp_path / "bin" / "aws", f"echo {shlex.quote(answer)} >&2; exit 254")
+        return run_setup(tmp_path, *flags, env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, **rest)
+    return run
 
 
-DENIED = "An error occurred (AccessDenied) when calling the operation: not authorized to do it"
-
-
-@pytest.mark.parametrize("look, change, step", [
-    ("sqs get-queue-url", "create-queue", "queue nanogrid-task-queue-dlq"),
-    ("s3api get-bucket-location", "create-bucket", f"bucket {CODE_BUCKET}"),
-    ("s3api get-public-access-block", "put-public-access-block", f"bucket {CODE_BUCKET}"),
-    ("s3api get-bucket-ownership-controls", "put-bucket-ownership", f"bucket {CODE_BUCKET}"),
-    ("s3api get-bucket-encryption", "put-bucket-encryption", f"bucket {CODE_BUCKET}"),
-    ("iam get-role", "create-role", "role NanoGridAgentRole"),
-    ("iam get-role-policy", "put-role-policy", "role policy NanoGridAgentPolicy"),
-    ("iam get-instance-profile", "create-instance", "instance profile NanoGridAgentProfile"),
+@pytest.mark.parametrize("answer, remedy", [
+    ("Unable to locate credentials.", "AWS_PROFILE"),
+    ("An error occurred (InvalidClientTokenId) when calling …", "aws configure"),
+    ("The SSO session of this profile has expired", "aws sso login"),
+    ("An error occurred (AccessDenied) when calling …", "ask for the permission"),
+    ("An error occurred (Strange) when calling …", "mend what is named"),
 ])
-def test_setup_does_not_take_a_refusal_for_not_there(fake, look, change, step):
-    said = fake.run(refuses=look, refusal=DENIED, status=1)
-    assert f"failed at: {step}\n" in said and f"command: aws {look} " in said
-    assert f"answer:  {DENIED}\n" in said and "permission" in said
-    assert look in fake.calls() and f" {change}" not in fake.calls()
-
-
-@pytest.mark.parametrize("refuses, answer, remedy", [
-    ("sts get-caller-identity", "Unable to locate credentials.", "AWS_PROFILE"),
-    ("sts get-caller-identity", "(InvalidClientTokenId)", "AWS_PROFILE"),
-    ("sts get-caller-identity", "Could not connect to the endpoint URL", "is the network up"),
-    ("sts get-caller-identity", "The SSO session of this profile has expired", "aws sso login"),
-    ("sqs create-queue", "(QueueDeletedRecently)", "60 seconds"),
-    ("s3api create-bucket", "(BucketAlreadyExists)", "--bucket NAME"),
-    ("iam create-role", "(AccessDenied)", "permission that the answer"),
-    ("iam put-role-policy", "(Throttling)", "wait a minute"),
-    ("iam add-role-to-instance-profile", "(Strange)", "the answer says"),
-])
-def test_setup_failure_names_step_answer_and_remedy(fake, refuses, answer, remedy):
-    said = fake.run(refuses=refuses, refusal=answer, status=1)
-    assert f"command: aws {refuses} " in said and f"answer:  {answer}\n" in said
-    assert remedy in said.split("to do:   ")[1] and "run the script again" in said
-    assert fake.calls().splitlines()[-1].find(f" {refuses} ") > 0  # nothing was tried after it
-    assert not (fake.path / "application.yml").exists()
-
-
-FRESH = "An error occurred ({}) when calling the operation: {}"
-
-
-# The first answer is SQS's own (serverless/serverless, issue 5215, shows it), the others IAM's and S3's.
-@pytest.mark.parametrize("refuses, answer", [
-    ("sqs create-queue --queue-name nanogrid-task-queue", FRESH.format(
-        "InvalidParameterValue", "… RedrivePolicy is invalid. Reason: Dead letter target does not exist.")),
-    ("iam put-role-policy", FRESH.format("NoSuchEntity", "The role with name … cannot be found.")),
-    ("s3api put-bucket-tagging", FRESH.format("NoSuchBucket", "The specified bucket does not exist")),
-    ("s3api put-public-access-block", FRESH.format("OperationAborted", "A conflicting conditional operation …")),
-])
-def test_setup_gives_aws_time_to_know_what_is_new(fake, refuses, answer):
-    fake.env["FAKE_TIMES"] = "3"
-    assert "Done; changes: 14." in fake.run(refuses=refuses, refusal=answer)
-    assert re.search(f"( {refuses} .*\nsleep 1\n.*)" + "{3}", fake.calls())
-    del fake.env["FAKE_TIMES"]
-    (fake.path / "application.yml").unlink()
-    said = fake.run(refuses=refuses, refusal=answer, status=1)  # for ten seconds, not for ever
-    assert "not all of it knows yet" in said and "wait a minute and run again" in said
-
-
-def test_setup_waits_for_what_it_made(fake):
-    fake.run()
-    calls = re.sub("--region .* --output text ", "", fake.calls())
-    for made, waited in (
-            ("sqs create-queue --queue-name nanogrid-task-queue-dlq .*", "sleep 1"),
-            ("s3api create-bucket .*", f"s3api wait bucket-exists --bucket {CODE_BUCKET}"),
-            ("iam create-role .*", "iam wait role-exists --role-name NanoGridAgentRole"),
-            ("iam create-instance-profile .*",
-             "iam wait instance-profile-exists --instance-profile-name NanoGridAgentProfile")):
-        assert re.search(f"^{made}\n{waited}$", calls, re.MULTILINE), made
-    assert Path(f"{fake.log}.format").read_text() == "legacy"  # json has the codes elsewhere
-
-
-def test_setup_failure_of_the_machine_names_its_step(fake, tmp_path):
-    (fake.path / "application.yml").symlink_to(tmp_path / "nowhere" / "application.yml")
-    said = fake.run(status=1)
-    assert "failed at: application.yml\n" in said and "No such file" in said
-    assert "a directory that you may write to" in said
-    (tmp_path / "bin" / "zip").write_text("#!/bin/bash\necho disk full >&2; exit 9\n")
-    (tmp_path / "bin" / "zip").chmod(0o755)
-    said = fake.run("--test-message", queue="nanogrid-task-queue", status=1)
-    assert "failed at: zip of hello-python\n" in said and "answer:  disk full\n" in said
-    assert " s3 cp " not in fake.calls() and " send-message " not in fake.calls()
-    fake.env["TMPDIR"] = str(tmp_path / "nowhere")
-    assert "set TMPDIR" in fake.run(status=1)
-
-
-def test_setup_remedy_is_for_the_answer_not_for_a_name(fake):
-    said = fake.run("--queue", "MISSOURI", refuses="sqs create-queue", refusal="(Strange)", status=1)
-    assert "the answer says what is wrong" in said
-
-
-@pytest.mark.parametrize("partition, region, suffix", [
-    ("aws", "eu-west-1", "amazonaws.com"),
-    ("aws-cn", "cn-north-1", "amazonaws.com.cn"),
-    ("aws-us-gov", "us-gov-west-1", "amazonaws.com"),
-])
-def test_setup_fills_in_the_partition_of_the_caller(fake, partition, region, suffix):
-    fake.env["FAKE_CALLER"] = f"arn:{partition}:iam::{ACCOUNT}:user/somebody"
-    fake.run("--region", region)
-    calls = fake.calls()
-    assert f'"Service":"ec2.{suffix}"' in calls
-    assert set(re.findall(r"arn:([a-z-]+):(?:sqs|s3):", calls)) == {partition}
-    assert f"arn:{partition}:sqs:{region}:{ACCOUNT}:nanogrid-task-queue-dlq" in calls
-    assert f"LocationConstraint={region}\n" in calls
-    assert calls.count(f"--region {region} --output text ") == len(calls.replace("sleep 1\n", "").splitlines())
-    written = (fake.path / "application.yml").read_text()
-    assert f"queueUrl: https://sqs.{region}.{suffix}/{ACCOUNT}/nanogrid-task-queue\n" in written
-
-
-def test_setup_region_comes_from_the_flag_then_the_environment_then_the_guide(fake):
-    fake.env["AWS_DEFAULT_REGION"] = "eu-north-1"
-    assert "region eu-north-1," in fake.run("--dry-run")
-    fake.env["AWS_REGION"] = "eu-south-1"
-    said = fake.run("--dry-run")
-    assert "region eu-south-1," in said and "LocationConstraint=eu-south-1" in said
-    said = fake.run("--dry-run", "--region", "us-east-1")
-    assert "region us-east-1," in said
-    assert "create-bucket" in said and "LocationConstraint" not in said  # S3 refuses this one
-    del fake.env["AWS_REGION"], fake.env["AWS_DEFAULT_REGION"]
-    assert "region ap-northeast-2," in fake.run("--dry-run", "--endpoint", "http://[::1]:9")
-    assert "--endpoint-url http://[::1]:9 " in fake.calls().splitlines()[-1]
-
-
-def test_setup_test_message_is_the_guides(fake):
-    said = fake.run("--test-message", queue="nanogrid-task-queue")  # with Python, without zip
-    assert "[test-001] stdout: Hello from NanoGrid!" in said and "status=ok" in said
-    assert json.loads(Path(f"{fake.log}.json").read_text()) == {
-        "requestId": "test-001", "functionId": "hello-python", "runtime": "python",
-        "s3Bucket": CODE_BUCKET, "s3Key": "functions/hello-python/v1.zip",
-        "timeoutMs": 5000, "memoryMb": 256}
-    with zipfile.ZipFile(f"{fake.log}.zip") as archive:
-        assert archive.namelist() == ["main.py"]
-        assert archive.read("main.py").decode() == (
-            '#!/usr/bin/env python3\nprint("Hello from NanoGrid!")\nprint("Result: 42")\n')
-    assert f" s3://{CODE_BUCKET}/functions/hello-python/v1.zip\n" in fake.calls()
-
-    said = fake.run("--test-message", refuses="sqs get-queue-url", status=1,
-                    refusal="An error occurred (AWS.SimpleQueueService.NonExistentQueue) …")
-    assert "run setup_resources.sh without --test-message first" in said
-    said = fake.run("--test-message", queue="nanogrid-task-queue", refuses="s3 cp", status=1,
-                    refusal="upload failed: … An error occurred (NoSuchBucket) when calling PutObject")
-    assert "run setup_resources.sh without --test-message first" in said
-    calls = len(fake.calls().splitlines())
-    assert "would be sent" in fake.run("--test-message", "--dry-run", queue="nanogrid-task-queue")
-    assert len(fake.calls().splitlines()) == calls + 2  # who am I, where is the queue
-
-
-def test_setup_removes_application_yml_only_as_it_wrote_it(fake):
-    config = fake.path / "application.yml"
-    fake.run()
-    assert "removed: application.yml\n" in fake.run("--down", answer="yes\n")
-    assert not config.exists()
-    fake.run()
-    config.write_text(config.read_text().replace("flushSeconds: 10", "flushSeconds: 60"))
-    edited = config.read_bytes()
-    assert "unchanged: application.yml (edited since" in fake.run()
-    assert "left: application.yml is not as" in fake.run("--down", answer="yes\n")
-    assert config.read_bytes() == edited
-
-
-def test_setup_goes_on_only_in_the_account_that_was_named(fake):
-    said = fake.run("--account", "999999999999", status=1)
-    assert f"account {ACCOUNT}, not 999999999999" in said and "AWS_PROFILE" in said
-    assert len(fake.calls().splitlines()) == 1
-    assert "Dry run" in fake.run("--account", ACCOUNT, "--dry-run")
+def test_setup_failure_names_step_answer_and_remedy(refused, tmp_path, answer, remedy):
+    said = refused(answer, status=1)
+    assert "failed at: credentials\n" in said and f"answer: {answer}\n" in said
+    assert remedy in said.split("to do:")[1] and not (tmp_path / "application.yml").exists()
 
 
 @pytest.mark.parametrize("flags, problem", [
-    (["--regoin", "x"], "there is no flag --regoin"),
-    (["queue"], "there is no flag queue"),
-    (["--queue"], "--queue needs a value"),
-    (["--queue", ""], "--queue needs a value"),
+    (["--regoin", "x"], "there is no flag --regoin"), (["queue", "x"], "there is no flag queue"),
+    (["--version", "x"], "there is no flag --version"), (["--no-such"], "there is no flag --such"),
+    (["--queue"], "--queue needs a value"), (["--queue", ""], "--queue needs a value"),
     (["--queue", "a.fifo"], "not FIFO"),
-    (["--queue", "same", "--dlq", "same"], "are both same"),
-    (["--bucket", "Capital"], "--bucket is 'Capital'"),
-    (["--role", 'a"b'], "--role is 'a\"b'"),
-    (["--output-queue", "nanogrid-task-queue-dlq"], "--output-queue is nanogrid-task-queue-dlq as well"),
-    (["--alarm-topic", "alarms"], "the ARN of an SNS topic"),
-    (["--down", "--test-message"], "do not go together"),
 ])
-def test_setup_wrong_usage(fake, flags, problem):
-    said = fake.run(*flags, status=2)
-    assert problem in said and "--help" in said
-    assert fake.calls() == ""
+def test_setup_wrong_usage(refused, flags, problem):
+    said = refused("it asked AWS", *flags, status=2)
+    assert problem in said and "--help" in said and "it asked" not in said
 
 
-def test_setup_help_names_every_flag_that_it_takes(fake):
-    parser = re.search(r"^parse_flags.*?^}", SETUP.read_text(), re.MULTILINE | re.DOTALL)[0]
-    taken = set(re.findall(r"--[a-z-]+", parser))
-    shown = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", fake.run("--help"), re.MULTILINE))
-    assert shown == taken and "--dry-run" in taken
-    assert fake.calls() == ""
+def test_setup_help_names_every_flag_that_it_takes(refused):
+    parser = re.search(r"^parse_flags.*?^}.*?^}", SETUP.read_text(), re.MULTILINE | re.DOTALL)[0]
+    taken = set(re.findall(r"--[a-z-]*[a-z]", parser)) - {"--help", "--existing"}
+    shown = set(re.findall(r"--[a-z][a-z-]*[a-z]", refused("it asked AWS", "--help")))
+    assert taken <= shown and {"--output-queue", "--instances", "--function-policy"} <= shown
+    assert not {"--bucket-is-there", "--architecture", "--version"} & shown
 
 
-def test_setup_without_what_it_needs_makes_nothing(fake, tmp_path):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(SETUP, alone)
-    done = subprocess.run(["bash", alone / SETUP.name], cwd=alone, env=fake.env, text=True,
-                          timeout=180, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    assert done.returncode == 1 and "application.yml.example: it is not beside" in done.stderr
-    assert "create" not in fake.calls()
-    (tmp_path / "bin" / "aws").unlink()
-    assert "AWS CLI (aws) is not on PATH" in fake.run(status=1)
-
-
-def test_setup_that_was_cut_short_does_nothing(fake, tmp_path):
+def test_setup_that_was_cut_short_does_nothing(refused, tmp_path):
     lines = SETUP.read_text().splitlines(keepends=True)
-    assert lines[-1] == 'main "$@"\n'
+    assert lines[-1] == 'main "$@"\n' and MACHINE.read_text().endswith(lines[-1])
     for end in range(1, len(lines), 40):
         (tmp_path / "cut.sh").write_text("".join(lines[:end]))
-        subprocess.run(["bash", tmp_path / "cut.sh"], cwd=fake.path, env=fake.env, timeout=180,
-                       stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    assert fake.calls() == "" and not list(fake.path.iterdir())
+        done = subprocess.run(["bash", tmp_path / "cut.sh"], cwd=tmp_path, timeout=180, text=True,
+                              stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        assert "account" not in done.stdout
+
+
+def test_setup_under_another_shell_says_to_use_bash(refused):
+    need("dash")
+    assert "run it with bash: bash " in refused("it asked AWS", shell="dash", status=2)
 
 
 def test_setup_uses_nothing_that_bash_3_lacks():
     newer = {
         "associative array, nameref": r"\b(declare|local|typeset) -[a-zA-Z]*[An]",
-        "mapfile": r"\b(mapfile|readarray)\b", "case conversion": r"\$\{\w+[,^]", "|&": r"\|&",
+        "mapfile": r"\b(mapfile|readarray)\b", "case conversion": r"\$\{\w+[,^]", "|&": r" \|& ",
         "&>>": r"&>>", "coproc": r"\bcoproc\b", "@ operator": r"\$\{\w+@", ";;&": r";;?&",
         "negative index": r"\[-\d", "-v": r"\[\[? -v ", "printf time": r"printf '[^']*%\(",
         "a status that is lost": r"\b(local|export|readonly) \w+=\"?\$\(",
         "a subshell, whose failure does not end it": r"^\s*\((?!\()", "case in $()": r"\$\(\s*case ",
         "a name that runs into a letter": r"\$\w+[^\x00-\x7f]"}
-    text = SETUP.read_text()
+    text = re.sub(r"(?s)^template\(\) \{.*?^}$", "", SETUP.read_text(), flags=re.MULTILINE)
     assert [name for name, pattern in newer.items() if re.search(pattern, text, re.MULTILINE)] == []
 
 
@@ -9819,26 +9800,24 @@ def test_setup_uses_nothing_that_bash_3_lacks():
 # --------------------------------------------------------------------------------------------
 
 NUMBERED = [f"line {number}" for number in range(1, 302)]
-# output: (text, bytes that there were, what the log has of it)
+# output: (text, what the log has of it)
 SAID = {
-    "nothing": ("", 0, []),
-    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", 0, NUMBERED[:200]),
-    "one more": ("\n".join(NUMBERED[:201]), 0, [
-        *NUMBERED[:100], "1 lines of stdout are left out here", *NUMBERED[101:201]]),
-    "more than was kept": ("\n".join(NUMBERED), 2 * ng.KEPT_BYTES + 7, [
-        *NUMBERED[:100], "101 lines of stdout are left out here, and 7 bytes that were not kept", *NUMBERED[201:]]),
-    "a long line": ("x" * 60_000, 0, ["x" * 60_000]),
-    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, 0, ["\0" * 9000 + "\U0001f642" * 9000]),
+    "nothing": ("", []),
+    "as many lines as there may be": ("\n".join(NUMBERED[:200]) + "\n", NUMBERED[:200]),
+    "one more": ("\n".join(NUMBERED[:201]), [
+        *NUMBERED[:100], "1 of the kept lines of stdout are left out here", *NUMBERED[101:201]]),
+    "a long line": ("x" * 60_000, ["x" * 60_000]),
+    "what is longer when it is escaped": ("\0" * 9000 + "\U0001f642" * 9000, ["\0" * 9000 + "\U0001f642" * 9000]),
 }
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("output", SAID)
 def test_log_has_the_ends_of_an_output_in_pieces_of_8_kib(output, form):
-    text, count, wanted = SAID[output]
+    text, wanted = SAID[output]
     log = Heard()
     log.json = form == "json"
-    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text, stdout_bytes=count)).write(log, "r-1")
+    ng.Report("r-1", outcome=ng.Outcome("ok", stdout=text)).write(log, "r-1")
     *lines, report = log.lines
     assert "REPORT" in report and max([0, *(len(line.encode()) for line in lines)]) <= 8192
     said = []
@@ -9994,6 +9973,7 @@ UNIT = REPOSITORY / "nanogrid.service"
 # The fenced blocks that stand behind a comment `<!-- test: NAME -->`, by name.
 MARKED = re.findall(r"^<!-- test: ([^\n]+) -->\n```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 BLOCKS = dict(MARKED)
+CLI = "".join(map(BLOCKS.get, ("cli queues", "cli bucket", "cli policy", "cli role")))  # in the page's order
 
 
 def sh(script: str, cwd: Path, env=None, seconds=180, **options) -> subprocess.CompletedProcess:
@@ -10236,7 +10216,6 @@ class Shell:
         # Version 1 of the CLI passes over AWS_ENDPOINT_URL for SQS: it must be told in every call.
         tool(path / "bin" / "aws", f'exec {shutil.which("aws")} --endpoint-url {url} "$@"')
         shutil.copy(REPOSITORY / "application.yml.example", path)
-        (path / "policy.json").write_text(BLOCKS["policy.json"])
         self.env = {**AWS_ENV, "AWS_ENDPOINT_URL": url, "AWS_PAGER": "",
                     "PATH": f"{path / 'bin'}:{os.environ['PATH']}"}
 
@@ -10258,7 +10237,7 @@ def shell(tmp_path):
 @pytest.mark.slow
 def test_from_the_cli_to_a_report_of_the_cron_line(shell, tmp_path):
     need("flock")
-    shell.run(BLOCKS["cli"] + BLOCKS["send"])
+    shell.run(CLI + BLOCKS["send"])
     command = BLOCKS["cron"].split(" ", 6)[6]
     for there, here in (("/run/", f"{tmp_path}/"), ("/var/log/", f"{tmp_path}/"),
                         ("/opt/nanogrid/venv/bin/python", sys.executable),
@@ -10309,30 +10288,75 @@ def test_the_readme_from_a_function_of_your_own_to_its_results(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_cli_makes_is_what_the_script_makes(shell, tmp_path):
-    shell.run(BLOCKS["cli"])
-    bucket, s3 = {"Bucket": CODE_BUCKET}, shell.client("s3")  # what S3 does by itself, and moto does not
-    s3.put_public_access_block(**bucket, PublicAccessBlockConfiguration=ALL_BLOCKED)
-    s3.put_bucket_ownership_controls(
-        **bucket, OwnershipControls={"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]})
-    said = run_setup(tmp_path, env=shell.env)
-    assert "Nothing changed; left" in said and said.count("\nunchanged: ") == 12, said
-    assert re.findall("^left: (.*?) is there", said, re.MULTILINE) == ["application.yml"]  # not the emulator's URL
+def test_what_the_cli_makes_is_what_the_script_makes(shell):
+    shell.run(CLI)
+    Account(shell.url, shell.path).check_set()
 
 
 @pytest.mark.slow
-def test_profile_and_group(shell):
-    ec2 = shell.client("ec2")
-    [instance] = ec2.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
+def test_what_triggers_a_task_sends_one(shell, tmp_path):
+    """The lines are run; what the emulator stores and does not deliver is filled in as AWS does it."""
+    need("jq")
+    url = shell.client("sqs").create_queue(QueueName="nanogrid-task-queue")["QueueUrl"]
+    for bucket in ("code-bucket", "pictures", "results"):
+        shell.run(f"aws s3 mb s3://{bucket} >/dev/null")
+    topic = shell.client("sns").create_topic(Name="orders")["TopicArn"]
+    (tmp_path / "function.zip").write_bytes(make_zip({"lambda_function.py": ""}))
+    settings = ng.Settings(code_bucket="code-bucket")
+    env = {"QUEUE_URL": url, "QUEUE_ARN": "arn:aws:sqs:ap-northeast-2:123456789012:nanogrid-task-queue",
+           "ACCOUNT_ID": "123456789012", "ROLE_ARN": "arn:aws:iam::123456789012:role/sender",
+           "TOPIC_ARN": topic, "OUTPUT_BUCKET": "results"}
+
+    def received() -> ng.Task:
+        message, = shell.client("sqs").receive_message(QueueUrl=url)["Messages"]
+        shell.client("sqs").delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+        return ng.parse_task(message["Body"], settings)
+
+    shell.run(BLOCKS["queue policy"], **env)
+    shell.run(BLOCKS["lambda"], BUCKET="code-bucket")
+    task = received()
+    assert (task.handler, task.env, task.input) == (
+        "lambda_function.lambda_handler", {"TABLE": "orders"}, b'{"order": 7}')
+    shell.run(BLOCKS["topic"], **env)
+    assert received().request_id == "shop-2"
+    shell.run(BLOCKS["schedule"], **env)
+    target = shell.client("scheduler").get_schedule(Name="shop-nightly")["Target"]
+    body = target["Input"].replace("<aws.scheduler.execution-id>", "d32c5kddcf5bb8c3").replace(
+        "<aws.scheduler.scheduled-time>", "2026-11-28T03:00:00Z")
+    assert target["Arn"] == env["QUEUE_ARN"]
+    assert ng.parse_task(body, settings).input == b'{"time": "2026-11-28T03:00:00Z"}'
+    shell.run(BLOCKS["upload"], **env)
+    target, = shell.client("events").list_targets_by_rule(Rule="thumbnails")["Targets"]
+    change = target["InputTransformer"]
+    event = {"id": "17793124-05d4-b198-2fde-7ededc63b103",
+             "detail": {"bucket": {"name": "pictures"}, "object": {"key": "a/cat 1.png"}}}
+    body = change["InputTemplate"]
+    for name, path in change["InputPathsMap"].items():
+        value = functools.reduce(lambda part, step: part[step], path.split(".")[1:], event)
+        body = body.replace(f"<{name}>", json.dumps(value))
+    task = ng.parse_task(body, settings)
+    assert (task.request_id, json.loads(task.input)["Records"][0]["s3"]["object"]["key"]) == (
+        event["id"], "a/cat 1.png")
+    result = {"status": "ok", "returnValue": [1], "stdout": ""}
+    shell.client("s3").put_object(Bucket="results", Key="outputs/shop-1/result.json", Body=json.dumps(result))
+    assert json.loads(shell.run(BLOCKS["returned"], **env).stdout) == {"status": "ok", "returnValue": [1]}
+
+
+@pytest.mark.slow
+def test_profile_on_an_instance(shell):
+    [instance] = shell.client("ec2").run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"]
     shell.client("iam").create_instance_profile(InstanceProfileName="NanoGridAgentProfile")
-    group = ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]
-    shell.run(BLOCKS["profile"] + BLOCKS["scaling"], INSTANCE=instance["InstanceId"], GROUP=group,
-              SUBNETS=ec2.describe_subnets()["Subnets"][0]["SubnetId"])
-    [version] = ec2.describe_launch_template_versions(LaunchTemplateName="nanogrid")["LaunchTemplateVersions"]
-    made = version["LaunchTemplateData"]
-    assert (made["InstanceType"], made["SecurityGroupIds"]) == (instance["InstanceType"], [group])
-    [association] = ec2.describe_iam_instance_profile_associations()["IamInstanceProfileAssociations"]
+    shell.run(BLOCKS["profile"], INSTANCE=instance["InstanceId"])
+    [association] = shell.client("ec2").describe_iam_instance_profile_associations()["IamInstanceProfileAssociations"]
     assert association["InstanceId"] == instance["InstanceId"]
-    [policy] = shell.client("autoscaling").describe_policies(
-        AutoScalingGroupName="nanogrid")["ScalingPolicies"]
-    assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
+
+
+@pytest.mark.parametrize("block", ["script", "fleet"])
+def test_setup_takes_the_flags_that_the_page_shows(tmp_path, block):
+    """A CLI that refuses all stands in; what the flags make has its own tests."""
+    shutil.copy(SETUP, tmp_path)
+    tool(tmp_path / "bin" / "aws", "exit 254")
+    for line in BLOCKS[block].splitlines():
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=180,
+                              env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}, check=False)
+        assert done.returncode == 1 and "failed at: credentials" in done.stderr, done.stderr
