@@ -1,19 +1,21 @@
 """Tests of NanoGrid, in the order of the module: real processes, real HTTP, real files.
 
 To add a test, find the part of nanogrid.py that you changed: its tests stand below the same banner.
+A new row in a table is mostly enough:
+    YAML, settings, tasks, zips                the tables beside their tests; REFUSED for zips
+    how a function ends                        RUNS, CAPPED; with a cgroup v2 COUNTED
+    what it cannot do, see or hide             CONFINED, ROOM, HOARDS
+    what it leaves running, or to the next run ESCAPES, LEFTOVERS, OUTPUTS, DISKS
+    a warm Python as a bare one, a handler as Lambda calls it, a program that is compiled
+                                               PROGRAMS, HANDLED, BUILT
+    what AWS answers, what fails for a while   AWS_ERRORS, CHECKED, SCENES, OUTAGES
+A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py; `--- other.py`
+begins another file. All its rows are one drain, and each is then a test of its result.
 
-A new row in a table is mostly enough. What is read or refused: the tables beside `parse_yaml`,
-Settings, Tasks and Zips (REFUSED). A function and how it ends: RUNS; what it may not do: CONFINED;
-what it hides memory or files in: HOARDS; what it leaves behind: ESCAPES; what a warm Python must do
-as a bare one: the tables of "a warm start". An answer of AWS's: AWS_ERRORS. A fault: SCENES and
-OUTAGES. A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py;
-`--- other.py` begins another file. All its rows are one drain, and each is then a test of its result.
-
-Else write a test, for one of these worlds:
-    Agent      nanogrid.py as a process, whose log is read as it comes
+Else write a test, for one of these worlds (each has put(), job() and agent()):
     Folder     --local: `with Folder("ordinary") as folder:`, or the fixture grids(user, SETTING=…)
     site(moto) SQS, S3 and CloudWatch in an emulator, behind a proxy that fails as it is told to
-    Party      the parts of the agent before answers of AWS's that the test writes
+and Party, the parts of the agent before answers of AWS's that the test writes.
 Functions tell what they did to a witness (`tell`, `marker`): they share no directory with the tests.
 
 Wait with until(), for a condition; never for a time, and assert no time that a busy machine breaks.
@@ -8586,7 +8588,7 @@ LENT = {"main.py": "import json, os\nprint(json.dumps({k: v for k, v in os.envir
 def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(moto):
     with site(moto) as aws:
         aws.put(LENT)
-        with start(aws, execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
+        with aws.agent(execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
             for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
                                      ("long", {"timeoutMs": 7_200_000}), ("short", {})):
                 aws.send(request_id, **task)
@@ -8610,7 +8612,7 @@ def test_without_a_role_functions_get_no_credentials(moto):
     with site(moto) as aws:
         aws.put(LENT)
         aws.send("r1", env={"AWS_REGION": "eu-west-1"})
-        with start(aws, "--drain") as agent:
+        with aws.agent("--drain") as agent:
             assert agent.end() == 0
     assert lent(agent, "r1") == {"AWS_REGION": "eu-west-1"}
 
@@ -8620,17 +8622,17 @@ def test_a_role_that_is_refused_is_an_error_in_awss_words(moto):
         aws.put(LENT)
         aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
         role = {"functionRole": FUNCTION_ROLE}
-        with start(aws, "--check", execution=role) as check:
+        with aws.agent("--check", execution=role) as check:
             assert check.end() == 1
         assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
                          f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
         aws.send()
-        with start(aws, execution=role) as agent:
+        with aws.agent(execution=role) as agent:
             agent.wait_for("REPORT .*status=error .*reason=permission")
             agent.stop()
         assert "not authorized to perform: sts:AssumeRole" in agent.log and aws.count() == 1
         aws.proxy.heal()
-        with start(aws, "--check", execution=role) as check:
+        with aws.agent("--check", execution=role) as check:
             assert check.end() == 0, check.out
         assert f"\nok    function role: {FUNCTION_ROLE}" in check.out
 
@@ -8640,7 +8642,7 @@ def test_sts_away_is_an_outage_that_costs_no_receive(moto):
         aws.put(LENT)
         aws.proxy.fail("AssumeRole", "status 503")
         aws.send()
-        with start(aws, execution={"functionRole": FUNCTION_ROLE}) as agent:
+        with aws.agent(execution={"functionRole": FUNCTION_ROLE}) as agent:
             agent.wait_for(f"assuming {FUNCTION_ROLE} failed")
             aws.proxy.heal()
             finish(aws, agent, ends={"ok": 1})
