@@ -754,7 +754,9 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
                            parse_constant=finite)
         if isinstance(found, dict):
             return found, json.dumps(found["input"]) if "input" in found else ""
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
+    except RecursionError:
+        raise rejected("task", "the message is JSON that is nested too deep") from None
+    except ValueError as error:  # also a number of 4,301 digits
         raise rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
     raise rejected("task", f"the message is {shown(found, in_json=True)}; it must be a JSON object")
 
