@@ -9998,6 +9998,7 @@ def test_every_command_is_run_by_a_test():
 
 def test_pages_are_short_and_so_are_their_lines():
     assert len(PAGES[REPOSITORY / "README.md"].splitlines()) <= 260
+    assert not re.search("^(<<<<<<<|>>>>>>>)", TEXT, re.MULTILINE)  # of a merge
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     assert [line for line in prose.splitlines() if len(line) > 120 and line[0] != "|"] == []
 
