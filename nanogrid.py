@@ -5137,8 +5137,8 @@ def demo(settings: Settings, log: Log) -> None:
     """Run sample functions from a fresh folder: one is hungry for memory, one oversleeps."""
     with tempfile.TemporaryDirectory(prefix="nanogrid-demo-") as name:
         folder = Path(name)
-        for part in ("queue", "code"):
-            (folder / part).mkdir()
+        (folder / "queue").mkdir()
+        (folder / "code").mkdir()
         for function_id, (runtime, timeout_ms, source) in DEMO.items():
             if runtime == "cpp" and not any(map(shutil.which, RUNTIMES["cpp"].programs)):
                 log("WARNING", f"no C++ compiler here: the sample {function_id} is left out")
@@ -5206,12 +5206,11 @@ class Check:
             self._runtime(slots, name)
 
     def _folder(self, folder: Path) -> None:
-        """Whether the parts of --local's folder can be listed, and written to."""
+        """Whether what is there of --local's folder can be listed, and written to."""
         with self.of("folder") as is_ok:
-            found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
-            for one in (folder, *found):
+            for one in (folder, *filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))):
                 os.listdir(one)
-                if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                if one.name != "code" and not os.access(one, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, "Permission denied", str(one))
             is_ok(str(folder))
 
@@ -5219,10 +5218,9 @@ class Check:
         """The credentials, and what of AWS the settings name."""
         clients = None
         with self.of("credentials") as is_ok:
-            made = make_clients(self.settings)
-            credentials = made.session.get_credentials()
+            clients = make_clients(self.settings)
+            credentials = clients.session.get_credentials()
             credentials.get_frozen_credentials()  # a role, a web identity, SSO: this asks for them
-            clients = made
             sts = clients.session.client("sts", config=clients.sqs.meta.config)
             answer, error = attempt(sts.get_caller_identity)
             is_ok(f"{credentials.method}: {answer['Arn'] if answer else error}")
