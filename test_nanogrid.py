@@ -7794,24 +7794,36 @@ def test_message_that_comes_with_the_last_poll_is_given_back(moto):
         assert visible(aws) == 1 or not aws.count(), "received and neither run nor given back"
 
 
-@trial
-def sigterm_lets_a_run_within_the_grace_finish(moto):
-    with site(moto) as aws, aws.agent() as agent:
-        aws.job(sleep=3)
-        until_ran(aws.path)
-        assert agent.stop() == 0
-        assert [each["status"] for each in reports(agent.log)] == ["ok"] and not aws.count()
+# what ends an agent: (the run's seconds, the grace, the signals; then the statuses and what is visible)
+SHUTDOWNS = {
+    "SIGTERM within the grace": (3, 30, [signal.SIGTERM], ["ok"], 0),
+    "SIGTERM": (300, 1, [signal.SIGTERM], ["released"], 1),
+    "SIGINT": (300, 1, [signal.SIGINT], ["released"], 1),
+    "a second signal": (300, 300, [signal.SIGTERM, signal.SIGTERM], None, 1),
+}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(moto, number):
-    grace = {"shutdownGraceSeconds": 1}
-    with site(moto, visibility=600) as aws, aws.agent(execution=grace) as agent:
-        aws.job(sleep=300, timeoutMs=400000)
+def shutdown_trial(moto: str, what: str):
+    """The run ends or is killed, and what is not done is visible at once."""
+    seconds, grace, signals, statuses, left = SHUTDOWNS[what]
+    settings = {"shutdownGraceSeconds": grace}
+    with site(moto, visibility=600) as aws, aws.agent(execution=settings) as agent:
+        aws.job(sleep=seconds, timeoutMs=400000)
         until_ran(aws.path)
-        assert agent.stop(number, 90) == 0
-        assert [each["status"] for each in reports(agent.log)] == ["released"]
-        assert visible(aws) == 1 and not any(map(alive, run_pids(aws.path)))
+        agent.process.send_signal(signals[0])
+        for number in signals[1:]:
+            time.sleep(2)
+            assert agent.process.poll() is None
+            agent.process.send_signal(number)
+        status = agent.end(90)
+        assert visible(aws) == aws.count() == left, agent.log
+        until_gone(run_pids(aws.path))
+        if statuses:
+            assert status == 0 and [each["status"] for each in reports(agent.log)] == statuses
+
+
+for _what in SHUTDOWNS:
+    add_trial(f"shutdown, {_what}", shutdown_trial, False, what=_what)
 
 
 @trial
@@ -7879,20 +7891,6 @@ def test_run_that_is_let_go_of_before_it_begins_is_released(when):
             slot.cancel()
         run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
         assert slot.run(run) == ng.Outcome("released")
-
-
-@trial
-def second_signal_ends_it_at_once(moto):
-    grace = {"shutdownGraceSeconds": 300}
-    with site(moto, visibility=600) as aws, aws.agent(execution=grace) as agent:
-        aws.job(sleep=300, timeoutMs=400000)
-        until_ran(aws.path)
-        agent.process.send_signal(signal.SIGTERM)
-        time.sleep(2)
-        assert agent.process.poll() is None
-        agent.stop(seconds=90)
-        assert visible(aws) == 1
-        until_gone(run_pids(aws.path))
 
 
 class Imds(BaseHTTPRequestHandler):
