@@ -2358,7 +2358,6 @@ class SlotSpec:
     gid: int | None
     groups: tuple[int, ...]
     cgroup: str  # its directory; "" where there is none
-    processes: int  # RLIMIT_NPROC where there is none
     shell: str
     limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
     network: str  # host or none
@@ -3049,7 +3048,8 @@ def confine(room: Room) -> None:
     # its supervisor's session could starve it. So each leads one of its own.
     os.setsid()
     for name, value in room.spec.limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        if name != "RLIMIT_NPROC":  # a run's alone
+            resource.setrlimit(getattr(resource, name), (value, value))
     # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
     with contextlib.suppress(PermissionError):
         os.write(os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=room.proc), b"1000")
@@ -3203,15 +3203,6 @@ REFUSED = re.compile(
 NO_BUFFER = "RangeError: Array buffer allocation failed"
 
 
-def allowed(limits: Mapping[str, int]) -> dict[str, int]:
-    """These limits, or the hard ones that this process has itself where those are lower."""
-    found = {}
-    for name, value in limits.items():
-        hard = resource.getrlimit(getattr(resource, name))[1]
-        found[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    return found
-
-
 def with_returned(outcome: Outcome) -> Outcome:
     """A handler's outcome: failed, where what it returned cannot be kept as JSON."""
     if outcome.status != "ok":
@@ -3243,7 +3234,9 @@ class Supervisor:
         self.unready: dict[str, str] = {}  # an interpreter that is not kept ready: why
         self.begun = False  # whether the function of the run has begun
         self.traits = traits(os.getpid())
-        spec.limits.update(allowed(spec.limits))
+        for name, value in spec.limits.items():
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            spec.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
 
     def work(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
@@ -3328,7 +3321,7 @@ class Supervisor:
         # Thread stacks, heaps and calloc count as data and are free until touched. So the limit is
         # several times the cap, enough for 60 threads or a JVM. It stops what outruns the watcher.
         data_mb = 4 * run.memory_mb + 512
-        return allowed({"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.processes})
+        return {"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.limits["RLIMIT_NPROC"]}
 
     def _verdict(self, code: int, stderr: str, peak: int, cap: int) -> str:
         """What a run came to that ended by itself."""
@@ -4184,7 +4177,8 @@ class Slots:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
-                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB}
+                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB,
+                  "RLIMIT_NPROC": self.settings.max_processes + self.other_tasks}
         cgroup = f"{self.cgroups}/slot{number}" if self.cgroups else ""
         # A link needs code and workspace under one mount: that of all slots. Who has no uid of its
         # own has copies, and could change the code: it sees no other slot, and that read-only.
@@ -4193,8 +4187,7 @@ class Slots:
             hidden = sorted({*hidden, str(self.base)})
             shown = [self.base / "code", self.shell, self.base / "main.py", directory,
                      directory / "own"]
-        return SlotSpec(str(directory), uid, gid, groups, cgroup,
-                        self.settings.max_processes + self.other_tasks, str(self.shell), limits,
+        return SlotSpec(str(directory), uid, gid, groups, cgroup, str(self.shell), limits,
                         self.settings.network, tuple(hidden), (*self.shown, *map(str, shown)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:
