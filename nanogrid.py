@@ -2592,10 +2592,10 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
 
 
-def make_read_only(path: str) -> None:
-    """Have a mount be read-only; raises OSError."""
+def remount(path: str, flags: int = 0) -> None:
+    """Have a mount be writable, or with MS_RDONLY read-only; raises OSError."""
     kept = os.statvfs(path).f_flag & MS_KEPT
-    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
+    mount("none", path, "", MS_REMOUNT | MS_BIND | flags | kept)
 
 
 def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -2757,9 +2757,17 @@ class Room:
                 to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
         to_cover.difference_update(kept)
         covered = []
+        base = os.path.dirname(spec.directory)
+        if spec.uid is not None:  # what anybody may write to would carry files from run to run
+            self._try("functions may write where every user of this machine may",
+                      lambda: remount("/", MS_RDONLY))
+            if not any(base.startswith(f"{path}/") for path in spec.hidden):
+                mount(base, base, "", MS_BIND)
+                remount(base)
         for path in sorted({*spec.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
+                remount(path)
             elif path in to_cover or os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
@@ -2789,8 +2797,10 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
-        if self.spec.uid is None and path != f"{self.spec.directory}/own":
-            make_read_only(path)  # the code, too, is the functions' own user's
+        if path == os.path.dirname(self.spec.directory):
+            remount(path)
+        elif self.spec.uid is None and path != f"{self.spec.directory}/own":
+            remount(path, MS_RDONLY)  # the code, too, is the functions' own user's
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.

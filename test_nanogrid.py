@@ -4594,6 +4594,8 @@ import mmap, multiprocessing.shared_memory as shared_memory
 ctypes.CDLL(None).shmget(1, 4096, 0o1666)
 ctypes.CDLL(None).semget(2, 1, 0o1666)
 attempt(os.mkdir, "/dev/shm/left")
+=== where every user may write
+attempt(lambda: open(anybody + "/left", "w"))
 === keys of the kernel
 for keyring in (-3, -4, -5):
     syscall("add_key", b"user", b"left", b"left", 4, keyring)
@@ -4625,7 +4627,7 @@ LEFTOVER_HEAD = r"""
 import ctypes, fcntl, json, os, resource, struct, sys
 SETFLAGS, SETVERSION = 0x40086602, 0x40087602
 KEYS = {"x86_64": {"add_key": 248, "keyctl": 250}, "aarch64": {"add_key": 217, "keyctl": 219}}[os.uname().machine]
-victim, shared = json.load(sys.stdin)
+victim, shared, anybody = json.load(sys.stdin)
 workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], *shared, os.getcwd()]))
 places = [os.environ["OUTPUT_DIR"]] + workplaces
 def attempt(change, *arguments):
@@ -4694,6 +4696,8 @@ def leftovers(grids, user):
         for place in (victim, victim / "precious"):
             os.chown(place, ORDINARY, ORDINARY)
     shared = ["/tmp", "/var/tmp", "/dev/shm"] if has_room(user) else []
+    anybody = tempfile.mkdtemp(dir="/srv") if ROOT else grid.spool
+    os.chmod(anybody, 0o777)
     tree = {"main.py": PROBE, "lib/one.py": "", "lib/deep/two.py": ""}
     def look(name):
         grid.put(tree, request_id=f"{name}-b", function_id="probe", input=shared)
@@ -4703,15 +4707,19 @@ def leftovers(grids, user):
     for n, (name, case) in enumerate(LEFTOVERS.items()):
         source = LEFTOVER_HEAD + case.files["main.py"]
         grid.put({**tree, "main.py": source}, request_id=f"{n:02}-a-{slug(name)}", function_id=slug(name),
-                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared]})
+                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared, str(anybody)]})
         look(f"{n:02}-b-{slug(name)}")
         if user == "ordinary" and "above" in name:
             continue  # that is its supervisor: the agent kills one that hangs, but not at once
         grid.put({**tree, "main.py": source, "run.sh": f"exec {PYTHON} main.py"}, "cpp",
                  request_id=f"{n:02}-d-{slug(name)}", function_id=f"cold-{slug(name)}",
-                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared]})
+                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared, str(anybody)]})
         look(f"{n:02}-e-{slug(name)}")
-    return grid.run()
+    grid.run()
+    grid.left = os.listdir(anybody)
+    if ROOT:
+        shutil.rmtree(anybody)
+    return grid
 
 
 @pytest.mark.parametrize("number, name", list(enumerate(LEFTOVERS)))
@@ -4735,6 +4743,7 @@ def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
     left = [os.path.join(top, name) for top, names, files in os.walk(os.fsencode(leftovers.base))
             for name in names + files if b"left-" in name]
     assert left == []
+    assert leftovers.user == "ordinary" or leftovers.left == [], "what every user may write to"
     results = subprocess.run(["grep", "-rl", "precious", leftovers.path / "results", "--exclude=result.json"],  # noqa: PLW1510
                              stdout=subprocess.PIPE).stdout
     assert results == b"", "the target of a link was collected as output"
