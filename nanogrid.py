@@ -4378,9 +4378,11 @@ class Slots:
         return command
 
     def _look_for_handler(self, task: Task, package: Package) -> None:
-        """Say once that index.js is of an AWS Lambda function, if it is: run so it does nothing."""
-        text = (package.path / "index.js").read_text(errors="replace") * (not package.is_read)
+        """Say once that index.js is of an AWS Lambda function, if it is: run so, it does nothing."""
+        if package.is_read:
+            return
         package.is_read = True
+        text = (package.path / "index.js").read_text(errors="replace")
         if EXPORTS_HANDLER.search(text):
             self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
                                 'which nothing calls: send "handler": "index.handler" in the task')
