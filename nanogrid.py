@@ -4378,7 +4378,7 @@ class Slots:
         return command
 
     def _look_for_handler(self, task: Task, package: Package) -> None:
-        """Say once that index.js is of an AWS Lambda function, if it is: run so, it does nothing."""
+        """Say once that index.js is of an AWS Lambda function, if it is: it does nothing."""
         if package.is_read:
             return
         package.is_read = True
