@@ -5333,12 +5333,9 @@ def arguments() -> argparse.ArgumentParser:
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
                      help="python, cpp, nodejs or go (default: its only entry file's)")
-    one.add_argument("--timeout-ms", type=int, metavar="MS",
-                     help="its time limit (default: execution.defaultTimeoutMs)")
-    one.add_argument("--memory-mb", type=int, metavar="MB",
-                     help="its memory cap (default: execution.defaultMemoryMb)")
-    one.add_argument("--function-id", default="invoke", metavar="ID",
-                     help="its name in the REPORT line (default: %(default)s)")
+    one.add_argument("--timeout-ms", type=int, help="its time limit (default: the settings')")
+    one.add_argument("--memory-mb", type=int, help="its memory cap (default: the settings')")
+    one.add_argument("--function-id", default="invoke", help="its name (default: %(default)s)")
     one.add_argument("--output", metavar="DIR", type=Path,
                      help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
     one.add_argument("--handler", metavar="FILE.FUNCTION", default="",
