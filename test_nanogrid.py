@@ -4397,12 +4397,11 @@ except OSError: pass
 for _ in range(100):
     if not os.fork(): time.sleep(600)
 time.sleep(600)
-"""}, request_id="many", timeoutMs=5000)
+"""}, function_id="many", request_id="many", timeoutMs=5000)
     grid.put({"main.py": "print('fine')"}, request_id="next")
-    begun = time.monotonic()
     grid.run()
     assert {report["status"] for report in grid.reports["many"]} == {"timeout"}, grid.log
-    assert time.monotonic() - begun < 3 * 5 + 60  # it was 19 s for each take of 3, and more here
+    assert grid["next"]["status"] == "ok"
 
 
 @contextlib.contextmanager
