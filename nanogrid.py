@@ -754,7 +754,9 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
                            parse_constant=finite)
         if isinstance(found, dict):
             return found, json.dumps(found["input"]) if "input" in found else ""
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
+    except RecursionError:
+        raise rejected("task", "the message is JSON that is nested too deep") from None
+    except ValueError as error:  # also a number of 4,301 digits
         raise rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
     raise rejected("task", f"the message is {shown(found, in_json=True)}; it must be a JSON object")
 
@@ -4337,9 +4339,11 @@ class Slots:
         return command
 
     def _look_for_handler(self, task: Task, package: Package) -> None:
-        """Say once that index.js is of an AWS Lambda function, if it is: run so it does nothing."""
-        text = (package.path / "index.js").read_text(errors="replace") * (not package.is_read)
+        """Say once that index.js is of an AWS Lambda function, if it is: it does nothing."""
+        if package.is_read:
+            return
         package.is_read = True
+        text = (package.path / "index.js").read_text(errors="replace")
         if EXPORTS_HANDLER.search(text):
             self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
                                 'which nothing calls: send "handler": "index.handler" in the task')
@@ -5145,8 +5149,8 @@ def demo(settings: Settings, log: Log) -> None:
     """Run sample functions from a fresh folder: one is hungry for memory, one oversleeps."""
     with tempfile.TemporaryDirectory(prefix="nanogrid-demo-") as name:
         folder = Path(name)
-        for part in ("queue", "code"):
-            (folder / part).mkdir()
+        (folder / "queue").mkdir()
+        (folder / "code").mkdir()
         for function_id, (runtime, timeout_ms, source) in DEMO.items():
             if runtime == "cpp" and not any(map(shutil.which, RUNTIMES["cpp"].programs)):
                 log("WARNING", f"no C++ compiler here: the sample {function_id} is left out")
@@ -5214,12 +5218,11 @@ class Check:
             self._runtime(slots, name)
 
     def _folder(self, folder: Path) -> None:
-        """Whether the parts of --local's folder can be listed, and written to."""
+        """Whether what is there of --local's folder can be listed, and written to."""
         with self.of("folder") as is_ok:
-            found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
-            for one in (folder, *found):
+            for one in (folder, *filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))):
                 os.listdir(one)
-                if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                if one.name != "code" and not os.access(one, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, "Permission denied", str(one))
             is_ok(str(folder))
 
@@ -5227,10 +5230,9 @@ class Check:
         """The credentials, and what of AWS the settings name."""
         clients = None
         with self.of("credentials") as is_ok:
-            made = make_clients(self.settings)
-            credentials = made.session.get_credentials()
+            clients = make_clients(self.settings)
+            credentials = clients.session.get_credentials()
             credentials.get_frozen_credentials()  # a role, a web identity, SSO: this asks for them
-            clients = made
             sts = clients.session.client("sts", config=clients.sqs.meta.config)
             answer, error = attempt(sts.get_caller_identity)
             is_ok(f"{credentials.method}: {answer['Arn'] if answer else error}")
@@ -5343,12 +5345,9 @@ def arguments() -> argparse.ArgumentParser:
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
                      help="python, cpp, nodejs or go (default: its only entry file's)")
-    one.add_argument("--timeout-ms", type=int, metavar="MS",
-                     help="its time limit (default: execution.defaultTimeoutMs)")
-    one.add_argument("--memory-mb", type=int, metavar="MB",
-                     help="its memory cap (default: execution.defaultMemoryMb)")
-    one.add_argument("--function-id", default="invoke", metavar="ID",
-                     help="its name in the REPORT line (default: %(default)s)")
+    one.add_argument("--timeout-ms", type=int, help="its time limit (default: the settings')")
+    one.add_argument("--memory-mb", type=int, help="its memory cap (default: the settings')")
+    one.add_argument("--function-id", default="invoke", help="its name (default: %(default)s)")
     one.add_argument("--output", metavar="DIR", type=Path,
                      help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
     one.add_argument("--handler", metavar="FILE.FUNCTION", default="",

@@ -1,19 +1,21 @@
 """Tests of NanoGrid, in the order of the module: real processes, real HTTP, real files.
 
 To add a test, find the part of nanogrid.py that you changed: its tests stand below the same banner.
+A new row in a table is mostly enough:
+    YAML, settings, tasks, zips                the tables beside their tests; REFUSED for zips
+    how a function ends                        RUNS, CAPPED; with a cgroup v2 COUNTED
+    what it cannot do, see or hide             CONFINED, ROOM, HOARDS
+    what it leaves running, or to the next run ESCAPES, LEFTOVERS, OUTPUTS, DISKS
+    a warm Python as a bare one, a handler as Lambda calls it, a program that is compiled
+                                               PROGRAMS, HANDLED, BUILT
+    what AWS answers, what fails for a while   AWS_ERRORS, CHECKED, SCENES, OUTAGES
+A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py; `--- other.py`
+begins another file. All its rows are one drain, and each is then a test of its result.
 
-A new row in a table is mostly enough. What is read or refused: the tables beside `parse_yaml`,
-Settings, Tasks and Zips (REFUSED). A function and how it ends: RUNS; what it may not do: CONFINED;
-what it hides memory or files in: HOARDS; what it leaves behind: ESCAPES; what a warm Python must do
-as a bare one: the tables of "a warm start". An answer of AWS's: AWS_ERRORS. A fault: SCENES and
-OUTAGES. A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py;
-`--- other.py` begins another file. All its rows are one drain, and each is then a test of its result.
-
-Else write a test, for one of these worlds:
-    Agent      nanogrid.py as a process, whose log is read as it comes
+Else write a test, for one of these worlds (each has put(), job() and agent()):
     Folder     --local: `with Folder("ordinary") as folder:`, or the fixture grids(user, SETTING=…)
     site(moto) SQS, S3 and CloudWatch in an emulator, behind a proxy that fails as it is told to
-    Party      the parts of the agent before answers of AWS's that the test writes
+and Party, the parts of the agent before answers of AWS's that the test writes.
 Functions tell what they did to a witness (`tell`, `marker`): they share no directory with the tests.
 
 Wait with until(), for a condition; never for a time, and assert no time that a busy machine breaks.
@@ -318,9 +320,6 @@ def runs_in(path: Path) -> Counter:
     return Counter(mark.name.partition(".")[0] for mark in marks_in(path))
 
 
-proxy_runs = runs_in
-
-
 def run_pids(path: Path) -> list[int]:
     return [int(mark.read_text()) for mark in marks_in(path)]
 
@@ -514,18 +513,6 @@ def local_site() -> Folder:
     folder = Folder()
     (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
     return folder
-
-
-def local(folder: Folder, *args, **options) -> Agent:
-    return folder.agent(*args, **options)
-
-
-def local_job(folder: Folder, *args, **task) -> str:
-    return folder.job(*args, **task)
-
-
-def names(folder: Folder, *parts) -> list[str]:
-    return folder.names(*parts)
 
 
 Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
@@ -988,14 +975,6 @@ def site(moto: str, **options):
         aws.env["AWS_ENDPOINT_URL"] = proxy.url
         aws.put(marker())
         yield aws
-
-
-def start(aws: Aws, *args, **options) -> Agent:
-    return aws.agent(*args, **options)
-
-
-def job(aws: Aws, *args, **task) -> str:
-    return aws.job(*args, **task)
 
 
 def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
@@ -1928,8 +1907,8 @@ def body(more):
     (body('"input": 1e999'), "'1e999' is no number"),
     (body('"requestId": "r-2"'), "'requestId' stands twice"),
     (body('"input": {"a": 1, "a\\n": 2, "a\\n": 3}'), r"'a\\+n' stands twice"),
-    (body('"input": ' + "[" * 300_000 + "]" * 300_000), "recursion"),
-    ("[" * 1_000_000, "recursion"), ("\0", "Expecting value")], ids=lambda value: value[-25:])
+    (body('"input": ' + "[" * 300_000 + "]" * 300_000), "nested too deep"),
+    ("[" * 1_000_000, "nested too deep"), ("\0", "Expecting value")], ids=lambda value: value[-25:])
 def test_a_message_that_is_no_json_object(text, what):
     with pytest.raises(ng.Ended, match=f"(?i)^the message is [ -~]*{what}") as caught:
         ng.parse_task(text, SETTINGS)
@@ -3071,8 +3050,8 @@ for limit in $limits; do [ "$(ulimit -H$limit)" != unlimited ] || { echo "-$limi
 ulimit -Hc
 === no inherited descriptors
 import os
-assert sorted(os.listdir("/proc/self/fd")) == ["0", "1", "2", "3"], [
-    (fd, os.readlink("/proc/self/fd/" + fd)) for fd in os.listdir("/proc/self/fd") if fd != "3"]
+there = {fd: os.path.realpath("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")}
+assert sorted(fd for fd in there if "libffi" not in there[fd]) == ["0", "1", "2", "3"], there
 === no inherited descriptors in a shell | cpp
 [ "$(ls /proc/self/fd | tr '\n' ' ')" = "0 1 2 3 " ] || { ls -l /proc/self/fd; exit 1; }
 === environment | input={"k":[1]} timeoutMs=59000 memoryMb=200
@@ -4418,12 +4397,11 @@ except OSError: pass
 for _ in range(100):
     if not os.fork(): time.sleep(600)
 time.sleep(600)
-"""}, request_id="many", timeoutMs=5000)
+"""}, function_id="many", request_id="many", timeoutMs=5000)
     grid.put({"main.py": "print('fine')"}, request_id="next")
-    begun = time.monotonic()
     grid.run()
     assert {report["status"] for report in grid.reports["many"]} == {"timeout"}, grid.log
-    assert time.monotonic() - begun < 3 * 5 + 60  # it was 19 s for each take of 3, and more here
+    assert grid["next"]["status"] == "ok"
 
 
 @contextlib.contextmanager
@@ -4998,7 +4976,9 @@ print(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors(), sys.getdefau
       locale.getpreferredencoding(), locale.setlocale(locale.LC_ALL), time.tzname, time.localtime(0))
 === working directory, umask, descriptors
 import os
-print(os.getcwd(), os.path.abspath("x"), sorted(os.listdir("/proc/self/fd")))
+print(os.getcwd(), os.path.abspath("x"))
+# From 3.5 on libffi, which the ready interpreter has used, keeps itself open.
+print(sorted(fd for fd in os.listdir("/proc/self/fd") if "libffi" not in os.path.realpath(f"/proc/self/fd/{fd}")))
 os.open("probe", os.O_CREAT | os.O_WRONLY, 0o777)
 print(oct(os.stat("probe").st_mode), oct(os.umask(0)))
 === environment
@@ -6323,8 +6303,9 @@ def test_a_handler_is_called_as_in_lambda(handled, name):
 def test_only_a_handler_has_a_return_value(grids, user):
     """Not even who writes into the pipe for it."""
     grid = grids(user)
-    grid.put({"main.py": "open(os.path.dirname(os.environ['HOME']) + '/../feed/out/returned', 'w').write('1')\n"
-                         .join(["import os\n", "print('written')\n"])}, request_id="r")
+    source = f"import os\nfeed = os.environ['HOME'].replace('own/home', 'feed')\n" \
+             f"open(feed + '/{ng.RETURNED}', 'w').write('1')\nprint('written')\n"
+    grid.put({"main.py": source}, request_id="r")
     grid.run()
     assert grid["r"]["stdout"] == "written\n" and "returnValue" not in grid["r"]
 
@@ -6352,7 +6333,7 @@ def test_env_is_for_its_run_alone(grids, user, warm):
     need("node")
     python = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
     node = "console.log(JSON.stringify(process.env))\n"
-    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5", "IFS": "/"}, {},
+    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5"}, {},
                              {"PYTHONLEFT": "1"}, {}]):
         for runtime, name, source in (("python", "main.py", python), ("nodejs", "index.js", node)):
             grid.put({name: source}, runtime, runtime, f"{runtime}-{n}", env=env)
@@ -6362,7 +6343,7 @@ def test_env_is_for_its_run_alone(grids, user, warm):
         for each in seen:
             del each["REQUEST_ID"]
         assert seen[0] == seen[2] == seen[4], seen
-        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5", "IFS": "/"}, seen
+        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5"}, seen
         assert seen[3] == {**seen[0], "PYTHONLEFT": "1"}, seen
 
 
@@ -7822,24 +7803,36 @@ def test_message_that_comes_with_the_last_poll_is_given_back(moto):
         assert visible(aws) == 1 or not aws.count(), "received and neither run nor given back"
 
 
-@trial
-def sigterm_lets_a_run_within_the_grace_finish(moto):
-    with site(moto) as aws, aws.agent() as agent:
-        aws.job(sleep=3)
-        until_ran(aws.path)
-        assert agent.stop() == 0
-        assert [each["status"] for each in reports(agent.log)] == ["ok"] and not aws.count()
+# what ends an agent: (the run's seconds, the grace, the signals; then the statuses and what is visible)
+SHUTDOWNS = {
+    "SIGTERM within the grace": (3, 30, [signal.SIGTERM], ["ok"], 0),
+    "SIGTERM": (300, 1, [signal.SIGTERM], ["released"], 1),
+    "SIGINT": (300, 1, [signal.SIGINT], ["released"], 1),
+    "a second signal": (300, 300, [signal.SIGTERM, signal.SIGTERM], None, 1),
+}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(moto, number):
-    grace = {"shutdownGraceSeconds": 1}
-    with site(moto, visibility=600) as aws, aws.agent(execution=grace) as agent:
-        aws.job(sleep=300, timeoutMs=400000)
+def shutdown_trial(moto: str, what: str):
+    """The run ends or is killed, and what is not done is visible at once."""
+    seconds, grace, signals, statuses, left = SHUTDOWNS[what]
+    settings = {"shutdownGraceSeconds": grace}
+    with site(moto, visibility=600) as aws, aws.agent(execution=settings) as agent:
+        aws.job(sleep=seconds, timeoutMs=400000)
         until_ran(aws.path)
-        assert agent.stop(number, 90) == 0
-        assert [each["status"] for each in reports(agent.log)] == ["released"]
-        assert visible(aws) == 1 and not any(map(alive, run_pids(aws.path)))
+        agent.process.send_signal(signals[0])
+        for number in signals[1:]:
+            time.sleep(2)
+            assert agent.process.poll() is None
+            agent.process.send_signal(number)
+        status = agent.end(90)
+        assert visible(aws) == aws.count() == left, agent.log
+        until_gone(run_pids(aws.path))
+        if statuses:
+            assert status == 0 and [each["status"] for each in reports(agent.log)] == statuses
+
+
+for _what in SHUTDOWNS:
+    add_trial(f"shutdown, {_what}", shutdown_trial, False, what=_what)
 
 
 @trial
@@ -7907,20 +7900,6 @@ def test_run_that_is_let_go_of_before_it_begins_is_released(when):
             slot.cancel()
         run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
         assert slot.run(run) == ng.Outcome("released")
-
-
-@trial
-def second_signal_ends_it_at_once(moto):
-    grace = {"shutdownGraceSeconds": 300}
-    with site(moto, visibility=600) as aws, aws.agent(execution=grace) as agent:
-        aws.job(sleep=300, timeoutMs=400000)
-        until_ran(aws.path)
-        agent.process.send_signal(signal.SIGTERM)
-        time.sleep(2)
-        assert agent.process.poll() is None
-        agent.stop(seconds=90)
-        assert visible(aws) == 1
-        until_gone(run_pids(aws.path))
 
 
 class Imds(BaseHTTPRequestHandler):
@@ -8593,7 +8572,7 @@ LENT = {"main.py": "import json, os\nprint(json.dumps({k: v for k, v in os.envir
 def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(moto):
     with site(moto) as aws:
         aws.put(LENT)
-        with start(aws, execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
+        with aws.agent(execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
             for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
                                      ("long", {"timeoutMs": 7_200_000}), ("short", {})):
                 aws.send(request_id, **task)
@@ -8617,7 +8596,7 @@ def test_without_a_role_functions_get_no_credentials(moto):
     with site(moto) as aws:
         aws.put(LENT)
         aws.send("r1", env={"AWS_REGION": "eu-west-1"})
-        with start(aws, "--drain") as agent:
+        with aws.agent("--drain") as agent:
             assert agent.end() == 0
     assert lent(agent, "r1") == {"AWS_REGION": "eu-west-1"}
 
@@ -8627,17 +8606,17 @@ def test_a_role_that_is_refused_is_an_error_in_awss_words(moto):
         aws.put(LENT)
         aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
         role = {"functionRole": FUNCTION_ROLE}
-        with start(aws, "--check", execution=role) as check:
+        with aws.agent("--check", execution=role) as check:
             assert check.end() == 1
         assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
                          f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
         aws.send()
-        with start(aws, execution=role) as agent:
+        with aws.agent(execution=role) as agent:
             agent.wait_for("REPORT .*status=error .*reason=permission")
             agent.stop()
         assert "not authorized to perform: sts:AssumeRole" in agent.log and aws.count() == 1
         aws.proxy.heal()
-        with start(aws, "--check", execution=role) as check:
+        with aws.agent("--check", execution=role) as check:
             assert check.end() == 0, check.out
         assert f"\nok    function role: {FUNCTION_ROLE}" in check.out
 
@@ -8647,7 +8626,7 @@ def test_sts_away_is_an_outage_that_costs_no_receive(moto):
         aws.put(LENT)
         aws.proxy.fail("AssumeRole", "status 503")
         aws.send()
-        with start(aws, execution={"functionRole": FUNCTION_ROLE}) as agent:
+        with aws.agent(execution={"functionRole": FUNCTION_ROLE}) as agent:
             agent.wait_for(f"assuming {FUNCTION_ROLE} failed")
             aws.proxy.heal()
             finish(aws, agent, ends={"ok": 1})
@@ -9085,14 +9064,13 @@ def test_an_agent_works_whatever_it_was_started_with(grids, user, name):
     """It makes its directories, runs, hears SIGTERM; no log line goes where it does not belong."""
     grid = grids(user)
     grid.env["AGENT_TASKBASEDIR"] = f"{grid.top}/new/task"
-    grid.put({"main.py": "import os; print(os.umask(0), sorted(map(int, os.listdir('/proc/self/fd'))))"},
-             request_id="python")
+    grid.put({"main.py": "import os; print(os.umask(0))"}, request_id="python")
     grid.put({"run.sh": "umask"}, "cpp", "cpp", "cpp")
     with Agent("--local", grid.path, python=PYTHON, env=grid.env,
                prefix=[*as_user(user), *STARTED_WITH[name]]) as agent:
         until(lambda: len(grid.names("results")) == 2 and not grid.names("running"), what="the results")
         assert agent.stop() == 0
-    assert grid.result("python")["stdout"] == "18 [0, 1, 2, 3]\n", grid.result("python")
+    assert grid.result("python")["stdout"] == "18\n", grid.result("python")
     assert grid.result("cpp")["stdout"] == "0022\n", grid.result("cpp")
     assert bool(agent.log) == (name not in ("no error", "no descriptor"))
     assert agent.log.count("REPORT") == agent.log.count("status=ok") == 2 * bool(agent.log), agent.log
@@ -10027,6 +10005,7 @@ def test_every_command_is_run_by_a_test():
 
 def test_pages_are_short_and_so_are_their_lines():
     assert len(PAGES[REPOSITORY / "README.md"].splitlines()) <= 260
+    assert not re.search("^(<<<<<<<|>>>>>>>)", TEXT, re.MULTILINE)  # of a merge
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     assert [line for line in prose.splitlines() if len(line) > 120 and line[0] != "|"] == []
 
