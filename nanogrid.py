@@ -3412,8 +3412,8 @@ def launch(control: socket.socket, cgroups: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
-    # pidfd -> pid; its slot's cgroup; what locks the uid of its slot
-    supervisors: dict[int, tuple[int, str, list[int]]] = {}
+    # pidfd -> pid; its slot; what locks the uid of that
+    supervisors: dict[int, tuple[int, SlotSpec, list[int]]] = {}
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
@@ -3425,23 +3425,27 @@ def launch(control: socket.socket, cgroups: str) -> None:
             with socket.socket(fileno=fds[0]) as agent:
                 try:
                     spec = SlotSpec(**json.loads(message))
+                    for pid, other, _ in supervisors.values():
+                        if other.directory == spec.directory:  # it may still be tidying there
+                            signal_all([pid], signal.SIGKILL)
+                            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
                     pid = os.fork()
                     if not pid:
                         supervise(agent, life, spec, (control.fileno(), held, *supervisors))
                     pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid, spec.cgroup, fds[1:]
+                    supervisors[pidfd] = pid, spec, fds[1:]
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
-            pid, cgroup, locks = supervisors.pop(pidfd)
+            pid, spec, locks = supervisors.pop(pidfd)
             os.waitpid(pid, 0)
             os.close(pidfd)
             # What it left, when it was killed; the next of its slot empties the cgroup itself.
-            if cgroup and cgroup not in [other for _, other, _ in supervisors.values()]:
+            if spec.cgroup and spec not in [other for _, other, _ in supervisors.values()]:
                 with contextlib.suppress(OSError):
-                    Path(cgroup, "cgroup.kill").write_text("1")
+                    Path(spec.cgroup, "cgroup.kill").write_text("1")
             end_descendants(others=[pid for pid, _, _ in supervisors.values()])
             for lock in locks:
                 os.close(lock)
