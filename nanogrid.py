@@ -623,12 +623,13 @@ RUNTIMES = {
     "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {},
                       (".py", "/__init__.py")),
     "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
-        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "main", "{sources}")}),
+        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "{output}", "{sources}")}),
     "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {},
                       (".js", ".mjs", ".cjs")),
     "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
         # auto: as a module where there is a go.mod, and a plain package else
-        "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "main", ".")}),
+        "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "{output}",
+                    ".")}),
 }
 # What a task's `env` cannot name, for the run gets it anyway; the second with functionRole only
 RUN_ENV = {"PATH", "LANG", "TZ", "HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID",
@@ -753,7 +754,9 @@ def _read_json(body: str) -> tuple[dict[str, Any], str]:
                            parse_constant=finite)
         if isinstance(found, dict):
             return found, json.dumps(found["input"]) if "input" in found else ""
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of 4,301 digits
+    except RecursionError:
+        raise rejected("task", "the message is JSON that is nested too deep") from None
+    except ValueError as error:  # also a number of 4,301 digits
         raise rejected("task", f"the message is not JSON that can be read: {_why(error)}") from None
     raise rejected("task", f"the message is {shown(found, in_json=True)}; it must be a JSON object")
 
@@ -1401,7 +1404,7 @@ class SqsQueue:
         self.has_dlq = False
         self.attributes_due = 0.0
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: to be tried
-        self.denied_at = 0.0
+        self.denied_at = 0.0  # 0: it is not
         self.lock = threading.Lock()
         self.sending = threading.Lock()  # so that one failure is said once
         self.in_flight: dict[str, Message] = {}  # by id, each as it was received last
@@ -1478,30 +1481,22 @@ class SqsQueue:
 
     def _delay(self, message: Message, status: str) -> int:
         """The seconds until a message that is returned is visible again."""
-        receives = message.receive_count
-        if status == "rejected" and not self.has_dlq:
-            receives -= AT_ONCE  # not every emulator says that there is one
-        elif not FATES[status].is_delayed:
+        is_delayed, tries = FATES[status].is_delayed, message.receive_count
+        if status == "rejected" and not self.has_dlq:  # not every emulator says that there is one
+            is_delayed, tries = tries > AT_ONCE, tries - AT_ONCE
+        if not is_delayed:
             return 0
-        if receives < 1:
-            return 0
-        delay = ERROR_DELAY_SECONDS * 4 ** min(receives - 1, 6)
+        delay = ERROR_DELAY_SECONDS * 4 ** min(tries - 1, 6)
         return int(min(delay, message.last - time.monotonic()))
 
     def lease_ends(self, message: Message, needed: float = 0) -> float:
         """When the message will no longer be ours; inf: its lease is kept alive."""
         newest = self.in_flight[message.id]
-        if self._may_change() is None and newest.ends - 1 < needed:
+        if self.may_change is None and newest.ends - 1 < needed:
             with self.sending:
                 self._send("keep", [newest])
         is_over = newest.is_lost or newest.ends <= time.monotonic()
-        return newest.ends - 1 if is_over or self._may_change() is False else math.inf
-
-    def _may_change(self) -> bool | None:
-        """Whether ChangeMessageVisibility is permitted; None: to be tried (again)."""
-        if self.may_change is False and time.monotonic() > self.denied_at + PERMISSION_SECONDS:
-            return None  # a new policy takes minutes to hold
-        return self.may_change
+        return newest.ends - 1 if is_over or self.may_change is False else math.inf
 
     def is_empty(self) -> bool:
         """Whether no message is visible; what is in flight elsewhere is not ours."""
@@ -1538,11 +1533,12 @@ class SqsQueue:
     def _due(self, now: float) -> dict[str, list[Message]]:
         """The messages to keep, return and delete now."""
         due: dict[str, list[Message]] = {"keep": [], "return": [], "delete": []}
-        may_change = self._may_change()
+        if self.may_change is False and now > self.denied_at + PERMISSION_SECONDS:
+            self.may_change = None  # a new policy takes minutes to hold
         for key, message in list(self.in_flight.items()):
             action = message.action
             is_over = message.ends <= now
-            if action == "return" and (is_over or may_change is False):
+            if action == "return" and (is_over or self.may_change is False):
                 del self.in_flight[key]  # SQS makes it visible by itself
                 continue
             if is_over and not message.is_lost:
@@ -1552,7 +1548,7 @@ class SqsQueue:
             if action != "keep" and self.requests[action].retry_at <= now:
                 due[action].append(message)
             if (action != "return" and not is_over and message.beat <= now < message.last - 1
-                    and may_change is not False):
+                    and self.may_change is not False):
                 message.beat = now + max(0.5, (message.ends - now) / 3)  # again, if this one fails
                 due["keep"].append(message)
         whole_batches = due["delete"][:len(due["delete"]) // BATCH * BATCH]
@@ -1573,7 +1569,7 @@ class SqsQueue:
         answer, error = attempt(call, QueueUrl=self.url, Entries=entries)
         if error and action != "delete" and is_denied(error):
             with self.lock:
-                if self.may_change is not False:
+                if not self.denied_at:
                     self.log("WARNING", "no lease is extended, and tasks over the queue's "
                              f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
                 self.may_change, self.denied_at = False, asked
@@ -1589,9 +1585,9 @@ class SqsQueue:
             return False
         with self.lock:
             if action != "delete":
-                if self.may_change is False:
+                if self.denied_at:
                     self.log("INFO", "leases are extended: sqs:ChangeMessageVisibility is granted")
-                self.may_change = True
+                self.may_change, self.denied_at = True, 0.0
             for entry, message in zip(entries, messages):
                 is_final, said = failed.get(entry["Id"], (False, ""))
                 if is_final:  # its handle holds no longer, as after a delete whose answer was lost
@@ -2240,10 +2236,9 @@ sys.exit(status)
 # What runs a handler, as `python -c … FILE FUNCTION RETURNED` and `node -e …`, as Lambda runs it.
 # RETURNED is a pipe for what FUNCTION returns; its time is when the run began.
 PYTHON_HANDLER = r'''
-import json
-import os
 import sys
-import time
+del sys.path[0]  # no module of the function's stands for one of these
+import json, logging, os, time
 
 file, function, returned = sys.argv[1:]
 pipe = open(returned, "w", encoding="utf-8", errors="backslashreplace")
@@ -2262,30 +2257,19 @@ class Context:
     def get_remaining_time_in_millis(self):
         return max(0, int((end - time.time()) * 1000))
 
-class Logging:
-    """A finder of modules: has logging begin as in Lambda, if anything imports it (10 ms)."""
-    def find_spec(name, *_, find=sys.meta_path[-1].find_spec):
-        if name == "logging":
-            sys.meta_path.remove(Logging)
-            spec = find(name)
-            load = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (load(module), add_handler(module))
-            return spec
-
-def add_handler(logging):
-    logging.basicConfig(
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
-    handler = logging.root.handlers[0]
-    handler.formatter.converter = time.gmtime
-    handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
+# Functions find a handler there, and change its format or remove it.
+logging.basicConfig(
+    datefmt="%Y-%m-%dT%H:%M:%S",
+    format="[%(levelname)s]\t%(asctime)s.%(msecs)03dZ\t%(aws_request_id)s\t%(message)s")
+handler = logging.root.handlers[0]
+handler.formatter.converter = time.gmtime
+handler.addFilter(lambda record: [setattr(record, "aws_request_id", Context.aws_request_id)])
 
 def number(value):
     if type(value).__name__ == "Decimal":  # as DynamoDB has numbers
         return int(value) if value == int(value) else float(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
-sys.meta_path.insert(0, Logging)
 try:
     module = file[:-len(".py")].removesuffix("/__init__").replace("/", ".")
     __import__(module)
@@ -2521,7 +2505,7 @@ def _divide(top: str, slots: int, processes: int) -> None:
         Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     for slot in [Path(top, f"slot{number}") for number in range(slots)]:
         slot.mkdir(exist_ok=True)
-        (slot / "pids.max").write_text(str(processes))
+        (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
         (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
         with contextlib.suppress(FileNotFoundError):  # a kernel without swap
             (slot / "memory.swap.max").write_text("0")
@@ -2887,128 +2871,73 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
-# ioctl_fs(2): what an owner may set on a directory: flags, generation; struct fsxattr
-FS_IOC_GETFLAGS, FS_IOC_GETVERSION, FS_IOC_FSGETXATTR = 0x80086601, 0x80087601, 0x801C581F
+FS_IOC_GETFLAGS = 0x80086601  # ioctl_fs(2)
 
 
 def marks(path: str) -> list[object]:
-    """All that the owner of a directory may have set on it, but for its times.
-
-    That is its mode and group, ACLs and extended attributes, flags, generation, project, and
-    whether it is that directory at all. A flag also says that ext4 has given it an index, which
-    stays when it is empty again. Empty for what is no directory that can be read.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return []
-    try:
-        status = os.fstat(fd)
-        found: list[object] = [status.st_ino, status.st_mode, status.st_uid, status.st_gid]
-        with contextlib.suppress(OSError):  # a file system without any
-            found += [(name, os.getxattr(fd, name)) for name in os.listxattr(fd)]
-        for request, size in (FS_IOC_GETFLAGS, 8), (FS_IOC_GETVERSION, 8), (FS_IOC_FSGETXATTR, 28):
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(fd, request, bytes(size))
-                found += [answer[:8], answer[12:20]]  # between them: how many extents it has
-        return found
-    finally:
+    """What its owner may have left on a directory: its attributes, ACLs too, and its flags."""
+    found: list[object] = []
+    with contextlib.suppress(OSError):  # a file system that has none
+        found += [(name, os.getxattr(path, name)) for name in os.listxattr(path)]
+        fd = os.open(path, os.O_DIRECTORY)
+        with contextlib.suppress(OSError):
+            found.append(fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(8)))
         os.close(fd)
+    return found
 
 
 class Workspace:
-    """A slot's directories, made pristine before a run.
+    """A slot's directories, made anew for each run: what can be set on one cannot be listed.
 
     With a uid of its own a function cannot change the package's files, which are root's: they are
-    links, and those that are still there stay. Else all is removed, and copied again. A directory
-    stays while nothing was set on it; to make it anew each time is what a package of many files
-    would cost most.
+    links. Else they are copies.
     """
 
     def __init__(self, spec: SlotSpec, room: Room):
         self.spec, self.room = spec, room
         self.own = f"{spec.directory}/own"
-        self.work, *self.emptied = [f"{self.own}/{name}" for name in OWN]
         self.on_disk = [self.own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
-        self.made: dict[str, list[object]] = {}  # path of a directory -> its marks
-        self.is_tidy = False
-        self.tidy()
         # The functions' own user has what the room made, too, and no run can have that anew.
-        lasting = () if self.linked else (self.own, room.feed, *room.own)
-        self.lasting = {path: marks(path) for path in lasting}
+        self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
+        self.tidy()
+        self.marks = list(map(marks, self.lasting))
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
-        if not self.is_tidy:
-            self.tidy()
-        self.is_tidy = False
-        for path in self.emptied:
-            self._have(path, 0o700)
-            sweep(path)
+        self.tidy(but=[])
+        for name in OWN:
+            self._own(f"{self.own}/{name}", 0o755 if name == "work" else 0o700, os.mkdir)
         for directory in (pending := [package]):
-            pending += self._fill(self.work + directory[len(package):], directory)
-        self._feed(text)
-
-    def tidy(self) -> None:
-        """Empty /tmp and the like; raises OSError."""
-        self.is_tidy = False
-        sweep(self.own, OWN)
-        os.chmod(self.own, 0o711)
-        for path, stays in self.room.own.items():
-            sweep(path, stays)
-            os.chmod(path, 0o1777)
-        self.is_tidy = True
-
-    def is_marked(self) -> bool:
-        """Whether a run has set anything on what only another room has anew."""
-        return any(marks(path) != known for path, known in self.lasting.items())
-
-    def _fill(self, path: str, package: str) -> list[str]:
-        """Give a directory of the workspace just what one of the package has; those below that."""
-        self._have(path, 0o755)
-        missing = {entry.name: entry for entry in os.scandir(package)}
-        below = [entry.path for entry in missing.values() if is_folder(entry)]
-        for entry in list(os.scandir(path)):
-            wanted = missing.get(entry.name)
-            if wanted and (self.linked and wanted.inode() == entry.inode()
-                           or is_folder(wanted) and is_folder(entry)):
-                del missing[entry.name]
-            else:
-                remove(entry.path)
-        for name, entry in missing.items():
-            if is_folder(entry):
-                self._have(f"{path}/{name}", 0o755)
-            else:
-                self.put(entry.path, f"{path}/{name}", follow_symlinks=False)
-        if missing:
-            self.made[path] = marks(path)
-        return below
-
-    def _feed(self, text: str) -> None:
-        """Make the input and the outputs anew: none may see those of the next run."""
-        feed = self.room.feed
-        sweep(feed)
-        os.chmod(feed, 0o711)
-        with open(f"{feed}/stdin", "xb") as file:
+            for entry in os.scandir(directory):
+                path = f"{self.own}/work{entry.path[len(package):]}"
+                if is_folder(entry):
+                    self._own(path, 0o755, os.mkdir)
+                    pending.append(entry.path)
+                else:
+                    self.put(entry.path, path, follow_symlinks=False)
+        with open(f"{self.room.feed}/stdin", "xb") as file:
             file.write(text.encode("utf-8", "surrogateescape"))
         for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
-            os.mkfifo(f"{feed}/{name}")
-            self._own(f"{feed}/{name}", 0o600)
+            self._own(f"{self.room.feed}/{name}", 0o600, os.mkfifo)
 
-    def _have(self, path: str, mode: int) -> None:
-        """Have a directory of the function's at `path`, as if it had been made now."""
-        if path not in self.made or marks(path) != self.made[path]:
-            if os.path.lexists(path):
-                remove(path)
-            os.mkdir(path)
-            self._own(path, mode)
-            self.made[path] = marks(path)
-        os.utime(path)
+    def tidy(self, but: Collection[str] = ("output",)) -> None:
+        """Remove what a run left, but for its output, which the agent takes; raises OSError."""
+        for path, stays, mode in (
+                (self.own, but, 0o711), (self.room.feed, (), 0o711),
+                *((path, stays, 0o1777) for path, stays in self.room.own.items())):
+            sweep(path, stays)
+            os.chmod(path, mode)
+            os.utime(path)
 
-    def _own(self, path: str, mode: int) -> None:
-        """Give the function a path in this mode."""
+    def is_marked(self) -> bool:
+        """Whether a run has left anything on what only another room has anew."""
+        return list(map(marks, self.lasting)) != self.marks
+
+    def _own(self, path: str, mode: int, make: Callable[[str], None]) -> None:
+        """Make what is the function's."""
+        make(path)
         uid, gid = self.spec.uid, self.spec.gid
         if self.linked and uid is not None and gid is not None:
             os.chown(path, uid, gid)
@@ -3330,23 +3259,14 @@ class Supervisor:
                 answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=self.is_spent(),
                        unready=self.unready)
             except OSError as error:  # ConnectionError is one
-                self._fail(run, error)
+                with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
+                    self.end_run(self.helpers)
+                # A helper that does not answer is as if it could not be forked.
+                number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
+                answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
             with contextlib.suppress(OSError):  # the next run's preparation says what cannot be
                 self.workspace.tidy()
         self.end_run(self.helpers)
-
-    def _fail(self, run: RunSpec, error: OSError) -> None:
-        """End a run that cannot go on, and say what it came to."""
-        with contextlib.suppress(OSError):  # the next supervisor of the slot waits for it
-            self.end_run(self.helpers)
-        if self.cgroup and self.cgroup.was_full():  # its cap is less than what its start takes
-            outcome = Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0,
-                              peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
-            answer(self.agent, OUTCOME, outcome=vars(outcome), is_spent=True)
-            return
-        # A helper that does not answer is as if it could not be forked.
-        number = errno.EAGAIN if isinstance(error, ConnectionError) else error.errno
-        answer(self.agent, LOST if self.begun else NOT_BEGUN, errno=number, text=str(error))
 
     def is_spent(self) -> bool:
         """Whether a run left what only another supervisor has not: IPC, which ends with its
@@ -3366,7 +3286,15 @@ class Supervisor:
         try:
             helper, start = self._helper(run)
             os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
-            child, started = helper.start(run, self._limits(run))
+            try:
+                child, started = helper.start(run, self._limits(run))
+            except OSError:
+                if not self.cgroup or not self.cgroup.was_full():
+                    raise
+                answer(self.agent, BEGUN)  # its cap is less than what its start takes
+                self.end_run()
+                return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
+                               peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
             self.begun = True
             answer(self.agent, BEGUN)
             started_at = time.time() - (time.monotonic() - started)
@@ -4371,7 +4299,7 @@ class Slots:
                 "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(task.memory_mb)})
         if self.role and entry not in RUNTIMES[task.runtime].compiled:
             env.update(self.role.env(task.timeout_ms / 1000))
-        command = self._command(task, package, entry, f"{slot.spec.directory}/feed/{RETURNED}")
+        command = self._command(task, package, entry, slot)
         is_warm = (task.runtime == "python" and self.settings.warm_start
                    and not any(map(READ_AT_START.match, task.env)))
         return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
@@ -4379,18 +4307,21 @@ class Slots:
                        task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
                        self.settings.max_files, bool(task.handler), tee)
 
-    def _command(self, task: Task, package: Package, entry: str, returned: str) -> list[str]:
+    def _command(self, task: Task, package: Package, entry: str, slot: Slot) -> list[str]:
         """All commands are made here."""
         runtime = RUNTIMES[task.runtime]
         if task.handler:
             program = self.program("{program}", task.runtime)
             function = task.handler.rpartition(".")[2]
+            returned = f"{slot.spec.directory}/feed/{RETURNED}"
             return [program, *HANDLERS[task.runtime], entry, function, returned]
         if entry == "index.js":
             self._look_for_handler(task, package)
         command: list[str] = []
         for word in {**runtime.commands, **runtime.compiled}[entry]:
-            if word == "{sources}":
+            if word == "{output}":
+                command.append(f"{slot.output}/main")
+            elif word == "{sources}":
                 kind = os.path.splitext(entry)[1]
                 command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
             else:
@@ -4398,9 +4329,11 @@ class Slots:
         return command
 
     def _look_for_handler(self, task: Task, package: Package) -> None:
-        """Say once that index.js is of an AWS Lambda function, if it is: run so it does nothing."""
-        text = (package.path / "index.js").read_text(errors="replace") * (not package.is_read)
+        """Say once that index.js is of an AWS Lambda function, if it is: it does nothing."""
+        if package.is_read:
+            return
         package.is_read = True
+        text = (package.path / "index.js").read_text(errors="replace")
         if EXPORTS_HANDLER.search(text):
             self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
                                 'which nothing calls: send "handler": "index.handler" in the task')
@@ -4420,7 +4353,7 @@ class Slots:
             outcome = slot.run(self.run_spec(limited, package, slot))
             if outcome.status == "released":
                 raise Ended(outcome)
-            made = f"{slot.own}/work/main"
+            made = f"{slot.output}/main"
             is_made = os.path.isfile(made) and not os.path.islink(made)
             if outcome.status != "ok" or not is_made:
                 ended = f"{outcome.status}, exit status {outcome.exit_code}"
@@ -4539,6 +4472,7 @@ class Turn:
     message: Message
     report: Report  # what is known so far
     task: Task | None = None  # None: it was refused before it was understood
+    memory_mb: int = 0  # that it takes up in a slot
     package: Package | None = None  # its code, once that is here
     is_done: bool = False  # its outcome is known: it only has to be stored, and ended
     has_begun: bool = False  # it runs, or its result is being stored: a shutdown lets it finish
@@ -4554,11 +4488,6 @@ class Turn:
     result: dict[str, Any] = field(default_factory=dict)  # for result.json
     ran_before: bool = False  # when it was here before, and could not be stored
     size: int = 0  # in bytes, of what it left then
-
-    @property
-    def memory_mb(self) -> int:
-        """What it takes up in a slot."""
-        return self.task.memory_mb if self.task else 0
 
 
 class Agent:
@@ -4801,7 +4730,7 @@ class Agent:
         else:
             try:
                 turn.task = task = parse_task(message.body, self.settings, any_bucket=self.local)
-                turn.report = replace(turn.report, **task.known())
+                turn.report, turn.memory_mb = replace(turn.report, **task.known()), task.memory_mb
                 ends = time.monotonic() + task.timeout_ms / 1000
                 if ends > self.queue.lease_ends(message, ends):
                     raise rejected("visibility", f"timeoutMs {task.timeout_ms} is over the queue's "
@@ -4992,20 +4921,9 @@ class Agent:
                 return False
             turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
             self.parked.setdefault(part, []).append(turn)
-            if error.reason == "disk" and self._make_room(turn):
+            if error.reason == "disk" and self.code.evict():
                 self.log("INFO", f"{part.name}: packages that no run uses were removed")
                 part.retry_at = 0.0
-        return True
-
-    def _make_room(self, turn: Turn) -> bool:
-        """Remove packages that no run uses, and the links to them that idle slots still have."""
-        if not self.code.evict():
-            return False
-        with self.lock:  # none of them begins
-            for slot in self.slots.all:
-                if self.running.get(slot, turn) is turn:
-                    with contextlib.suppress(OSError):
-                        sweep(f"{slot.own}/work")
         return True
 
     def _note_trouble(self, cause: object, is_shared: bool) -> None:
@@ -5221,8 +5139,8 @@ def demo(settings: Settings, log: Log) -> None:
     """Run sample functions from a fresh folder: one is hungry for memory, one oversleeps."""
     with tempfile.TemporaryDirectory(prefix="nanogrid-demo-") as name:
         folder = Path(name)
-        for part in ("queue", "code"):
-            (folder / part).mkdir()
+        (folder / "queue").mkdir()
+        (folder / "code").mkdir()
         for function_id, (runtime, timeout_ms, source) in DEMO.items():
             if runtime == "cpp" and not any(map(shutil.which, RUNTIMES["cpp"].programs)):
                 log("WARNING", f"no C++ compiler here: the sample {function_id} is left out")
@@ -5290,12 +5208,11 @@ class Check:
             self._runtime(slots, name)
 
     def _folder(self, folder: Path) -> None:
-        """Whether the parts of --local's folder can be listed, and written to."""
+        """Whether what is there of --local's folder can be listed, and written to."""
         with self.of("folder") as is_ok:
-            found = filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))
-            for one in (folder, *found):
+            for one in (folder, *filter(os.path.lexists, map(folder.joinpath, FolderQueue.PARTS))):
                 os.listdir(one)
-                if not os.access(one, os.X_OK if one.name == "code" else os.W_OK | os.X_OK):
+                if one.name != "code" and not os.access(one, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, "Permission denied", str(one))
             is_ok(str(folder))
 
@@ -5303,10 +5220,9 @@ class Check:
         """The credentials, and what of AWS the settings name."""
         clients = None
         with self.of("credentials") as is_ok:
-            made = make_clients(self.settings)
-            credentials = made.session.get_credentials()
+            clients = make_clients(self.settings)
+            credentials = clients.session.get_credentials()
             credentials.get_frozen_credentials()  # a role, a web identity, SSO: this asks for them
-            clients = made
             sts = clients.session.client("sts", config=clients.sqs.meta.config)
             answer, error = attempt(sts.get_caller_identity)
             is_ok(f"{credentials.method}: {answer['Arn'] if answer else error}")
@@ -5419,12 +5335,9 @@ def arguments() -> argparse.ArgumentParser:
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
                      help="python, cpp, nodejs or go (default: its only entry file's)")
-    one.add_argument("--timeout-ms", type=int, metavar="MS",
-                     help="its time limit (default: execution.defaultTimeoutMs)")
-    one.add_argument("--memory-mb", type=int, metavar="MB",
-                     help="its memory cap (default: execution.defaultMemoryMb)")
-    one.add_argument("--function-id", default="invoke", metavar="ID",
-                     help="its name in the REPORT line (default: %(default)s)")
+    one.add_argument("--timeout-ms", type=int, help="its time limit (default: the settings')")
+    one.add_argument("--memory-mb", type=int, help="its memory cap (default: the settings')")
+    one.add_argument("--function-id", default="invoke", help="its name (default: %(default)s)")
     one.add_argument("--output", metavar="DIR", type=Path,
                      help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
     one.add_argument("--handler", metavar="FILE.FUNCTION", default="",

@@ -1,19 +1,21 @@
 """Tests of NanoGrid, in the order of the module: real processes, real HTTP, real files.
 
 To add a test, find the part of nanogrid.py that you changed: its tests stand below the same banner.
+A new row in a table is mostly enough:
+    YAML, settings, tasks, zips                the tables beside their tests; REFUSED for zips
+    how a function ends                        RUNS, CAPPED; with a cgroup v2 COUNTED
+    what it cannot do, see or hide             CONFINED, ROOM, HOARDS
+    what it leaves running, or to the next run ESCAPES, LEFTOVERS, OUTPUTS, DISKS
+    a warm Python as a bare one, a handler as Lambda calls it, a program that is compiled
+                                               PROGRAMS, HANDLED, BUILT
+    what AWS answers, what fails for a while   AWS_ERRORS, CHECKED, SCENES, OUTAGES
+A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py; `--- other.py`
+begins another file. All its rows are one drain, and each is then a test of its result.
 
-A new row in a table is mostly enough. What is read or refused: the tables beside `parse_yaml`,
-Settings, Tasks and Zips (REFUSED). A function and how it ends: RUNS; what it may not do: CONFINED;
-what it hides memory or files in: HOARDS; what it leaves behind: ESCAPES; what a warm Python must do
-as a bare one: the tables of "a warm start". An answer of AWS's: AWS_ERRORS. A fault: SCENES and
-OUTAGES. A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py;
-`--- other.py` begins another file. All its rows are one drain, and each is then a test of its result.
-
-Else write a test, for one of these worlds:
-    Agent      nanogrid.py as a process, whose log is read as it comes
+Else write a test, for one of these worlds (each has put(), job() and agent()):
     Folder     --local: `with Folder("ordinary") as folder:`, or the fixture grids(user, SETTING=…)
     site(moto) SQS, S3 and CloudWatch in an emulator, behind a proxy that fails as it is told to
-    Party      the parts of the agent before answers of AWS's that the test writes
+and Party, the parts of the agent before answers of AWS's that the test writes.
 Functions tell what they did to a witness (`tell`, `marker`): they share no directory with the tests.
 
 Wait with until(), for a condition; never for a time, and assert no time that a busy machine breaks.
@@ -318,9 +320,6 @@ def runs_in(path: Path) -> Counter:
     return Counter(mark.name.partition(".")[0] for mark in marks_in(path))
 
 
-proxy_runs = runs_in
-
-
 def run_pids(path: Path) -> list[int]:
     return [int(mark.read_text()) for mark in marks_in(path)]
 
@@ -514,18 +513,6 @@ def local_site() -> Folder:
     folder = Folder()
     (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
     return folder
-
-
-def local(folder: Folder, *args, **options) -> Agent:
-    return folder.agent(*args, **options)
-
-
-def local_job(folder: Folder, *args, **task) -> str:
-    return folder.job(*args, **task)
-
-
-def names(folder: Folder, *parts) -> list[str]:
-    return folder.names(*parts)
 
 
 Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
@@ -1011,14 +998,6 @@ def site(moto: str, **options):
         aws.env["AWS_ENDPOINT_URL"] = proxy.url
         aws.put(marker())
         yield aws
-
-
-def start(aws: Aws, *args, **options) -> Agent:
-    return aws.agent(*args, **options)
-
-
-def job(aws: Aws, *args, **task) -> str:
-    return aws.job(*args, **task)
 
 
 def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
@@ -1951,8 +1930,8 @@ def body(more):
     (body('"input": 1e999'), "'1e999' is no number"),
     (body('"requestId": "r-2"'), "'requestId' stands twice"),
     (body('"input": {"a": 1, "a\\n": 2, "a\\n": 3}'), r"'a\\+n' stands twice"),
-    (body('"input": ' + "[" * 300_000 + "]" * 300_000), "recursion"),
-    ("[" * 1_000_000, "recursion"), ("\0", "Expecting value")], ids=lambda value: value[-25:])
+    (body('"input": ' + "[" * 300_000 + "]" * 300_000), "nested too deep"),
+    ("[" * 1_000_000, "nested too deep"), ("\0", "Expecting value")], ids=lambda value: value[-25:])
 def test_a_message_that_is_no_json_object(text, what):
     with pytest.raises(ng.Ended, match=f"(?i)^the message is [ -~]*{what}") as caught:
         ng.parse_task(text, SETTINGS)
@@ -2910,13 +2889,13 @@ def test_duration_is_what_the_function_itself_sees(timed, kind):
     results = [timed[f"{kind}-{n}"] for n in range(5)]
     more = [each["durationMillis"] - float(each["stdout"]) for each in results]
     assert min(more) >= -1, results  # a whole number of milliseconds
-    assert min(more) <= 500, results  # how near it comes is the benchmark's business
+    assert min(more) <= 500 * busy(), results  # how near it comes is the benchmark's business
 
 
 @pytest.mark.parametrize("name", ["sleeps", "spins", "stops its group"])
 def test_a_run_has_its_time_limit_and_not_much_more(timed, name):
     durations = [int(report["durationMillis"]) for report in timed.reports[slug(name)]]
-    assert 399 <= min(durations) <= 5400, durations  # the best of three takes
+    assert 399 <= min(durations) <= 400 + 5000 * busy(), durations  # the best of three takes
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root to read the memory of other users' processes")
@@ -3094,8 +3073,8 @@ for limit in $limits; do [ "$(ulimit -H$limit)" != unlimited ] || { echo "-$limi
 ulimit -Hc
 === no inherited descriptors
 import os
-assert sorted(os.listdir("/proc/self/fd")) == ["0", "1", "2", "3"], [
-    (fd, os.readlink("/proc/self/fd/" + fd)) for fd in os.listdir("/proc/self/fd") if fd != "3"]
+there = {fd: os.path.realpath("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")}
+assert sorted(fd for fd in there if "libffi" not in there[fd]) == ["0", "1", "2", "3"], there
 === no inherited descriptors in a shell | cpp
 [ "$(ls /proc/self/fd | tr '\n' ' ')" = "0 1 2 3 " ] || { ls -l /proc/self/fd; exit 1; }
 === environment | input={"k":[1]} timeoutMs=59000 memoryMb=200
@@ -4441,12 +4420,11 @@ except OSError: pass
 for _ in range(100):
     if not os.fork(): time.sleep(600)
 time.sleep(600)
-"""}, request_id="many", timeoutMs=5000)
+"""}, function_id="many", request_id="many", timeoutMs=5000)
     grid.put({"main.py": "print('fine')"}, request_id="next")
-    begun = time.monotonic()
     grid.run()
     assert {report["status"] for report in grid.reports["many"]} == {"timeout"}, grid.log
-    assert time.monotonic() - begun < 3 * 5 + 60  # it was 19 s for each take of 3, and more here
+    assert grid["next"]["status"] == "ok"
 
 
 @contextlib.contextmanager
@@ -5012,7 +4990,9 @@ print(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors(), sys.getdefau
       locale.getpreferredencoding(), locale.setlocale(locale.LC_ALL), time.tzname, time.localtime(0))
 === working directory, umask, descriptors
 import os
-print(os.getcwd(), os.path.abspath("x"), sorted(os.listdir("/proc/self/fd")))
+print(os.getcwd(), os.path.abspath("x"))
+# From 3.5 on libffi, which the ready interpreter has used, keeps itself open.
+print(sorted(fd for fd in os.listdir("/proc/self/fd") if "libffi" not in os.path.realpath(f"/proc/self/fd/{fd}")))
 os.open("probe", os.O_CREAT | os.O_WRONLY, 0o777)
 print(oct(os.stat("probe").st_mode), oct(os.umask(0)))
 === environment
@@ -6175,6 +6155,14 @@ def handler(event, context): return three + beside.zero, __name__
 three = 3
 --- beside.py
 zero = 0
+=== modules named as those that call it | handler="app.handler" | value="own"
+--- app.py
+import json
+def handler(event, context): return "own"
+--- json.py
+raise SystemExit(9)
+--- logging.py
+raise SystemExit(9)
 === main.py is not run | handler="app.handler" | value=null stdout=
 print("main.py")
 --- app.py
@@ -6329,8 +6317,9 @@ def test_a_handler_is_called_as_in_lambda(handled, name):
 def test_only_a_handler_has_a_return_value(grids, user):
     """Not even who writes into the pipe for it."""
     grid = grids(user)
-    grid.put({"main.py": "open(os.path.dirname(os.environ['HOME']) + '/../feed/out/returned', 'w').write('1')\n"
-                         .join(["import os\n", "print('written')\n"])}, request_id="r")
+    source = f"import os\nfeed = os.environ['HOME'].replace('own/home', 'feed')\n" \
+             f"open(feed + '/{ng.RETURNED}', 'w').write('1')\nprint('written')\n"
+    grid.put({"main.py": source}, request_id="r")
     grid.run()
     assert grid["r"]["stdout"] == "written\n" and "returnValue" not in grid["r"]
 
@@ -6358,7 +6347,7 @@ def test_env_is_for_its_run_alone(grids, user, warm):
     need("node")
     python = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
     node = "console.log(JSON.stringify(process.env))\n"
-    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5", "IFS": "/"}, {},
+    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5"}, {},
                              {"PYTHONLEFT": "1"}, {}]):
         for runtime, name, source in (("python", "main.py", python), ("nodejs", "index.js", node)):
             grid.put({name: source}, runtime, runtime, f"{runtime}-{n}", env=env)
@@ -6368,7 +6357,7 @@ def test_env_is_for_its_run_alone(grids, user, warm):
         for each in seen:
             del each["REQUEST_ID"]
         assert seen[0] == seen[2] == seen[4], seen
-        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5", "IFS": "/"}, seen
+        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5"}, seen
         assert seen[3] == {**seen[0], "PYTHONLEFT": "1"}, seen
 
 
@@ -6661,7 +6650,7 @@ def fault_trial(moto: str, what: str, fault: str):
         if what in ("code", "visibility"):
             assert {each["receiveCount"] for each in reports(log)} == {"1"}, log
         if what in ("receive", "delete", "metrics"):
-            assert cpu < 0.01, f"{cpu:.1%} of a core meanwhile\n{log}"
+            assert cpu < 0.01 * busy(), f"{cpu:.1%} of a core meanwhile\n{log}"
         if what == "visibility":
             assert len(aws.proxy.received) == 2, f"the lease was lost\n{log}"
         if what == "start":
@@ -6813,7 +6802,7 @@ def outage_trial(moto: str, what: str, seconds: float):
         aws.back()
         until_settled(aws, agent, seconds=45)
         assert agent.stop() == 0
-        assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
+        assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{agent.log}"
         assert runs_in(aws.path) == Counter(JOBS) and visible(aws, aws.results) == len(JOBS)
         assert [(each["status"], each["receiveCount"]) for each in reports(agent.log)] == \
             [("ok", "1")] * len(JOBS), agent.log
@@ -6885,7 +6874,7 @@ def local_outage_trial(_, seconds: float, number: int = 0):
             begun, used = time.monotonic(), cpu_seconds(first.process.pid)
             time.sleep(seconds)
             used = (cpu_seconds(first.process.pid) - used) / (time.monotonic() - begun)
-            assert used < 0.01 or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
+            assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
             last = first
             if number:
                 first.stop(number)
@@ -7140,16 +7129,16 @@ OWN_TROUBLES = {"status 503": True, "black hole": True, "denied": False}
 def own_trouble_trial(moto: str, fault: str):
     """More of its messages than there are slots; the other functions' go on, and so do these at its end."""
     waits = OWN_TROUBLES[fault]
-    with site(moto, visibility=30, receives=9) as aws, start(aws, execution={"concurrency": 2}) as agent:
+    with site(moto, visibility=30, receives=9) as aws, aws.agent(execution={"concurrency": 2}) as agent:
         aws.put(marker(), "bad.zip")
-        job(aws, "good0")
+        aws.job("good0")
         until_settled(aws, agent)
         aws.proxy.fail("GetObject *bad.zip*", fault)
         for number in range(8):
-            job(aws, f"bad{number}", key="bad.zip")
+            aws.job(f"bad{number}", key="bad.zip")
         until(lambda: aws.proxy.count("GetObject", fault), what="a try")
         for number in range(1, 31):
-            job(aws, f"good{number}")
+            aws.job(f"good{number}")
         until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
         assert not done(agent, "bad"), agent.log
         aws.proxy.heal()
@@ -7177,7 +7166,7 @@ def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_cha
             aws.send(f"corrupt{number}", key="corrupt.zip")
             aws.send(f"source{number}", key="source.zip", runtime="cpp")
         time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
-        with start(aws, runtimes={"cpp": compiler}) as agent:
+        with aws.agent(runtimes={"cpp": compiler}) as agent:
             until_settled(aws, agent, 10)
             gets = [seen.path for seen in aws.proxy.requests if seen.operation == "GetObject"]
             assert len(gets) == 2 and len((aws.path / "compiled").read_text()) <= 2, gets
@@ -7192,9 +7181,9 @@ def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_cha
 @trial
 def no_run_starts_under_a_lease_that_is_lost(moto):
     """The agent is stopped while a run's code is on its way, for longer than the lease."""
-    with site(moto, visibility=6, receives=9) as aws, start(aws) as agent:
+    with site(moto, visibility=6, receives=9) as aws, aws.agent() as agent:
         aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
-        job(aws)
+        aws.job()
         until(lambda: aws.proxy.count("GetObject"), what="the fetch")
         agent.process.send_signal(signal.SIGSTOP)
         time.sleep(8)
@@ -7210,13 +7199,13 @@ def no_run_starts_under_a_lease_that_is_lost(moto):
 @trial
 def permission_that_is_granted_later_is_used(moto):
     prefix = [sys.executable, "-c", PATCHED.format("ng.PERMISSION_SECONDS = 1")]
-    with site(moto, visibility=15, receives=1) as aws, start(aws, prefix=prefix) as agent:
+    with site(moto, visibility=15, receives=1) as aws, aws.agent(prefix=prefix) as agent:
         aws.proxy.fail("ChangeMessageVisibility*", "denied")
-        job(aws, "early", timeoutMs=60000)
+        aws.job("early", timeoutMs=60000)
         agent.wait_for("REPORT requestId=early .*reason=visibility")
         aws.proxy.heal()
         time.sleep(1.5)
-        job(aws, "late", timeoutMs=60000)
+        aws.job("late", timeoutMs=60000)
         agent.wait_for("REPORT requestId=late .*status=ok")
         assert agent.stop() == 0 and "is granted" in agent.log
 
@@ -7224,13 +7213,13 @@ def permission_that_is_granted_later_is_used(moto):
 @trial
 def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
     """Short runs, then long ones: another agent could have them. Nothing more is taken ahead then."""
-    with site(moto, visibility=600) as aws, start(aws, execution={"concurrency": 1}) as agent:
+    with site(moto, visibility=600) as aws, aws.agent(execution={"concurrency": 1}) as agent:
         for number in range(30):
-            job(aws, f"quick{number}")
+            aws.job(f"quick{number}")
         until_settled(aws, agent)
         aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
         for number in range(10):
-            job(aws, f"slow{number}", sleep=20)
+            aws.job(f"slow{number}", sleep=20)
         until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
         until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
         given = [each for each in reports(agent.log) if each["requestId"].startswith("slow")]
@@ -7243,8 +7232,8 @@ def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
 def second_signal_does_not_wait_for_an_upload(moto):
     with site(moto, visibility=600) as aws:
         aws.proxy.fail("PutObject|PutMetricData", "black hole")
-        with start(aws, output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
-            job(aws)
+        with aws.agent(output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
+            aws.job()
             until(lambda: aws.proxy.count("PutObject"), what="the upload")
             agent.process.send_signal(signal.SIGTERM)
             agent.wait_for("stopping: ")
@@ -7256,8 +7245,8 @@ def second_signal_does_not_wait_for_an_upload(moto):
 @trial
 def delete_is_sent_though_the_lease_has_run_out(moto):
     """Nobody else received it: its newest handle still deletes it, and it does not go to the DLQ."""
-    with site(moto, visibility=5, receives=1) as aws, start(aws) as agent:
-        job(aws, sleep=2)
+    with site(moto, visibility=5, receives=1) as aws, aws.agent() as agent:
+        aws.job(sleep=2)
         until_ran(aws.path)
         aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*|ReceiveMessage", "reset")
         agent.wait_for("the lease of message .* is lost")
@@ -7277,7 +7266,7 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
     with site(moto, visibility=600, receives=9) as aws:
         aws.put(BALLAST)
         aws.proxy.fail("PutObject", "denied")
-        with start(aws, prefix=prefix, output={"bucket": aws.bucket}) as agent:
+        with aws.agent(prefix=prefix, output={"bucket": aws.bucket}) as agent:
             aws.send("first")
             agent.wait_for("REPORT requestId=first .*reason=output")
             aws.send("second")
@@ -7288,8 +7277,8 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
 
 @pytest.mark.parametrize("seconds", [0, 1])
 def test_a_queue_whose_visibility_timeout_is_too_short_is_served(moto, seconds):
-    with site(moto, visibility=seconds) as aws, start(aws) as agent:
-        job(aws, sleep=3)
+    with site(moto, visibility=seconds) as aws, aws.agent() as agent:
+        aws.job(sleep=3)
         until_settled(aws, agent)
         assert agent.stop() == 0 and runs_in(aws.path) == {"r1": 1} and not mishaps(agent.log)
 
@@ -7336,7 +7325,7 @@ def test_run_whose_preparation_does_not_end_has_not_begun():
 def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
     with site(moto, visibility=600) as aws:
         aws.send(body="no JSON {")
-        with start(aws, "--drain", wait=0) as agent:
+        with aws.agent("--drain", wait=0) as agent:
             assert agent.end() == 0
         assert len(reports(agent.log)) == 3 and dead(aws) == 1
 
@@ -7344,7 +7333,7 @@ def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
 def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(moto):
     with site(moto) as aws:
         aws.proxy.fail("ReceiveMessage", "reset")
-        with start(aws, "--drain", execution={"patienceSeconds": 2}) as agent:
+        with aws.agent("--drain", execution={"patienceSeconds": 2}) as agent:
             assert agent.end() == 1
         assert "the drain is given up after" in agent.log and "Traceback" not in agent.log
 
@@ -7452,7 +7441,7 @@ def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
         cpu = cpu_seconds(pid)
         time.sleep(5)
         assert agent.process.poll() is None, agent.log
-        assert cpu_seconds(pid) - cpu < 1.0
+        assert cpu_seconds(pid) - cpu < 1.0 * busy()
         resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
         until(lambda: metric_values(aws, aws.name) >= 1, what="the value that could not be sent")
         finish(aws, agent)
@@ -7828,24 +7817,36 @@ def test_message_that_comes_with_the_last_poll_is_given_back(moto):
         assert visible(aws) == 1 or not aws.count(), "received and neither run nor given back"
 
 
-@trial
-def sigterm_lets_a_run_within_the_grace_finish(moto):
-    with site(moto) as aws, aws.agent() as agent:
-        aws.job(sleep=3)
-        until_ran(aws.path)
-        assert agent.stop() == 0
-        assert [each["status"] for each in reports(agent.log)] == ["ok"] and not aws.count()
+# what ends an agent: (the run's seconds, the grace, the signals; then the statuses and what is visible)
+SHUTDOWNS = {
+    "SIGTERM within the grace": (3, 30, [signal.SIGTERM], ["ok"], 0),
+    "SIGTERM": (300, 1, [signal.SIGTERM], ["released"], 1),
+    "SIGINT": (300, 1, [signal.SIGINT], ["released"], 1),
+    "a second signal": (300, 300, [signal.SIGTERM, signal.SIGTERM], None, 1),
+}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_kills_a_run_longer_than_the_grace_and_gives_its_message_back(moto, number):
-    grace = {"shutdownGraceSeconds": 1}
-    with site(moto, visibility=600) as aws, aws.agent(execution=grace) as agent:
-        aws.job(sleep=300, timeoutMs=400000)
+def shutdown_trial(moto: str, what: str):
+    """The run ends or is killed, and what is not done is visible at once."""
+    seconds, grace, signals, statuses, left = SHUTDOWNS[what]
+    settings = {"shutdownGraceSeconds": grace}
+    with site(moto, visibility=600) as aws, aws.agent(execution=settings) as agent:
+        aws.job(sleep=seconds, timeoutMs=400000)
         until_ran(aws.path)
-        assert agent.stop(number, 90) == 0
-        assert [each["status"] for each in reports(agent.log)] == ["released"]
-        assert visible(aws) == 1 and not any(map(alive, run_pids(aws.path)))
+        agent.process.send_signal(signals[0])
+        for number in signals[1:]:
+            time.sleep(2)
+            assert agent.process.poll() is None
+            agent.process.send_signal(number)
+        status = agent.end(90)
+        assert visible(aws) == aws.count() == left, agent.log
+        until_gone(run_pids(aws.path))
+        if statuses:
+            assert status == 0 and [each["status"] for each in reports(agent.log)] == statuses
+
+
+for _what in SHUTDOWNS:
+    add_trial(f"shutdown, {_what}", shutdown_trial, False, what=_what)
 
 
 @trial
@@ -7913,20 +7914,6 @@ def test_run_that_is_let_go_of_before_it_begins_is_released(when):
             slot.cancel()
         run = ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
         assert slot.run(run) == ng.Outcome("released")
-
-
-@trial
-def second_signal_ends_it_at_once(moto):
-    grace = {"shutdownGraceSeconds": 300}
-    with site(moto, visibility=600) as aws, aws.agent(execution=grace) as agent:
-        aws.job(sleep=300, timeoutMs=400000)
-        until_ran(aws.path)
-        agent.process.send_signal(signal.SIGTERM)
-        time.sleep(2)
-        assert agent.process.poll() is None
-        agent.stop(seconds=90)
-        assert visible(aws) == 1
-        until_gone(run_pids(aws.path))
 
 
 class Imds(BaseHTTPRequestHandler):
@@ -8573,6 +8560,93 @@ def test_each_service_is_asked_at_its_own_endpoint(moto):
             [{"GetObject"}, {"PutMetricData"}]
 
 
+# ---------------------------------------------------------------------- functionRole
+
+FUNCTION_ROLE = "arn:aws:iam::123456789012:role/functions"
+TOO_LONG = (400, "ValidationError", "", "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
+NO_ROLE = (403, "AccessDenied", "", f"User: {WORKER} is not authorized to perform: sts:AssumeRole on "
+                                    f"resource: {FUNCTION_ROLE}")
+
+
+def sessions(aws: Aws) -> list[int]:
+    """How long the sessions were that were asked for, in seconds."""
+    return [int(urllib.parse.parse_qs(seen.body.decode())["DurationSeconds"][0])
+            for seen in aws.proxy.requests if seen.operation == "AssumeRole"]
+
+
+def lent(agent: Agent, request_id: str) -> dict[str, str]:
+    """What a run of LENT saw of AWS."""
+    return json.loads(re.search(rf"\[{request_id}\] stdout: (.*)", agent.log)[1])
+
+
+LENT = {"main.py": "import json, os\nprint(json.dumps({k: v for k, v in os.environ.items() if 'AWS' in k}))\n",
+        "app.py": "def handler(event, context): import main\n"}
+
+
+def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        with aws.agent(execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
+            for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
+                                     ("long", {"timeoutMs": 7_200_000}), ("short", {})):
+                aws.send(request_id, **task)
+                agent.wait_for(f"requestId={request_id} ")
+            aws.proxy.fail("AssumeRole", "too long", times=1, said=TOO_LONG)
+            aws.send("chained", timeoutMs=40_000_000)
+            agent.wait_for("requestId=chained ")
+            assert agent.stop() == 0
+    assert sessions(aws) == [3600, 7500, 40_300, 3600], agent.log
+    first = lent(agent, "warm")
+    assert first.keys() == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+                            "AWS_REGION", "AWS_DEFAULT_REGION"}
+    assert first["AWS_REGION"] == first["AWS_DEFAULT_REGION"] == "ap-northeast-2"
+    assert first["AWS_ACCESS_KEY_ID"].startswith("ASIA") and "testing" not in first.values()
+    assert first.items() <= lent(agent, "warm2").items()
+    assert lent(agent, "long")["AWS_ACCESS_KEY_ID"] == lent(agent, "short")["AWS_ACCESS_KEY_ID"]
+    assert len({lent(agent, each)["AWS_ACCESS_KEY_ID"] for each in ("warm", "long", "chained")}) == 3
+
+
+def test_without_a_role_functions_get_no_credentials(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.send("r1", env={"AWS_REGION": "eu-west-1"})
+        with aws.agent("--drain") as agent:
+            assert agent.end() == 0
+    assert lent(agent, "r1") == {"AWS_REGION": "eu-west-1"}
+
+
+def test_a_role_that_is_refused_is_an_error_in_awss_words(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
+        role = {"functionRole": FUNCTION_ROLE}
+        with aws.agent("--check", execution=role) as check:
+            assert check.end() == 1
+        assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
+                         f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
+        aws.send()
+        with aws.agent(execution=role) as agent:
+            agent.wait_for("REPORT .*status=error .*reason=permission")
+            agent.stop()
+        assert "not authorized to perform: sts:AssumeRole" in agent.log and aws.count() == 1
+        aws.proxy.heal()
+        with aws.agent("--check", execution=role) as check:
+            assert check.end() == 0, check.out
+        assert f"\nok    function role: {FUNCTION_ROLE}" in check.out
+
+
+def test_sts_away_is_an_outage_that_costs_no_receive(moto):
+    with site(moto) as aws:
+        aws.put(LENT)
+        aws.proxy.fail("AssumeRole", "status 503")
+        aws.send()
+        with aws.agent(execution={"functionRole": FUNCTION_ROLE}) as agent:
+            agent.wait_for(f"assuming {FUNCTION_ROLE} failed")
+            aws.proxy.heal()
+            finish(aws, agent, ends={"ok": 1})
+        assert "receiveCount=1 " in agent.log and f"assuming {FUNCTION_ROLE} works again" in agent.log
+
+
 # ---------------------------------------------------------------------- AWS's errors, by call
 
 # Where a row's code, status and words are from.
@@ -9004,14 +9078,13 @@ def test_an_agent_works_whatever_it_was_started_with(grids, user, name):
     """It makes its directories, runs, hears SIGTERM; no log line goes where it does not belong."""
     grid = grids(user)
     grid.env["AGENT_TASKBASEDIR"] = f"{grid.top}/new/task"
-    grid.put({"main.py": "import os; print(os.umask(0), sorted(map(int, os.listdir('/proc/self/fd'))))"},
-             request_id="python")
+    grid.put({"main.py": "import os; print(os.umask(0))"}, request_id="python")
     grid.put({"run.sh": "umask"}, "cpp", "cpp", "cpp")
     with Agent("--local", grid.path, python=PYTHON, env=grid.env,
                prefix=[*as_user(user), *STARTED_WITH[name]]) as agent:
         until(lambda: len(grid.names("results")) == 2 and not grid.names("running"), what="the results")
         assert agent.stop() == 0
-    assert grid.result("python")["stdout"] == "18 [0, 1, 2, 3]\n", grid.result("python")
+    assert grid.result("python")["stdout"] == "18\n", grid.result("python")
     assert grid.result("cpp")["stdout"] == "0022\n", grid.result("cpp")
     assert bool(agent.log) == (name not in ("no error", "no descriptor"))
     assert agent.log.count("REPORT") == agent.log.count("status=ok") == 2 * bool(agent.log), agent.log
@@ -9928,6 +10001,7 @@ def test_every_command_is_run_by_a_test():
 
 def test_pages_are_short_and_so_are_their_lines():
     assert len(PAGES[REPOSITORY / "README.md"].splitlines()) <= 260
+    assert not re.search("^(<<<<<<<|>>>>>>>)", TEXT, re.MULTILINE)  # of a merge
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     assert [line for line in prose.splitlines() if len(line) > 120 and line[0] != "|"] == []
 
@@ -10200,6 +10274,55 @@ def test_the_readme_from_a_function_of_your_own_to_its_results(tmp_path):
 def test_what_the_cli_makes_is_what_the_script_makes(shell):
     shell.run(CLI)
     Account(shell.url, shell.path).check_set()
+
+
+@pytest.mark.slow
+def test_what_triggers_a_task_sends_one(shell, tmp_path):
+    """The lines are run; what the emulator stores and does not deliver is filled in as AWS does it."""
+    need("jq")
+    url = shell.client("sqs").create_queue(QueueName="nanogrid-task-queue")["QueueUrl"]
+    for bucket in ("code-bucket", "pictures", "results"):
+        shell.run(f"aws s3 mb s3://{bucket} >/dev/null")
+    topic = shell.client("sns").create_topic(Name="orders")["TopicArn"]
+    (tmp_path / "function.zip").write_bytes(make_zip({"lambda_function.py": ""}))
+    settings = ng.Settings(code_bucket="code-bucket")
+    env = {"QUEUE_URL": url, "QUEUE_ARN": "arn:aws:sqs:ap-northeast-2:123456789012:nanogrid-task-queue",
+           "ACCOUNT_ID": "123456789012", "ROLE_ARN": "arn:aws:iam::123456789012:role/sender",
+           "TOPIC_ARN": topic, "OUTPUT_BUCKET": "results"}
+
+    def received() -> ng.Task:
+        message, = shell.client("sqs").receive_message(QueueUrl=url)["Messages"]
+        shell.client("sqs").delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
+        return ng.parse_task(message["Body"], settings)
+
+    shell.run(BLOCKS["queue policy"], **env)
+    shell.run(BLOCKS["lambda"], BUCKET="code-bucket")
+    task = received()
+    assert (task.handler, task.env, task.input) == (
+        "lambda_function.lambda_handler", {"TABLE": "orders"}, b'{"order": 7}')
+    shell.run(BLOCKS["topic"], **env)
+    assert received().request_id == "shop-2"
+    shell.run(BLOCKS["schedule"], **env)
+    target = shell.client("scheduler").get_schedule(Name="shop-nightly")["Target"]
+    body = target["Input"].replace("<aws.scheduler.execution-id>", "d32c5kddcf5bb8c3").replace(
+        "<aws.scheduler.scheduled-time>", "2026-11-28T03:00:00Z")
+    assert target["Arn"] == env["QUEUE_ARN"]
+    assert ng.parse_task(body, settings).input == b'{"time": "2026-11-28T03:00:00Z"}'
+    shell.run(BLOCKS["upload"], **env)
+    target, = shell.client("events").list_targets_by_rule(Rule="thumbnails")["Targets"]
+    change = target["InputTransformer"]
+    event = {"id": "17793124-05d4-b198-2fde-7ededc63b103",
+             "detail": {"bucket": {"name": "pictures"}, "object": {"key": "a/cat 1.png"}}}
+    body = change["InputTemplate"]
+    for name, path in change["InputPathsMap"].items():
+        value = functools.reduce(lambda part, step: part[step], path.split(".")[1:], event)
+        body = body.replace(f"<{name}>", json.dumps(value))
+    task = ng.parse_task(body, settings)
+    assert (task.request_id, json.loads(task.input)["Records"][0]["s3"]["object"]["key"]) == (
+        event["id"], "a/cat 1.png")
+    result = {"status": "ok", "returnValue": [1], "stdout": ""}
+    shell.client("s3").put_object(Bucket="results", Key="outputs/shop-1/result.json", Body=json.dumps(result))
+    assert json.loads(shell.run(BLOCKS["returned"], **env).stdout) == {"status": "ok", "returnValue": [1]}
 
 
 @pytest.mark.slow
