@@ -2593,10 +2593,10 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
 
 
-def make_read_only(path: str) -> None:
-    """Have a mount be read-only; raises OSError."""
+def remount(path: str, flags: int = 0) -> None:
+    """Have a mount be writable, or with MS_RDONLY read-only; raises OSError."""
     kept = os.statvfs(path).f_flag & MS_KEPT
-    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
+    mount("none", path, "", MS_REMOUNT | MS_BIND | flags | kept)
 
 
 def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -2758,9 +2758,17 @@ class Room:
                 to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
         to_cover.difference_update(kept)
         covered = []
+        base = os.path.dirname(spec.directory)
+        if spec.uid is not None:  # what anybody may write to would carry files from run to run
+            self._try("functions may write where every user of this machine may",
+                      lambda: remount("/", MS_RDONLY))
+            if not any(base.startswith(f"{path}/") for path in spec.hidden):
+                mount(base, base, "", MS_BIND)
+                remount(base)
         for path in sorted({*spec.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
+                remount(path)
             elif path in to_cover or os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
@@ -2790,8 +2798,10 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
-        if self.spec.uid is None and path != f"{self.spec.directory}/own":
-            make_read_only(path)  # the code, too, is the functions' own user's
+        if path == os.path.dirname(self.spec.directory):
+            remount(path)
+        elif self.spec.uid is None and path != f"{self.spec.directory}/own":
+            remount(path, MS_RDONLY)  # the code, too, is the functions' own user's
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
@@ -3395,8 +3405,8 @@ def launch(control: socket.socket, cgroups: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
-    # pidfd -> pid; its slot's cgroup; what locks the uid of its slot
-    supervisors: dict[int, tuple[int, str, list[int]]] = {}
+    # pidfd -> pid; its slot; what locks the uid of that
+    supervisors: dict[int, tuple[int, SlotSpec, list[int]]] = {}
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
@@ -3408,23 +3418,27 @@ def launch(control: socket.socket, cgroups: str) -> None:
             with socket.socket(fileno=fds[0]) as agent:
                 try:
                     spec = SlotSpec(**json.loads(message))
+                    for pid, other, _ in supervisors.values():
+                        if other.directory == spec.directory:  # it may still be tidying there
+                            signal_all([pid], signal.SIGKILL)
+                            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
                     pid = os.fork()
                     if not pid:
                         supervise(agent, life, spec, (control.fileno(), held, *supervisors))
                     pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid, spec.cgroup, fds[1:]
+                    supervisors[pidfd] = pid, spec, fds[1:]
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
-            pid, cgroup, locks = supervisors.pop(pidfd)
+            pid, spec, locks = supervisors.pop(pidfd)
             os.waitpid(pid, 0)
             os.close(pidfd)
             # What it left, when it was killed; the next of its slot empties the cgroup itself.
-            if cgroup and cgroup not in [other for _, other, _ in supervisors.values()]:
+            if spec.cgroup and spec not in [other for _, other, _ in supervisors.values()]:
                 with contextlib.suppress(OSError):
-                    Path(cgroup, "cgroup.kill").write_text("1")
+                    Path(spec.cgroup, "cgroup.kill").write_text("1")
             end_descendants(others=[pid for pid, _, _ in supervisors.values()])
             for lock in locks:
                 os.close(lock)
@@ -4322,9 +4336,11 @@ class Slots:
         return command
 
     def _look_for_handler(self, task: Task, package: Package) -> None:
-        """Say once that index.js is of an AWS Lambda function, if it is: run so it does nothing."""
-        text = (package.path / "index.js").read_text(errors="replace") * (not package.is_read)
+        """Say once that index.js is of an AWS Lambda function, if it is: it does nothing."""
+        if package.is_read:
+            return
         package.is_read = True
+        text = (package.path / "index.js").read_text(errors="replace")
         if EXPORTS_HANDLER.search(text):
             self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
                                 'which nothing calls: send "handler": "index.handler" in the task')
@@ -5326,12 +5342,9 @@ def arguments() -> argparse.ArgumentParser:
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
                      help="python, cpp, nodejs or go (default: its only entry file's)")
-    one.add_argument("--timeout-ms", type=int, metavar="MS",
-                     help="its time limit (default: execution.defaultTimeoutMs)")
-    one.add_argument("--memory-mb", type=int, metavar="MB",
-                     help="its memory cap (default: execution.defaultMemoryMb)")
-    one.add_argument("--function-id", default="invoke", metavar="ID",
-                     help="its name in the REPORT line (default: %(default)s)")
+    one.add_argument("--timeout-ms", type=int, help="its time limit (default: the settings')")
+    one.add_argument("--memory-mb", type=int, help="its memory cap (default: the settings')")
+    one.add_argument("--function-id", default="invoke", help="its name (default: %(default)s)")
     one.add_argument("--output", metavar="DIR", type=Path,
                      help="keep result.json and $OUTPUT_DIR there (default: nothing is kept)")
     one.add_argument("--handler", metavar="FILE.FUNCTION", default="",
