@@ -4447,7 +4447,7 @@ def delegated(**files):
 
 @under_cgroup
 def test_what_systemd_delegates_is_divided(grids):
-    """The agent goes before the functions; a second start finds what a killed one left."""
+    """The agent goes before the functions; its launcher takes away what a killed one had."""
     grid = grids("root", EXECUTION_CONCURRENCY=2)
     run = Lasting(grid, "lasting", timeoutMs=300000)
     with delegated() as (place, prefix):
@@ -4459,9 +4459,9 @@ def test_what_systemd_delegates_is_divided(grids):
             inside = (place / "agent/cgroup.procs").read_text().split()
             assert str(agent.process.pid) in inside and not set(map(str, run.pids)) & set(inside)
             assert agents_cgroups() == set()
-            os.kill(run.above[2], signal.SIGKILL)
             agent.stop(signal.SIGKILL)
         until_gone(run.pids)
+        until(lambda: not list(place.glob("*/")), what="the end of what its launcher takes away")
         grid.put({"main.py": "print('fine')"}, request_id="next")
         with grid.agent(prefix=prefix) as agent:
             agent.wait_for("REPORT requestId=next .*status=ok")
