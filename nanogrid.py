@@ -2358,7 +2358,6 @@ class SlotSpec:
     gid: int | None
     groups: tuple[int, ...]
     cgroup: str  # its directory; "" where there is none
-    processes: int  # RLIMIT_NPROC where there is none
     shell: str
     limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
     network: str  # host or none
@@ -2594,10 +2593,10 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     kernel("mount", *map(os.fsencode, (source, target, kind)), flags, options.encode())
 
 
-def make_read_only(path: str) -> None:
-    """Have a mount be read-only; raises OSError."""
+def remount(path: str, flags: int = 0) -> None:
+    """Have a mount be writable, or with MS_RDONLY read-only; raises OSError."""
     kept = os.statvfs(path).f_flag & MS_KEPT
-    mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | kept)
+    mount("none", path, "", MS_REMOUNT | MS_BIND | flags | kept)
 
 
 def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -2759,9 +2758,17 @@ class Room:
                 to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
         to_cover.difference_update(kept)
         covered = []
+        base = os.path.dirname(spec.directory)
+        if spec.uid is not None:  # what anybody may write to would carry files from run to run
+            self._try("functions may write where every user of this machine may",
+                      lambda: remount("/", MS_RDONLY))
+            if not any(base.startswith(f"{path}/") for path in spec.hidden):
+                mount(base, base, "", MS_BIND)
+                remount(base)
         for path in sorted({*spec.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
+                remount(path)
             elif path in to_cover or os.path.isdir(path):
                 os.makedirs(path, exist_ok=True)
                 mode = "mode=1777" if path == SHM else "mode=755,size=1m"
@@ -2791,8 +2798,10 @@ class Room:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
-        if self.spec.uid is None and path != f"{self.spec.directory}/own":
-            make_read_only(path)  # the code, too, is the functions' own user's
+        if path == os.path.dirname(self.spec.directory):
+            remount(path)
+        elif self.spec.uid is None and path != f"{self.spec.directory}/own":
+            remount(path, MS_RDONLY)  # the code, too, is the functions' own user's
 
     def _make_ruleset(self) -> None:
         """The Landlock rules for the helpers, which hand them on to all that they fork.
@@ -3049,7 +3058,8 @@ def confine(room: Room) -> None:
     # its supervisor's session could starve it. So each leads one of its own.
     os.setsid()
     for name, value in room.spec.limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        if name != "RLIMIT_NPROC":  # a run's alone
+            resource.setrlimit(getattr(resource, name), (value, value))
     # The out-of-memory killer takes a function first; /proc of what is not dumpable is root's.
     with contextlib.suppress(PermissionError):
         os.write(os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=room.proc), b"1000")
@@ -3203,15 +3213,6 @@ REFUSED = re.compile(
 NO_BUFFER = "RangeError: Array buffer allocation failed"
 
 
-def allowed(limits: Mapping[str, int]) -> dict[str, int]:
-    """These limits, or the hard ones that this process has itself where those are lower."""
-    found = {}
-    for name, value in limits.items():
-        hard = resource.getrlimit(getattr(resource, name))[1]
-        found[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    return found
-
-
 def with_returned(outcome: Outcome) -> Outcome:
     """A handler's outcome: failed, where what it returned cannot be kept as JSON."""
     if outcome.status != "ok":
@@ -3243,7 +3244,9 @@ class Supervisor:
         self.unready: dict[str, str] = {}  # an interpreter that is not kept ready: why
         self.begun = False  # whether the function of the run has begun
         self.traits = traits(os.getpid())
-        spec.limits.update(allowed(spec.limits))
+        for name, value in spec.limits.items():
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            spec.limits[name] = value if hard == resource.RLIM_INFINITY else min(value, hard)
 
     def work(self) -> None:
         """Run what the agent asks for until it, or the launcher, is gone."""
@@ -3328,7 +3331,7 @@ class Supervisor:
         # Thread stacks, heaps and calloc count as data and are free until touched. So the limit is
         # several times the cap, enough for 60 threads or a JVM. It stops what outruns the watcher.
         data_mb = 4 * run.memory_mb + 512
-        return allowed({"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.processes})
+        return {"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.limits["RLIMIT_NPROC"]}
 
     def _verdict(self, code: int, stderr: str, peak: int, cap: int) -> str:
         """What a run came to that ended by itself."""
@@ -3402,8 +3405,8 @@ def launch(control: socket.socket, cgroups: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
     life, held = os.pipe()
-    # pidfd -> pid; its slot's cgroup; what locks the uid of its slot
-    supervisors: dict[int, tuple[int, str, list[int]]] = {}
+    # pidfd -> pid; its slot; what locks the uid of that
+    supervisors: dict[int, tuple[int, SlotSpec, list[int]]] = {}
     poll = select.poll()
     poll.register(control, select.POLLIN)
     while True:
@@ -3415,23 +3418,27 @@ def launch(control: socket.socket, cgroups: str) -> None:
             with socket.socket(fileno=fds[0]) as agent:
                 try:
                     spec = SlotSpec(**json.loads(message))
+                    for pid, other, _ in supervisors.values():
+                        if other.directory == spec.directory:  # it may still be tidying there
+                            signal_all([pid], signal.SIGKILL)
+                            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
                     pid = os.fork()
                     if not pid:
                         supervise(agent, life, spec, (control.fileno(), held, *supervisors))
                     pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid, spec.cgroup, fds[1:]
+                    supervisors[pidfd] = pid, spec, fds[1:]
                     poll.register(pidfd, select.POLLIN)
                 except OSError as error:  # no more processes: those that run are not to be lost
                     answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
         for pidfd in supervisors.keys() & ready:
             poll.unregister(pidfd)
-            pid, cgroup, locks = supervisors.pop(pidfd)
+            pid, spec, locks = supervisors.pop(pidfd)
             os.waitpid(pid, 0)
             os.close(pidfd)
             # What it left, when it was killed; the next of its slot empties the cgroup itself.
-            if cgroup and cgroup not in [other for _, other, _ in supervisors.values()]:
+            if spec.cgroup and spec not in [other for _, other, _ in supervisors.values()]:
                 with contextlib.suppress(OSError):
-                    Path(cgroup, "cgroup.kill").write_text("1")
+                    Path(spec.cgroup, "cgroup.kill").write_text("1")
             end_descendants(others=[pid for pid, _, _ in supervisors.values()])
             for lock in locks:
                 os.close(lock)
@@ -4184,7 +4191,8 @@ class Slots:
             os.chown(directory, 0, gid)
             directory.chmod(0o710)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": self.settings.max_open_files,
-                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB}
+                  "RLIMIT_FSIZE": self.settings.max_file_mb * MIB,
+                  "RLIMIT_NPROC": self.settings.max_processes + self.other_tasks}
         cgroup = f"{self.cgroups}/slot{number}" if self.cgroups else ""
         # A link needs code and workspace under one mount: that of all slots. Who has no uid of its
         # own has copies, and could change the code: it sees no other slot, and that read-only.
@@ -4193,8 +4201,7 @@ class Slots:
             hidden = sorted({*hidden, str(self.base)})
             shown = [self.base / "code", self.shell, self.base / "main.py", directory,
                      directory / "own"]
-        return SlotSpec(str(directory), uid, gid, groups, cgroup,
-                        self.settings.max_processes + self.other_tasks, str(self.shell), limits,
+        return SlotSpec(str(directory), uid, gid, groups, cgroup, str(self.shell), limits,
                         self.settings.network, tuple(hidden), (*self.shown, *map(str, shown)))
 
     def _user(self) -> tuple[int | None, int | None, tuple[int, ...], bool]:

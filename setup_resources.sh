@@ -12,9 +12,8 @@
 #   --template              print the template
 #   --down, --empty-bucket  remove the stack, after a question; its buckets too, and what is in them
 
-# CloudFormation compares, changes, rolls back and removes. bash 3.2 (macOS) reads this.
 [ -n "${BASH_VERSION:-}" ] || { echo "setup_resources.sh: run it with bash: bash $0" >&2; exit 2; }
-set -euo pipefail
+set -euo pipefail  # bash 3.2 (macOS) reads this
 
 # A parameter with a description is a flag, too: OutputBucket is --output-bucket.
 template() {
@@ -108,7 +107,7 @@ Resources:
       PolicyName: NanoGridOutputQueue, Roles: [!Ref AgentRole], PolicyDocument: {Version: "2012-10-17", Statement: [
         {Effect: Allow, Action: ["sqs:SendMessage"], Resource: !GetAtt ResultQueue.Arn}]}}}
   FunctionRole:
-    {Type: AWS::IAM::Role, Condition: MakeFunctionRole, Properties: {
+    {Type: AWS::IAM::Role, Condition: MakeFunctionRole, DependsOn: AgentProfile, Properties: {
       RoleName: !Sub "${Role}-functions", ManagedPolicyArns: [!Ref FunctionPolicy],
       AssumeRolePolicyDocument: {Version: "2012-10-17", Statement: [
         {Effect: Allow, Principal: {AWS: !GetAtt AgentRole.Arn}, Action: sts:AssumeRole}]}}}
@@ -290,6 +289,8 @@ ask() {
   FOUND="$("${@:2}" 2>"$TEMP/errors")" || failed
 }
 
+find_out() { FOUND="$("$@" 2>/dev/null)" || FOUND="not known"; }
+
 prepare() {
   type -P aws >/dev/null || wrong_usage "the AWS CLI (aws) is not on PATH: install it"
   [[ "$QUEUE" =~ ^[A-Za-z0-9_-]{1,80}$ ]] || wrong_usage "--queue is '$QUEUE'; it has letters, digits, _ and - (not FIFO)"
@@ -321,11 +322,11 @@ value() { awk -F'\t' -v name="$1" '$1 == name { print $2 }' "$TEMP/stack"; }
 # deploy NAME=VALUE…: brings the stack to that; what is not named stays as it is.
 deploy() {
   STEP="stack $STACK"
-  FOUND="$(aws cloudformation deploy --stack-name "$STACK" --template-file "$TEMP/template.yml" \
-    --capabilities CAPABILITY_NAMED_IAM --no-fail-on-empty-changeset ${DRY_RUN:+--no-execute-changeset} --tags \
-    Project=nanogrid "Queue=$QUEUE" --parameter-overrides "Queue=$QUEUE" "$@" 2>"$TEMP/errors")" ||
+  aws cloudformation deploy --stack-name "$STACK" --template-file "$TEMP/template.yml" \
+    --capabilities CAPABILITY_NAMED_IAM --no-fail-on-empty-changeset ${DRY_RUN:+--no-execute-changeset} \
+    --tags Project=nanogrid "Queue=$QUEUE" --parameter-overrides "Queue=$QUEUE" "$@" 2>"$TEMP/errors" |
+    tee "$TEMP/answer" | sed '/review changes/d; /^[A-Z]/!d' ||
     grep "No updates are to be performed" "$TEMP/errors" || failed
-  printf '%s\n' "$FOUND" | sed -n '/^[NS].*tack/p'  # what it did
 }
 
 delete_stack() {
@@ -347,7 +348,7 @@ set_up() {
     PARAMETERS+=("Architecture=$FOUND")
   fi
   deploy ${PARAMETERS[@]+"${PARAMETERS[@]}"} ${DRY_RUN:+${INSTANCES:+"Instances=$INSTANCES"}}
-  if [ -n "$DRY_RUN" ]; then show_changes "${FOUND##* }" && return; fi
+  if [ -n "$DRY_RUN" ]; then show_changes "$(sed -n 's/.* \(arn:\)/\1/p' "$TEMP/answer")" && return; fi
   look_at_stack
   write_config
   if [ -n "$INSTANCES" ]; then bring_up_fleet; fi
@@ -375,8 +376,8 @@ write_config() {
   wanted="$(sed -e '/# ↑ /d; /^    # e\.g\. /d' -e "s|^    region: .*|    region: $REGION|" \
     -e "s|^    endpointUrl:.*|    endpointUrl: $ENDPOINT|" -e "s|^    queueUrl: .*|    queueUrl: $(value TaskQueue)|" \
     -e "s|^    codeBucket: .*|    codeBucket: $(value Bucket)|" -e "s|^    bucket:$|& $(value OutputBucket)|" \
-    -e "s|^    queueUrl:$|& $(value ResultQueue)|" -e 's/: $/:/' \
-    -e "s|^    functionRole:$|& ${role:+arn:$PARTITION:iam::$ACCOUNT:role/$role}|" "$HERE/application.yml.example")"
+    -e "s|^    queueUrl:$|& $(value ResultQueue)|" \
+    -e "s|^    functionRole:$|& ${role:+arn:$PARTITION:iam::$ACCOUNT:role/$role}|" -e 's/: $/:/' "$HERE/application.yml.example")"
   if [ -e application.yml ] && [ "$(head -n 1 application.yml)" != "$mark $(sed 1d application.yml | cksum)" ]; then
     echo "application.yml is not as this script wrote it, and stays: it needs $(value TaskQueue) and $(value Bucket)"
   else
@@ -401,17 +402,17 @@ send_test_message() {
 # what was put there, or nothing. The group's own machines get a new one by an instance refresh.
 bring_up_fleet() {
   local before version=""
-  before="$(value Fleet) $(value Version)"
+  before="$(value Fleet)"
   if [ "$INSTANCES" != 0 ]; then
     ask "the machines' zip" bash "$HERE/fleet_machine.sh" pack "$TEMP/version.zip" "$(value TaskQueue)"
     version="$FOUND"
     ask "upload" aws s3 cp --only-show-errors "$TEMP/version.zip" "s3://$(value Bucket)/nanogrid/$version.zip"
   fi
   deploy "Instances=$INSTANCES" "Version=$version"
-  if [[ -n "$version" && "$before" == NanoGrid* && "$before" != *" $version" ]]; then
+  if [[ -n "$version" && "$before" == NanoGrid* ]]; then
     ask "instance refresh" aws autoscaling start-instance-refresh --auto-scaling-group-name "NanoGrid-$QUEUE" \
       --preferences MinHealthyPercentage=100,MaxHealthyPercentage=150,SkipMatching=true --query InstanceRefreshId
-    echo "instance refresh $FOUND brings the new version, machine by machine"
+    echo "instance refresh $FOUND replaces the machines that are not as they should be, one after the other"
   fi
 }
 
@@ -421,11 +422,11 @@ take_down() {
   if [ -n "$EMPTY_BUCKET" ]; then emptied="$(value CodeBucket) $(value ResultBucket)"; fi
   echo "This removes the stack $STACK, and all messages:"
   for url in $(value TaskQueue) $(value DeadLetterQueue) $(value ResultQueue); do
-    ask "queue $url" aws sqs get-queue-attributes --queue-url "$url" --attribute-names All --query \
+    find_out aws sqs get-queue-attributes --queue-url "$url" --attribute-names All --query \
       "Attributes.[ApproximateNumberOfMessages, ApproximateNumberOfMessagesNotVisible, ApproximateNumberOfMessagesDelayed]"
     echo "  queue ${url##*/}; messages that wait, are in work, are delayed: ${FOUND//$'\t'/, }"
   done
-  ask "instances" aws ec2 describe-iam-instance-profile-associations --query \
+  find_out aws ec2 describe-iam-instance-profile-associations --query \
     "IamInstanceProfileAssociations[?ends_with(IamInstanceProfile.Arn, '/$(value InstanceProfile)')].InstanceId"
   echo "  instance profile $(value InstanceProfile); instances that use it: ${FOUND:-none}"
   for bucket in $(value Bucket) $(value OutputBucket); do

@@ -617,6 +617,29 @@ def moto_server():
         server.wait(60)
 
 
+@contextlib.contextmanager
+def ministack_server():
+    """A ministack of the caller's own; its URL."""
+    need("ministack", found=importlib.util.find_spec)
+    url = f"http://127.0.0.1:{free_port()}"
+    with scratch() as place:
+        env = {**os.environ, "GATEWAY_PORT": url.rpartition(":")[2], "TMPDIR": str(place)}
+        server = subprocess.Popen([sys.executable, "-m", "ministack"], cwd=place, env=env,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def answers():
+            try:
+                return urllib.request.urlopen(url + "/_ministack/health", timeout=5).status == 200
+            except OSError:
+                return False
+        try:
+            until(answers, what="ministack")
+            yield url
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
 @pytest.fixture(scope="session")
 def moto():
     """The URL of a moto_server of this test session, for all that does not disturb others."""
@@ -4572,6 +4595,8 @@ import mmap, multiprocessing.shared_memory as shared_memory
 ctypes.CDLL(None).shmget(1, 4096, 0o1666)
 ctypes.CDLL(None).semget(2, 1, 0o1666)
 attempt(os.mkdir, "/dev/shm/left")
+=== where every user may write
+attempt(lambda: open(anybody + "/left", "w"))
 === keys of the kernel
 for keyring in (-3, -4, -5):
     syscall("add_key", b"user", b"left", b"left", 4, keyring)
@@ -4603,7 +4628,7 @@ LEFTOVER_HEAD = r"""
 import ctypes, fcntl, json, os, resource, struct, sys
 SETFLAGS, SETVERSION = 0x40086602, 0x40087602
 KEYS = {"x86_64": {"add_key": 248, "keyctl": 250}, "aarch64": {"add_key": 217, "keyctl": 219}}[os.uname().machine]
-victim, shared = json.load(sys.stdin)
+victim, shared, anybody = json.load(sys.stdin)
 workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], *shared, os.getcwd()]))
 places = [os.environ["OUTPUT_DIR"]] + workplaces
 def attempt(change, *arguments):
@@ -4672,6 +4697,8 @@ def leftovers(grids, user):
         for place in (victim, victim / "precious"):
             os.chown(place, ORDINARY, ORDINARY)
     shared = ["/tmp", "/var/tmp", "/dev/shm"] if has_room(user) else []
+    anybody = tempfile.mkdtemp(dir="/srv") if ROOT else grid.spool
+    os.chmod(anybody, 0o777)
     tree = {"main.py": PROBE, "lib/one.py": "", "lib/deep/two.py": ""}
     def look(name):
         grid.put(tree, request_id=f"{name}-b", function_id="probe", input=shared)
@@ -4681,15 +4708,19 @@ def leftovers(grids, user):
     for n, (name, case) in enumerate(LEFTOVERS.items()):
         source = LEFTOVER_HEAD + case.files["main.py"]
         grid.put({**tree, "main.py": source}, request_id=f"{n:02}-a-{slug(name)}", function_id=slug(name),
-                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared]})
+                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared, str(anybody)]})
         look(f"{n:02}-b-{slug(name)}")
         if user == "ordinary" and "above" in name:
             continue  # that is its supervisor: the agent kills one that hangs, but not at once
         grid.put({**tree, "main.py": source, "run.sh": f"exec {PYTHON} main.py"}, "cpp",
                  request_id=f"{n:02}-d-{slug(name)}", function_id=f"cold-{slug(name)}",
-                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared]})
+                 **{"timeoutMs": 120000, **case.task, "input": [str(victim), shared, str(anybody)]})
         look(f"{n:02}-e-{slug(name)}")
-    return grid.run()
+    grid.run()
+    grid.left = os.listdir(anybody)
+    if ROOT:
+        shutil.rmtree(anybody)
+    return grid
 
 
 @pytest.mark.parametrize("number, name", list(enumerate(LEFTOVERS)))
@@ -4713,6 +4744,7 @@ def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
     left = [os.path.join(top, name) for top, names, files in os.walk(os.fsencode(leftovers.base))
             for name in names + files if b"left-" in name]
     assert left == []
+    assert leftovers.user == "ordinary" or leftovers.left == [], "what every user may write to"
     results = subprocess.run(["grep", "-rl", "precious", leftovers.path / "results", "--exclude=result.json"],  # noqa: PLW1510
                              stdout=subprocess.PIPE).stdout
     assert results == b"", "the target of a link was collected as output"
@@ -9396,29 +9428,6 @@ TRUST = {"Version": "2012-10-17", "Statement": [
 LEAST_ACTIONS = ["sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:GetQueueAttributes"]
 
 
-@contextlib.contextmanager
-def ministack_server():
-    """A ministack of the caller's own; its URL."""
-    need("ministack", found=importlib.util.find_spec)
-    url = f"http://127.0.0.1:{free_port()}"
-    with scratch() as place:
-        env = {**os.environ, "GATEWAY_PORT": url.rpartition(":")[2], "TMPDIR": str(place)}
-        server = subprocess.Popen([sys.executable, "-m", "ministack"], cwd=place, env=env,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-        def answers():
-            try:
-                return urllib.request.urlopen(url + "/_ministack/health", timeout=5).status == 200
-            except OSError:
-                return False
-        try:
-            until(answers, what="ministack")
-            yield url
-        finally:
-            server.terminate()
-            server.wait(60)
-
-
 def run_setup(cwd: Path, *flags, env=None, answer: str = "", status: int = 0, shell: str = "bash") -> str:
     """Everything that the script printed; fails unless it ended with `status`."""
     own = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
@@ -9602,9 +9611,11 @@ def test_setup_changes_what_the_flags_say_and_keeps_the_rest(stack):
 
 
 @pytest.mark.slow
-def test_setup_says_why_it_failed_and_leaves_nothing_behind(stack):
-    stack.run("--queue", "first")
-    before = stack.names()
+def test_setup_says_why_it_failed_and_leaves_all_else_as_it_was(stack):
+    stack.run("--queue", "other_one", "--dlq", "other-dead")  # it has a set of its own
+    assert stack.profile_roles("NanoGridAgentProfile-other_one") == ["NanoGridAgentRole-other_one"]
+    assert stack.settings().code_bucket == f"{stack.code_bucket}-other-one"
+    before, other = stack.names(), [stack.queue("other_one"), stack.statements("NanoGridAgentRole-other_one")]
     stack.s3.create_bucket(Bucket="taken", CreateBucketConfiguration={"LocationConstraint": "ap-northeast-2"})
     said = stack.run("--bucket", "taken", status=1)
     assert re.search("reason: CodeBucket: .*'taken' already exists", said) and "--existing-bucket" in said
@@ -9614,6 +9625,7 @@ def test_setup_says_why_it_failed_and_leaves_nothing_behind(stack):
     assert stack.settings().code_bucket == "taken" and stack.code_bucket not in stack.names()
     stack.run("--down", "--empty-bucket", answer="yes\n")  # it made no bucket
     assert stack.names() == sorted([*before, "taken"])
+    assert [stack.queue("other_one"), stack.statements("NanoGridAgentRole-other_one")] == other
 
 
 @pytest.mark.slow
@@ -9635,18 +9647,19 @@ def test_setup_brings_up_a_fleet_and_new_versions_to_it(stack, tmp_path):
     assert machine["ImageId"].startswith("resolve:ssm:/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-")
     assert machine["InstanceType"] == "t4g.small"
     assert machine["MetadataOptions"]["HttpTokens"] == "required"
-    assert machine["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert machine["IamInstanceProfile"]["Name"] == "NanoGridAgentProfile"
+    assert machine["IamInstanceProfile"]["Name"].endswith("NanoGridAgentProfile")
     [hook] = stack.scaling.describe_lifecycle_hooks(AutoScalingGroupName=name)["LifecycleHooks"]
     assert hook["LifecycleTransition"] == "autoscaling:EC2_INSTANCE_TERMINATING"
     [policy] = stack.scaling.describe_policies(AutoScalingGroupName=name)["ScalingPolicies"]
     assert policy["TargetTrackingConfiguration"]["TargetValue"] == 200
-    assert not stack.scaling.describe_instance_refreshes(AutoScalingGroupName=name)["InstanceRefreshes"]
     boot_a_machine(stack, base64.b64decode(machine["UserData"]).decode(), tmp_path / "machine")
 
     stack.config.write_text(stack.config.read_text() + "# edited\n")
     stack.run("--instances", "2", env=env)
-    assert len(stack.scaling.describe_instance_refreshes(AutoScalingGroupName=name)["InstanceRefreshes"]) == 1
+    refreshes = stack.scaling.describe_instance_refreshes(AutoScalingGroupName=name)["InstanceRefreshes"]
+    assert len(refreshes) == 2
+    newest = stack.ec2.describe_launch_template_versions(**template, Versions=["$Latest"])["LaunchTemplateVersions"]
+    assert newest[0]["LaunchTemplateData"]["UserData"] != machine["UserData"]
     [group] = stack.scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
     assert group["MaxSize"] == 2
     stack.run("--instances", "0")
@@ -9686,17 +9699,18 @@ def boot_a_machine(stack: Account, user_data: str, place: Path):
     assert "--auto-scaling-group-name NanoGrid-nanogrid-task-queue " in taken
 
 
-@pytest.mark.slow
-def test_setup_of_a_second_queue_takes_nothing_from_the_first(stack):
-    stack.run()
-    first = stack.base()
-    stack.run("--queue", "second_one", "--dlq", "second-dead")
-    assert stack.base() == first
-    assert stack.profile_roles("NanoGridAgentProfile-second_one") == ["NanoGridAgentRole-second_one"]
-    assert stack.settings().code_bucket == f"{stack.code_bucket}-second-one"
-    assert stack.queue("second-dead")["MessageRetentionPeriod"] == "1209600"
-    stack.run("--down", "--queue", "second_one", answer="yes\n")
-    assert stack.base() == first
+def test_setup_template_takes_spot_instances(moto):
+    """Straight from the template, and on moto, for ministack forgets what kind a machine is."""
+    template = subprocess.run(["bash", SETUP, "--template"], capture_output=True, text=True, timeout=180, check=True)
+    wanted = {"Instances": "2", "Subnets": client_of(moto, "ec2").describe_subnets()["Subnets"][0]["SubnetId"],
+              "Spot": "yes", **{key: f"spot-{key.lower()}" for key in ("Queue", "Dlq", "Bucket", "Role", "InstanceProfile")}}
+    client_of(moto, "cloudformation").create_stack(StackName="spot", TemplateBody=template.stdout, Parameters=[
+        {"ParameterKey": key, "ParameterValue": value} for key, value in wanted.items()])
+    [group] = client_of(moto, "autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"]
+    assert group["VPCZoneIdentifier"] == wanted["Subnets"]
+    machine = client_of(moto, "ec2").describe_launch_template_versions(
+        LaunchTemplateId=group["LaunchTemplate"]["LaunchTemplateId"])["LaunchTemplateVersions"][0]["LaunchTemplateData"]
+    assert machine["InstanceMarketOptions"] == {"MarketType": "spot"}
 
 
 TOPIC = "arn:aws:sns:ap-northeast-2:123456789012:alarms"
@@ -9896,7 +9910,7 @@ def test_walkthrough_from_nothing_to_a_metric(account, tmp_path):
            "AGENT_SQS_WAITTIMESECONDS": "1"}
     del env["AWS_ENDPOINT_URL"]
     with Agent("--config", "application.yml", cwd=tmp_path, env=env) as agent:
-        assert "[test-001] stdout: Hello from NanoGrid!" in account.run("--test-message")
+        assert "test-001 is sent" in account.run("--test-message")
         agent.wait_for(r" INFO REPORT requestId=test-001 .*\n")
         assert reports(agent.log)[0]["status"] == "ok", agent.log
         agent.wait_for(r" INFO Successfully published 1 value")
