@@ -5699,6 +5699,7 @@ def masked(text: str) -> str:
     text = re.sub(r"\b(pid|pid=|ident) ?\d+", r"\1 0", text)
     text = re.sub(r"<(\w*Thread)\((.*?) \d+\)>", r"<\1(\2)>", text)
     text = re.sub(r"in \d+\.\d\d\ds", "in 0s", text)
+    text = re.sub(r"spawn_main\(.*\)\n *[~^]+", "spawn_main()", text)  # libffi's descriptor shifts others
     # Python 3.13's subprocess leaves glibc's own signals 32 and 33 ignored, one for each start.
     text = re.sub(r"(?<=SigIgn:\t)[0-9a-f]{16}|(?<=SigIgn:\\t)[0-9a-f]{16}",
                   lambda mask: f"{int(mask[0], 16) & ~(3 << 31):016x}", text)
