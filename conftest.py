@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 
 import pytest
 
@@ -27,8 +28,11 @@ def pytest_collection_modifyitems(config, items):
         # Shared fixtures do, then the file from its end, for its first parts are the quick ones.
         items.reverse()
         items.sort(key=lambda item: [*SHARED, ""].index(shared_by(item)))
-        for item in filter(shared_by, items):  # the scheduler sees no more of a test than this
-            item._nodeid = f"{item.nodeid}@{shared_by(item)}"
+
+
+def name_of(nodeid: str) -> str:
+    """The name of the test function."""
+    return nodeid.partition("[")[0].rpartition("::")[2]
 
 
 def shared_by(item) -> str:
@@ -44,10 +48,13 @@ def pytest_xdist_make_scheduler(config, log):
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    import test_nanogrid
+
     class BySharedFixture(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            shared = nodeid.rpartition("@")[2]
-            return shared if shared in SHARED else nodeid
+            test = getattr(test_nanogrid, name_of(nodeid))
+            arguments = inspect.signature(test).parameters
+            return next((name for name in SHARED if name in arguments), nodeid)
 
     config.option.loadscopereorder = False
     return BySharedFixture(config, log)
@@ -57,7 +64,7 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_runtest_logreport(report):
     """Under xdist, too, the process that writes the summary sees every report."""
     if report.skipped and isinstance(report.longrepr, tuple):
-        test = report.nodeid.partition("[")[0].partition("@")[0].rpartition("::")[2]
+        test = name_of(report.nodeid)
         reason = report.longrepr[2].replace("Skipped: ", "")
         NOT_RUN[reason].append(test.replace("test_", "", 1).replace("_", " "))
 
