@@ -4919,6 +4919,9 @@ class Agent:
         now, part = time.monotonic(), error.needs
         turn.patience_ends = turn.patience_ends or now + self.settings.patience_seconds
         last = min(turn.patience_ends, self.queue.lease_ends(turn.message))
+        if error.reason == "disk" and self.code.evict():
+            self.log("INFO", f"{part.name}: packages that no run uses were removed")
+            part.retry_at, last = 0.0, max(last, now + 1)  # it is tried again in any case
         with self.lock:
             aside = [each for turns in self.parked.values() for each in turns]
             is_full = (len(aside) >= MOST_PARKED
@@ -4928,9 +4931,6 @@ class Agent:
                 return False
             turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
             self.parked.setdefault(part, []).append(turn)
-            if error.reason == "disk" and self.code.evict():
-                self.log("INFO", f"{part.name}: packages that no run uses were removed")
-                part.retry_at = 0.0
         return True
 
     def _note_trouble(self, cause: object, is_shared: bool) -> None:
