@@ -2978,9 +2978,9 @@ class Output:
         if self.tee:
             write_all(self.tee, chunk)
         self.count += len(chunk)
-        room = self.most - len(self.head)
-        self.head += chunk[:room]
-        self.tail += chunk[room:]
+        space = self.most - len(self.head)
+        self.head += chunk[:space]
+        self.tail += chunk[space:]
         del self.tail[:-self.most]
         return bool(chunk)
 
@@ -4670,7 +4670,7 @@ class Agent:
 
     def _poll(self) -> None:
         """Receive what can start soon, until the shutdown."""
-        while limit := self._room():
+        while limit := self._wanted():
             try:
                 messages = self.queue.receive(limit, self.drain)
                 self.receiving.worked()
@@ -4701,7 +4701,7 @@ class Agent:
         with self.lock:
             self.space.wait_for(lambda: self.stopping, seconds)
 
-    def _room(self) -> int:
+    def _wanted(self) -> int:
         """How many messages to ask for, once there is room for any; 0 at the shutdown."""
         most = self.settings.max_number_of_messages
         slots = len(self.slots.all)
