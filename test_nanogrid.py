@@ -7326,7 +7326,7 @@ def test_run_whose_preparation_does_not_end_has_not_begun():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b'{"kind": "ready", "pid": 0, "gaps": []}\n')
-        slot = ng.Slot(types.SimpleNamespace(directory=""), lambda _: ours, ng.Dependency(ng.Log(), "starting"))
+        slot = ng.Slot(types.SimpleNamespace(directory=""), lambda _: ours, ng.Dependency(ng.Log(), "starting"), set())
         slot.PREPARE_SECONDS = 0.1
         with pytest.raises(ng.Outage, match="takes too long"):
             slot.run(ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1))
