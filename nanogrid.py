@@ -2910,12 +2910,17 @@ class Workspace:
         self.put = os.link if self.linked else shutil.copy2
         # The functions' own user has what the room made, too, and no run can have that anew.
         self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
+        self.is_tidy = False
         self.tidy()
         self.marks = list(map(marks, self.lasting))
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
-        self.tidy(but=[])
+        if not self.is_tidy:
+            self.tidy()
+        self.is_tidy = False
+        if os.path.lexists(f"{self.own}/output"):  # the agent has what it wants of it
+            remove(f"{self.own}/output")
         for name in OWN:
             self._own(f"{self.own}/{name}", 0o755 if name == "work" else 0o700, os.mkdir)
         for directory in (pending := [package]):
@@ -2931,14 +2936,15 @@ class Workspace:
         for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
             self._own(f"{self.room.feed}/{name}", 0o600, os.mkfifo)
 
-    def tidy(self, but: Collection[str] = ("output",)) -> None:
+    def tidy(self) -> None:
         """Remove what a run left, but for its output, which the agent takes; raises OSError."""
         for path, stays, mode in (
-                (self.own, but, 0o711), (self.room.feed, (), 0o711),
+                (self.own, ("output",), 0o711), (self.room.feed, (), 0o711),
                 *((path, stays, 0o1777) for path, stays in self.room.own.items())):
             sweep(path, stays)
             os.chmod(path, mode)
             os.utime(path)
+        self.is_tidy = True
 
     def is_marked(self) -> bool:
         """Whether a run has left anything on what only another room has anew."""
