@@ -3452,8 +3452,10 @@ def launch(control: socket.socket, cgroups: str) -> None:
             for lock in locks:
                 os.close(lock)
     if cgroups:
-        remove_cgroups(cgroups)  # the agent may have been killed
+        remove_cgroups(cgroups)  # all runs end with them, at once; the agent may have been killed
     end_descendants()
+    if cgroups:
+        remove_cgroups(cgroups)  # its own, which the supervisors were in
 
 
 def supervise(agent: socket.socket, life: int, spec: SlotSpec, others: tuple[int, ...]) -> NoReturn:
