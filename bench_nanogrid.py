@@ -444,7 +444,7 @@ def rate_rows(bench: Bench, how: str, command: list, queue, bound: float, cpu_bo
 def python_local(bench: Bench):
     main = bench.directory({"main.py": TWO_PRINTS}) / "main.py"
     folder = Folder(bench.directory(), make_zip({"main.py": TWO_PRINTS}), "python")
-    yield from rate_rows(bench, "python --local", [bench.python, main], folder, 3.0, 0.5)
+    yield from rate_rows(bench, "python --local", [bench.python, main], folder, 2.5, 0.5)
 
 
 def cpp_local(bench: Bench):
@@ -454,7 +454,7 @@ def cpp_local(bench: Bench):
     subprocess.run(["g++", "-O2", "-o", "main", "main.cpp"], cwd=place, check=True)
     main = place / "main"
     folder = Folder(bench.directory(), make_zip({"main": main.read_bytes()}), "cpp")
-    yield from rate_rows(bench, "cpp --local", [main], folder, 0.3)
+    yield from rate_rows(bench, "cpp --local", [main], folder, 0.2)
 
 
 # --- through SQS --------------------------------------------------------------------------------

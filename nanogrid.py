@@ -2950,13 +2950,12 @@ class Workspace:
         """Whether a run has left anything on what only another room has anew."""
         return list(map(marks, self.lasting)) != self.marks
 
-    def _own(self, path: str, mode: int, make: Callable[[str], None]) -> None:
-        """Make what is the function's."""
-        make(path)
+    def _own(self, path: str, mode: int, make: Callable[[str, int], None]) -> None:
+        """Make what is the function's; the launcher's umask takes nothing of these modes."""
+        make(path, mode)
         uid, gid = self.spec.uid, self.spec.gid
         if self.linked and uid is not None and gid is not None:
             os.chown(path, uid, gid)
-        os.chmod(path, mode)
 
 
 # --- Helpers: the processes that fork runs ---
@@ -3797,14 +3796,16 @@ class FolderResults:
         target = self.root / result["requestId"]
         with self.disk.needed():
             self.root.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".", dir=self.root) as part:
-                new = Path(part, "new")
-                new.mkdir()
-                write_json(new, "result.json", result)
-                copy_outputs(directory, names, new)
+            part = Path(tempfile.mkdtemp(prefix=".", dir=self.root))
+            try:
+                part.chmod(0o755)
+                write_json(part, "result.json", result)
+                copy_outputs(directory, names, part)
                 if os.path.lexists(target):
-                    os.rename(target, f"{part}/old")
-                os.rename(new, target)
+                    remove(str(target))
+                os.rename(part, target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
 
 
 class AwsResults:
