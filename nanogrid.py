@@ -2966,6 +2966,7 @@ STOPPED = 0x137F  # a status of wait4(2)
 KEY_CALLS = {0xC000003E: 248, 0x40000003: 286, 0xC00000B7: 217, 0x40000028: 309}
 RLIM_NLIMITS = 16  # getrlimit(2)
 IOPRIO_GET = {"x86_64": 252, "aarch64": 31}.get(os.uname().machine, -1)
+RT_SIGACTION = {"x86_64": 13, "aarch64": 134}.get(os.uname().machine, -1)
 
 class Output:
     """One output of a run: its first and its last bytes, and how many there were."""
@@ -3408,6 +3409,8 @@ def launch(control: socket.socket, cgroups: str) -> None:
     # What ignores or blocks a signal hands that on, through exec, into the functions.
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
         signal.signal(number, signal.SIG_DFL)
+    for number in (32, 33):  # glibc's own, out of its reach; Python 3.13's subprocess ignores them
+        LIBC.syscall(RT_SIGACTION, number, bytes(32), None, 8)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     # A handler that does nothing is not handed on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
