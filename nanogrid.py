@@ -3409,8 +3409,8 @@ def launch(control: socket.socket, cgroups: str) -> None:
     # What ignores or blocks a signal hands that on, through exec, into the functions.
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
         signal.signal(number, signal.SIG_DFL)
-    for number in (32, 33):  # glibc's own, out of its reach; Python 3.13's subprocess ignores them
-        LIBC.syscall(RT_SIGACTION, number, bytes(32), None, 8)
+    for own in (32, 33):  # glibc's, out of its reach; Python 3.13's subprocess ignores them
+        LIBC.syscall(RT_SIGACTION, own, bytes(32), None, 8)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     # A handler that does nothing is not handed on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
