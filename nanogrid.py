@@ -4764,7 +4764,7 @@ class Agent:
         with self.lock:
             self.turns.add(turn)
             # One that was received before may go to the DLQ at the next receive.
-            turn.is_ahead = bool(turn.package) and message.receive_count == 1
+            turn.is_ahead = message.receive_count == 1
             self._queue_up(turn)
             is_late = self.stopping
         if is_late:
