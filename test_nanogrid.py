@@ -597,24 +597,30 @@ main(sys.argv[1:])
 
 
 @contextlib.contextmanager
-def moto_server():
-    """A moto_server of the caller's own; its URL."""
-    port = free_port()
-    server = subprocess.Popen([sys.executable, "-c", MOTO, "-H", "127.0.0.1", "-p", str(port)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
+def emulator(words, health: str, **options):
+    """A server of the caller's own that runs until the end, once it answers at the URL `health`."""
+    server = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
 
     def answers():
         try:
-            return urllib.request.urlopen(url + "/moto-api/", timeout=5).status == 200
+            return urllib.request.urlopen(health, timeout=5).status == 200
         except OSError:
             return False
     try:
-        until(answers, what="moto_server")
-        yield url
+        until(answers, what=health)
+        yield
     finally:
         server.terminate()
         server.wait(60)
+
+
+@contextlib.contextmanager
+def moto_server():
+    """A moto_server of the caller's own; its URL."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with emulator(["-c", MOTO, "-H", "127.0.0.1", "-p", str(port)], url + "/moto-api/"):
+        yield url
 
 
 @contextlib.contextmanager
@@ -624,20 +630,8 @@ def ministack_server():
     url = f"http://127.0.0.1:{free_port()}"
     with scratch() as place:
         env = {**os.environ, "GATEWAY_PORT": url.rpartition(":")[2], "TMPDIR": str(place)}
-        server = subprocess.Popen([sys.executable, "-m", "ministack"], cwd=place, env=env,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-        def answers():
-            try:
-                return urllib.request.urlopen(url + "/_ministack/health", timeout=5).status == 200
-            except OSError:
-                return False
-        try:
-            until(answers, what="ministack")
+        with emulator(["-m", "ministack"], url + "/_ministack/health", cwd=place, env=env):
             yield url
-        finally:
-            server.terminate()
-            server.wait(60)
 
 
 @pytest.fixture(scope="session")
