@@ -2075,12 +2075,15 @@ PR_SET_SECCOMP, PR_SET_SECUREBITS, SECBIT_NOROOT = 22, 28, 1
 # the function. But wait4 gives the supervisor the rusage of its own children alone. So what the
 # shell forked kills that shell: the kernel then gives it to the supervisor, which is a subreaper.
 # It waits for the word to begin. A background job would do without that kill, but it would ignore
-# SIGINT. The colon keeps a shell from becoming its own last command.
+# SIGINT. The colon keeps a shell from becoming its own last command. The run's environment comes as
+# arguments, for with LD_PRELOAD or OPTIND in its own a shell may not get that far.
 FORK_SHELL = """( kill -9 $$
 read -r go <&3 || exit
 exec 3<&-
 %s
 unset PWD OLDPWD SHLVL
+while [ "$1" != -- ]; do command export "$1"; shift; done 2>/dev/null
+shift
 exec "$@" )
 :"""
 
@@ -2576,8 +2579,9 @@ class Cgroup:
 # --- The room: what a slot sees of the machine (namespaces(7), mount(2), landlock(7)) ---
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_NOATIME, MS_BIND = 1, 2, 4, 32, 1024, 4096
 MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; a right; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MAY_REFER = 444, 445, 446, 1 << 13
@@ -2599,14 +2603,32 @@ def remount(path: str, flags: int = 0) -> None:
     mount("none", path, "", MS_REMOUNT | MS_BIND | flags | kept)
 
 
-def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
+def close_mounts() -> None:
+    """Have all that is mounted be read-only, but what only root writes to; raises OSError."""
+    try:  # mount_setattr(2), Linux 5.12, has one number on every architecture
+        kernel("syscall", 442, AT_FDCWD, b"/", AT_RECURSIVE, struct.pack("QQQQ", 1, 0, 0, 0), 32)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        remount("/", MS_RDONLY)
+    remount("/proc")
+    with contextlib.suppress(OSError):  # there is none, or it is read-only outside, too
+        remount(cgroup_root())
+
+
+def hidden_and_shown(settings: Path | None, folder: Path | None,
+                     needed: Iterable[str]) -> tuple[list[str], list[str]]:
     """(hidden, shown): the paths that a room covers, and those below them that it shows again.
 
-    A directory that holds this file or the settings is hidden as a whole, unless it is one of the
-    system's: then that file alone is. Shown is what holds `needed`, and what resolves names. All
+    `folder` is that of --local: it has the tasks and results of all. A directory that holds this
+    file or the settings is hidden as a whole, too, unless it is one of the system's: then that file
+    alone is. Shown is what holds `needed`, and what resolves names. All
     else of the machine stays to be seen.
     """
-    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
+    # Who waits for a file system that it serves itself, by /dev/fuse, cannot be killed.
+    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log", "/dev/fuse"]
+    if folder and folder.resolve() != Path("/"):
+        found.append(str(folder.resolve()))
     for file in map(os.path.realpath, (FILE, str(settings or FILE))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
@@ -2760,11 +2782,10 @@ class Room:
         covered = []
         base = os.path.dirname(spec.directory)
         if spec.uid is not None:  # what anybody may write to would carry files from run to run
-            self._try("functions may write where every user of this machine may",
-                      lambda: remount("/", MS_RDONLY))
+            self._try("functions may write where every user of this machine may", close_mounts)
             if not any(base.startswith(f"{path}/") for path in spec.hidden):
                 mount(base, base, "", MS_BIND)
-                remount(base)
+                remount(base, MS_NOATIME)
         for path in sorted({*spec.hidden, *to_cover}):
             if path in OWN_TMP:
                 mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
@@ -2782,6 +2803,7 @@ class Room:
             if path != SHM:
                 mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
+        self.sizes = self._sizes()
         # Its input and outputs are made anew for each run, for next to nothing here: a file system
         # on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
@@ -2799,7 +2821,7 @@ class Room:
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
         if path == os.path.dirname(self.spec.directory):
-            remount(path)
+            remount(path, MS_NOATIME)  # which would say what other runs read of a package
         elif self.spec.uid is None and path != f"{self.spec.directory}/own":
             remount(path, MS_RDONLY)  # the code, too, is the functions' own user's
 
@@ -2833,11 +2855,22 @@ class Room:
             if os.path.exists(path) and not os.path.samefile(path, cover):
                 mount(cover, path, "", MS_BIND)
 
-    def has_ipc(self) -> bool:
-        """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
-        lists = [read_proc(f"/proc/sysvipc/{kind}") for kind in ("shm", "sem", "msg")]
-        is_left = any(content.count(b"\n") > 1 for content in lists)  # below its title
-        return bool(self.own and is_left or self.queues and os.listdir(self.queues))
+    def is_used(self) -> bool:
+        """Whether a run left what only another room has not: IPC of System V, a message queue of
+        POSIX, anything in /dev/shm (with no name, too), a port of its own network that is waited
+        for, a directory that had many names (ext4 keeps its size)."""
+        lists = [f"/proc/sysvipc/{kind}" for kind in ("shm", "sem", "msg")]
+        if self.spec.network == "none":
+            lists += ["/proc/net/tcp", "/proc/net/tcp6"]
+        is_left = any(read_proc(name).count(b"\n") > 1 for name in lists)  # below its title
+        return bool(self.own and (is_left or self._sizes() != self.sizes)
+                    or self.queues and os.listdir(self.queues))
+
+    def _sizes(self) -> list[int]:
+        """How many files /dev/shm has, and how large the other directories are."""
+        shm = os.statvfs(SHM)
+        sizes = [os.stat(path).st_size for path in self.own if path != SHM]
+        return [shm.f_files - shm.f_ffree, *(max(PAGE, size) for size in sizes)]
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2851,24 +2884,29 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def sweep(path: str, keep: Collection[str] = ()) -> None:
     """Empty a directory but for `keep`: no modes, no depth and no link of a function's stop it.
 
-    Nothing may be running that could change it. Directories are moved up into it to be emptied,
-    so that no path grows long.
+    Nothing may be running that could change it. What lies deep is moved up into it, so that no path
+    grows too long.
     """
     pending = [path]
     while pending:
-        directory = pending.pop()
+        directory, below = pending[-1], []
         os.chmod(directory, 0o700)
         for entry in list(os.scandir(directory)):
             if directory == path and entry.name in keep:
                 continue
-            if is_folder(entry):
-                os.chmod(entry.path, 0o700)
-                pending.append(f"{path}/{os.urandom(8).hex()}")
-                os.rename(entry.path, pending[-1])
-            else:
+            if not is_folder(entry):
                 os.unlink(entry.path)
-        if directory != path:
-            os.rmdir(directory)
+            elif len(entry.path) < len(path) + 500:  # characters, of up to 4 bytes
+                below.append(entry.path)
+            else:
+                os.chmod(entry.path, 0o700)
+                below.append(f"{path}/{os.urandom(8).hex()}")
+                os.rename(entry.path, below[-1])
+        pending += below
+        if not below:
+            pending.pop()
+            if directory != path:
+                os.rmdir(directory)
 
 
 def remove(path: str) -> None:
@@ -2895,6 +2933,12 @@ def marks(path: str) -> list[object]:
     return found
 
 
+def lasting_locks() -> set[bytes]:
+    """The files with a lock of flock(2) whose process is gone (proc(5), locks)."""
+    found = re.findall(rb"(?m): FLOCK +\S+ +\S+ (\d+) (\S+)", read_proc("/proc/locks"))
+    return {file for pid, file in found if not os.path.exists(f"/proc/{int(pid)}")}
+
+
 class Workspace:
     """A slot's directories, made anew for each run: what can be set on one cannot be listed.
 
@@ -2910,6 +2954,7 @@ class Workspace:
         self.put = os.link if self.linked else shutil.copy2
         # The functions' own user has what the room made, too, and no run can have that anew.
         self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
+        self.locks = lasting_locks()  # of daemons that forked
         self.is_tidy = False
         self.tidy()
         self.marks = list(map(marks, self.lasting))
@@ -2944,7 +2989,22 @@ class Workspace:
             sweep(path, stays)
             os.chmod(path, mode)
             os.utime(path)
+        self._await_locks()
         self.is_tidy = True
+
+    def _await_locks(self) -> None:
+        """Wait until the locks of a run are gone, too.
+
+        It may have sent a locked file over a socket that it sent over itself: the kernel finds that
+        some milliseconds later (unix(7), SCM_RIGHTS).
+        """
+        for _ in range(100):
+            if not lasting_locks() - self.locks:
+                return
+            for end in socket.socketpair():
+                end.close()  # has it look
+            time.sleep(0.002)
+        self.locks |= lasting_locks()  # some other process's
 
     def is_marked(self) -> bool:
         """Whether a run has left anything on what only another room has anew."""
@@ -3109,12 +3169,14 @@ class ForkShell:
             lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
                      "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
                      .format(limits["RLIMIT_NPROC"])]
-        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh", *run.command]
+        env = [f"{name}={value}" for name, value in run.env.items()]
+        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh", *env, "--",
+                *run.command]
         read_end, gate = os.pipe()
         with open(gate, "wb", buffering=0) as word:
             files = [os.open(f"{self.room.feed}/{name}", flags) for name, flags in (
                 ("stdin", os.O_RDONLY), *((output, os.O_WRONLY) for output in OUTPUTS))]
-            shell = spawn(self.room, argv, {**run.helper_env, **run.env},
+            shell = spawn(self.room, argv, run.helper_env,
                           f"{self.room.spec.directory}/own/work", [*files, read_end], self.procs)
             os.waitpid(shell, 0)
             found = [pid for pid in children_of(os.getpid()) if pid not in self.others]
@@ -3228,7 +3290,9 @@ def with_returned(outcome: Outcome) -> Outcome:
         return replace(outcome, returned="null")
     text, size = "", len(outcome.returned.encode())
     try:
-        json.loads(outcome.returned, parse_float=finite, parse_constant=finite)
+        # Nested deeper here than it is in the agent, which reads it again
+        json.loads("[" * 50 + outcome.returned + "]" * 50, parse_float=finite,
+                   parse_constant=finite)
     except (ValueError, RecursionError) as error:
         text = f"what the handler returned cannot be read: {_why(error)}"
     if size > MAX_RETURNED:
@@ -3281,9 +3345,9 @@ class Supervisor:
         self.end_run(self.helpers)
 
     def is_spent(self) -> bool:
-        """Whether a run left what only another supervisor has not: IPC, which ends with its
-        namespace; as an ordinary user, what was set on the room's directories or this process."""
-        return (self.room.has_ipc() or self.workspace.is_marked()
+        """Whether a run left what only another supervisor has not: something of its room; as an
+        ordinary user, what was set on the room's directories or this process."""
+        return (self.room.is_used() or self.workspace.is_marked()
                 or self.spec.uid is None and traits(os.getpid()) != self.traits)
 
     def run(self, run: RunSpec) -> Outcome:
@@ -3986,7 +4050,9 @@ class CloudWatchMetrics:
 BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
 # Variables that take effect at a process's start, so that a ready interpreter is too late for them
 READ_AT_START = re.compile("PYTHON|LC_|LD_|MALLOC_|GLIBC_")
-EXPORTS_HANDLER = re.compile(r"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
+EXPORTS_HANDLER = re.compile(rb"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
+SEARCHED_BYTES = 64 * 1024  # of an index.js, from its start and from its end
+MOST_SOURCES = 512 * 1024  # bytes of the names of what is compiled together: execve(2) takes 2 MiB
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 3.0  # what was received ahead and has not started by then is given back
@@ -4118,7 +4184,7 @@ def is_reachable(path: str, uid: int, gid: int | None) -> bool:
 class Slots:
     """The machine's side of running: directories, users, programs, and the slots themselves."""
 
-    def __init__(self, settings: Settings, log: Log):
+    def __init__(self, settings: Settings, log: Log, folder: Path | None = None):
         self.settings, self.log = settings, log
         self.role: FunctionRole | None = None
         self.machine = Dependency(log, "starting functions")
@@ -4161,7 +4227,7 @@ class Slots:
         uid, _, _, private = users[0]
         # All slots' tasks count for one user, where each has no uid of its own.
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
-        self.hidden, self.shown = hidden_and_shown(settings.file, [
+        self.hidden, self.shown = hidden_and_shown(settings.file, folder, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
         said: set[tuple[str, str]] = set()
         self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
@@ -4346,6 +4412,8 @@ class Slots:
             elif word == "{sources}":
                 kind = os.path.splitext(entry)[1]
                 command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+                if sum(map(len, command)) > MOST_SOURCES:
+                    raise rejected("compile", f"too many {kind} files stand beside {entry}")
             else:
                 command.append(self.program(word, task.runtime))
         return command
@@ -4355,7 +4423,10 @@ class Slots:
         if package.is_read:
             return
         package.is_read = True
-        text = (package.path / "index.js").read_text(errors="replace")
+        with open(package.path / "index.js", "rb") as file:
+            text = file.read(SEARCHED_BYTES)
+            file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - SEARCHED_BYTES))
+            text += file.read(SEARCHED_BYTES)
         if EXPORTS_HANDLER.search(text):
             self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
                                 'which nothing calls: send "handler": "index.handler" in the task')
@@ -5038,7 +5109,7 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
         raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
-    with contextlib.closing(Slots(settings, log)) as slots:
+    with contextlib.closing(Slots(settings, log, folder)) as slots:
         clients = None if folder else make_clients(settings)  # while the launcher starts
         slots.try_out()
         services = open_services(settings, log, clients, folder)
