@@ -2857,16 +2857,18 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
     pending = [path]
     while pending:
         directory = pending.pop()
-        os.chmod(directory, 0o700)
         for entry in list(os.scandir(directory)):
             if directory == path and entry.name in keep:
                 continue
-            if is_folder(entry):
-                os.chmod(entry.path, 0o700)
-                pending.append(f"{path}/{os.urandom(8).hex()}")
-                os.rename(entry.path, pending[-1])
-            else:
+            if not is_folder(entry):
                 os.unlink(entry.path)
+                continue
+            with contextlib.suppress(OSError):
+                os.rmdir(entry.path)  # most are empty
+                continue
+            os.chmod(entry.path, 0o700)
+            pending.append(f"{path}/{os.urandom(8).hex()}")
+            os.rename(entry.path, pending[-1])
         if directory != path:
             os.rmdir(directory)
 
@@ -2874,29 +2876,33 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
 def remove(path: str) -> None:
     """Remove what is at a path, whatever a function put there."""
     if stat.S_ISDIR(os.lstat(path).st_mode):
+        os.chmod(path, 0o700)
         sweep(path)
         os.rmdir(path)
     else:
         os.unlink(path)
 
 
-FS_IOC_GETFLAGS = 0x80086601  # ioctl_fs(2)
+# ioctl_fs(2), ioctl_xfs_fsgetxattr(2): flags, generation, extended flags with the project
+GET_MARKS = 0x80086601, 0x80087601, 0x801C581F
 
 
 def marks(path: str) -> list[object]:
-    """What its owner may have left on a directory: its attributes, ACLs too, and its flags."""
+    """All that its owner may have set on a directory but mode and times: its attributes, ACLs
+    too, and what ioctl(2) sets. Raises OSError."""
     found: list[object] = []
     with contextlib.suppress(OSError):  # a file system that has none
         found += [(name, os.getxattr(path, name)) for name in os.listxattr(path)]
-        fd = os.open(path, os.O_DIRECTORY)
+    fd = os.open(path, os.O_DIRECTORY)
+    for request in GET_MARKS:
         with contextlib.suppress(OSError):
-            found.append(fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(8)))
-        os.close(fd)
+            found.append(fcntl.ioctl(fd, request, bytes(28)))
+    os.close(fd)
     return found
 
 
 class Workspace:
-    """A slot's directories, made anew for each run: what can be set on one cannot be listed.
+    """A slot's directories, as new for each run.
 
     With a uid of its own a function cannot change the package's files, which are root's: they are
     links. Else they are copies.
@@ -2908,21 +2914,31 @@ class Workspace:
         self.on_disk = [self.own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
+        # What the room made, what stays in it, and its mode
+        self.kept = [(self.own, list(OWN), 0o711), (room.feed, [], 0o711),
+                     *((path, stays, 0o1777) for path, stays in room.own.items())]
+        for path, _, mode in self.kept:
+            os.chmod(path, mode)
+        self.new: dict[str, list[object]] = {}  # how each directory looked when it was made
         # The functions' own user has what the room made, too, and no run can have that anew.
         self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
-        self.is_tidy = False
-        self.tidy()
         self.marks = list(map(marks, self.lasting))
+        self.is_tidy = False
+
+    @staticmethod
+    def _looks(path: str) -> list[object]:
+        """All that can be seen of an empty directory but its mode and times."""
+        status = os.lstat(path)  # a directory that was full once stays large
+        return [*marks(path), status.st_ino, status.st_size, status.st_blocks, status.st_nlink]
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
         if not self.is_tidy:
             self.tidy()
         self.is_tidy = False
-        if os.path.lexists(f"{self.own}/output"):  # the agent has what it wants of it
-            remove(f"{self.own}/output")
+        self._empty(f"{self.own}/output")  # the agent has what it wants of it
         for name in OWN:
-            self._own(f"{self.own}/{name}", 0o755 if name == "work" else 0o700, os.mkdir)
+            self._renew(f"{self.own}/{name}", 0o755 if name == "work" else 0o700)
         for directory in (pending := [package]):
             for entry in os.scandir(directory):
                 path = f"{self.own}/work{entry.path[len(package):]}"
@@ -2936,14 +2952,40 @@ class Workspace:
         for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
             self._own(f"{self.room.feed}/{name}", 0o600, os.mkfifo)
 
+    def _renew(self, path: str, mode: int) -> None:
+        """Have an empty directory as new: made anew, unless nothing is set on it.
+
+        A file system on disk makes one slowly, for it searches past inodes that were freed of late.
+        """
+        is_there = os.path.lexists(path)
+        is_new = is_there and self._looks(path) == self.new.get(path)
+        if is_there and not is_new:
+            remove(path)
+        self._own(path, mode, os.chmod if is_new else os.mkdir)
+        os.utime(path)
+        if not is_new:
+            self.new[path] = self._looks(path)
+
+    def _empty(self, path: str) -> None:
+        """Empty what should be a directory; remove what is none."""
+        if not os.path.islink(path) and os.path.isdir(path):
+            os.chmod(path, 0o700)
+            sweep(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
     def tidy(self) -> None:
         """Remove what a run left, but for its output, which the agent takes; raises OSError."""
-        for path, stays, mode in (
-                (self.own, ("output",), 0o711), (self.room.feed, (), 0o711),
-                *((path, stays, 0o1777) for path, stays in self.room.own.items())):
+        for path, stays, mode in self.kept:
+            if not self.linked:  # else it is root's, and only its content can have changed
+                os.chmod(path, 0o700)
             sweep(path, stays)
-            os.chmod(path, mode)
+            if not self.linked:
+                os.chmod(path, mode)
             os.utime(path)
+        for name in OWN:
+            if name != "output":
+                self._empty(f"{self.own}/{name}")
         self.is_tidy = True
 
     def is_marked(self) -> bool:

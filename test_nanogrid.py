@@ -3219,7 +3219,9 @@ time.sleep(100)
     with Agent("--local", first.path, "--log-level", "DEBUG", python=PYTHON, env=first.env) as agent:
         agent.wait_for("squat.*start")
         uid = int(second.run()["other"]["stdout"])
-        assert not os.path.exists(f"/run/nanogrid/uid-{uid}"), "a lock that outlives its agent"
+        # Any other agent of this machine may have it by now.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), ng.locked(f"/run/nanogrid/uid-{uid}"):
+            raise AssertionError("a lock that outlives its agent")
         assert uid not in {os.stat(path).st_uid for path in first.base.glob("agent-*/slot0/own/work")}
 
 
@@ -4567,6 +4569,13 @@ for place in places:
 for place in places:
     for name, value in ((SETFLAGS, 0xC8), (SETVERSION, 7)):
         attempt(lambda: fcntl.ioctl(os.open(place, os.O_RDONLY), name, struct.pack("l", value)))
+=== directories that were full
+for place in {*places} - {*shared}:
+    paths = [f"{place}/{n:0200}" for n in range(500)]
+    for path in paths:
+        open(path, "w").close()
+    for path in paths:
+        os.unlink(path)
 === modes and times
 for place in places:
     attempt(os.chmod, place, 0o2755)
@@ -4679,7 +4688,8 @@ for place in (".", "lib", "lib/deep", os.environ["TMPDIR"], os.environ["HOME"], 
     found = [os.path.join(top, name) for top, names, files in os.walk(place) for name in names + files]
     assert not [name for name in found if "left" in name], found
     attributes = {name: os.getxattr(place, name).hex() for name in os.listxattr(place)}
-    seen[place] = (oct(status.st_mode), status.st_uid, attributes, flags(place, 0x80086601), time.time() - status.st_mtime < 1e6)
+    seen[place] = (oct(status.st_mode), status.st_uid, attributes, flags(place, 0x80086601), time.time() - status.st_mtime < 1e6,
+                   place in shared or status.st_size)
     path = os.path.join(place, "probe")
     open(path, "w").close()
     os.mkdir(path + "-folder")
@@ -7283,7 +7293,7 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
             agent.wait_for("REPORT requestId=first .*reason=output")
             aws.send("second")
             agent.wait_for(r"WARNING \[first\] its result is dropped")
-            assert len(list((aws.path / "task").glob("agent-*/code/tmp*"))) == 1
+            until(lambda: len(list((aws.path / "task").glob("agent-*/code/tmp*"))) == 1, what="one result")
             agent.stop()
 
 
@@ -9002,10 +9012,10 @@ def clock_that_jumped_costs_no_receive(moto):
         agent.wait_for("REPORT requestId=r1 .*status=ok")
         until(lambda: aws.proxy.count("DeleteMessageBatch", "said") >= 2, what="deletes that are refused")
         aws.proxy.heal()
+        until(lambda: len(complaints(agent.log)) == agent.log.count(" works again after "), what="all to work")
         finish(aws, agent, ends={"ok": 2})
     assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
     assert LATE in agent.log and skewed[3] in agent.log and "grant" not in agent.log
-    assert len(complaints(agent.log)) == agent.log.count(" works again after "), agent.log
 
 
 @trial
