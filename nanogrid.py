@@ -4545,9 +4545,8 @@ class Turn:
     since: float = 0.0  # time.monotonic() when it began to wait as it does, or to be worked on
     waits_until: float = 0.0  # while it is parked: no longer than this
     patience_ends: float = 0.0  # 0: it has met no outage in this step
-    directory: str = ""  # where its output files are, once it ran
+    directory: str = ""  # where its output files are, once it ran; "": it left none
     uid: int | None = None  # whose they are
-    is_aside: bool = False  # that directory is its own, and no slot's
     names: list[str] | None = None  # of its output files
     result: dict[str, Any] = field(default_factory=dict)  # for result.json
     ran_before: bool = False  # when it was here before, and could not be stored
@@ -4685,7 +4684,7 @@ class Agent:
             unstarted = [turn for turn in self.turns if not turn.has_begun]
             preparing = [slot for slot, turn in self.running.items() if not turn.has_begun]
             self.waiting.clear()
-            self.errands.clear()
+            self.errands = deque(turn for turn in self.errands if turn.has_begun)
             self.parked.clear()
         self._release(unstarted)
         for slot in preparing:
@@ -4764,15 +4763,17 @@ class Agent:
                 now = time.monotonic()
                 pause, ahead = self.pause_ends - now, self._ahead(now)
                 # What is fetched for longer than a moment is no reason for a slot to be idle.
-                fetched = [*self.errands, *self.fetching.values()]
-                soon = sum(turn.since + START_SECONDS > now for turn in fetched)
-                room = slots + ahead - len(self.running) - len(self.waiting) - soon
-                if len(fetched) >= MOST_PARKED:
+                fetched = [*self.fetching.values(), *self.errands]
+                slow = [turn for turn in fetched
+                        if not turn.is_done and turn.since + START_SECONDS < now]
+                aside = len(slow) + sum(map(len, self.parked.values()))
+                room = slots + ahead + aside - len(self.turns)
+                if len(slow) >= MOST_PARKED:
                     room = 0
                 # Short runs free a slot each moment: a request is worth a whole batch then.
                 if pause <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
                     return 1 if self.pause_seconds else min(room, most)
-                self.space.wait(max(pause, 0.01) if pause > 0 else 0.5 if soon else 5)
+                self.space.wait(max(pause, 0.01) if pause > 0 else 0.5 if fetched else 5)
             return 0
 
     def _ahead(self, now: float) -> int:
@@ -4827,27 +4828,26 @@ class Agent:
     # The threads of slots and errands.
 
     def _do(self, turn: Turn, step: Callable[[], None]) -> None:
-        """Take a turn a step further: then it waits again, is parked, or has ended."""
+        """Take a turn a step further: then it waits again, or is parked."""
         try:
             step()
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
             if self._parks(turn, error):
                 return
             turn.report, turn.is_done = turn.report.ended(error), True
-        if turn.is_done:
-            self._finish(turn)
-        else:
-            self._queue_up(turn)
+        self._queue_up(turn)
 
     def _run_errands(self) -> None:
-        """Fetch code, store again, end what never ran: one turn after another."""
+        """Fetch code, store results, end what never ran: one turn after another."""
         while turn := self._next_errand():
-            self._do(turn, lambda: None if turn.is_done else self._fetch(turn))
+            if turn.is_done:
+                self._finish(turn)
+                continue
+            self._do(turn, lambda: self._fetch(turn))
             with self.lock:
-                if turn.task and self.fetching.get(turn.task.code) is turn:
+                if turn.task:
                     del self.fetching[turn.task.code]
                 self.to_do.notify()
-                self.space.notify()
 
     def _next_errand(self) -> Turn | None:
         """The next turn that needs no slot, but not while another fetches the same code."""
@@ -4894,8 +4894,9 @@ class Agent:
     def _work(self, slot: Slot) -> None:
         """Take turns in one slot, one after another."""
         while turn := self._next(slot):
+            began = time.monotonic()
             self._do(turn, lambda: self._run(turn, slot))
-            spent = time.monotonic() - turn.since
+            spent = time.monotonic() - began
             with self.lock:
                 del self.running[slot]
                 self.free_mb += turn.memory_mb
@@ -4925,9 +4926,18 @@ class Agent:
         turn.report, turn.is_done = replace(turn.report, outcome=outcome), True
         turn.patience_ends = 0.0
         if outcome.status != "released":
-            turn.directory, turn.uid = slot.output, slot.spec.uid
+            self._set_aside(turn, slot)
             self.troubles.clear()
             self.pause_seconds = 0.0
+
+    def _set_aside(self, turn: Turn, slot: Slot) -> None:
+        """Move a run's output files out of its slot, which goes on: they are stored meanwhile."""
+        with contextlib.suppress(PermissionError):  # of mode 000, and not read by root
+            if not os.listdir(slot.output):
+                return
+        aside = str(self.slots.base / "code" / f"output-{os.urandom(8).hex()}")  # hidden there
+        os.rename(slot.output, aside)
+        turn.directory, turn.uid = aside, slot.spec.uid
 
     def _finish(self, turn: Turn) -> None:
         """Store a turn's result and end it; what cannot be stored is kept for its return."""
@@ -4938,7 +4948,7 @@ class Agent:
                 return
             ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
-            if turn.directory and turn.report.outcome.status != "released":
+            if ran.outcome.start and ran.outcome.status != "released":
                 self._keep_unstored(replace(
                     turn, report=ran, package=None, result={}, has_begun=False))
         outcome = turn.report.outcome
@@ -4962,7 +4972,7 @@ class Agent:
                 turn.result = report.result(turn.names or [], list(peaks))
         if report.request_id and report.outcome.status != "released":
             self.results.put(turn.result, turn.directory, turn.names or [])
-        if turn.is_aside:
+        if turn.directory:
             with contextlib.suppress(OSError):
                 remove(turn.directory)
 
@@ -4984,7 +4994,7 @@ class Agent:
             is_full = (len(aside) >= MOST_PARKED
                        or sum(len(each.message.body) for each in aside) >= MOST_PARKED_BYTES)
             self._note_trouble(part, part.shared or is_full)
-            if now >= last or is_full or not self._set_aside(turn):
+            if now >= last or is_full:
                 return False
             turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
             self.parked.setdefault(part, []).append(turn)
@@ -5002,22 +5012,9 @@ class Agent:
                 self.pause_seconds = min(30.0, max(0.25, self.pause_seconds * 2))
                 self.pause_ends = now + self.pause_seconds
 
-    def _set_aside(self, turn: Turn) -> bool:
-        """Whether a turn can wait without its slot: its output files are moved out of there."""
-        if turn.directory and not turn.is_aside:
-            try:
-                aside = tempfile.mkdtemp(dir=self.slots.base / "code")  # no function sees it
-                os.rename(turn.directory, aside)
-            except OSError:
-                return False  # no room
-            turn.directory, turn.is_aside = aside, True
-        return True
-
     def _keep_unstored(self, turn: Turn) -> None:
         """Keep what a run left until its message is back; the oldest goes when it is too much."""
-        if not self._set_aside(turn):
-            return  # then it runs again
-        turn.size = disk_usage([turn.directory], sys.maxsize)[0]
+        turn.size = disk_usage(filter(None, [turn.directory]), sys.maxsize)[0]
         with self.lock:
             self.unstored[turn.message.id, turn.message.body] = turn
             size = sum(each.size for each in self.unstored.values())
@@ -5027,7 +5024,8 @@ class Agent:
                 size -= oldest.size
                 self.log("WARNING", f"[{oldest.report.request_id}] its result is dropped: too many "
                                     "wait to be stored; it runs again when its message is back")
-                remove(oldest.directory)
+                if oldest.directory:
+                    remove(oldest.directory)
 
     def _release(self, turns: Iterable[Turn], reason: str | None = None) -> None:
         """Give messages back that did not run, or not to the end."""

@@ -7293,7 +7293,7 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
             agent.wait_for("REPORT requestId=first .*reason=output")
             aws.send("second")
             agent.wait_for(r"WARNING \[first\] its result is dropped")
-            until(lambda: len(list((aws.path / "task").glob("agent-*/code/tmp*"))) == 1, what="one result")
+            until(lambda: len(list((aws.path / "task").glob("agent-*/code/output-*"))) == 1, what="one result")
             agent.stop()
 
 
