@@ -3151,12 +3151,16 @@ class ForkShell:
             lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
                      "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
                      .format(limits["RLIMIT_NPROC"])]
-        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh", *run.command]
+        # A shell gives some variables a value of its own: those of the task do not pass through it.
+        env = {name: value for name, value in run.env.items() if name in RUN_ENV | ROLE_ENV}
+        given = [f"{name}={run.env[name]}" for name in run.env.keys() - env.keys()]
+        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh",
+                *(["/usr/bin/env", *given] if given else []), *run.command]
         read_end, gate = os.pipe()
         with open(gate, "wb", buffering=0) as word:
             files = [os.open(f"{self.room.feed}/{name}", flags) for name, flags in (
                 ("stdin", os.O_RDONLY), *((output, os.O_WRONLY) for output in OUTPUTS))]
-            shell = spawn(self.room, argv, {**run.helper_env, **run.env},
+            shell = spawn(self.room, argv, {**run.helper_env, **env},
                           f"{self.room.spec.directory}/own/work", [*files, read_end], self.procs)
             os.waitpid(shell, 0)
             found = [pid for pid in children_of(os.getpid()) if pid not in self.others]

@@ -6371,8 +6371,8 @@ def test_env_is_for_its_run_alone(grids, user, warm):
     need("node")
     python = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
     node = "console.log(JSON.stringify(process.env))\n"
-    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5"}, {},
-                             {"PYTHONLEFT": "1"}, {}]):
+    left = {"LEFT": "1 '=\n", "UID": "5", "IFS": "x", "OPTIND": "y", "PWD": "z", "SHLVL": "-1"}
+    for n, env in enumerate([{}, left, {}, {"PYTHONLEFT": "1"}, {}]):
         for runtime, name, source in (("python", "main.py", python), ("nodejs", "index.js", node)):
             grid.put({name: source}, runtime, runtime, f"{runtime}-{n}", env=env)
     grid.run()
@@ -6381,7 +6381,7 @@ def test_env_is_for_its_run_alone(grids, user, warm):
         for each in seen:
             del each["REQUEST_ID"]
         assert seen[0] == seen[2] == seen[4], seen
-        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5"}, seen
+        assert seen[1] == {**seen[0], **left}, seen
         assert seen[3] == {**seen[0], "PYTHONLEFT": "1"}, seen
 
 
