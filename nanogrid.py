@@ -4698,8 +4698,8 @@ class Agent:
         """Have every thread end that has nothing more to do."""
         with self.lock:
             self.stopping = True
-            for condition in (self.to_run, self.to_do, self.space):
-                condition.notify_all()
+            self.to_run.notify_all()
+            self.space.notify_all()
 
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
@@ -4843,7 +4843,8 @@ class Agent:
 
     def _run_errands(self) -> None:
         """Fetch code, store results, end what never ran: one turn after another."""
-        while turn := self._next_errand():
+        while True:
+            turn = self._next_errand()
             if turn.is_done:
                 self._finish(turn)
                 continue
@@ -4853,10 +4854,10 @@ class Agent:
                     del self.fetching[turn.task.code]
                 self.to_do.notify()
 
-    def _next_errand(self) -> Turn | None:
+    def _next_errand(self) -> Turn:
         """The next turn that needs no slot, but not while another fetches the same code."""
         with self.lock:
-            while not self.stopping or self.errands:
+            while True:
                 for turn in self.errands:
                     code = turn.task.code if turn.task and not turn.is_done else None
                     if code not in self.fetching:
@@ -4865,7 +4866,6 @@ class Agent:
                             self.fetching[code] = turn
                         return turn
                 self.to_do.wait()
-            return None
 
     def _fetch(self, turn: Turn) -> None:
         assert turn.task
@@ -5002,6 +5002,7 @@ class Agent:
                 return False
             turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
             self.parked.setdefault(part, []).append(turn)
+            self.space.notify()  # others can be received
         return True
 
     def _note_trouble(self, cause: object, is_shared: bool) -> None:

@@ -7251,6 +7251,21 @@ def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
 
 
 @trial
+def three_restarts_send_nothing_to_the_dlq_that_never_ran(moto):
+    """A receive is spent by what was begun, and by little that was taken ahead."""
+    with site(moto, visibility=600) as aws:
+        for number in range(25):
+            aws.job(f"r{number}", sleep=0.4)
+        for restart in range(4):
+            with aws.agent(execution={"concurrency": 2}) as agent:
+                until(lambda: len(reports(agent.log)) > 2 or restart == 3, what="runs")
+                if restart == 3:
+                    until_settled(aws, agent)
+                assert agent.stop() == 0
+        assert not dead(aws) and runs_in(aws.path) == {f"r{number}": 1 for number in range(25)}
+
+
+@trial
 def second_signal_does_not_wait_for_an_upload(moto):
     with site(moto, visibility=600) as aws:
         aws.proxy.fail("PutObject|PutMetricData", "black hole")
