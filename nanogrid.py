@@ -4831,10 +4831,10 @@ class Agent:
 
     # The threads of slots and errands.
 
-    def _do(self, turn: Turn, step: Callable[[], None]) -> None:
+    def _do(self, turn: Turn, step: Callable[[Turn], None]) -> None:
         """Take a turn a step further: then it waits again, or is parked."""
         try:
-            step()
+            step(turn)
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
             if self._parks(turn, error):
                 return
@@ -4848,7 +4848,7 @@ class Agent:
             if turn.is_done:
                 self._finish(turn)
                 continue
-            self._do(turn, lambda: self._fetch(turn))
+            self._do(turn, self._fetch)
             with self.lock:
                 if turn.task:
                     del self.fetching[turn.task.code]
@@ -4899,7 +4899,7 @@ class Agent:
         """Take turns in one slot, one after another."""
         while turn := self._next(slot):
             began = time.monotonic()
-            self._do(turn, lambda: self._run(turn, slot))
+            self._do(turn, functools.partial(self._run, slot=slot))
             spent = time.monotonic() - began
             with self.lock:
                 del self.running[slot]
