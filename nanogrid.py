@@ -2075,15 +2075,12 @@ PR_SET_SECCOMP, PR_SET_SECUREBITS, SECBIT_NOROOT = 22, 28, 1
 # the function. But wait4 gives the supervisor the rusage of its own children alone. So what the
 # shell forked kills that shell: the kernel then gives it to the supervisor, which is a subreaper.
 # It waits for the word to begin. A background job would do without that kill, but it would ignore
-# SIGINT. The colon keeps a shell from becoming its own last command. The run's environment comes as
-# arguments, for with LD_PRELOAD or OPTIND in its own a shell may not get that far.
+# SIGINT. The colon keeps a shell from becoming its own last command.
 FORK_SHELL = """( kill -9 $$
 read -r go <&3 || exit
 exec 3<&-
 %s
 unset PWD OLDPWD SHLVL
-while [ "$1" != -- ]; do command export "$1"; shift; done 2>/dev/null
-shift
 exec "$@" )
 :"""
 
@@ -2611,8 +2608,8 @@ def close_mounts() -> None:
         if error.errno != errno.ENOSYS:
             raise
         remount("/", MS_RDONLY)
-    remount("/proc")
-    with contextlib.suppress(OSError):  # there is none, or it is read-only outside, too
+    with contextlib.suppress(OSError):  # it is read-only outside, too, or there is none
+        remount("/proc")
         remount(cgroup_root())
 
 
@@ -2622,8 +2619,8 @@ def hidden_and_shown(settings: Path | None, folder: Path | None,
 
     `folder` is that of --local: it has the tasks and results of all. A directory that holds this
     file or the settings is hidden as a whole, too, unless it is one of the system's: then that file
-    alone is. Shown is what holds `needed`, and what resolves names. All
-    else of the machine stays to be seen.
+    alone is. Shown is what holds `needed`, and what resolves names. All else of the machine stays
+    to be seen.
     """
     # Who waits for a file system that it serves itself, by /dev/fuse, cannot be killed.
     found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log", "/dev/fuse"]
@@ -2701,7 +2698,7 @@ class Room:
         self.covers: dict[str, str] = {}  # file of the machine -> what is seen in its place
         self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
-        self.ruleset = -1
+        self.ruleset, self.is_scoped = -1, False
         self.proc = os.open("/proc", os.O_PATH)  # that of the machine, which can be written to
         for name in ("own", "feed", "queues", *OWN_TMP.values()):
             if os.path.lexists(path := f"{spec.directory}/{name}"):
@@ -2834,9 +2831,10 @@ class Room:
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
         if version < 2:  # it would let no file be moved to another directory
             raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
-        if version < 6:
+        self.is_scoped = version >= 6
+        if not self.is_scoped:
             self.gaps.append("functions may use the machine's abstract sockets")
-        attributes = struct.pack("QQQ", MAY_REFER, 0, SCOPES if version >= 6 else 0)
+        attributes = struct.pack("QQQ", MAY_REFER, 0, SCOPES if self.is_scoped else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
         root = os.open("/", os.O_PATH)
         rule = struct.pack("=Qi", MAY_REFER, root)
@@ -2867,10 +2865,10 @@ class Room:
                     or self.queues and os.listdir(self.queues))
 
     def _sizes(self) -> list[int]:
-        """How many files /dev/shm has, and how large the other directories are."""
-        shm = os.statvfs(SHM)
-        sizes = [os.stat(path).st_size for path in self.own if path != SHM]
-        return [shm.f_files - shm.f_ffree, *(max(PAGE, size) for size in sizes)]
+        """How large its directories are, and how many files are on those that are its own."""
+        systems = [os.statvfs(path) for path in self.own if path == SHM]
+        return [*(max(PAGE, os.stat(path).st_size) for path in self.own),
+                *(system.f_files - system.f_ffree for system in systems)]
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2890,17 +2888,19 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
     pending = [path]
     while pending:
         directory, below = pending[-1], []
-        os.chmod(directory, 0o700)
         for entry in list(os.scandir(directory)):
             if directory == path and entry.name in keep:
                 continue
             if not is_folder(entry):
                 os.unlink(entry.path)
-            elif len(entry.path) < len(path) + 500:  # characters, of up to 4 bytes
-                below.append(entry.path)
-            else:
-                os.chmod(entry.path, 0o700)
-                below.append(f"{path}/{os.urandom(8).hex()}")
+                continue
+            with contextlib.suppress(OSError):
+                os.rmdir(entry.path)  # most are empty
+                continue
+            os.chmod(entry.path, 0o700)
+            below.append(entry.path)
+            if len(entry.path) > len(path) + 500:  # characters, of up to 4 bytes
+                below[-1] = f"{path}/{os.urandom(8).hex()}"
                 os.rename(entry.path, below[-1])
         pending += below
         if not below:
@@ -2912,24 +2912,28 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
 def remove(path: str) -> None:
     """Remove what is at a path, whatever a function put there."""
     if stat.S_ISDIR(os.lstat(path).st_mode):
+        os.chmod(path, 0o700)
         sweep(path)
         os.rmdir(path)
     else:
         os.unlink(path)
 
 
-FS_IOC_GETFLAGS = 0x80086601  # ioctl_fs(2)
+# ioctl_fs(2), ioctl_xfs_fsgetxattr(2): flags, generation, extended flags with the project
+GET_MARKS = 0x80086601, 0x80087601, 0x801C581F
 
 
 def marks(path: str) -> list[object]:
-    """What its owner may have left on a directory: its attributes, ACLs too, and its flags."""
+    """All that its owner may have set on a directory but mode and times: its attributes, ACLs
+    too, and what ioctl(2) sets. Raises OSError."""
     found: list[object] = []
     with contextlib.suppress(OSError):  # a file system that has none
         found += [(name, os.getxattr(path, name)) for name in os.listxattr(path)]
-        fd = os.open(path, os.O_DIRECTORY)
+    fd = os.open(path, os.O_DIRECTORY)
+    for request in GET_MARKS:
         with contextlib.suppress(OSError):
-            found.append(fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(8)))
-        os.close(fd)
+            found.append(fcntl.ioctl(fd, request, bytes(28)))
+    os.close(fd)
     return found
 
 
@@ -2940,7 +2944,7 @@ def lasting_locks() -> set[bytes]:
 
 
 class Workspace:
-    """A slot's directories, made anew for each run: what can be set on one cannot be listed.
+    """A slot's directories, as new for each run.
 
     With a uid of its own a function cannot change the package's files, which are root's: they are
     links. Else they are copies.
@@ -2952,22 +2956,32 @@ class Workspace:
         self.on_disk = [self.own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
+        # What the room made, what stays in it, and its mode
+        self.kept = [(self.own, list(OWN), 0o711), (room.feed, [], 0o711),
+                     *((path, stays, 0o1777) for path, stays in room.own.items())]
+        for path, _, mode in self.kept:
+            os.chmod(path, mode)
+        self.new: dict[str, list[object]] = {}  # how each directory looked when it was made
         # The functions' own user has what the room made, too, and no run can have that anew.
         self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
+        self.marks = list(map(marks, self.lasting))
         self.locks = lasting_locks()  # of daemons that forked
         self.is_tidy = False
-        self.tidy()
-        self.marks = list(map(marks, self.lasting))
+
+    @staticmethod
+    def _looks(path: str) -> list[object]:
+        """All that can be seen of an empty directory but its mode and times."""
+        status = os.lstat(path)  # a directory that was full once stays large
+        return [*marks(path), status.st_ino, status.st_size, status.st_blocks, status.st_nlink]
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
         if not self.is_tidy:
             self.tidy()
         self.is_tidy = False
-        if os.path.lexists(f"{self.own}/output"):  # the agent has what it wants of it
-            remove(f"{self.own}/output")
+        self._empty(f"{self.own}/output")  # the agent has what it wants of it
         for name in OWN:
-            self._own(f"{self.own}/{name}", 0o755 if name == "work" else 0o700, os.mkdir)
+            self._renew(f"{self.own}/{name}", 0o755 if name == "work" else 0o700)
         for directory in (pending := [package]):
             for entry in os.scandir(directory):
                 path = f"{self.own}/work{entry.path[len(package):]}"
@@ -2981,14 +2995,42 @@ class Workspace:
         for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
             self._own(f"{self.room.feed}/{name}", 0o600, os.mkfifo)
 
+    def _renew(self, path: str, mode: int) -> None:
+        """Have an empty directory as new: made anew, unless nothing is set on it.
+
+        A file system on disk makes one slowly, for it searches past inodes that were freed of late.
+        """
+        is_there = os.path.lexists(path)
+        # Over an abstract socket a run in another slot may have got it, and could list it later.
+        may_stay = is_there and (self.room.is_scoped or not self.linked)
+        is_new = may_stay and self._looks(path) == self.new.get(path)
+        if is_there and not is_new:
+            remove(path)
+        self._own(path, mode, os.chmod if is_new else os.mkdir)
+        os.utime(path)
+        if not is_new:
+            self.new[path] = self._looks(path)
+
+    def _empty(self, path: str) -> None:
+        """Empty what should be a directory; remove what is none."""
+        if not os.path.islink(path) and os.path.isdir(path):
+            os.chmod(path, 0o700)
+            sweep(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
     def tidy(self) -> None:
         """Remove what a run left, but for its output, which the agent takes; raises OSError."""
-        for path, stays, mode in (
-                (self.own, ("output",), 0o711), (self.room.feed, (), 0o711),
-                *((path, stays, 0o1777) for path, stays in self.room.own.items())):
+        for path, stays, mode in self.kept:
+            if not self.linked:  # else it is root's, and only its content can have changed
+                os.chmod(path, 0o700)
             sweep(path, stays)
-            os.chmod(path, mode)
+            if not self.linked:
+                os.chmod(path, mode)
             os.utime(path)
+        for name in OWN:
+            if name != "output":
+                self._empty(f"{self.own}/{name}")
         self._await_locks()
         self.is_tidy = True
 
@@ -3169,14 +3211,17 @@ class ForkShell:
             lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
                      "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
                      .format(limits["RLIMIT_NPROC"])]
-        env = [f"{name}={value}" for name, value in run.env.items()]
-        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh", *env, "--",
-                *run.command]
+        # A shell gives some variables a value of its own, and with LD_PRELOAD or OPTIND it may not
+        # even get that far: those of the task do not pass through it.
+        env = {name: value for name, value in run.env.items() if name in RUN_ENV | ROLE_ENV}
+        given = [f"{name}={run.env[name]}" for name in run.env.keys() - env.keys()]
+        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh",
+                *(["/usr/bin/env", *given] if given else []), *run.command]
         read_end, gate = os.pipe()
         with open(gate, "wb", buffering=0) as word:
             files = [os.open(f"{self.room.feed}/{name}", flags) for name, flags in (
                 ("stdin", os.O_RDONLY), *((output, os.O_WRONLY) for output in OUTPUTS))]
-            shell = spawn(self.room, argv, run.helper_env,
+            shell = spawn(self.room, argv, {**run.helper_env, **env},
                           f"{self.room.spec.directory}/own/work", [*files, read_end], self.procs)
             os.waitpid(shell, 0)
             found = [pid for pid in children_of(os.getpid()) if pid not in self.others]
@@ -3290,9 +3335,8 @@ def with_returned(outcome: Outcome) -> Outcome:
         return replace(outcome, returned="null")
     text, size = "", len(outcome.returned.encode())
     try:
-        # Nested deeper here than it is in the agent, which reads it again
-        json.loads("[" * 50 + outcome.returned + "]" * 50, parse_float=finite,
-                   parse_constant=finite)
+        json.loads(outcome.returned, parse_float=finite, parse_constant=finite)
+        json.loads("[" * 50 + outcome.returned + "]" * 50)  # the agent reads it deeper in its stack
     except (ValueError, RecursionError) as error:
         text = f"what the handler returned cannot be read: {_why(error)}"
     if size > MAX_RETURNED:
@@ -4574,9 +4618,8 @@ class Turn:
     since: float = 0.0  # time.monotonic() when it began to wait as it does, or to be worked on
     waits_until: float = 0.0  # while it is parked: no longer than this
     patience_ends: float = 0.0  # 0: it has met no outage in this step
-    directory: str = ""  # where its output files are, once it ran
+    directory: str = ""  # where its output files are, once it ran; "": it left none
     uid: int | None = None  # whose they are
-    is_aside: bool = False  # that directory is its own, and no slot's
     names: list[str] | None = None  # of its output files
     result: dict[str, Any] = field(default_factory=dict)  # for result.json
     ran_before: bool = False  # when it was here before, and could not be stored
@@ -4714,7 +4757,7 @@ class Agent:
             unstarted = [turn for turn in self.turns if not turn.has_begun]
             preparing = [slot for slot, turn in self.running.items() if not turn.has_begun]
             self.waiting.clear()
-            self.errands.clear()
+            self.errands = deque(turn for turn in self.errands if turn.has_begun)
             self.parked.clear()
         self._release(unstarted)
         for slot in preparing:
@@ -4724,8 +4767,8 @@ class Agent:
         """Have every thread end that has nothing more to do."""
         with self.lock:
             self.stopping = True
-            for condition in (self.to_run, self.to_do, self.space):
-                condition.notify_all()
+            self.to_run.notify_all()
+            self.space.notify_all()
 
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
@@ -4793,15 +4836,17 @@ class Agent:
                 now = time.monotonic()
                 pause, ahead = self.pause_ends - now, self._ahead(now)
                 # What is fetched for longer than a moment is no reason for a slot to be idle.
-                fetched = [*self.errands, *self.fetching.values()]
-                soon = sum(turn.since + START_SECONDS > now for turn in fetched)
-                room = slots + ahead - len(self.running) - len(self.waiting) - soon
-                if len(fetched) >= MOST_PARKED:
+                fetched = [*self.fetching.values(), *self.errands]
+                slow = [turn for turn in fetched
+                        if not turn.is_done and turn.since + START_SECONDS < now]
+                aside = len(slow) + sum(map(len, self.parked.values()))
+                room = slots + ahead + aside - len(self.turns)
+                if len(slow) >= MOST_PARKED:
                     room = 0
                 # Short runs free a slot each moment: a request is worth a whole batch then.
                 if pause <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
                     return 1 if self.pause_seconds else min(room, most)
-                self.space.wait(max(pause, 0.01) if pause > 0 else 0.5 if soon else 5)
+                self.space.wait(max(pause, 0.01) if pause > 0 else 0.5 if fetched else 5)
             return 0
 
     def _ahead(self, now: float) -> int:
@@ -4855,33 +4900,33 @@ class Agent:
 
     # The threads of slots and errands.
 
-    def _do(self, turn: Turn, step: Callable[[], None]) -> None:
-        """Take a turn a step further: then it waits again, is parked, or has ended."""
+    def _do(self, turn: Turn, step: Callable[[Turn], None]) -> None:
+        """Take a turn a step further: then it waits again, or is parked."""
         try:
-            step()
+            step(turn)
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
             if self._parks(turn, error):
                 return
             turn.report, turn.is_done = turn.report.ended(error), True
-        if turn.is_done:
-            self._finish(turn)
-        else:
-            self._queue_up(turn)
+        self._queue_up(turn)
 
     def _run_errands(self) -> None:
-        """Fetch code, store again, end what never ran: one turn after another."""
-        while turn := self._next_errand():
-            self._do(turn, lambda: None if turn.is_done else self._fetch(turn))
+        """Fetch code, store results, end what never ran: one turn after another."""
+        while True:
+            turn = self._next_errand()
+            if turn.is_done:
+                self._finish(turn)
+                continue
+            self._do(turn, self._fetch)
             with self.lock:
-                if turn.task and self.fetching.get(turn.task.code) is turn:
+                if turn.task:
                     del self.fetching[turn.task.code]
                 self.to_do.notify()
-                self.space.notify()
 
-    def _next_errand(self) -> Turn | None:
+    def _next_errand(self) -> Turn:
         """The next turn that needs no slot, but not while another fetches the same code."""
         with self.lock:
-            while not self.stopping or self.errands:
+            while True:
                 for turn in self.errands:
                     code = turn.task.code if turn.task and not turn.is_done else None
                     if code not in self.fetching:
@@ -4890,7 +4935,6 @@ class Agent:
                             self.fetching[code] = turn
                         return turn
                 self.to_do.wait()
-            return None
 
     def _fetch(self, turn: Turn) -> None:
         assert turn.task
@@ -4923,8 +4967,9 @@ class Agent:
     def _work(self, slot: Slot) -> None:
         """Take turns in one slot, one after another."""
         while turn := self._next(slot):
-            self._do(turn, lambda: self._run(turn, slot))
-            spent = time.monotonic() - turn.since
+            began = time.monotonic()
+            self._do(turn, functools.partial(self._run, slot=slot))
+            spent = time.monotonic() - began
             with self.lock:
                 del self.running[slot]
                 self.free_mb += turn.memory_mb
@@ -4954,9 +4999,18 @@ class Agent:
         turn.report, turn.is_done = replace(turn.report, outcome=outcome), True
         turn.patience_ends = 0.0
         if outcome.status != "released":
-            turn.directory, turn.uid = slot.output, slot.spec.uid
+            self._set_aside(turn, slot)
             self.troubles.clear()
             self.pause_seconds = 0.0
+
+    def _set_aside(self, turn: Turn, slot: Slot) -> None:
+        """Move a run's output files out of its slot, which goes on: they are stored meanwhile."""
+        with contextlib.suppress(PermissionError):  # of mode 000, and not read by root
+            if not os.listdir(slot.output):
+                return
+        aside = str(self.slots.base / "code" / f"output-{os.urandom(8).hex()}")  # hidden there
+        os.rename(slot.output, aside)
+        turn.directory, turn.uid = aside, slot.spec.uid
 
     def _finish(self, turn: Turn) -> None:
         """Store a turn's result and end it; what cannot be stored is kept for its return."""
@@ -4967,7 +5021,7 @@ class Agent:
                 return
             ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
-            if turn.directory and turn.report.outcome.status != "released":
+            if ran.outcome.start and ran.outcome.status != "released":
                 self._keep_unstored(replace(
                     turn, report=ran, package=None, result={}, has_begun=False))
         outcome = turn.report.outcome
@@ -4991,7 +5045,7 @@ class Agent:
                 turn.result = report.result(turn.names or [], list(peaks))
         if report.request_id and report.outcome.status != "released":
             self.results.put(turn.result, turn.directory, turn.names or [])
-        if turn.is_aside:
+        if turn.directory:
             with contextlib.suppress(OSError):
                 remove(turn.directory)
 
@@ -5013,10 +5067,11 @@ class Agent:
             is_full = (len(aside) >= MOST_PARKED
                        or sum(len(each.message.body) for each in aside) >= MOST_PARKED_BYTES)
             self._note_trouble(part, part.shared or is_full)
-            if now >= last or is_full or not self._set_aside(turn):
+            if now >= last or is_full:
                 return False
             turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
             self.parked.setdefault(part, []).append(turn)
+            self.space.notify()  # others can be received
         return True
 
     def _note_trouble(self, cause: object, is_shared: bool) -> None:
@@ -5031,22 +5086,9 @@ class Agent:
                 self.pause_seconds = min(30.0, max(0.25, self.pause_seconds * 2))
                 self.pause_ends = now + self.pause_seconds
 
-    def _set_aside(self, turn: Turn) -> bool:
-        """Whether a turn can wait without its slot: its output files are moved out of there."""
-        if turn.directory and not turn.is_aside:
-            try:
-                aside = tempfile.mkdtemp(dir=self.slots.base / "code")  # no function sees it
-                os.rename(turn.directory, aside)
-            except OSError:
-                return False  # no room
-            turn.directory, turn.is_aside = aside, True
-        return True
-
     def _keep_unstored(self, turn: Turn) -> None:
         """Keep what a run left until its message is back; the oldest goes when it is too much."""
-        if not self._set_aside(turn):
-            return  # then it runs again
-        turn.size = disk_usage([turn.directory], sys.maxsize)[0]
+        turn.size = disk_usage(filter(None, [turn.directory]), sys.maxsize)[0]
         with self.lock:
             self.unstored[turn.message.id, turn.message.body] = turn
             size = sum(each.size for each in self.unstored.values())
@@ -5056,7 +5098,8 @@ class Agent:
                 size -= oldest.size
                 self.log("WARNING", f"[{oldest.report.request_id}] its result is dropped: too many "
                                     "wait to be stored; it runs again when its message is back")
-                remove(oldest.directory)
+                if oldest.directory:
+                    remove(oldest.directory)
 
     def _release(self, turns: Iterable[Turn], reason: str | None = None) -> None:
         """Give messages back that did not run, or not to the end."""
