@@ -2937,10 +2937,9 @@ def marks(path: str) -> list[object]:
     return found
 
 
-def lasting_locks() -> set[bytes]:
-    """The files with a lock of flock(2) whose process is gone (proc(5), locks)."""
-    found = re.findall(rb"(?m): FLOCK +\S+ +\S+ (\d+) (\S+)", read_proc("/proc/locks"))
-    return {file for pid, file in found if not os.path.exists(f"/proc/{int(pid)}")}
+def lockers() -> set[bytes]:
+    """The processes that took a lock of flock(2) which still holds (proc(5), locks)."""
+    return set(re.findall(rb"FLOCK +\S+ +\S+ (\d+)", read_proc("/proc/locks")))
 
 
 class Workspace:
@@ -2965,7 +2964,7 @@ class Workspace:
         # The functions' own user has what the room made, too, and no run can have that anew.
         self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
         self.marks = list(map(marks, self.lasting))
-        self.locks = lasting_locks()  # of daemons that forked
+        self.lockers = lockers()  # those that are no run's
         self.is_tidy = False
 
     @staticmethod
@@ -3041,12 +3040,16 @@ class Workspace:
         some milliseconds later (unix(7), SCM_RIGHTS).
         """
         for _ in range(100):
-            if not lasting_locks() - self.locks:
+            found = lockers()
+            self.lockers &= found
+            gone = {pid for pid in found - self.lockers if not os.path.exists(f"/proc/{int(pid)}")}
+            self.lockers |= found - gone
+            if not gone:
                 return
             for end in socket.socketpair():
                 end.close()  # has it look
             time.sleep(0.002)
-        self.locks |= lasting_locks()  # some other process's
+        self.lockers |= gone  # it handed its lock on to another, which is no run's
 
     def is_marked(self) -> bool:
         """Whether a run has left anything on what only another room has anew."""
@@ -4506,6 +4509,7 @@ class Slots:
                 (part / "main").unlink(missing_ok=True)  # the zip's own, which is a link to it
                 with open(part / "main", "xb") as copy:
                     shutil.copyfileobj(program, copy)
+                    package.size += copy.tell()
                 os.chmod(part / "main", 0o755)
                 os.rename(part, built.path)
             return built
@@ -4569,7 +4573,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
     umask = os.umask(0o022)  # functions' users pass through what is made here
     try:
-        root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # No function may list it: what a killed agent left can be of its uid.
+        root.mkdir(mode=0o711, parents=True, exist_ok=True)
         owner = root.lstat()
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
