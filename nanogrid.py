@@ -2762,40 +2762,14 @@ class Room:
         nothing, passwd = f"{spec.directory}/nothing", f"{spec.directory}/passwd"
         files = [path for path in spec.hidden if not os.path.isdir(path)]
         self.covers = {**dict.fromkeys(files, nothing), "/etc/passwd": passwd}
+        kept = {path: os.open(path, os.O_PATH) for path in spec.shown
+                if any(path.startswith(f"{above}/") for above in spec.hidden)}
         here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
-        # A mount point cannot be renamed or removed, but a plain directory above it can. So the
-        # first part of a kept path below its cover becomes a mount point, too.
-        kept: dict[str, int] = {}
-        to_cover: set[str] = set()
-        for path in spec.shown:
-            if above := [one for one in spec.hidden if path.startswith(f"{one}/")]:
-                kept[path] = os.open(path, os.O_PATH)
-                to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
-        to_cover.difference_update(kept)
-        covered = []
-        base = os.path.dirname(spec.directory)
-        if spec.uid is not None:  # what anybody may write to would carry files from run to run
-            self._try("functions may write where every user of this machine may",
-                      lambda: remount("/", MS_RDONLY))
-            if not any(base.startswith(f"{path}/") for path in spec.hidden):
-                mount(base, base, "", MS_BIND)
-                remount(base)
-        for path in sorted({*spec.hidden, *to_cover}):
-            if path in OWN_TMP:
-                mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
-                remount(path)
-            elif path in to_cover or os.path.isdir(path):
-                os.makedirs(path, exist_ok=True)
-                mode = "mode=1777" if path == SHM else "mode=755,size=1m"
-                mount("room", path, "tmpfs", flags, mode)
-                covered.append(path)
-        for path, fd in kept.items():
-            self._show(path, fd)
+        if spec.uid is not None:
+            self._close_root()
+        self._cover(here, kept)
+        for fd in (*kept.values(), here):
             os.close(fd)
-        os.close(here)
-        for path in covered:
-            if path != SHM:
-                mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
         # Its input and outputs are made anew for each run, for next to nothing here: a file system
         # on disk searches past all inodes that were freed of late.
@@ -2804,6 +2778,42 @@ class Room:
         with contextlib.suppress(OSError):  # a kernel without message queues
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
+
+    def _close_root(self) -> None:
+        """Have the root file system read-only: what anybody may write to lasts beyond a run."""
+        base = os.path.dirname(self.spec.directory)
+        self._try("functions may write where every user of this machine may",
+                  lambda: remount("/", MS_RDONLY))
+        if not any(base.startswith(f"{path}/") for path in self.spec.hidden):
+            mount(base, base, "", MS_BIND)
+            remount(base)
+
+    def _cover(self, here: int, kept: Mapping[str, int]) -> None:
+        """Cover what is hidden: by what is the slot's own below `here`, or else by nothing but
+        what is `kept`, each path with a descriptor of what it was."""
+        hidden, flags = self.spec.hidden, MS_NOSUID | MS_NODEV
+        # A mount point cannot be renamed or removed, but a plain directory above it can. So the
+        # first part of a kept path below its cover becomes a mount point, too.
+        firsts = set()
+        for path in kept:
+            cover = min(one for one in hidden if path.startswith(f"{one}/"))
+            firsts.add("/".join(path.split("/")[:cover.count("/") + 2]))
+        firsts.difference_update(kept)
+        covered = []
+        for path in sorted({*hidden, *firsts}):
+            if path in OWN_TMP:
+                mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
+                remount(path)
+            elif path in firsts or os.path.isdir(path):
+                os.makedirs(path, exist_ok=True)
+                mode = "mode=1777" if path == SHM else "mode=755,size=1m"
+                mount("room", path, "tmpfs", flags, mode)
+                covered.append(path)
+        for path, fd in kept.items():
+            self._show(path, fd)
+        for path in covered:
+            if path != SHM:
+                mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
 
     def _show(self, path: str, fd: int) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered."""
@@ -4217,13 +4227,7 @@ class Slots:
             except OSError as error:
                 self.cgroup_gap = f"{error.strerror}: {error.filename or 'its controllers'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
-        self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
-        is_refused = settings.metadata == "refuse" and settings.network == "host"
-        if is_refused and settings.run_as is None and can_become(FIRST_UID):
-            try:
-                self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
-            except OSError as error:
-                self.metadata_gap = error.strerror or str(error)
+        self.metadata_gap = self._guard_metadata()
         self.launching = threading.Lock()
         self._launch()
         self.gaps: list[str] = []  # that of all slots
@@ -4254,6 +4258,19 @@ class Slots:
         said: set[tuple[str, str]] = set()
         self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
                     for number, user in enumerate(users)]
+
+    def _guard_metadata(self) -> str:
+        """Have the instance metadata refused to functions; why they reach it, or ""."""
+        settings = self.settings
+        if settings.metadata == "allow" or settings.network == "none":
+            return ""
+        if settings.run_as is not None or not can_become(FIRST_UID):
+            return "their uid is not theirs alone"
+        try:
+            self.guards = refuse_metadata(FIRST_UID, LAST_UID)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def _launch(self) -> None:
         """Start the launcher, which starts the supervisors, and again if it goes."""
@@ -4362,8 +4379,7 @@ class Slots:
         # On a laptop, to somebody who tries functions of their own, this would say nothing.
         is_ec2 = b"Amazon" in read_proc("/sys/class/dmi/id/sys_vendor")
         has_role = slot.spec.uid is not None or settings.region or is_ec2
-        is_refused = settings.metadata == "refuse" and settings.network == "host"
-        if is_refused and self.metadata_gap and has_role:
+        if self.metadata_gap and has_role:
             self.gaps.append(
                 f"functions reach the instance metadata, and with it this machine's role "
                 f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
@@ -5216,6 +5232,13 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             write_json(str(keep), "result.json",
                        report.result(names, [outcome.peak_memory_bytes or 0]))
     log.least = 0
+    show_invoked(report, [] if keep else names, log)
+    return 0 if outcome.status == "ok" else 1
+
+
+def show_invoked(report: Report, gone: list[str], log: Log) -> None:
+    """Say what came of --invoke, and which output files are gone."""
+    outcome = report.outcome
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
     if outcome.returned and outcome.status == "ok":
@@ -5224,10 +5247,9 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
         write_all(2, outcome.stderr.encode())
     if outcome.text:
         log("ERROR", f"{outcome.status}: {outcome.text}")
-    if names and not keep:
-        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(names[:9])}; --output DIR keeps it")
+    if gone:
+        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(gone[:9])}; --output DIR keeps it")
     log(FATES[outcome.status].level, "REPORT", **report.pairs())
-    return 0 if outcome.status == "ok" else 1
 
 
 DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself, source
@@ -5463,6 +5485,28 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def obey(args: argparse.Namespace, log: Log) -> int:
+    """Do what the command line says; the exit status. Raises ConfigError, GiveUp and OSError."""
+    path = args.config or Path("application.yml")
+    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
+    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
+        path = None
+    local = bool(args.local or args.demo or args.invoke)
+    settings, warnings = load_settings(path, os.environ, local)
+    for warning in warnings:
+        log("WARNING", warning)
+    if args.check:
+        say(f"ok    settings: {path or 'defaults'}")
+        return Check(settings, Log(args.log_format, "ERROR")).run(args)
+    if args.invoke:
+        return invoke(settings, args.log_format, args)
+    if args.demo:
+        demo(settings, log)
+    else:
+        run_agent(settings, log, args.local, args.drain)
+    return 0
+
+
 def start_clean() -> None:
     """Undo what whoever started this process left of descriptors and signals; exec keeps both."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket would take a closed one's place
@@ -5483,25 +5527,8 @@ def main(argv: list[str]) -> int:
     if not sys.platform.startswith("linux"):
         log("ERROR", "NanoGrid needs Linux: it confines and measures by its kernel")
         return 1
-    local = bool(args.local or args.demo or args.invoke)
-    path = args.config or Path("application.yml")
-    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
-    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
-        path = None
     try:
-        settings, warnings = load_settings(path, os.environ, local)
-        for warning in warnings:
-            log("WARNING", warning)
-        if args.check:
-            say(f"ok    settings: {path or 'defaults'}")
-            return Check(settings, Log(args.log_format, "ERROR")).run(args)
-        if args.invoke:
-            return invoke(settings, args.log_format, args)
-        if args.demo:
-            demo(settings, log)
-        else:
-            run_agent(settings, log, args.local, args.drain)
-        return 0
+        return obey(args, log)
     except ConfigError as error:
         for line in str(error).splitlines():
             log("ERROR", line)
