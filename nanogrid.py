@@ -4994,9 +4994,11 @@ class Agent:
 
     def _set_aside(self, turn: Turn, slot: Slot) -> None:
         """Move a run's output files out of its slot, which goes on: they are stored meanwhile."""
-        with contextlib.suppress(PermissionError):  # of mode 000, and not read by root
-            if not os.listdir(slot.output):
-                return
+        if os.path.islink(slot.output) or not os.path.isdir(slot.output):
+            return  # the function took it away
+        os.chmod(slot.output, 0o700)  # one that is closed can be moved by root alone
+        if not os.listdir(slot.output):
+            return
         aside = str(self.slots.base / "code" / f"output-{os.urandom(8).hex()}")  # hidden there
         os.rename(slot.output, aside)
         turn.directory, turn.uid = aside, slot.spec.uid
