@@ -1568,39 +1568,54 @@ class SqsQueue:
                     self.visibility, int(message.last - asked))
         answer, error = attempt(call, QueueUrl=self.url, Entries=entries)
         if error and action != "delete" and is_denied(error):
-            with self.lock:
-                if not self.denied_at:
-                    self.log("WARNING", "no lease is extended, and tasks over the queue's "
-                             f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
-                self.may_change, self.denied_at = False, asked
+            self._note_denial(error, asked)
             return True
-        failed = {one["Id"]: (one.get("SenderFault"), f"{one.get('Code')}: {one.get('Message')}")
-                  for one in (answer or {}).get("Failed", [])}
-        passing = [said for is_final, said in failed.values() if not is_final]
-        if error or passing:
-            request.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
+        if error:
+            request.failed(remedy(error, QUEUE_NEEDS, self.url) or error)
+            return False
+        failures = {one["Id"]: one for one in answer.get("Failed", [])}
+        passing = [one for one in failures.values() if not one.get("SenderFault")]
+        if passing:
+            request.failed(in_words(passing[0]))
         else:
             request.worked()
-        if error:
-            return False
         with self.lock:
             if action != "delete":
                 if self.denied_at:
-                    self.log("INFO", "leases are extended: sqs:ChangeMessageVisibility is granted")
+                    self.log("INFO", f"leases are extended: {CHANGE_NEEDS} is granted")
                 self.may_change, self.denied_at = True, 0.0
             for entry, message in zip(entries, messages):
-                is_final, said = failed.get(entry["Id"], (False, ""))
-                if is_final:  # its handle holds no longer, as after a delete whose answer was lost
-                    message.ends = asked
-                    self.log("WARNING" if message.action == "keep" else "INFO",
-                             f"message {message.id} is no longer ours: {said}")
-                elif not said and action == "keep":
-                    message.ends = asked + entry["VisibilityTimeout"]
-                    message.beat = asked + entry["VisibilityTimeout"] / 3
-                is_done = action != "keep" and (is_final or not said)
-                if is_done and self.in_flight.get(message.id) is message:
-                    del self.in_flight[message.id]
+                self._settle(action, message, entry, failures.get(entry["Id"]), asked)
         return True
+
+    def _note_denial(self, error: Exception, asked: float) -> None:
+        """Keep no lease for a while, since that is not permitted; say so once."""
+        with self.lock:
+            if not self.denied_at:
+                self.log("WARNING", "no lease is extended, and tasks over the queue's "
+                         f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
+            self.may_change, self.denied_at = False, asked
+
+    def _settle(self, action: str, message: Message, entry: Mapping[str, Any],
+                failure: Mapping[str, Any] | None, asked: float) -> None:
+        """Note what SQS answered to one entry of a request."""
+        # Then its handle holds no longer, as after a delete whose answer was lost.
+        is_final = bool(failure and failure.get("SenderFault"))
+        if failure and is_final:
+            message.ends = asked
+            self.log("WARNING" if message.action == "keep" else "INFO",
+                     f"message {message.id} is no longer ours: {in_words(failure)}")
+        elif not failure and action == "keep":
+            message.ends = asked + entry["VisibilityTimeout"]
+            message.beat = asked + entry["VisibilityTimeout"] / 3
+        is_done = action != "keep" and (is_final or not failure)
+        if is_done and self.in_flight.get(message.id) is message:
+            del self.in_flight[message.id]
+
+
+def in_words(failure: Mapping[str, Any]) -> str:
+    """What SQS says of an entry of a batch that failed."""
+    return f"{failure.get('Code')}: {failure.get('Message')}"
 
 
 def await_end(thread: threading.Thread, seconds: float, is_urgent: Callable[[], bool]) -> None:
@@ -2766,39 +2781,14 @@ class Room:
         nothing, passwd = f"{spec.directory}/nothing", f"{spec.directory}/passwd"
         files = [path for path in spec.hidden if not os.path.isdir(path)]
         self.covers = {**dict.fromkeys(files, nothing), "/etc/passwd": passwd}
+        kept = {path: os.open(path, os.O_PATH) for path in spec.shown
+                if any(path.startswith(f"{above}/") for above in spec.hidden)}
         here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
-        # A mount point cannot be renamed or removed, but a plain directory above it can. So the
-        # first part of a kept path below its cover becomes a mount point, too.
-        kept: dict[str, int] = {}
-        to_cover: set[str] = set()
-        for path in spec.shown:
-            if above := [one for one in spec.hidden if path.startswith(f"{one}/")]:
-                kept[path] = os.open(path, os.O_PATH)
-                to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
-        to_cover.difference_update(kept)
-        covered = []
-        base = os.path.dirname(spec.directory)
-        if spec.uid is not None:  # what anybody may write to would carry files from run to run
-            self._try("functions may write where every user of this machine may", close_mounts)
-            if not any(base.startswith(f"{path}/") for path in spec.hidden):
-                mount(base, base, "", MS_BIND)
-                remount(base, MS_NOATIME)
-        for path in sorted({*spec.hidden, *to_cover}):
-            if path in OWN_TMP:
-                mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
-                remount(path)
-            elif path in to_cover or os.path.isdir(path):
-                os.makedirs(path, exist_ok=True)
-                mode = "mode=1777" if path == SHM else "mode=755,size=1m"
-                mount("room", path, "tmpfs", flags, mode)
-                covered.append(path)
-        for path, fd in kept.items():
-            self._show(path, fd)
+        if spec.uid is not None:
+            self._close_mounts()
+        self._cover(here, kept)
+        for fd in (*kept.values(), here):
             os.close(fd)
-        os.close(here)
-        for path in covered:
-            if path != SHM:
-                mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
         self.sizes = self._sizes()
         # Its input and outputs are made anew for each run, for next to nothing here: a file system
@@ -2808,6 +2798,41 @@ class Room:
         with contextlib.suppress(OSError):  # a kernel without message queues
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
+
+    def _close_mounts(self) -> None:
+        """Have all mounts read-only: what anybody may write to lasts beyond a run."""
+        base = os.path.dirname(self.spec.directory)
+        self._try("functions may write where every user of this machine may", close_mounts)
+        if not any(base.startswith(f"{path}/") for path in self.spec.hidden):
+            mount(base, base, "", MS_BIND)
+            remount(base, MS_NOATIME)
+
+    def _cover(self, here: int, kept: Mapping[str, int]) -> None:
+        """Cover what is hidden: by what is the slot's own below `here`, or else by nothing but
+        what is `kept`, each path with a descriptor of what it was."""
+        hidden, flags = self.spec.hidden, MS_NOSUID | MS_NODEV
+        # A mount point cannot be renamed or removed, but a plain directory above it can. So the
+        # first part of a kept path below its cover becomes a mount point, too.
+        firsts = set()
+        for path in kept:
+            cover = min(one for one in hidden if path.startswith(f"{one}/"))
+            firsts.add("/".join(path.split("/")[:cover.count("/") + 2]))
+        firsts.difference_update(kept)
+        covered = []
+        for path in sorted({*hidden, *firsts}):
+            if path in OWN_TMP:
+                mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
+                remount(path)
+            elif path in firsts or os.path.isdir(path):
+                os.makedirs(path, exist_ok=True)
+                mode = "mode=1777" if path == SHM else "mode=755,size=1m"
+                mount("room", path, "tmpfs", flags, mode)
+                covered.append(path)
+        for path, fd in kept.items():
+            self._show(path, fd)
+        for path in covered:
+            if path != SHM:
+                mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
 
     def _show(self, path: str, fd: int) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered."""
@@ -3407,42 +3432,46 @@ class Supervisor:
                    for fd, name in enumerate(OUTPUTS, 1)]
         outputs.append(Output(f"{self.room.feed}/{RETURNED}", most=MAX_RETURNED))
         try:
-            helper, start = self._helper(run)
-            os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
-            try:
-                child, started = helper.start(run, self._limits(run))
-            except OSError:
-                if not self.cgroup or not self.cgroup.was_full():
-                    raise
-                answer(self.agent, BEGUN)  # its cap is less than what its start takes
-                self.end_run()
-                return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
-                               peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
-            self.begun = True
-            answer(self.agent, BEGUN)
-            started_at = time.time() - (time.monotonic() - started)
-            watch = Watch(self, run, outputs, started)
-            end = watch.wait(helper.done)
-            duration = time.monotonic() - started
-            if end != "exit":  # leaving the status of its first process to be taken
-                self._kill(child)
-            status, peak_kib = helper.wait(child)
-            if end == "exit" and self.cgroup and self.cgroup.was_full():
-                end = "oom"
-            self.end_run()
+            outcome = self._run(run, outputs)
         finally:
             texts = [output.close() for output in outputs]
-        cap, peak = run.memory_mb * MIB, max(peak_kib * 1024, watch.largest)
-        code = os.waitstatus_to_exitcode(status)
-        if end == "exit":
-            end = self._verdict(code, texts[1][-2000:], peak, cap)
-        elif end == "oom" and self.cgroup:
-            peak = min(peak, cap)
+        if outcome.status == "exited":
+            outcome = replace(outcome, status=self._verdict(run, outcome, texts[1][-2000:]))
+        return replace(outcome, stdout=texts[0], stderr=texts[1], stdout_bytes=outputs[0].count,
+                       stderr_bytes=outputs[1].count, returned=texts[2])
+
+    def _run(self, run: RunSpec, outputs: list[Output]) -> Outcome:
+        """A run from its start until nothing of it is left; `exited`: it ended by itself."""
+        helper, start = self._helper(run)
+        os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
+        cap = run.memory_mb * MIB
+        try:
+            child, started = helper.start(run, self._limits(run))
+        except OSError:
+            if not self.cgroup or not self.cgroup.was_full():
+                raise
+            answer(self.agent, BEGUN)  # its cap is less than what its start takes
+            self.end_run()
+            return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
+                           peak_memory_bytes=cap, started_at=time.time())
+        self.begun = True
+        answer(self.agent, BEGUN)
+        started_at = time.time() - (time.monotonic() - started)
+        watch = Watch(self, run, outputs, started)
+        end = watch.wait(helper.done)
+        duration = time.monotonic() - started
+        if end != "exited":  # leaving the status of its first process to be taken
+            self._kill(child)
+        status, peak_kib = helper.wait(child)
+        if end == "exited" and self.cgroup and self.cgroup.was_full():
+            end = "oom"
+        self.end_run()
+        peak = max(peak_kib * 1024, watch.largest)
         return Outcome(
             "failed" if end == "disk" else end, reason="disk" if end == "disk" else None,
-            exit_code=code, peak_memory_bytes=peak, duration_millis=round(duration * 1000),
-            start=start, started_at=started_at, stdout=texts[0], stderr=texts[1],
-            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count, returned=texts[2])
+            exit_code=os.waitstatus_to_exitcode(status), start=start, started_at=started_at,
+            peak_memory_bytes=min(peak, cap) if end == "oom" and self.cgroup else peak,
+            duration_millis=round(duration * 1000))
 
     def _limits(self, run: RunSpec) -> dict[str, int]:
         """What a run's own processes are limited to where no cgroup does it."""
@@ -3453,14 +3482,15 @@ class Supervisor:
         data_mb = 4 * run.memory_mb + 512
         return {"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.limits["RLIMIT_NPROC"]}
 
-    def _verdict(self, code: int, stderr: str, peak: int, cap: int) -> str:
-        """What a run came to that ended by itself."""
+    def _verdict(self, run: RunSpec, outcome: Outcome, stderr: str) -> str:
+        """The status of a run that ended by itself, with the end of its standard error."""
         is_full = bool(HEAP_FULL.search(stderr))
         if not self.cgroup:
+            peak, cap = outcome.peak_memory_bytes or 0, run.memory_mb * MIB
             if peak > cap:  # the watcher came too late
                 return "oom"
             is_full |= bool(REFUSED.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
-        return "ok" if not code else "oom" if is_full else "failed"
+        return "ok" if not outcome.exit_code else "oom" if is_full else "failed"
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
@@ -3510,14 +3540,8 @@ class Supervisor:
 # --- The launcher ---
 
 
-def launch(control: socket.socket, cgroups: str) -> None:
-    """The launcher's life: a supervisor for each slot that the agent asks for, until it is gone."""
-    os.setsid()
-    os.umask(0o022)
-    kernel("prctl", PR_SET_DUMPABLE, 0)
-    kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
-    kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # What ignores or blocks a signal hands that on, through exec, into the functions.
+def reset_signals() -> None:
+    """Have signals at their defaults: what ignores or blocks one hands that on, through exec."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
         signal.signal(number, signal.SIG_DFL)
     for own in (32, 33):  # glibc's, out of its reach; Python 3.13's subprocess ignores them
@@ -3526,44 +3550,72 @@ def launch(control: socket.socket, cgroups: str) -> None:
     # A handler that does nothing is not handed on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
-    life, held = os.pipe()
-    # pidfd -> pid; its slot; what locks the uid of that
-    supervisors: dict[int, tuple[int, SlotSpec, list[int]]] = {}
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
-    while True:
-        ready = {fd for fd, _ in poll.poll()}
-        if control.fileno() in ready:
-            message, fds, _, _ = socket.recv_fds(control, 65536, 2)
-            if not message:
-                break
-            with socket.socket(fileno=fds[0]) as agent:
-                try:
-                    spec = SlotSpec(**json.loads(message))
-                    for pid, other, _ in supervisors.values():
-                        if other.directory == spec.directory:  # it may still be tidying there
-                            signal_all([pid], signal.SIGKILL)
-                            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-                    pid = os.fork()
-                    if not pid:
-                        supervise(agent, life, spec, (control.fileno(), held, *supervisors))
-                    pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid, spec, fds[1:]
-                    poll.register(pidfd, select.POLLIN)
-                except OSError as error:  # no more processes: those that run are not to be lost
-                    answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
-        for pidfd in supervisors.keys() & ready:
-            poll.unregister(pidfd)
-            pid, spec, locks = supervisors.pop(pidfd)
-            os.waitpid(pid, 0)
-            os.close(pidfd)
-            # What it left, when it was killed; the next of its slot empties the cgroup itself.
-            if spec.cgroup and spec not in [other for _, other, _ in supervisors.values()]:
-                with contextlib.suppress(OSError):
-                    Path(spec.cgroup, "cgroup.kill").write_text("1")
-            end_descendants(others=[pid for pid, _, _ in supervisors.values()])
-            for lock in locks:
-                os.close(lock)
+
+
+class Launcher:
+    """Forks a supervisor for each slot that the agent asks for, until the agent is gone."""
+
+    def __init__(self, control: socket.socket):
+        self.control = control
+        self.life, self.held = os.pipe()  # ends with this process
+        # pidfd -> pid; its slot; what locks the uid of that
+        self.supervisors: dict[int, tuple[int, SlotSpec, list[int]]] = {}
+        self.poll = select.poll()
+        self.poll.register(control, select.POLLIN)
+
+    def work(self) -> None:
+        """Begin and end supervisors."""
+        while True:
+            ready = {fd for fd, _ in self.poll.poll()}
+            if self.control.fileno() in ready:
+                message, fds, _, _ = socket.recv_fds(self.control, 65536, 2)
+                if not message:
+                    return
+                with socket.socket(fileno=fds[0]) as agent:
+                    try:
+                        self.begin(agent, SlotSpec(**json.loads(message)), fds[1:])
+                    except OSError as error:  # no more processes: who runs is not to be lost
+                        answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
+            for pidfd in self.supervisors.keys() & ready:
+                self.end(pidfd)
+
+    def begin(self, agent: socket.socket, spec: SlotSpec, locks: list[int]) -> None:
+        """Fork a supervisor; raises OSError."""
+        for pid, other, _ in self.supervisors.values():
+            if other.directory == spec.directory:  # it may still be tidying there
+                signal_all([pid], signal.SIGKILL)
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        pid = os.fork()
+        if not pid:
+            supervise(agent, self.life, spec, (self.control.fileno(), self.held, *self.supervisors))
+        pidfd = os.pidfd_open(pid)
+        self.supervisors[pidfd] = pid, spec, locks
+        self.poll.register(pidfd, select.POLLIN)
+
+    def end(self, pidfd: int) -> None:
+        """End what a supervisor left, when it was killed."""
+        self.poll.unregister(pidfd)
+        pid, spec, locks = self.supervisors.pop(pidfd)
+        os.waitpid(pid, 0)
+        os.close(pidfd)
+        # The next of its slot empties the cgroup itself.
+        if spec.cgroup and spec not in [other for _, other, _ in self.supervisors.values()]:
+            with contextlib.suppress(OSError):
+                Path(spec.cgroup, "cgroup.kill").write_text("1")
+        end_descendants(others=[pid for pid, _, _ in self.supervisors.values()])
+        for lock in locks:
+            os.close(lock)
+
+
+def launch(control: socket.socket, cgroups: str) -> None:
+    """The launcher's life."""
+    os.setsid()
+    os.umask(0o022)
+    kernel("prctl", PR_SET_DUMPABLE, 0)
+    kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
+    kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    reset_signals()
+    Launcher(control).work()
     if cgroups:
         remove_cgroups(cgroups)  # all runs end with them, at once; the agent may have been killed
     end_descendants()
@@ -3612,7 +3664,7 @@ class Watch:
         self.largest = 0  # bytes: the most that was seen held by all of the run together
 
     def wait(self, done: int) -> str:
-        """How the run ends: exit (`done` is readable), timeout, oom, disk, or released."""
+        """How the run ends: exited (`done` is readable), timeout, oom, disk, or released."""
         agent, life = self.supervisor.agent.fileno(), self.supervisor.life
         poll = select.poll()
         for fd in (done, agent, life, *self.outputs):
@@ -3623,7 +3675,7 @@ class Watch:
             wait = min(self.next_look, self.deadline) - time.monotonic()
             ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
             if done in ready:
-                return "exit"
+                return "exited"
             if life in ready:
                 raise ConnectionError("the launcher ended")
             if agent in ready:
@@ -4242,13 +4294,7 @@ class Slots:
             except OSError as error:
                 self.cgroup_gap = f"{error.strerror}: {error.filename or 'its controllers'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
-        self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
-        is_refused = settings.metadata == "refuse" and settings.network == "host"
-        if is_refused and settings.run_as is None and can_become(FIRST_UID):
-            try:
-                self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
-            except OSError as error:
-                self.metadata_gap = error.strerror or str(error)
+        self.metadata_gap = self._guard_metadata()
         self.launching = threading.Lock()
         self._launch()
         self.gaps: list[str] = []  # that of all slots
@@ -4279,6 +4325,19 @@ class Slots:
         said: set[tuple[str, str]] = set()
         self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
                     for number, user in enumerate(users)]
+
+    def _guard_metadata(self) -> str:
+        """Have the instance metadata refused to functions; why they reach it, or ""."""
+        settings = self.settings
+        if settings.metadata == "allow" or settings.network == "none":
+            return ""
+        if settings.run_as is not None or not can_become(FIRST_UID):
+            return "their uid is not theirs alone"
+        try:
+            self.guards = refuse_metadata(FIRST_UID, LAST_UID)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def _launch(self) -> None:
         """Start the launcher, which starts the supervisors, and again if it goes."""
@@ -4387,8 +4446,7 @@ class Slots:
         # On a laptop, to somebody who tries functions of their own, this would say nothing.
         is_ec2 = b"Amazon" in read_proc("/sys/class/dmi/id/sys_vendor")
         has_role = slot.spec.uid is not None or settings.region or is_ec2
-        is_refused = settings.metadata == "refuse" and settings.network == "host"
-        if is_refused and self.metadata_gap and has_role:
+        if self.metadata_gap and has_role:
             self.gaps.append(
                 f"functions reach the instance metadata, and with it this machine's role "
                 f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
@@ -5010,9 +5068,11 @@ class Agent:
 
     def _set_aside(self, turn: Turn, slot: Slot) -> None:
         """Move a run's output files out of its slot, which goes on: they are stored meanwhile."""
-        with contextlib.suppress(PermissionError):  # of mode 000, and not read by root
-            if not os.listdir(slot.output):
-                return
+        if os.path.islink(slot.output) or not os.path.isdir(slot.output):
+            return  # the function took it away
+        os.chmod(slot.output, 0o700)  # one that is closed can be moved by root alone
+        if not os.listdir(slot.output):
+            return
         aside = str(self.slots.base / "code" / f"output-{os.urandom(8).hex()}")  # hidden there
         os.rename(slot.output, aside)
         turn.directory, turn.uid = aside, slot.spec.uid
@@ -5248,6 +5308,13 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             write_json(str(keep), "result.json",
                        report.result(names, [outcome.peak_memory_bytes or 0]))
     log.least = 0
+    show_invoked(report, [] if keep else names, log)
+    return 0 if outcome.status == "ok" else 1
+
+
+def show_invoked(report: Report, gone: list[str], log: Log) -> None:
+    """Say what came of --invoke, and which output files are gone."""
+    outcome = report.outcome
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
     if outcome.returned and outcome.status == "ok":
@@ -5256,10 +5323,9 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
         write_all(2, outcome.stderr.encode())
     if outcome.text:
         log("ERROR", f"{outcome.status}: {outcome.text}")
-    if names and not keep:
-        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(names[:9])}; --output DIR keeps it")
+    if gone:
+        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(gone[:9])}; --output DIR keeps it")
     log(FATES[outcome.status].level, "REPORT", **report.pairs())
-    return 0 if outcome.status == "ok" else 1
 
 
 DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself, source
@@ -5495,6 +5561,28 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def obey(args: argparse.Namespace, log: Log) -> int:
+    """Do what the command line says; the exit status. Raises ConfigError, GiveUp and OSError."""
+    path = args.config or Path("application.yml")
+    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
+    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
+        path = None
+    local = bool(args.local or args.demo or args.invoke)
+    settings, warnings = load_settings(path, os.environ, local)
+    for warning in warnings:
+        log("WARNING", warning)
+    if args.check:
+        say(f"ok    settings: {path or 'defaults'}")
+        return Check(settings, Log(args.log_format, "ERROR")).run(args)
+    if args.invoke:
+        return invoke(settings, args.log_format, args)
+    if args.demo:
+        demo(settings, log)
+    else:
+        run_agent(settings, log, args.local, args.drain)
+    return 0
+
+
 def start_clean() -> None:
     """Undo what whoever started this process left of descriptors and signals; exec keeps both."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket would take a closed one's place
@@ -5515,25 +5603,8 @@ def main(argv: list[str]) -> int:
     if not sys.platform.startswith("linux"):
         log("ERROR", "NanoGrid needs Linux: it confines and measures by its kernel")
         return 1
-    local = bool(args.local or args.demo or args.invoke)
-    path = args.config or Path("application.yml")
-    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
-    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
-        path = None
     try:
-        settings, warnings = load_settings(path, os.environ, local)
-        for warning in warnings:
-            log("WARNING", warning)
-        if args.check:
-            say(f"ok    settings: {path or 'defaults'}")
-            return Check(settings, Log(args.log_format, "ERROR")).run(args)
-        if args.invoke:
-            return invoke(settings, args.log_format, args)
-        if args.demo:
-            demo(settings, log)
-        else:
-            run_agent(settings, log, args.local, args.drain)
-        return 0
+        return obey(args, log)
     except ConfigError as error:
         for line in str(error).splitlines():
             log("ERROR", line)

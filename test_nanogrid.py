@@ -4933,6 +4933,20 @@ for name in "abc":
 === one file by many names counts by each | | status=failed reason=disk exitCode=0 stored=
 os.truncate(os.open("a", os.O_CREAT | os.O_RDWR), 20 << 20)
 os.link("a", "b"), os.link("a", "c")
+=== the directory is closed | | stored=a
+open("a", "w").close()
+os.chmod(".", 0)
+=== the directory is gone, or as root empty | | stored=
+try:
+    os.rmdir(os.environ["OUTPUT_DIR"])
+except OSError:
+    pass
+=== the directory becomes a link, if it may | | stored=
+try:
+    os.rmdir(os.environ["OUTPUT_DIR"])
+    os.symlink("/etc", os.environ["OUTPUT_DIR"])
+except OSError:
+    pass
 === a file of its package | | stored=main.py
 os.rename(work + "/main.py", "main.py")
 === a file of its package again | | stored=main.py
