@@ -3064,7 +3064,7 @@ class Workspace:
         It may have sent a locked file over a socket that it sent over itself: the kernel finds that
         some milliseconds later (unix(7), SCM_RIGHTS).
         """
-        for _ in range(100):
+        for _ in range(50):
             found = lockers()
             self.lockers &= found
             gone = {pid for pid in found - self.lockers if not os.path.exists(f"/proc/{int(pid)}")}
