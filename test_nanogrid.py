@@ -9002,6 +9002,7 @@ def clock_that_jumped_costs_no_receive(moto):
         agent.wait_for("REPORT requestId=r1 .*status=ok")
         until(lambda: aws.proxy.count("DeleteMessageBatch", "said") >= 2, what="deletes that are refused")
         aws.proxy.heal()
+        agent.wait_for("receiving messages works again")
         finish(aws, agent, ends={"ok": 2})
     assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
     assert LATE in agent.log and skewed[3] in agent.log and "grant" not in agent.log
@@ -9119,9 +9120,10 @@ def test_a_directory_without_exec_is_said_to_be_that(folder):
 
 
 def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(folder):
-    usual, needed = "/tmp/task", (folder.top, MODULE.parent)
+    usual, needed = "/tmp/task", (folder.top, MODULE.parent, Path(sys.prefix), Path(sys.base_prefix))
+    names = sorted({one.parts[2] for one in needed if one.parts[:2] == ("/", "tmp")})
     prefix = in_mounts("mount --bind /tmp /mnt", "mount -t tmpfs -o mode=1777 none /tmp", *(
-        f"mkdir {one} && mount --bind /mnt/{one.name} {one}" for one in needed if one.parent == Path("/tmp")),
+        f"mkdir /tmp/{name} && mount --bind /mnt/{name} /tmp/{name}" for name in names),
         f"mkdir {usual}", f"chown 12345 {usual}")
     folder.put({"main.py": "import os; print(os.path.dirname(os.path.dirname(os.environ['HOME'])))"})
     folder.env.pop("AGENT_TASKBASEDIR")
