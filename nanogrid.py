@@ -4200,7 +4200,7 @@ class Slot:
                 if self.cancelled:
                     return Outcome("released")
                 if isinstance(error, OSError) and not begun:
-                    if isinstance(error, TimeoutError):  # of a disk that is slow, say
+                    if isinstance(error, socket.timeout):  # TimeoutError since Python 3.10
                         raise OSError(errno.EAGAIN, "its preparation takes too long") from None
                     if error.errno in MACHINE_AWAY:
                         raise

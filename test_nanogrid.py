@@ -9277,9 +9277,10 @@ def test_a_directory_without_exec_is_said_to_be_that(folder):
 
 
 def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(folder):
-    usual, needed = "/tmp/task", (folder.top, MODULE.parent)
+    usual, needed = "/tmp/task", (folder.top, MODULE.parent, Path(sys.prefix), Path(sys.base_prefix))
+    names = sorted({one.parts[2] for one in needed if one.parts[:2] == ("/", "tmp")})
     prefix = in_mounts("mount --bind /tmp /mnt", "mount -t tmpfs -o mode=1777 none /tmp", *(
-        f"mkdir {one} && mount --bind /mnt/{one.name} {one}" for one in needed if one.parent == Path("/tmp")),
+        f"mkdir /tmp/{name} && mount --bind /mnt/{name} /tmp/{name}" for name in names),
         f"mkdir {usual}", f"chown 12345 {usual}")
     folder.put({"main.py": "import os; print(os.path.dirname(os.path.dirname(os.environ['HOME'])))"})
     folder.env.pop("AGENT_TASKBASEDIR")
