@@ -2517,15 +2517,20 @@ def _divide(top: str, slots: int, processes: int) -> None:
         Path(agent, "cpu.weight").write_text(AGENT_WEIGHT)
     else:
         Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
-    for slot in [Path(top, f"slot{number}") for number in range(slots)]:
-        slot.mkdir(exist_ok=True)
-        (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
-        (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
-        with contextlib.suppress(FileNotFoundError):  # a kernel without swap
-            (slot / "memory.swap.max").write_text("0")
-        for place in (top, slot):  # a runtime that sizes itself by its cgroup reads it
-            os.chmod(place, 0o755)
-        (slot / "cgroup.kill").write_text("1")  # Linux 5.14
+    os.chmod(top, 0o755)  # a runtime that sizes itself by its cgroup reads it
+    for number in range(slots):
+        make_cgroup(Path(top, f"slot{number}"), processes)
+
+
+def make_cgroup(slot: Path, processes: int) -> None:
+    """Make a slot's cgroup; raises OSError."""
+    slot.mkdir(exist_ok=True)
+    slot.chmod(0o755)
+    (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
+    (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
+    with contextlib.suppress(FileNotFoundError):  # a kernel without swap
+        (slot / "memory.swap.max").write_text("0")
+    (slot / "cgroup.kill").write_text("1")  # Linux 5.14
 
 
 def empty_cgroup(path: str) -> None:
@@ -2559,8 +2564,14 @@ def remove_cgroups(top: str) -> None:
 class Cgroup:
     """A slot's cgroup, as its supervisor uses it for one run after another."""
 
-    def __init__(self, path: str):
-        empty_cgroup(path)  # what a supervisor that was killed left
+    # What memory.stat may be off by: the kernel adds up 64 pages of each processor at a time.
+    LEAST_LEFT = MIB + 64 * PAGE * (os.cpu_count() or 1)
+
+    def __init__(self, path: str, processes: int):
+        with contextlib.suppress(FileNotFoundError):
+            empty_cgroup(path)  # what a supervisor that was killed left
+            os.rmdir(path)  # what is charged to it for longer than that goes with it
+        make_cgroup(Path(path), processes)
         self.path, self.cap_mb = path, 0
         # Who writes 0 into this is in the cgroup. It counts who opened it, not who writes.
         self.procs = os.open(f"{path}/cgroup.procs", os.O_WRONLY)
@@ -2577,6 +2588,13 @@ class Cgroup:
         """The bytes that the run holds now. Page cache is none of it: it gives way at the cap."""
         content = os.pread(self.stat, 4096, 0)
         return sum(map(int, re.findall(rb"(?m)^(?:anon|shmem) (\d+)$", content)))
+
+    def is_charged(self) -> bool:
+        """Whether the kernel still holds what a run that is gone is charged for: what connections
+        have yet to send, what its sockets sent to themselves."""
+        content = os.pread(self.stat, 4096, 0)
+        kinds = rb"(?m)^(?:anon|shmem|sock|kernel_stack|percpu|vmalloc|slab_unreclaimable) (\d+)$"
+        return sum(map(int, re.findall(kinds, content))) > self.LEAST_LEFT
 
     def was_full(self) -> bool:
         """Whether the kernel killed the run at its cap, and not for want in the whole machine."""
@@ -2983,6 +3001,10 @@ class Workspace:
         # What the room made, what stays in it, and its mode
         self.kept = [(self.own, list(OWN), 0o711), (room.feed, [], 0o711),
                      *((path, stays, 0o1777) for path, stays in room.own.items())]
+        if self.linked and not room.is_scoped:  # a run in another slot may have got hold of one
+            self.kept[2:] = [(path, stays, 0o1770) for path, stays in room.own.items()]
+            for path in room.own:
+                os.chown(path, 0, spec.gid or 0)
         for path, _, mode in self.kept:
             os.chmod(path, mode)
         self.new: dict[str, list[object]] = {}  # how each directory looked when it was made
@@ -3380,7 +3402,8 @@ class Supervisor:
     def __init__(self, spec: SlotSpec, agent: socket.socket, life: int):
         self.spec, self.agent = spec, agent
         self.life = life  # ends with the launcher
-        self.cgroup = Cgroup(spec.cgroup) if spec.cgroup else None
+        processes = spec.limits["RLIMIT_NPROC"]
+        self.cgroup = Cgroup(spec.cgroup, processes) if spec.cgroup else None
         # What takes a run into its cgroup (Cgroup.procs), or nowhere
         self.procs = self.cgroup.procs if self.cgroup else os.open(os.devnull, os.O_WRONLY)
         self.room = Room(spec)
@@ -3417,9 +3440,11 @@ class Supervisor:
         self.end_run(self.helpers)
 
     def is_spent(self) -> bool:
-        """Whether a run left what only another supervisor has not: something of its room; as an
-        ordinary user, what was set on the room's directories or this process."""
-        return (self.room.is_used() or self.workspace.is_marked()
+        """Whether a run left what only another supervisor has not: something of its room, a charge
+        of its cgroup; as an ordinary user, what was set on the room's directories or this process.
+        """
+        return (self.room.is_used() or bool(self.cgroup and self.cgroup.is_charged())
+                or self.workspace.is_marked()
                 or self.spec.uid is None and traits(os.getpid()) != self.traits)
 
     def run(self, run: RunSpec) -> Outcome:

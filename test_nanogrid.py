@@ -4486,6 +4486,39 @@ def test_the_agent_admits_what_its_own_cgroup_allows():
     assert int(said) == 600 - 256
 
 
+UNSENT = """
+import socket, sys
+port, kept, sent = int(sys.stdin.read()), [], 0
+for _ in range(40):
+    kept.append(socket.create_connection(("127.0.0.1", port)))
+    kept[-1].setblocking(False)
+    try:
+        while True: sent += kept[-1].send(bytes(1 << 20))
+    except BlockingIOError: pass
+print(sent)
+"""
+
+
+@under_cgroup
+def test_what_connections_have_yet_to_send_is_charged_to_no_later_run(grids):
+    """The kernel keeps it, and its charge, for as long as the other side says that it has no room."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(100)
+        try:
+            socket.create_connection(listener.getsockname()).close()
+        except OSError:
+            pytest.skip("this machine's loopback is down")
+        grid = grids("root", EXECUTION_CONCURRENCY=1)
+        grid.put({"main.py": UNSENT}, function_id="leaves", request_id="leaves", input=listener.getsockname()[1])
+        for n in range(2):
+            grid.put({"main.py": "print('fine')"}, function_id="next", request_id=f"next{n}", memoryMb=24)
+        grid.run()
+    assert int(grid["leaves"]["stdout"]) > 20 * MIB
+    assert [(grid[f"next{n}"]["status"], grid[f"next{n}"]["receiveCount"]) for n in range(2)] == [("ok", 1)] * 2, grid.log
+
+
 @under_cgroup
 def test_many_runs_leave_nothing(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=2)
