@@ -3999,6 +3999,11 @@ class FolderResults:
                 shutil.rmtree(part, ignore_errors=True)
 
 
+# What AWS says of a result that is too large, say: others can be stored.
+OF_THE_RESULT = {"InvalidParameterValue", "InvalidMessageContents", "EntityTooLarge",
+                 "KeyTooLongError"}
+
+
 class AwsResults:
     """s3://output.bucket/s3Prefix/requestId/ and output.queueUrl, each when it is set."""
 
@@ -4036,7 +4041,10 @@ class AwsResults:
             raise place.outage(error, "output")
         if error:
             said = remedy(error, needs, arguments.get("QueueUrl"))
-            place.failed(said, "output", longest=30)
+            if error_code(error) in OF_THE_RESULT:
+                place.worked()
+            else:
+                place.failed(said, "output", longest=30)
             raise Ended(Outcome("error", "output", f"the result cannot be stored: {said}"))
         place.worked()
 

@@ -7174,6 +7174,19 @@ for _trouble in S3_TROUBLE:
     add_trial(f"s3 {_trouble}", s3_trial, False, trouble=_trouble)
 
 
+def test_a_result_that_sqs_does_not_take_is_no_fault_of_its_queue():
+    """Else one function that says too much would keep all from running."""
+    client_error = pytest.importorskip("botocore.exceptions").ClientError
+    def refuse(**_):
+        raise client_error({"Error": {"Code": "InvalidParameterValue", "Message": "Message must be shorter"},
+                            "ResponseMetadata": {"HTTPStatusCode": 400}}, "SendMessage")
+    clients = types.SimpleNamespace(s3=None, results=types.SimpleNamespace(send_message=refuse))
+    results = ng.AwsResults(clients, dataclasses.replace(ng.Settings(), output_queue_url=QUEUE), ng.Log())
+    with pytest.raises(ng.Ended, match="cannot be stored"):
+        results.put({"requestId": "r"}, "", [])
+    assert not results.queue.since
+
+
 def result_trial(moto: str, operation: str, fault: str):
     """A result that may not be stored, or not before patience ends, leaves the message; when that
     is back, only the storing is repeated."""
