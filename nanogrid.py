@@ -3593,7 +3593,8 @@ class Launcher:
         while True:
             ready = {fd for fd, _ in self.poll.poll()}
             if self.control.fileno() in ready:
-                message, fds, _, _ = socket.recv_fds(self.control, 65536, 2)
+                message, fds, _, _ = socket.recv_fds(
+                    self.control, 65536, 2, socket.MSG_CMSG_CLOEXEC)
                 if not message:
                     return
                 with socket.socket(fileno=fds[0]) as agent:
