@@ -2531,6 +2531,10 @@ def make_cgroup(slot: Path, processes: int) -> None:
     with contextlib.suppress(FileNotFoundError):  # a kernel without swap
         (slot / "memory.swap.max").write_text("0")
     (slot / "cgroup.kill").write_text("1")  # Linux 5.14
+    # These tell of all runs since it was made.
+    for kind in "*.peak", "memory.events*", "pids.events*", "*.pressure", "cpu.stat*":
+        for file in slot.glob(kind):
+            file.chmod(0o600)
 
 
 def empty_cgroup(path: str) -> None:
