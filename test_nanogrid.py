@@ -1244,11 +1244,9 @@ def oracle(text: str) -> dict:
 
 
 KEYS = ["a", "b c", "queueUrl", "'q: k'", '"d\\u0041"', "1", "true", "키", "-x", "a#b", "http://k"]
-SCALARS = ["1", "-0", "0o17", "0777", "0x1F", "1e3", ".5", ".inf", "~", "null", "true", "NO",
-    "1_000",
-           "12:30", "a b", "a#b", "http://x/y#z", "-x", "'it''s # x'", '"\\x41\\n\\"b\\""', "''",
-           "값",
-           "x:y", "2026-11-22", "a, b", "- x'"[2:], "%d{x}"[1:], "<<", "="]
+SCALARS = ["1", "-0", "0o17", "0777", "0x1F", "1e3", ".5", ".inf", "~", "null", "true", "NO", "1_000",
+           "12:30", "a b", "a#b", "http://x/y#z", "-x", "'it''s # x'", '"\\x41\\n\\"b\\""', "''", "값",
+           "x:y", "2026-11-22", "a, b", " x'", "d{x}", "<<", "="]
 
 
 def random_document(rng: random.Random) -> str:
@@ -1287,19 +1285,13 @@ def random_document(rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_documents_of_the_subset_are_read_as_pyyaml_reads_them(seed):
+def test_random_documents_whole_or_damaged_are_refused_or_read_as_pyyaml_reads_them(seed):
     rng = random.Random(seed)
     for _ in range(150):
         text = random_document(rng)
         assert same(ng.parse_yaml(text), oracle(text)), text
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_damaged_documents_are_refused_or_read_as_pyyaml_reads_them(seed):
-    rng = random.Random(seed)
     pieces = [*" \n\t:-#'\"?,[]{}&*!|>%@`\\ab01.~\r$=", ": ", "- ", " #", "\n  ", "\n- ", "---\n",
-        "...\n",
-              "\\x41", "\xa0", "\ufeff"]
+              "...\n", "\\x41", "\xa0", "\ufeff"]
     accepted = 0
     for _ in range(800):
         text = list(random_document(rng))
@@ -1377,16 +1369,13 @@ def problems(tmp_path, text: str, environ=None, local=False) -> list[str]:
     return str(refused.value).replace(f"{tmp_path}/", "").split("\n")
 
 
-def test_the_guides_own_file_loads(tmp_path):
+def test_the_guides_file_loads_and_the_spring_boot_agents_with_a_warning_for_each_section(tmp_path):
     settings, warnings = load(tmp_path, GUIDE)
     assert not warnings
     assert (settings.region, settings.queue_url) == ("ap-northeast-2", QUEUE)
     assert (settings.code_bucket, settings.wait_time_seconds) == ("nanogrid-code-bucket", 20)
-
-
-def test_the_spring_boot_agents_file_loads_with_a_warning_for_each_section(tmp_path):
-    settings, warnings = load(tmp_path, SPRING)
-    assert settings == load(tmp_path, GUIDE)[0]
+    springs, warnings = load(tmp_path, SPRING)
+    assert springs == settings
     sections = ["spring", "server", "logging", "agent.docker", "agent.warmPool", "agent.polling",
                 "agent.redis"]
     assert [re.search(r"yml:\d+: (\S+) is for the Spring", one)[1] for one in warnings] == sections
@@ -1403,13 +1392,10 @@ def test_defaults():
     assert (settings.output_prefix, settings.task_base_dir) == ("outputs", "/tmp/task")
 
 
-def test_memory_for_runs_leaves_a_reserve():
-    machine = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1]) // 1024
-    assert abs(ng.Settings().memory_mb - max(1, machine - max(256, machine // 10))) <= 16
-
-
-def test_each_of_several_agents_has_its_share_of_cores_and_memory(monkeypatch):
+def test_each_of_several_agents_has_its_share_of_cores_and_of_memory_less_a_reserve(monkeypatch):
     alone, cores = ng.Settings(), len(os.sched_getaffinity(0))
+    machine = int(re.search(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[1]) // 1024
+    assert abs(alone.memory_mb - max(1, machine - max(256, machine // 10))) <= 16
     monkeypatch.setenv("NANOGRID_AGENTS", "4")
     assert ng.Settings().concurrency == max(1, cores // 4)
     assert ng.Settings().memory_mb == alone.memory_mb // 4
@@ -1472,63 +1458,91 @@ def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, 
     assert in_environment == in_file
 
 
-@pytest.mark.parametrize("environ, buckets", [
-    ({}, ("in-file",)), ({"AGENT_S3_ALLOWEDBUCKETS": ""}, ("in-file",)),
-    ({"AGENT_S3_ALLOWEDBUCKETS": "one"}, ("one",)),
-    ({"AGENT_S3_ALLOWEDBUCKETS": "one, two,"}, ("one", "two")),
-    ({"AGENT_S3_ALLOWEDBUCKETS_1": "two", "AGENT_S3_ALLOWEDBUCKETS_0": "one"}, ("one", "two")),
-    ({f"AGENT_S3_ALLOWEDBUCKETS_{n}": f"b-{n}" for n in range(11)},
-     tuple(f"b-{n}" for n in range(11))),
+BUCKETS, REGION = "agent:\n  s3:\n    allowedBuckets:\n    - in-file\n", "agent:\n  aws:\n    region: us-east-1\n"
+NO_ACCOUNT = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID")
+
+
+@pytest.mark.parametrize("text, environ, field, value", [
+    # lists, in both of Spring's ways
+    (BUCKETS, {}, "allowed_buckets", ("in-file",)),
+    (BUCKETS, {"AGENT_S3_ALLOWEDBUCKETS": ""}, "allowed_buckets", ("in-file",)),
+    (BUCKETS, {"AGENT_S3_ALLOWEDBUCKETS": "one"}, "allowed_buckets", ("one",)),
+    (BUCKETS, {"AGENT_S3_ALLOWEDBUCKETS": "one, two,"}, "allowed_buckets", ("one", "two")),
+    (BUCKETS, {"AGENT_S3_ALLOWEDBUCKETS_1": "two", "AGENT_S3_ALLOWEDBUCKETS_0": "one"},
+     "allowed_buckets", ("one", "two")),
+    (BUCKETS, {f"AGENT_S3_ALLOWEDBUCKETS_{n}": f"b-{n}" for n in range(11)},
+     "allowed_buckets", tuple(f"b-{n}" for n in range(11))),
+    # AWS's own variables, which --local does not look at
+    (REGION, {"AGENT_AWS_REGION": "eu-west-1", "AWS_REGION": "x"}, "region", "eu-west-1"),
+    (REGION, {"AWS_REGION": "eu-west-1"}, "region", "us-east-1"),
+    (REGION, {"AGENT_AWS_REGION": "", "AWS_REGION": "x"}, "region", "us-east-1"),
+    ("", {"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "region", "eu-west-1"),
+    ("", {"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-west-2"}, "region", "eu-west-2"),
+    (REGION, {"AWS_ENDPOINT_URL": "http://localhost:5000"}, "endpoint_url", "http://localhost:5000"),
+    (NO_ACCOUNT.replace("ap-northeast-2  #", " #"), {"AWS_REGION": "?", "local": "1"}, "region", None),
+    (NO_ACCOUNT, {"AWS_ENDPOINT_URL": "localhost", "local": "1"}, "endpoint_url", None),
+    # a wrong value in the file does not matter where the environment wins
+    (NO_ACCOUNT, {}, "queue_url", "http://localhost:5000/123456789012/q"),
+    (GUIDE.replace("Seconds: 20", "Seconds: 99"), {"AGENT_SQS_WAITTIMESECONDS": " 5"}, "wait_time_seconds", 5),
 ])
-def test_lists_come_from_the_environment_in_both_of_springs_ways(tmp_path, environ, buckets):
-    settings, _ = load(tmp_path, "agent:\n  s3:\n    allowedBuckets:\n    - in-file\n", environ,
-        True)
-    assert settings.allowed_buckets == buckets
+def test_where_a_setting_comes_from(tmp_path, text, environ, field, value):
+    needed = {"AGENT_AWS_REGION": "", "AGENT_S3_CODEBUCKET": "code-bucket", "AWS_REGION": "eu-west-3",
+              "AGENT_SQS_QUEUEURL": "http://localhost:5000/123456789012/q"}
+    is_local = "local" in environ
+    settings, _ = load(tmp_path, text, environ if is_local else {**needed, **environ}, is_local)
+    assert getattr(settings, field) == value
 
 
-@pytest.mark.parametrize("in_file, environ, region", [
-    ("us-east-1", {"AGENT_AWS_REGION": "eu-west-1", "AWS_REGION": "x"}, "eu-west-1"),
-    ("us-east-1", {"AWS_REGION": "eu-west-1"}, "us-east-1"),
-    ("us-east-1", {"AGENT_AWS_REGION": ""}, "us-east-1"),
-    ("", {"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-1"),
-    ("", {"AWS_REGION": "", "AWS_DEFAULT_REGION": "eu-west-2"}, "eu-west-2"),
+MISSING = "is missing; write it in application.yml, or set "
+ALL_MISSING = ["agent.aws.region " + MISSING + "AGENT_AWS_REGION or AWS_REGION or AWS_DEFAULT_REGION",
+               "agent.sqs.queueUrl " + MISSING + "AGENT_SQS_QUEUEURL",
+               "agent.s3.codeBucket " + MISSING + "AGENT_S3_CODEBUCKET"]
+
+
+@pytest.mark.parametrize("text, environ, found", [
+    (GUIDE.replace("codeBucket", "code-bucket").replace("Messages: 10", "Messages: yes")
+     .replace("waitTimeSeconds: 20", "waitTimeSeconds: 30") + "server: 1\nsqs: 1\n",
+     {"AGENT_EXECUTION_MEMORYMB": "lots"}, [
+         "15: agent.s3.code-bucket is no known key; the nearest is agent.s3.codeBucket",
+         "18: sqs is no known key; the nearest is agent.sqs",
+         "10: agent.sqs.waitTimeSeconds is 30; SQS allows 0 to 20",
+         "11: agent.sqs.maxNumberOfMessages is 'yes'; write a whole number, without quotes",
+         "14: " + ALL_MISSING[2],
+         "AGENT_EXECUTION_MEMORYMB: agent.execution.memoryMb is 'lots'; write a whole number, without quotes"]),
+    (NO_ACCOUNT.replace("region: ap-northeast-2", "region: us-east-1"), {}, [
+        "8: agent.sqs.queueUrl still holds YOUR_ACCOUNT_ID; ",
+        "8: agent.sqs.queueUrl is in ap-northeast-2, but agent.aws.region (or AWS_REGION) is 'us-east-1'; "]),
+    ("", {}, [f"1: {each}" for each in ALL_MISSING]),
+    ("agent:\n  aws:\n    region:\n  sqs:\n    waitTimeSeconds: 1\n", {},
+     [f"{line}: {each}" for line, each in zip((3, 4, 1), ALL_MISSING)]),
+    ("# c\nagent:\n  sqs:\n    queueUrl: ~\n", {},
+     [f"{line}: {each}" for line, each in zip((1, 4, 1), ALL_MISSING)]),
+    # without a file, a problem is a variable's
+    (None, {}, ["AGENT_AWS_REGION: agent.aws.region is missing; ", "AGENT_SQS_QUEUEURL: ", "AGENT_S3_CODEBUCKET: "]),
+    (None, {**ENOUGH, "AGENT_SQS_WAITTIMESECONDS": "30", "AGENT_S3_ALLOWEDBUCKETS": "a,s3://b",
+            "AGENT_EXECUTION_WARMSTART": "no", "AGENT_EXECUTION_MAXFILES": "9" * 5000, "AWS_ENDPOINT_URL": "localhost"},
+     ["AWS_ENDPOINT_URL: ", "AGENT_SQS_WAITTIMESECONDS: agent.sqs.waitTimeSeconds is 30; SQS allows 0 to 20",
+      "AGENT_S3_ALLOWEDBUCKETS: ", "AGENT_S3_ALLOWEDBUCKETS: ", "AGENT_EXECUTION_WARMSTART: ",
+      "AGENT_EXECUTION_MAXFILES: "]),
+    *((None, {**ENOUGH, name: ""}, [f"{name}: is no setting; the nearest is AGENT_{nearest}"]) for name, nearest in [
+        ("AGENT_SQS_QUEUE_URL", "SQS_QUEUEURL"), ("AGENT_QUEUEURL_0", ""), ("AGENT_", ""),
+        ("AGENT_WARMPOOLS_ENABLED", "")]),
 ])
-def test_where_the_region_comes_from(tmp_path, in_file, environ, region):
-    text = f"agent:\n  aws:\n    region: {in_file}\n"
-    needed = {"AGENT_SQS_QUEUEURL": f"https://sqs.{region}.amazonaws.com/123456789012/q",
-              "AGENT_S3_CODEBUCKET": "code-bucket", "AWS_ENDPOINT_URL": "http://localhost:5000"}
-    settings, _ = load(tmp_path, text, {**needed, **environ})
-    assert (settings.region, settings.endpoint_url) == (region, "http://localhost:5000")
+def test_all_problems_are_named_at_once(tmp_path, text, environ, found):
+    """Each by the line of the file or by the variable."""
+    with pytest.raises(ng.ConfigError) as refused:
+        load(tmp_path, text, environ) if text is not None else ng.load_settings(None, environ, local=False)
+    problems = str(refused.value).replace(f"{tmp_path}/application.yml:", "").split("\n")
+    assert len(problems) == len(found) and all(map(str.startswith, problems, found)), problems
+    assert max(map(len, problems)) < 250
 
 
-def test_local_needs_nothing_of_aws_and_does_not_look_at_its_variables(tmp_path):
-    text = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID")
-    text = text.replace("region: ap-northeast-2", "region:")
-    settings, _ = load(tmp_path, text, {"AWS_REGION": "?", "AWS_ENDPOINT_URL": "localhost"}, True)
-    assert (settings.region, settings.endpoint_url) == (None, None)
-
-
-def test_a_wrong_value_in_the_file_does_not_matter_where_the_environment_wins(tmp_path):
-    text = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID").replace("Seconds: 20", "Seconds: 99")
-    environ = {"AGENT_SQS_QUEUEURL": QUEUE, "AGENT_SQS_WAITTIMESECONDS": " 5"}
-    assert load(tmp_path, text, environ)[0].wait_time_seconds == 5
-
-
-def test_all_problems_are_named_at_once(tmp_path):
-    text = GUIDE.replace("codeBucket", "code-bucket").replace("Messages: 10", "Messages: yes")
-    text = text.replace("waitTimeSeconds: 20", "waitTimeSeconds: 30")
-    found = problems(tmp_path, text + "server: 1\nsqs: 1\n", {"AGENT_EXECUTION_MEMORYMB": "lots"})
-    assert found == [
-        ("application.yml:15: agent.s3.code-bucket is no known key; "
-         "the nearest is agent.s3.codeBucket"),
-        "application.yml:18: sqs is no known key; the nearest is agent.sqs",
-        "application.yml:10: agent.sqs.waitTimeSeconds is 30; SQS allows 0 to 20",
-        ("application.yml:11: agent.sqs.maxNumberOfMessages is 'yes'; "
-         "write a whole number, without quotes"),
-        ("application.yml:14: agent.s3.codeBucket is missing; write it in application.yml, "
-         "or set AGENT_S3_CODEBUCKET"),
-        ("AGENT_EXECUTION_MEMORYMB: agent.execution.memoryMb is 'lots'; "
-         "write a whole number, without quotes")]
+@pytest.mark.parametrize("name", ["AGENT_WARMPOOL_ENABLED", "AGENT_REDIS", "AGENTS", "MY_AGENT_X"])
+def test_variables_of_the_spring_boot_agent_are_passed_over_with_a_warning(name):
+    settings, warnings = ng.load_settings(None, {**ENOUGH, name: "1"}, local=False)
+    assert settings.code_bucket == "code-bucket"
+    spring = [f"{name} is for the Spring Boot agent; passed over"]
+    assert warnings == (spring if name.startswith("AGENT_") else [])
 
 
 @pytest.mark.parametrize("text, line, words", [
@@ -1650,15 +1664,6 @@ def test_wrong_queue_urls(tmp_path, url, region, words, path):
     assert found[0].startswith(f"application.yml:3: agent.{path}.queueUrl ")
 
 
-def test_a_wrong_account_and_a_wrong_region_are_both_named(tmp_path):
-    text = GUIDE.replace("123456789012", "YOUR_ACCOUNT_ID")
-    text = text.replace("region: ap-northeast-2", "region: us-east-1")
-    assert [re.sub("; .*", "", one) for one in problems(tmp_path, text)] == [
-        "application.yml:8: agent.sqs.queueUrl still holds YOUR_ACCOUNT_ID",
-        ("application.yml:8: agent.sqs.queueUrl is in ap-northeast-2, but agent.aws.region "
-         "(or AWS_REGION) is 'us-east-1'")]
-
-
 @pytest.mark.parametrize("url", [
     "http://localhost:5000/123456789012/q", "http://127.0.0.1:9324/queue/q",
     "http://[::1]:5000/1/q",
@@ -1667,56 +1672,6 @@ def test_a_wrong_account_and_a_wrong_region_are_both_named(tmp_path):
 def test_right_queue_urls(url):
     settings, _ = ng.load_settings(None, {**ENOUGH, "AGENT_SQS_QUEUEURL": url}, local=False)
     assert settings.queue_url == url
-
-
-def test_problems_of_the_environment_name_the_variable():
-    with pytest.raises(ng.ConfigError) as refused:
-        ng.load_settings(None, {**ENOUGH, "AGENT_SQS_WAITTIMESECONDS": "30",
-            "AGENT_S3_ALLOWEDBUCKETS": "a,s3://b",
-                                "AGENT_EXECUTION_WARMSTART": "no",
-                                "AGENT_EXECUTION_MAXFILES": "9" * 5000,
-                                "AWS_ENDPOINT_URL": "localhost"}, local=False)
-    found = str(refused.value).split("\n")
-    assert "AGENT_SQS_WAITTIMESECONDS: agent.sqs.waitTimeSeconds is 30; SQS allows 0 to 20" in found
-    assert [one.split(":")[0] for one in found] == [
-        "AWS_ENDPOINT_URL", "AGENT_SQS_WAITTIMESECONDS", "AGENT_S3_ALLOWEDBUCKETS",
-        "AGENT_S3_ALLOWEDBUCKETS",
-        "AGENT_EXECUTION_WARMSTART", "AGENT_EXECUTION_MAXFILES"]
-    assert max(map(len, found)) < 250
-
-
-@pytest.mark.parametrize("name, problem", [
-    ("AGENT_SQS_QUEUE_URL", "is no setting; the nearest is AGENT_SQS_QUEUEURL"),
-    ("AGENT_QUEUEURL_0", "is no setting; the nearest is AGENT_"),
-    ("AGENT_", "is no setting; the nearest is AGENT_"),
-    ("AGENT_WARMPOOLS_ENABLED", "is no setting; the nearest is AGENT_"),
-    ("AGENT_WARMPOOL_ENABLED", None), ("AGENT_REDIS", None), ("AGENTS", None), ("MY_AGENT_X", None)])
-def test_variables_that_are_no_settings(name, problem):
-    """An error that names the nearest; those of the Spring Boot agent are passed over with a warning."""
-    if problem:
-        with pytest.raises(ng.ConfigError, match=f"^{name}: {problem}"):
-            ng.load_settings(None, {**ENOUGH, name: ""}, local=False)
-    else:
-        _, warnings = ng.load_settings(None, {**ENOUGH, name: "1"}, local=False)
-        spring = [f"{name} is for the Spring Boot agent; passed over"]
-        assert warnings == (spring if name.startswith("AGENT_") else [])
-
-
-@pytest.mark.parametrize("text, lines", [
-    ("", [1, 1, 1]), ("agent:\n  aws:\n    region:\n  sqs:\n    waitTimeSeconds: 1\n", [3, 4, 1]),
-    ("# c\nagent:\n  sqs:\n    queueUrl: ~\n", [1, 4, 1])])
-def test_what_is_required_and_missing(tmp_path, text, lines):
-    found = problems(tmp_path, text)
-    assert [int(one.split(":")[1]) for one in found] == lines
-    for one, name in zip(found, ("AGENT_AWS_REGION or AWS_REGION or AWS_DEFAULT_REGION",
-                                 "AGENT_SQS_QUEUEURL", "AGENT_S3_CODEBUCKET")):
-        assert "is missing; write it in application.yml, or set " + name in one
-
-
-def test_what_is_required_and_missing_without_a_file():
-    with pytest.raises(ng.ConfigError, match="^AGENT_AWS_REGION: agent.aws.region is missing; "):
-        ng.load_settings(None, {}, local=False)
-    assert ng.load_settings(None, ENOUGH, local=False)[0].code_bucket == "code-bucket"
 
 
 def test_files_that_cannot_be_read(tmp_path):
