@@ -1568,39 +1568,54 @@ class SqsQueue:
                     self.visibility, int(message.last - asked))
         answer, error = attempt(call, QueueUrl=self.url, Entries=entries)
         if error and action != "delete" and is_denied(error):
-            with self.lock:
-                if not self.denied_at:
-                    self.log("WARNING", "no lease is extended, and tasks over the queue's "
-                             f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
-                self.may_change, self.denied_at = False, asked
+            self._note_denial(error, asked)
             return True
-        failed = {one["Id"]: (one.get("SenderFault"), f"{one.get('Code')}: {one.get('Message')}")
-                  for one in (answer or {}).get("Failed", [])}
-        passing = [said for is_final, said in failed.values() if not is_final]
-        if error or passing:
-            request.failed(error and remedy(error, QUEUE_NEEDS, self.url) or error or passing[0])
+        if error:
+            request.failed(remedy(error, QUEUE_NEEDS, self.url) or error)
+            return False
+        failures = {one["Id"]: one for one in answer.get("Failed", [])}
+        passing = [one for one in failures.values() if not one.get("SenderFault")]
+        if passing:
+            request.failed(in_words(passing[0]))
         else:
             request.worked()
-        if error:
-            return False
         with self.lock:
             if action != "delete":
                 if self.denied_at:
-                    self.log("INFO", "leases are extended: sqs:ChangeMessageVisibility is granted")
+                    self.log("INFO", f"leases are extended: {CHANGE_NEEDS} is granted")
                 self.may_change, self.denied_at = True, 0.0
             for entry, message in zip(entries, messages):
-                is_final, said = failed.get(entry["Id"], (False, ""))
-                if is_final:  # its handle holds no longer, as after a delete whose answer was lost
-                    message.ends = asked
-                    self.log("WARNING" if message.action == "keep" else "INFO",
-                             f"message {message.id} is no longer ours: {said}")
-                elif not said and action == "keep":
-                    message.ends = asked + entry["VisibilityTimeout"]
-                    message.beat = asked + entry["VisibilityTimeout"] / 3
-                is_done = action != "keep" and (is_final or not said)
-                if is_done and self.in_flight.get(message.id) is message:
-                    del self.in_flight[message.id]
+                self._settle(action, message, entry, failures.get(entry["Id"]), asked)
         return True
+
+    def _note_denial(self, error: Exception, asked: float) -> None:
+        """Keep no lease for a while, since that is not permitted; say so once."""
+        with self.lock:
+            if not self.denied_at:
+                self.log("WARNING", "no lease is extended, and tasks over the queue's "
+                         f"{self.visibility} s are rejected: {remedy(error, CHANGE_NEEDS)}")
+            self.may_change, self.denied_at = False, asked
+
+    def _settle(self, action: str, message: Message, entry: Mapping[str, Any],
+                failure: Mapping[str, Any] | None, asked: float) -> None:
+        """Note what SQS answered to one entry of a request."""
+        # Then its handle holds no longer, as after a delete whose answer was lost.
+        is_final = bool(failure and failure.get("SenderFault"))
+        if failure and is_final:
+            message.ends = asked
+            self.log("WARNING" if message.action == "keep" else "INFO",
+                     f"message {message.id} is no longer ours: {in_words(failure)}")
+        elif not failure and action == "keep":
+            message.ends = asked + entry["VisibilityTimeout"]
+            message.beat = asked + entry["VisibilityTimeout"] / 3
+        is_done = action != "keep" and (is_final or not failure)
+        if is_done and self.in_flight.get(message.id) is message:
+            del self.in_flight[message.id]
+
+
+def in_words(failure: Mapping[str, Any]) -> str:
+    """What SQS says of an entry of a batch that failed."""
+    return f"{failure.get('Code')}: {failure.get('Message')}"
 
 
 def await_end(thread: threading.Thread, seconds: float, is_urgent: Callable[[], bool]) -> None:
@@ -2747,40 +2762,14 @@ class Room:
         nothing, passwd = f"{spec.directory}/nothing", f"{spec.directory}/passwd"
         files = [path for path in spec.hidden if not os.path.isdir(path)]
         self.covers = {**dict.fromkeys(files, nothing), "/etc/passwd": passwd}
+        kept = {path: os.open(path, os.O_PATH) for path in spec.shown
+                if any(path.startswith(f"{above}/") for above in spec.hidden)}
         here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
-        # A mount point cannot be renamed or removed, but a plain directory above it can. So the
-        # first part of a kept path below its cover becomes a mount point, too.
-        kept: dict[str, int] = {}
-        to_cover: set[str] = set()
-        for path in spec.shown:
-            if above := [one for one in spec.hidden if path.startswith(f"{one}/")]:
-                kept[path] = os.open(path, os.O_PATH)
-                to_cover.add("/".join(path.split("/")[:min(above).count("/") + 2]))
-        to_cover.difference_update(kept)
-        covered = []
-        base = os.path.dirname(spec.directory)
-        if spec.uid is not None:  # what anybody may write to would carry files from run to run
-            self._try("functions may write where every user of this machine may",
-                      lambda: remount("/", MS_RDONLY))
-            if not any(base.startswith(f"{path}/") for path in spec.hidden):
-                mount(base, base, "", MS_BIND)
-                remount(base)
-        for path in sorted({*spec.hidden, *to_cover}):
-            if path in OWN_TMP:
-                mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
-                remount(path)
-            elif path in to_cover or os.path.isdir(path):
-                os.makedirs(path, exist_ok=True)
-                mode = "mode=1777" if path == SHM else "mode=755,size=1m"
-                mount("room", path, "tmpfs", flags, mode)
-                covered.append(path)
-        for path, fd in kept.items():
-            self._show(path, fd)
+        if spec.uid is not None:
+            self._close_root()
+        self._cover(here, kept)
+        for fd in (*kept.values(), here):
             os.close(fd)
-        os.close(here)
-        for path in covered:
-            if path != SHM:
-                mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
         # Its input and outputs are made anew for each run, for next to nothing here: a file system
         # on disk searches past all inodes that were freed of late.
@@ -2789,6 +2778,42 @@ class Room:
         with contextlib.suppress(OSError):  # a kernel without message queues
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
+
+    def _close_root(self) -> None:
+        """Have the root file system read-only: what anybody may write to lasts beyond a run."""
+        base = os.path.dirname(self.spec.directory)
+        self._try("functions may write where every user of this machine may",
+                  lambda: remount("/", MS_RDONLY))
+        if not any(base.startswith(f"{path}/") for path in self.spec.hidden):
+            mount(base, base, "", MS_BIND)
+            remount(base)
+
+    def _cover(self, here: int, kept: Mapping[str, int]) -> None:
+        """Cover what is hidden: by what is the slot's own below `here`, or else by nothing but
+        what is `kept`, each path with a descriptor of what it was."""
+        hidden, flags = self.spec.hidden, MS_NOSUID | MS_NODEV
+        # A mount point cannot be renamed or removed, but a plain directory above it can. So the
+        # first part of a kept path below its cover becomes a mount point, too.
+        firsts = set()
+        for path in kept:
+            cover = min(one for one in hidden if path.startswith(f"{one}/"))
+            firsts.add("/".join(path.split("/")[:cover.count("/") + 2]))
+        firsts.difference_update(kept)
+        covered = []
+        for path in sorted({*hidden, *firsts}):
+            if path in OWN_TMP:
+                mount(f"/proc/self/fd/{here}/{OWN_TMP[path]}", path, "", MS_BIND)
+                remount(path)
+            elif path in firsts or os.path.isdir(path):
+                os.makedirs(path, exist_ok=True)
+                mode = "mode=1777" if path == SHM else "mode=755,size=1m"
+                mount("room", path, "tmpfs", flags, mode)
+                covered.append(path)
+        for path, fd in kept.items():
+            self._show(path, fd)
+        for path in covered:
+            if path != SHM:
+                mount("none", path, "", MS_REMOUNT | MS_RDONLY | flags)
 
     def _show(self, path: str, fd: int) -> None:
         """Have what `fd` stands for at `path` again, below a directory that was covered."""
@@ -2857,16 +2882,18 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
     pending = [path]
     while pending:
         directory = pending.pop()
-        os.chmod(directory, 0o700)
         for entry in list(os.scandir(directory)):
             if directory == path and entry.name in keep:
                 continue
-            if is_folder(entry):
-                os.chmod(entry.path, 0o700)
-                pending.append(f"{path}/{os.urandom(8).hex()}")
-                os.rename(entry.path, pending[-1])
-            else:
+            if not is_folder(entry):
                 os.unlink(entry.path)
+                continue
+            with contextlib.suppress(OSError):
+                os.rmdir(entry.path)  # most are empty
+                continue
+            os.chmod(entry.path, 0o700)
+            pending.append(f"{path}/{os.urandom(8).hex()}")
+            os.rename(entry.path, pending[-1])
         if directory != path:
             os.rmdir(directory)
 
@@ -2874,29 +2901,33 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
 def remove(path: str) -> None:
     """Remove what is at a path, whatever a function put there."""
     if stat.S_ISDIR(os.lstat(path).st_mode):
+        os.chmod(path, 0o700)
         sweep(path)
         os.rmdir(path)
     else:
         os.unlink(path)
 
 
-FS_IOC_GETFLAGS = 0x80086601  # ioctl_fs(2)
+# ioctl_fs(2), ioctl_xfs_fsgetxattr(2): flags, generation, extended flags with the project
+GET_MARKS = 0x80086601, 0x80087601, 0x801C581F
 
 
 def marks(path: str) -> list[object]:
-    """What its owner may have left on a directory: its attributes, ACLs too, and its flags."""
+    """All that its owner may have set on a directory but mode and times: its attributes, ACLs
+    too, and what ioctl(2) sets. Raises OSError."""
     found: list[object] = []
     with contextlib.suppress(OSError):  # a file system that has none
         found += [(name, os.getxattr(path, name)) for name in os.listxattr(path)]
-        fd = os.open(path, os.O_DIRECTORY)
+    fd = os.open(path, os.O_DIRECTORY)
+    for request in GET_MARKS:
         with contextlib.suppress(OSError):
-            found.append(fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(8)))
-        os.close(fd)
+            found.append(fcntl.ioctl(fd, request, bytes(28)))
+    os.close(fd)
     return found
 
 
 class Workspace:
-    """A slot's directories, made anew for each run: what can be set on one cannot be listed.
+    """A slot's directories, as new for each run.
 
     With a uid of its own a function cannot change the package's files, which are root's: they are
     links. Else they are copies.
@@ -2908,21 +2939,31 @@ class Workspace:
         self.on_disk = [self.own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
+        # What the room made, what stays in it, and its mode
+        self.kept = [(self.own, list(OWN), 0o711), (room.feed, [], 0o711),
+                     *((path, stays, 0o1777) for path, stays in room.own.items())]
+        for path, _, mode in self.kept:
+            os.chmod(path, mode)
+        self.new: dict[str, list[object]] = {}  # how each directory looked when it was made
         # The functions' own user has what the room made, too, and no run can have that anew.
         self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
-        self.is_tidy = False
-        self.tidy()
         self.marks = list(map(marks, self.lasting))
+        self.is_tidy = False
+
+    @staticmethod
+    def _looks(path: str) -> list[object]:
+        """All that can be seen of an empty directory but its mode and times."""
+        status = os.lstat(path)  # a directory that was full once stays large
+        return [*marks(path), status.st_ino, status.st_size, status.st_blocks, status.st_nlink]
 
     def prepare(self, package: str, text: str) -> None:
         """Make every directory what a run of `package` shall find; raises OSError."""
         if not self.is_tidy:
             self.tidy()
         self.is_tidy = False
-        if os.path.lexists(f"{self.own}/output"):  # the agent has what it wants of it
-            remove(f"{self.own}/output")
+        self._empty(f"{self.own}/output")  # the agent has what it wants of it
         for name in OWN:
-            self._own(f"{self.own}/{name}", 0o755 if name == "work" else 0o700, os.mkdir)
+            self._renew(f"{self.own}/{name}", 0o755 if name == "work" else 0o700)
         for directory in (pending := [package]):
             for entry in os.scandir(directory):
                 path = f"{self.own}/work{entry.path[len(package):]}"
@@ -2936,14 +2977,40 @@ class Workspace:
         for name in (*OUTPUTS, RETURNED):  # its own: it may open /dev/stdout again
             self._own(f"{self.room.feed}/{name}", 0o600, os.mkfifo)
 
+    def _renew(self, path: str, mode: int) -> None:
+        """Have an empty directory as new: made anew, unless nothing is set on it.
+
+        A file system on disk makes one slowly, for it searches past inodes that were freed of late.
+        """
+        is_there = os.path.lexists(path)
+        is_new = is_there and self._looks(path) == self.new.get(path)
+        if is_there and not is_new:
+            remove(path)
+        self._own(path, mode, os.chmod if is_new else os.mkdir)
+        os.utime(path)
+        if not is_new:
+            self.new[path] = self._looks(path)
+
+    def _empty(self, path: str) -> None:
+        """Empty what should be a directory; remove what is none."""
+        if not os.path.islink(path) and os.path.isdir(path):
+            os.chmod(path, 0o700)
+            sweep(path)
+        elif os.path.lexists(path):
+            os.unlink(path)
+
     def tidy(self) -> None:
         """Remove what a run left, but for its output, which the agent takes; raises OSError."""
-        for path, stays, mode in (
-                (self.own, ("output",), 0o711), (self.room.feed, (), 0o711),
-                *((path, stays, 0o1777) for path, stays in self.room.own.items())):
+        for path, stays, mode in self.kept:
+            if not self.linked:  # else it is root's, and only its content can have changed
+                os.chmod(path, 0o700)
             sweep(path, stays)
-            os.chmod(path, mode)
+            if not self.linked:
+                os.chmod(path, mode)
             os.utime(path)
+        for name in OWN:
+            if name != "output":
+                self._empty(f"{self.own}/{name}")
         self.is_tidy = True
 
     def is_marked(self) -> bool:
@@ -3109,12 +3176,16 @@ class ForkShell:
             lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
                      "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
                      .format(limits["RLIMIT_NPROC"])]
-        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh", *run.command]
+        # A shell gives some variables a value of its own: those of the task do not pass through it.
+        env = {name: value for name, value in run.env.items() if name in RUN_ENV | ROLE_ENV}
+        given = [f"{name}={run.env[name]}" for name in run.env.keys() - env.keys()]
+        argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh",
+                *(["/usr/bin/env", *given] if given else []), *run.command]
         read_end, gate = os.pipe()
         with open(gate, "wb", buffering=0) as word:
             files = [os.open(f"{self.room.feed}/{name}", flags) for name, flags in (
                 ("stdin", os.O_RDONLY), *((output, os.O_WRONLY) for output in OUTPUTS))]
-            shell = spawn(self.room, argv, {**run.helper_env, **run.env},
+            shell = spawn(self.room, argv, {**run.helper_env, **env},
                           f"{self.room.spec.directory}/own/work", [*files, read_end], self.procs)
             os.waitpid(shell, 0)
             found = [pid for pid in children_of(os.getpid()) if pid not in self.others]
@@ -3296,42 +3367,46 @@ class Supervisor:
                    for fd, name in enumerate(OUTPUTS, 1)]
         outputs.append(Output(f"{self.room.feed}/{RETURNED}", most=MAX_RETURNED))
         try:
-            helper, start = self._helper(run)
-            os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
-            try:
-                child, started = helper.start(run, self._limits(run))
-            except OSError:
-                if not self.cgroup or not self.cgroup.was_full():
-                    raise
-                answer(self.agent, BEGUN)  # its cap is less than what its start takes
-                self.end_run()
-                return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
-                               peak_memory_bytes=run.memory_mb * MIB, started_at=time.time())
-            self.begun = True
-            answer(self.agent, BEGUN)
-            started_at = time.time() - (time.monotonic() - started)
-            watch = Watch(self, run, outputs, started)
-            end = watch.wait(helper.done)
-            duration = time.monotonic() - started
-            if end != "exit":  # leaving the status of its first process to be taken
-                self._kill(child)
-            status, peak_kib = helper.wait(child)
-            if end == "exit" and self.cgroup and self.cgroup.was_full():
-                end = "oom"
-            self.end_run()
+            outcome = self._run(run, outputs)
         finally:
             texts = [output.close() for output in outputs]
-        cap, peak = run.memory_mb * MIB, max(peak_kib * 1024, watch.largest)
-        code = os.waitstatus_to_exitcode(status)
-        if end == "exit":
-            end = self._verdict(code, texts[1][-2000:], peak, cap)
-        elif end == "oom" and self.cgroup:
-            peak = min(peak, cap)
+        if outcome.status == "exited":
+            outcome = replace(outcome, status=self._verdict(run, outcome, texts[1][-2000:]))
+        return replace(outcome, stdout=texts[0], stderr=texts[1], stdout_bytes=outputs[0].count,
+                       stderr_bytes=outputs[1].count, returned=texts[2])
+
+    def _run(self, run: RunSpec, outputs: list[Output]) -> Outcome:
+        """A run from its start until nothing of it is left; `exited`: it ended by itself."""
+        helper, start = self._helper(run)
+        os.utime(f"{self.room.feed}/{RETURNED}")  # for a handler's deadline
+        cap = run.memory_mb * MIB
+        try:
+            child, started = helper.start(run, self._limits(run))
+        except OSError:
+            if not self.cgroup or not self.cgroup.was_full():
+                raise
+            answer(self.agent, BEGUN)  # its cap is less than what its start takes
+            self.end_run()
+            return Outcome("oom", exit_code=-signal.SIGKILL, duration_millis=0, start=start,
+                           peak_memory_bytes=cap, started_at=time.time())
+        self.begun = True
+        answer(self.agent, BEGUN)
+        started_at = time.time() - (time.monotonic() - started)
+        watch = Watch(self, run, outputs, started)
+        end = watch.wait(helper.done)
+        duration = time.monotonic() - started
+        if end != "exited":  # leaving the status of its first process to be taken
+            self._kill(child)
+        status, peak_kib = helper.wait(child)
+        if end == "exited" and self.cgroup and self.cgroup.was_full():
+            end = "oom"
+        self.end_run()
+        peak = max(peak_kib * 1024, watch.largest)
         return Outcome(
             "failed" if end == "disk" else end, reason="disk" if end == "disk" else None,
-            exit_code=code, peak_memory_bytes=peak, duration_millis=round(duration * 1000),
-            start=start, started_at=started_at, stdout=texts[0], stderr=texts[1],
-            stdout_bytes=outputs[0].count, stderr_bytes=outputs[1].count, returned=texts[2])
+            exit_code=os.waitstatus_to_exitcode(status), start=start, started_at=started_at,
+            peak_memory_bytes=min(peak, cap) if end == "oom" and self.cgroup else peak,
+            duration_millis=round(duration * 1000))
 
     def _limits(self, run: RunSpec) -> dict[str, int]:
         """What a run's own processes are limited to where no cgroup does it."""
@@ -3342,14 +3417,15 @@ class Supervisor:
         data_mb = 4 * run.memory_mb + 512
         return {"RLIMIT_DATA": data_mb * MIB, "RLIMIT_NPROC": self.spec.limits["RLIMIT_NPROC"]}
 
-    def _verdict(self, code: int, stderr: str, peak: int, cap: int) -> str:
-        """What a run came to that ended by itself."""
+    def _verdict(self, run: RunSpec, outcome: Outcome, stderr: str) -> str:
+        """The status of a run that ended by itself, with the end of its standard error."""
         is_full = bool(HEAP_FULL.search(stderr))
         if not self.cgroup:
+            peak, cap = outcome.peak_memory_bytes or 0, run.memory_mb * MIB
             if peak > cap:  # the watcher came too late
                 return "oom"
             is_full |= bool(REFUSED.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
-        return "ok" if not code else "oom" if is_full else "failed"
+        return "ok" if not outcome.exit_code else "oom" if is_full else "failed"
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
         """What starts this run, made if need be, and whether that is a warm or a cold start."""
@@ -3399,14 +3475,8 @@ class Supervisor:
 # --- The launcher ---
 
 
-def launch(control: socket.socket, cgroups: str) -> None:
-    """The launcher's life: a supervisor for each slot that the agent asks for, until it is gone."""
-    os.setsid()
-    os.umask(0o022)
-    kernel("prctl", PR_SET_DUMPABLE, 0)
-    kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
-    kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # What ignores or blocks a signal hands that on, through exec, into the functions.
+def reset_signals() -> None:
+    """Have signals at their defaults: what ignores or blocks one hands that on, through exec."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
         signal.signal(number, signal.SIG_DFL)
     for own in (32, 33):  # glibc's, out of its reach; Python 3.13's subprocess ignores them
@@ -3415,44 +3485,72 @@ def launch(control: socket.socket, cgroups: str) -> None:
     # A handler that does nothing is not handed on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
-    life, held = os.pipe()
-    # pidfd -> pid; its slot; what locks the uid of that
-    supervisors: dict[int, tuple[int, SlotSpec, list[int]]] = {}
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
-    while True:
-        ready = {fd for fd, _ in poll.poll()}
-        if control.fileno() in ready:
-            message, fds, _, _ = socket.recv_fds(control, 65536, 2)
-            if not message:
-                break
-            with socket.socket(fileno=fds[0]) as agent:
-                try:
-                    spec = SlotSpec(**json.loads(message))
-                    for pid, other, _ in supervisors.values():
-                        if other.directory == spec.directory:  # it may still be tidying there
-                            signal_all([pid], signal.SIGKILL)
-                            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-                    pid = os.fork()
-                    if not pid:
-                        supervise(agent, life, spec, (control.fileno(), held, *supervisors))
-                    pidfd = os.pidfd_open(pid)
-                    supervisors[pidfd] = pid, spec, fds[1:]
-                    poll.register(pidfd, select.POLLIN)
-                except OSError as error:  # no more processes: those that run are not to be lost
-                    answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
-        for pidfd in supervisors.keys() & ready:
-            poll.unregister(pidfd)
-            pid, spec, locks = supervisors.pop(pidfd)
-            os.waitpid(pid, 0)
-            os.close(pidfd)
-            # What it left, when it was killed; the next of its slot empties the cgroup itself.
-            if spec.cgroup and spec not in [other for _, other, _ in supervisors.values()]:
-                with contextlib.suppress(OSError):
-                    Path(spec.cgroup, "cgroup.kill").write_text("1")
-            end_descendants(others=[pid for pid, _, _ in supervisors.values()])
-            for lock in locks:
-                os.close(lock)
+
+
+class Launcher:
+    """Forks a supervisor for each slot that the agent asks for, until the agent is gone."""
+
+    def __init__(self, control: socket.socket):
+        self.control = control
+        self.life, self.held = os.pipe()  # ends with this process
+        # pidfd -> pid; its slot; what locks the uid of that
+        self.supervisors: dict[int, tuple[int, SlotSpec, list[int]]] = {}
+        self.poll = select.poll()
+        self.poll.register(control, select.POLLIN)
+
+    def work(self) -> None:
+        """Begin and end supervisors."""
+        while True:
+            ready = {fd for fd, _ in self.poll.poll()}
+            if self.control.fileno() in ready:
+                message, fds, _, _ = socket.recv_fds(self.control, 65536, 2)
+                if not message:
+                    return
+                with socket.socket(fileno=fds[0]) as agent:
+                    try:
+                        self.begin(agent, SlotSpec(**json.loads(message)), fds[1:])
+                    except OSError as error:  # no more processes: who runs is not to be lost
+                        answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
+            for pidfd in self.supervisors.keys() & ready:
+                self.end(pidfd)
+
+    def begin(self, agent: socket.socket, spec: SlotSpec, locks: list[int]) -> None:
+        """Fork a supervisor; raises OSError."""
+        for pid, other, _ in self.supervisors.values():
+            if other.directory == spec.directory:  # it may still be tidying there
+                signal_all([pid], signal.SIGKILL)
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        pid = os.fork()
+        if not pid:
+            supervise(agent, self.life, spec, (self.control.fileno(), self.held, *self.supervisors))
+        pidfd = os.pidfd_open(pid)
+        self.supervisors[pidfd] = pid, spec, locks
+        self.poll.register(pidfd, select.POLLIN)
+
+    def end(self, pidfd: int) -> None:
+        """End what a supervisor left, when it was killed."""
+        self.poll.unregister(pidfd)
+        pid, spec, locks = self.supervisors.pop(pidfd)
+        os.waitpid(pid, 0)
+        os.close(pidfd)
+        # The next of its slot empties the cgroup itself.
+        if spec.cgroup and spec not in [other for _, other, _ in self.supervisors.values()]:
+            with contextlib.suppress(OSError):
+                Path(spec.cgroup, "cgroup.kill").write_text("1")
+        end_descendants(others=[pid for pid, _, _ in self.supervisors.values()])
+        for lock in locks:
+            os.close(lock)
+
+
+def launch(control: socket.socket, cgroups: str) -> None:
+    """The launcher's life."""
+    os.setsid()
+    os.umask(0o022)
+    kernel("prctl", PR_SET_DUMPABLE, 0)
+    kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
+    kernel("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    reset_signals()
+    Launcher(control).work()
     if cgroups:
         remove_cgroups(cgroups)  # all runs end with them, at once; the agent may have been killed
     end_descendants()
@@ -3501,7 +3599,7 @@ class Watch:
         self.largest = 0  # bytes: the most that was seen held by all of the run together
 
     def wait(self, done: int) -> str:
-        """How the run ends: exit (`done` is readable), timeout, oom, disk, or released."""
+        """How the run ends: exited (`done` is readable), timeout, oom, disk, or released."""
         agent, life = self.supervisor.agent.fileno(), self.supervisor.life
         poll = select.poll()
         for fd in (done, agent, life, *self.outputs):
@@ -3512,7 +3610,7 @@ class Watch:
             wait = min(self.next_look, self.deadline) - time.monotonic()
             ready = [fd for fd, _ in poll.poll(max(0, math.ceil(wait * 1000)))]
             if done in ready:
-                return "exit"
+                return "exited"
             if life in ready:
                 raise ConnectionError("the launcher ended")
             if agent in ready:
@@ -4129,13 +4227,7 @@ class Slots:
             except OSError as error:
                 self.cgroup_gap = f"{error.strerror}: {error.filename or 'its controllers'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs
-        self.metadata_gap = "their uid is not theirs alone"  # why functions reach it
-        is_refused = settings.metadata == "refuse" and settings.network == "host"
-        if is_refused and settings.run_as is None and can_become(FIRST_UID):
-            try:
-                self.guards, self.metadata_gap = refuse_metadata(FIRST_UID, LAST_UID), ""
-            except OSError as error:
-                self.metadata_gap = error.strerror or str(error)
+        self.metadata_gap = self._guard_metadata()
         self.launching = threading.Lock()
         self._launch()
         self.gaps: list[str] = []  # that of all slots
@@ -4166,6 +4258,19 @@ class Slots:
         said: set[tuple[str, str]] = set()
         self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
                     for number, user in enumerate(users)]
+
+    def _guard_metadata(self) -> str:
+        """Have the instance metadata refused to functions; why they reach it, or ""."""
+        settings = self.settings
+        if settings.metadata == "allow" or settings.network == "none":
+            return ""
+        if settings.run_as is not None or not can_become(FIRST_UID):
+            return "their uid is not theirs alone"
+        try:
+            self.guards = refuse_metadata(FIRST_UID, LAST_UID)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def _launch(self) -> None:
         """Start the launcher, which starts the supervisors, and again if it goes."""
@@ -4274,8 +4379,7 @@ class Slots:
         # On a laptop, to somebody who tries functions of their own, this would say nothing.
         is_ec2 = b"Amazon" in read_proc("/sys/class/dmi/id/sys_vendor")
         has_role = slot.spec.uid is not None or settings.region or is_ec2
-        is_refused = settings.metadata == "refuse" and settings.network == "host"
-        if is_refused and self.metadata_gap and has_role:
+        if self.metadata_gap and has_role:
             self.gaps.append(
                 f"functions reach the instance metadata, and with it this machine's role "
                 f"({self.metadata_gap}): refuse them {METADATA[socket.AF_INET]} by a "
@@ -4503,9 +4607,8 @@ class Turn:
     since: float = 0.0  # time.monotonic() when it began to wait as it does, or to be worked on
     waits_until: float = 0.0  # while it is parked: no longer than this
     patience_ends: float = 0.0  # 0: it has met no outage in this step
-    directory: str = ""  # where its output files are, once it ran
+    directory: str = ""  # where its output files are, once it ran; "": it left none
     uid: int | None = None  # whose they are
-    is_aside: bool = False  # that directory is its own, and no slot's
     names: list[str] | None = None  # of its output files
     result: dict[str, Any] = field(default_factory=dict)  # for result.json
     ran_before: bool = False  # when it was here before, and could not be stored
@@ -4643,7 +4746,7 @@ class Agent:
             unstarted = [turn for turn in self.turns if not turn.has_begun]
             preparing = [slot for slot, turn in self.running.items() if not turn.has_begun]
             self.waiting.clear()
-            self.errands.clear()
+            self.errands = deque(turn for turn in self.errands if turn.has_begun)
             self.parked.clear()
         self._release(unstarted)
         for slot in preparing:
@@ -4653,8 +4756,8 @@ class Agent:
         """Have every thread end that has nothing more to do."""
         with self.lock:
             self.stopping = True
-            for condition in (self.to_run, self.to_do, self.space):
-                condition.notify_all()
+            self.to_run.notify_all()
+            self.space.notify_all()
 
     def _await_spot_notice(self) -> None:
         """Begin the shutdown when EC2 says, by IMDSv2, that it takes this spot instance away."""
@@ -4722,15 +4825,17 @@ class Agent:
                 now = time.monotonic()
                 pause, ahead = self.pause_ends - now, self._ahead(now)
                 # What is fetched for longer than a moment is no reason for a slot to be idle.
-                fetched = [*self.errands, *self.fetching.values()]
-                soon = sum(turn.since + START_SECONDS > now for turn in fetched)
-                room = slots + ahead - len(self.running) - len(self.waiting) - soon
-                if len(fetched) >= MOST_PARKED:
+                fetched = [*self.fetching.values(), *self.errands]
+                slow = [turn for turn in fetched
+                        if not turn.is_done and turn.since + START_SECONDS < now]
+                aside = len(slow) + sum(map(len, self.parked.values()))
+                room = slots + ahead + aside - len(self.turns)
+                if len(slow) >= MOST_PARKED:
                     room = 0
                 # Short runs free a slot each moment: a request is worth a whole batch then.
                 if pause <= 0 and room > 0 and (room >= most or ahead < most or not self.running):
                     return 1 if self.pause_seconds else min(room, most)
-                self.space.wait(max(pause, 0.01) if pause > 0 else 0.5 if soon else 5)
+                self.space.wait(max(pause, 0.01) if pause > 0 else 0.5 if fetched else 5)
             return 0
 
     def _ahead(self, now: float) -> int:
@@ -4784,33 +4889,33 @@ class Agent:
 
     # The threads of slots and errands.
 
-    def _do(self, turn: Turn, step: Callable[[], None]) -> None:
-        """Take a turn a step further: then it waits again, is parked, or has ended."""
+    def _do(self, turn: Turn, step: Callable[[Turn], None]) -> None:
+        """Take a turn a step further: then it waits again, or is parked."""
         try:
-            step()
+            step(turn)
         except Exception as error:  # noqa: BLE001  # botocore has no one base for its errors
             if self._parks(turn, error):
                 return
             turn.report, turn.is_done = turn.report.ended(error), True
-        if turn.is_done:
-            self._finish(turn)
-        else:
-            self._queue_up(turn)
+        self._queue_up(turn)
 
     def _run_errands(self) -> None:
-        """Fetch code, store again, end what never ran: one turn after another."""
-        while turn := self._next_errand():
-            self._do(turn, lambda: None if turn.is_done else self._fetch(turn))
+        """Fetch code, store results, end what never ran: one turn after another."""
+        while True:
+            turn = self._next_errand()
+            if turn.is_done:
+                self._finish(turn)
+                continue
+            self._do(turn, self._fetch)
             with self.lock:
-                if turn.task and self.fetching.get(turn.task.code) is turn:
+                if turn.task:
                     del self.fetching[turn.task.code]
                 self.to_do.notify()
-                self.space.notify()
 
-    def _next_errand(self) -> Turn | None:
+    def _next_errand(self) -> Turn:
         """The next turn that needs no slot, but not while another fetches the same code."""
         with self.lock:
-            while not self.stopping or self.errands:
+            while True:
                 for turn in self.errands:
                     code = turn.task.code if turn.task and not turn.is_done else None
                     if code not in self.fetching:
@@ -4819,7 +4924,6 @@ class Agent:
                             self.fetching[code] = turn
                         return turn
                 self.to_do.wait()
-            return None
 
     def _fetch(self, turn: Turn) -> None:
         assert turn.task
@@ -4852,8 +4956,9 @@ class Agent:
     def _work(self, slot: Slot) -> None:
         """Take turns in one slot, one after another."""
         while turn := self._next(slot):
-            self._do(turn, lambda: self._run(turn, slot))
-            spent = time.monotonic() - turn.since
+            began = time.monotonic()
+            self._do(turn, functools.partial(self._run, slot=slot))
+            spent = time.monotonic() - began
             with self.lock:
                 del self.running[slot]
                 self.free_mb += turn.memory_mb
@@ -4883,9 +4988,20 @@ class Agent:
         turn.report, turn.is_done = replace(turn.report, outcome=outcome), True
         turn.patience_ends = 0.0
         if outcome.status != "released":
-            turn.directory, turn.uid = slot.output, slot.spec.uid
+            self._set_aside(turn, slot)
             self.troubles.clear()
             self.pause_seconds = 0.0
+
+    def _set_aside(self, turn: Turn, slot: Slot) -> None:
+        """Move a run's output files out of its slot, which goes on: they are stored meanwhile."""
+        if os.path.islink(slot.output) or not os.path.isdir(slot.output):
+            return  # the function took it away
+        os.chmod(slot.output, 0o700)  # one that is closed can be moved by root alone
+        if not os.listdir(slot.output):
+            return
+        aside = str(self.slots.base / "code" / f"output-{os.urandom(8).hex()}")  # hidden there
+        os.rename(slot.output, aside)
+        turn.directory, turn.uid = aside, slot.spec.uid
 
     def _finish(self, turn: Turn) -> None:
         """Store a turn's result and end it; what cannot be stored is kept for its return."""
@@ -4896,7 +5012,7 @@ class Agent:
                 return
             ran, turn.report = turn.report, turn.report.ended(error)
             turn.result.update(turn.report.pairs(), success=False)
-            if turn.directory and turn.report.outcome.status != "released":
+            if ran.outcome.start and ran.outcome.status != "released":
                 self._keep_unstored(replace(
                     turn, report=ran, package=None, result={}, has_begun=False))
         outcome = turn.report.outcome
@@ -4920,7 +5036,7 @@ class Agent:
                 turn.result = report.result(turn.names or [], list(peaks))
         if report.request_id and report.outcome.status != "released":
             self.results.put(turn.result, turn.directory, turn.names or [])
-        if turn.is_aside:
+        if turn.directory:
             with contextlib.suppress(OSError):
                 remove(turn.directory)
 
@@ -4942,10 +5058,11 @@ class Agent:
             is_full = (len(aside) >= MOST_PARKED
                        or sum(len(each.message.body) for each in aside) >= MOST_PARKED_BYTES)
             self._note_trouble(part, part.shared or is_full)
-            if now >= last or is_full or not self._set_aside(turn):
+            if now >= last or is_full:
                 return False
             turn.waits_until, turn.has_begun, turn.is_ahead = last, False, False
             self.parked.setdefault(part, []).append(turn)
+            self.space.notify()  # others can be received
         return True
 
     def _note_trouble(self, cause: object, is_shared: bool) -> None:
@@ -4960,22 +5077,9 @@ class Agent:
                 self.pause_seconds = min(30.0, max(0.25, self.pause_seconds * 2))
                 self.pause_ends = now + self.pause_seconds
 
-    def _set_aside(self, turn: Turn) -> bool:
-        """Whether a turn can wait without its slot: its output files are moved out of there."""
-        if turn.directory and not turn.is_aside:
-            try:
-                aside = tempfile.mkdtemp(dir=self.slots.base / "code")  # no function sees it
-                os.rename(turn.directory, aside)
-            except OSError:
-                return False  # no room
-            turn.directory, turn.is_aside = aside, True
-        return True
-
     def _keep_unstored(self, turn: Turn) -> None:
         """Keep what a run left until its message is back; the oldest goes when it is too much."""
-        if not self._set_aside(turn):
-            return  # then it runs again
-        turn.size = disk_usage([turn.directory], sys.maxsize)[0]
+        turn.size = disk_usage(filter(None, [turn.directory]), sys.maxsize)[0]
         with self.lock:
             self.unstored[turn.message.id, turn.message.body] = turn
             size = sum(each.size for each in self.unstored.values())
@@ -4985,7 +5089,8 @@ class Agent:
                 size -= oldest.size
                 self.log("WARNING", f"[{oldest.report.request_id}] its result is dropped: too many "
                                     "wait to be stored; it runs again when its message is back")
-                remove(oldest.directory)
+                if oldest.directory:
+                    remove(oldest.directory)
 
     def _release(self, turns: Iterable[Turn], reason: str | None = None) -> None:
         """Give messages back that did not run, or not to the end."""
@@ -5129,6 +5234,13 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
             write_json(str(keep), "result.json",
                        report.result(names, [outcome.peak_memory_bytes or 0]))
     log.least = 0
+    show_invoked(report, [] if keep else names, log)
+    return 0 if outcome.status == "ok" else 1
+
+
+def show_invoked(report: Report, gone: list[str], log: Log) -> None:
+    """Say what came of --invoke, and which output files are gone."""
+    outcome = report.outcome
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
     if outcome.returned and outcome.status == "ok":
@@ -5137,10 +5249,9 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
         write_all(2, outcome.stderr.encode())
     if outcome.text:
         log("ERROR", f"{outcome.status}: {outcome.text}")
-    if names and not keep:
-        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(names[:9])}; --output DIR keeps it")
+    if gone:
+        log("INFO", f"$OUTPUT_DIR is gone, with {', '.join(gone[:9])}; --output DIR keeps it")
     log(FATES[outcome.status].level, "REPORT", **report.pairs())
-    return 0 if outcome.status == "ok" else 1
 
 
 DEMO = {  # function: runtime, timeoutMs that no slow machine reaches by itself, source
@@ -5376,6 +5487,28 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def obey(args: argparse.Namespace, log: Log) -> int:
+    """Do what the command line says; the exit status. Raises ConfigError, GiveUp and OSError."""
+    path = args.config or Path("application.yml")
+    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
+    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
+        path = None
+    local = bool(args.local or args.demo or args.invoke)
+    settings, warnings = load_settings(path, os.environ, local)
+    for warning in warnings:
+        log("WARNING", warning)
+    if args.check:
+        say(f"ok    settings: {path or 'defaults'}")
+        return Check(settings, Log(args.log_format, "ERROR")).run(args)
+    if args.invoke:
+        return invoke(settings, args.log_format, args)
+    if args.demo:
+        demo(settings, log)
+    else:
+        run_agent(settings, log, args.local, args.drain)
+    return 0
+
+
 def start_clean() -> None:
     """Undo what whoever started this process left of descriptors and signals; exec keeps both."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # a socket would take a closed one's place
@@ -5396,25 +5529,8 @@ def main(argv: list[str]) -> int:
     if not sys.platform.startswith("linux"):
         log("ERROR", "NanoGrid needs Linux: it confines and measures by its kernel")
         return 1
-    local = bool(args.local or args.demo or args.invoke)
-    path = args.config or Path("application.yml")
-    is_optional = args.local or any(name.startswith("AGENT_") for name in os.environ)
-    if args.config is None and (args.demo or args.invoke or is_optional and not path.exists()):
-        path = None
     try:
-        settings, warnings = load_settings(path, os.environ, local)
-        for warning in warnings:
-            log("WARNING", warning)
-        if args.check:
-            say(f"ok    settings: {path or 'defaults'}")
-            return Check(settings, Log(args.log_format, "ERROR")).run(args)
-        if args.invoke:
-            return invoke(settings, args.log_format, args)
-        if args.demo:
-            demo(settings, log)
-        else:
-            run_agent(settings, log, args.local, args.drain)
-        return 0
+        return obey(args, log)
     except ConfigError as error:
         for line in str(error).splitlines():
             log("ERROR", line)

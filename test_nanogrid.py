@@ -2987,7 +2987,9 @@ time.sleep(100)
     with Agent("--local", first.path, "--log-level", "DEBUG", python=PYTHON, env=first.env) as agent:
         agent.wait_for("squat.*start")
         uid = int(second.run()["other"]["stdout"])
-        assert not os.path.exists(f"/run/nanogrid/uid-{uid}"), "a lock that outlives its agent"
+        # Any other agent of this machine may have it by now.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), ng.locked(f"/run/nanogrid/uid-{uid}"):
+            raise AssertionError("a lock that outlives its agent")
         assert uid not in {os.stat(path).st_uid for path in first.base.glob("agent-*/slot0/own/work")}
 
 
@@ -4175,6 +4177,13 @@ for place in places:
 for place in places:
     for name, value in ((SETFLAGS, 0xC8), (SETVERSION, 7)):
         attempt(lambda: fcntl.ioctl(os.open(place, os.O_RDONLY), name, struct.pack("l", value)))
+=== directories that were full
+for place in {*places} - {*shared}:
+    paths = [f"{place}/{n:0200}" for n in range(500)]
+    for path in paths:
+        open(path, "w").close()
+    for path in paths:
+        os.unlink(path)
 === modes and times
 for place in places:
     attempt(os.chmod, place, 0o2755)
@@ -4300,7 +4309,8 @@ for place in (".", "lib", "lib/deep", os.environ["TMPDIR"], os.environ["HOME"], 
     found = [os.path.join(top, name) for top, names, files in os.walk(place) for name in names + files]
     assert not [name for name in found if "left" in name], found
     attributes = {name: os.getxattr(place, name).hex() for name in os.listxattr(place)}
-    seen[place] = (oct(status.st_mode), status.st_uid, attributes, flags(place, 0x80086601), time.time() - status.st_mtime < 1e6)
+    seen[place] = (oct(status.st_mode), status.st_uid, attributes, flags(place, 0x80086601), time.time() - status.st_mtime < 1e6,
+                   place in shared or status.st_size)
     path = os.path.join(place, "probe")
     open(path, "w").close()
     os.mkdir(path + "-folder")
@@ -4437,6 +4447,20 @@ for n in range(1000000): open(str(n), "w").close()
 os.chdir(os.environ['TMPDIR'])
 while True:
     os.close(os.open("file", os.O_CREAT)), os.unlink("file")
+=== the directory is closed | | stored=a
+open("a", "w").close()
+os.chmod(".", 0)
+=== the directory is gone, or as root empty | | stored=
+try:
+    os.rmdir(os.environ["OUTPUT_DIR"])
+except OSError:
+    pass
+=== the directory becomes a link, if it may | | stored=
+try:
+    os.rmdir(os.environ["OUTPUT_DIR"])
+    os.symlink("/etc", os.environ["OUTPUT_DIR"])
+except OSError:
+    pass
 === a file of its package | | stored=main.py
 os.rename(work + "/main.py", "main.py")
 === a file of its package again | | stored=main.py
@@ -5806,8 +5830,8 @@ def test_env_is_for_its_run_alone(grids, user, warm):
     need("node")
     python = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
     node = "console.log(JSON.stringify(process.env))\n"
-    for n, env in enumerate([{}, {"LEFT": "1", "UID": "5"}, {},
-                             {"PYTHONLEFT": "1"}, {}]):
+    left = {"LEFT": "1 '=\n", "UID": "5", "IFS": "x", "OPTIND": "y", "PWD": "z", "SHLVL": "-1"}
+    for n, env in enumerate([{}, left, {}, {"PYTHONLEFT": "1"}, {}]):
         for runtime, name, source in (("python", "main.py", python), ("nodejs", "index.js", node)):
             grid.put({name: source}, runtime, runtime, f"{runtime}-{n}", env=env)
     grid.run()
@@ -5816,7 +5840,7 @@ def test_env_is_for_its_run_alone(grids, user, warm):
         for each in seen:
             del each["REQUEST_ID"]
         assert seen[0] == seen[2] == seen[4], seen
-        assert seen[1] == {**seen[0], "LEFT": "1", "UID": "5"}, seen
+        assert seen[1] == {**seen[0], **left}, seen
         assert seen[3] == {**seen[0], "PYTHONLEFT": "1"}, seen
 
 
@@ -6678,6 +6702,21 @@ def what_was_taken_ahead_and_cannot_start_is_given_back(moto):
 
 
 @trial
+def three_restarts_send_nothing_to_the_dlq_that_never_ran(moto):
+    """A receive is spent by what was begun, and by little that was taken ahead."""
+    with site(moto, visibility=600) as aws:
+        for number in range(25):
+            aws.job(f"r{number}", sleep=0.4)
+        for restart in range(4):
+            with aws.agent(execution={"concurrency": 2}) as agent:
+                until(lambda agent=agent: len(reports(agent.log)) > 2, what="runs")
+                if restart == 3:
+                    until_settled(aws, agent)
+                assert agent.stop() == 0
+        assert not dead(aws) and runs_in(aws.path) == {f"r{number}": 1 for number in range(25)}
+
+
+@trial
 def second_signal_does_not_wait_for_an_upload(moto):
     with site(moto, visibility=600) as aws:
         aws.proxy.fail("PutObject|PutMetricData", "black hole")
@@ -6720,7 +6759,7 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
             agent.wait_for("REPORT requestId=first .*reason=output")
             aws.send("second")
             agent.wait_for(r"WARNING \[first\] its result is dropped")
-            assert len(list((aws.path / "task").glob("agent-*/code/tmp*"))) == 1
+            until(lambda: len(list((aws.path / "task").glob("agent-*/code/output-*"))) == 1, what="one result")
             agent.stop()
 
 
@@ -8439,10 +8478,10 @@ def clock_that_jumped_costs_no_receive(moto):
         agent.wait_for("REPORT requestId=r1 .*status=ok")
         until(lambda: aws.proxy.count("DeleteMessageBatch", "said") >= 2, what="deletes that are refused")
         aws.proxy.heal()
+        until(lambda: len(complaints(agent.log)) == agent.log.count(" works again after "), what="all to work")
         finish(aws, agent, ends={"ok": 2})
     assert [each["receiveCount"] for each in reports(agent.log)] == ["1", "1"]
     assert LATE in agent.log and skewed[3] in agent.log and "grant" not in agent.log
-    assert len(complaints(agent.log)) == agent.log.count(" works again after "), agent.log
 
 
 @trial
