@@ -2591,8 +2591,9 @@ class Cgroup:
 # --- The room: what a slot sees of the machine (namespaces(7), mount(2), landlock(7)) ---
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_NOATIME, MS_BIND = 1, 2, 4, 32, 1024, 4096
 MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; a right; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MAY_REFER = 444, 445, 446, 1 << 13
@@ -2614,14 +2615,32 @@ def remount(path: str, flags: int = 0) -> None:
     mount("none", path, "", MS_REMOUNT | MS_BIND | flags | kept)
 
 
-def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
+def close_mounts() -> None:
+    """Have all that is mounted be read-only, but what only root writes to; raises OSError."""
+    try:  # mount_setattr(2), Linux 5.12, has one number on every architecture
+        kernel("syscall", 442, AT_FDCWD, b"/", AT_RECURSIVE, struct.pack("QQQQ", 1, 0, 0, 0), 32)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        remount("/", MS_RDONLY)
+    with contextlib.suppress(OSError):  # it is read-only outside, too, or there is none
+        remount("/proc")
+        remount(cgroup_root())
+
+
+def hidden_and_shown(settings: Path | None, folder: Path | None,
+                     needed: Iterable[str]) -> tuple[list[str], list[str]]:
     """(hidden, shown): the paths that a room covers, and those below them that it shows again.
 
-    A directory that holds this file or the settings is hidden as a whole, unless it is one of the
-    system's: then that file alone is. Shown is what holds `needed`, and what resolves names. All
-    else of the machine stays to be seen.
+    `folder` is that of --local: it has the tasks and results of all. A directory that holds this
+    file or the settings is hidden as a whole, too, unless it is one of the system's: then that file
+    alone is. Shown is what holds `needed`, and what resolves names. All else of the machine stays
+    to be seen.
     """
-    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
+    # Who waits for a file system that it serves itself, by /dev/fuse, cannot be killed.
+    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log", "/dev/fuse"]
+    if folder and folder.resolve() != Path("/"):
+        found.append(str(folder.resolve()))
     for file in map(os.path.realpath, (FILE, str(settings or FILE))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
@@ -2694,7 +2713,7 @@ class Room:
         self.covers: dict[str, str] = {}  # file of the machine -> what is seen in its place
         self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
-        self.ruleset = -1
+        self.ruleset, self.is_scoped = -1, False
         self.proc = os.open("/proc", os.O_PATH)  # that of the machine, which can be written to
         for name in ("own", "feed", "queues", *OWN_TMP.values()):
             if os.path.lexists(path := f"{spec.directory}/{name}"):
@@ -2766,11 +2785,12 @@ class Room:
                 if any(path.startswith(f"{above}/") for above in spec.hidden)}
         here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
         if spec.uid is not None:
-            self._close_root()
+            self._close_mounts()
         self._cover(here, kept)
         for fd in (*kept.values(), here):
             os.close(fd)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
+        self.sizes = self._sizes()
         # Its input and outputs are made anew for each run, for next to nothing here: a file system
         # on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
@@ -2779,14 +2799,13 @@ class Room:
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
 
-    def _close_root(self) -> None:
-        """Have the root file system read-only: what anybody may write to lasts beyond a run."""
+    def _close_mounts(self) -> None:
+        """Have all mounts read-only: what anybody may write to lasts beyond a run."""
         base = os.path.dirname(self.spec.directory)
-        self._try("functions may write where every user of this machine may",
-                  lambda: remount("/", MS_RDONLY))
+        self._try("functions may write where every user of this machine may", close_mounts)
         if not any(base.startswith(f"{path}/") for path in self.spec.hidden):
             mount(base, base, "", MS_BIND)
-            remount(base)
+            remount(base, MS_NOATIME)
 
     def _cover(self, here: int, kept: Mapping[str, int]) -> None:
         """Cover what is hidden: by what is the slot's own below `here`, or else by nothing but
@@ -2824,7 +2843,7 @@ class Room:
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
         if path == os.path.dirname(self.spec.directory):
-            remount(path)
+            remount(path, MS_NOATIME)  # which would say what other runs read of a package
         elif self.spec.uid is None and path != f"{self.spec.directory}/own":
             remount(path, MS_RDONLY)  # the code, too, is the functions' own user's
 
@@ -2837,9 +2856,10 @@ class Room:
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
         if version < 2:  # it would let no file be moved to another directory
             raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
-        if version < 6:
+        self.is_scoped = version >= 6
+        if not self.is_scoped:
             self.gaps.append("functions may use the machine's abstract sockets")
-        attributes = struct.pack("QQQ", MAY_REFER, 0, SCOPES if version >= 6 else 0)
+        attributes = struct.pack("QQQ", MAY_REFER, 0, SCOPES if self.is_scoped else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
         root = os.open("/", os.O_PATH)
         rule = struct.pack("=Qi", MAY_REFER, root)
@@ -2858,11 +2878,22 @@ class Room:
             if os.path.exists(path) and not os.path.samefile(path, cover):
                 mount(cover, path, "", MS_BIND)
 
-    def has_ipc(self) -> bool:
-        """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
-        lists = [read_proc(f"/proc/sysvipc/{kind}") for kind in ("shm", "sem", "msg")]
-        is_left = any(content.count(b"\n") > 1 for content in lists)  # below its title
-        return bool(self.own and is_left or self.queues and os.listdir(self.queues))
+    def is_used(self) -> bool:
+        """Whether a run left what only another room has not: IPC of System V, a message queue of
+        POSIX, anything in /dev/shm (with no name, too), a port of its own network that is waited
+        for, a directory that had many names (ext4 keeps its size)."""
+        lists = [f"/proc/sysvipc/{kind}" for kind in ("shm", "sem", "msg")]
+        if self.spec.network == "none":
+            lists += ["/proc/net/tcp", "/proc/net/tcp6"]
+        is_left = any(read_proc(name).count(b"\n") > 1 for name in lists)  # below its title
+        return bool(self.own and (is_left or self._sizes() != self.sizes)
+                    or self.queues and os.listdir(self.queues))
+
+    def _sizes(self) -> list[int]:
+        """How large its directories are, and how many files are on those that are its own."""
+        systems = [os.statvfs(path) for path in self.own if path == SHM]
+        return [*(max(PAGE, os.stat(path).st_size) for path in self.own),
+                *(system.f_files - system.f_ffree for system in systems)]
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2876,12 +2907,12 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def sweep(path: str, keep: Collection[str] = ()) -> None:
     """Empty a directory but for `keep`: no modes, no depth and no link of a function's stop it.
 
-    Nothing may be running that could change it. Directories are moved up into it to be emptied,
-    so that no path grows long.
+    Nothing may be running that could change it. What lies deep is moved up into it, so that no path
+    grows too long.
     """
     pending = [path]
     while pending:
-        directory = pending.pop()
+        directory, below = pending[-1], []
         for entry in list(os.scandir(directory)):
             if directory == path and entry.name in keep:
                 continue
@@ -2892,10 +2923,15 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
                 os.rmdir(entry.path)  # most are empty
                 continue
             os.chmod(entry.path, 0o700)
-            pending.append(f"{path}/{os.urandom(8).hex()}")
-            os.rename(entry.path, pending[-1])
-        if directory != path:
-            os.rmdir(directory)
+            below.append(entry.path)
+            if len(entry.path) > len(path) + 500:  # characters, of up to 4 bytes
+                below[-1] = f"{path}/{os.urandom(8).hex()}"
+                os.rename(entry.path, below[-1])
+        pending += below
+        if not below:
+            pending.pop()
+            if directory != path:
+                os.rmdir(directory)
 
 
 def remove(path: str) -> None:
@@ -2926,6 +2962,11 @@ def marks(path: str) -> list[object]:
     return found
 
 
+def lockers() -> set[bytes]:
+    """The processes that took a lock of flock(2) which still holds (proc(5), locks)."""
+    return set(re.findall(rb"FLOCK +\S+ +\S+ (\d+)", read_proc("/proc/locks")))
+
+
 class Workspace:
     """A slot's directories, as new for each run.
 
@@ -2948,6 +2989,7 @@ class Workspace:
         # The functions' own user has what the room made, too, and no run can have that anew.
         self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
         self.marks = list(map(marks, self.lasting))
+        self.lockers = lockers()  # those that are no run's
         self.is_tidy = False
 
     @staticmethod
@@ -2983,7 +3025,9 @@ class Workspace:
         A file system on disk makes one slowly, for it searches past inodes that were freed of late.
         """
         is_there = os.path.lexists(path)
-        is_new = is_there and self._looks(path) == self.new.get(path)
+        # Over an abstract socket a run in another slot may have got it, and could list it later.
+        may_stay = is_there and (self.room.is_scoped or not self.linked)
+        is_new = may_stay and self._looks(path) == self.new.get(path)
         if is_there and not is_new:
             remove(path)
         self._own(path, mode, os.chmod if is_new else os.mkdir)
@@ -3011,7 +3055,26 @@ class Workspace:
         for name in OWN:
             if name != "output":
                 self._empty(f"{self.own}/{name}")
+        self._await_locks()
         self.is_tidy = True
+
+    def _await_locks(self) -> None:
+        """Wait until the locks of a run are gone, too.
+
+        It may have sent a locked file over a socket that it sent over itself: the kernel finds that
+        some milliseconds later (unix(7), SCM_RIGHTS).
+        """
+        for _ in range(50):
+            found = lockers()
+            self.lockers &= found
+            gone = {pid for pid in found - self.lockers if not os.path.exists(f"/proc/{int(pid)}")}
+            self.lockers |= found - gone
+            if not gone:
+                return
+            for end in socket.socketpair():
+                end.close()  # has it look
+            time.sleep(0.002)
+        self.lockers |= gone  # it handed its lock on to another, which is no run's
 
     def is_marked(self) -> bool:
         """Whether a run has left anything on what only another room has anew."""
@@ -3176,7 +3239,8 @@ class ForkShell:
             lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
                      "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
                      .format(limits["RLIMIT_NPROC"])]
-        # A shell gives some variables a value of its own: those of the task do not pass through it.
+        # A shell gives some variables a value of its own, and with LD_PRELOAD or OPTIND it may not
+        # even get that far: those of the task do not pass through it.
         env = {name: value for name, value in run.env.items() if name in RUN_ENV | ROLE_ENV}
         given = [f"{name}={run.env[name]}" for name in run.env.keys() - env.keys()]
         argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh",
@@ -3300,6 +3364,7 @@ def with_returned(outcome: Outcome) -> Outcome:
     text, size = "", len(outcome.returned.encode())
     try:
         json.loads(outcome.returned, parse_float=finite, parse_constant=finite)
+        json.loads("[" * 50 + outcome.returned + "]" * 50)  # the agent reads it deeper in its stack
     except (ValueError, RecursionError) as error:
         text = f"what the handler returned cannot be read: {_why(error)}"
     if size > MAX_RETURNED:
@@ -3352,9 +3417,9 @@ class Supervisor:
         self.end_run(self.helpers)
 
     def is_spent(self) -> bool:
-        """Whether a run left what only another supervisor has not: IPC, which ends with its
-        namespace; as an ordinary user, what was set on the room's directories or this process."""
-        return (self.room.has_ipc() or self.workspace.is_marked()
+        """Whether a run left what only another supervisor has not: something of its room; as an
+        ordinary user, what was set on the room's directories or this process."""
+        return (self.room.is_used() or self.workspace.is_marked()
                 or self.spec.uid is None and traits(os.getpid()) != self.traits)
 
     def run(self, run: RunSpec) -> Outcome:
@@ -4084,7 +4149,9 @@ class CloudWatchMetrics:
 BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
 # Variables that take effect at a process's start, so that a ready interpreter is too late for them
 READ_AT_START = re.compile("PYTHON|LC_|LD_|MALLOC_|GLIBC_")
-EXPORTS_HANDLER = re.compile(r"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
+EXPORTS_HANDLER = re.compile(rb"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
+SEARCHED_BYTES = 64 * 1024  # of an index.js, from its start and from its end
+MOST_SOURCES = 512 * 1024  # bytes of the names of what is compiled together: execve(2) takes 2 MiB
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 3.0  # what was received ahead and has not started by then is given back
@@ -4133,7 +4200,7 @@ class Slot:
                 if self.cancelled:
                     return Outcome("released")
                 if isinstance(error, OSError) and not begun:
-                    if isinstance(error, TimeoutError):  # of a disk that is slow, say
+                    if isinstance(error, socket.timeout):  # TimeoutError since Python 3.10
                         raise OSError(errno.EAGAIN, "its preparation takes too long") from None
                     if error.errno in MACHINE_AWAY:
                         raise
@@ -4216,7 +4283,7 @@ def is_reachable(path: str, uid: int, gid: int | None) -> bool:
 class Slots:
     """The machine's side of running: directories, users, programs, and the slots themselves."""
 
-    def __init__(self, settings: Settings, log: Log):
+    def __init__(self, settings: Settings, log: Log, folder: Path | None = None):
         self.settings, self.log = settings, log
         self.role: FunctionRole | None = None
         self.machine = Dependency(log, "starting functions")
@@ -4253,7 +4320,7 @@ class Slots:
         uid, _, _, private = users[0]
         # All slots' tasks count for one user, where each has no uid of its own.
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
-        self.hidden, self.shown = hidden_and_shown(settings.file, [
+        self.hidden, self.shown = hidden_and_shown(settings.file, folder, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
         said: set[tuple[str, str]] = set()
         self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
@@ -4450,6 +4517,8 @@ class Slots:
             elif word == "{sources}":
                 kind = os.path.splitext(entry)[1]
                 command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+                if sum(map(len, command)) > MOST_SOURCES:
+                    raise rejected("compile", f"too many {kind} files stand beside {entry}")
             else:
                 command.append(self.program(word, task.runtime))
         return command
@@ -4459,7 +4528,10 @@ class Slots:
         if package.is_read:
             return
         package.is_read = True
-        text = (package.path / "index.js").read_text(errors="replace")
+        with open(package.path / "index.js", "rb") as file:
+            text = file.read(SEARCHED_BYTES)
+            file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - SEARCHED_BYTES))
+            text += file.read(SEARCHED_BYTES)
         if EXPORTS_HANDLER.search(text):
             self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
                                 'which nothing calls: send "handler": "index.handler" in the task')
@@ -4495,6 +4567,7 @@ class Slots:
                 (part / "main").unlink(missing_ok=True)  # the zip's own, which is a link to it
                 with open(part / "main", "xb") as copy:
                     shutil.copyfileobj(program, copy)
+                    package.size += copy.tell()
                 os.chmod(part / "main", 0o755)
                 os.rename(part, built.path)
             return built
@@ -4558,7 +4631,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
     umask = os.umask(0o022)  # functions' users pass through what is made here
     try:
-        root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # No function may list it: what a killed agent left can be of its uid.
+        root.mkdir(mode=0o711, parents=True, exist_ok=True)
         owner = root.lstat()
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
@@ -5143,7 +5217,7 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
         raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
-    with contextlib.closing(Slots(settings, log)) as slots:
+    with contextlib.closing(Slots(settings, log, folder)) as slots:
         clients = None if folder else make_clients(settings)  # while the launcher starts
         slots.try_out()
         services = open_services(settings, log, clients, folder)

@@ -3151,6 +3151,8 @@ look()
 for root in [*glob.glob("/proc/[0-9]*/root"), *glob.glob("/proc/[0-9]*/cwd"), *glob.glob("/proc/self/fd/*")]:
     for up in ("", "/..", "/../..", "/../../..", "/../../../..", "/../../../../.."):
         look(root + up)
+=== it gets no file system of its own that could hold it for ever
+attempt(os.open, "/dev/fuse", os.O_RDWR)
 === it writes nowhere outside | root
 for place in given["places"]:
     attempt(os.mkdir, place + "/made")
@@ -4382,6 +4384,123 @@ def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
         libc = ctypes.CDLL(None)
         assert libc.semget(KEY, 1, 0) < 0 and libc.msgget(KEY, 0) < 0 and libc.shmget(KEY, 4096, 0) < 0
         assert not [name for name in os.listdir("/dev/shm") if "left" in name]
+
+
+# One zip again and again: what a run leaves where only its own package is, or leaves to the kernel.
+# `leaves` is whether this run does it; what the others print must be the same, and was so before.
+AGAIN = table(r"""
+=== a lock that is on its way over a socket
+file = open("main.py")
+fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+if leaves: kept = sent_to_itself(file)
+=== what has no name in /dev/shm is on its way over a socket
+if leaves:
+    file = open("/dev/shm/left", "wb")
+    file.write(bytes(20 << 20))
+    file.flush()
+    os.unlink("/dev/shm/left")
+    kept = sent_to_itself(file)
+system = os.statvfs("/dev/shm")
+print(leaves or (system.f_blocks - system.f_bfree, system.f_files - system.f_ffree))
+=== the time at which it read a file of its package
+if leaves: open("data").read()
+print(leaves or os.stat("data").st_atime)
+--- data
+=== directories that had many names
+for place in ("/tmp", "/var/tmp", os.environ["HOME"], os.environ["TMPDIR"], os.getcwd()) if leaves else ():
+    for n in range(300): open(f"{place}/{n:0200}", "w").close()
+    for n in range(300): os.unlink(f"{place}/{n:0200}")
+print(leaves or [os.stat(place).st_size for place in ("/tmp", "/var/tmp", os.environ["HOME"], os.environ["TMPDIR"], ".")])
+=== a directory of directories
+for n in range(300 if leaves else 0): os.makedirs(f"/tmp/{n:0200}/deep")
+print(leaves or os.stat(os.environ["HOME"] + "/..").st_size)
+=== a port of its own network that is waited for
+server = socket.socket()
+server.bind(("127.0.0.1", 8000))
+server.listen()
+if leaves:
+    client = socket.create_connection(("127.0.0.1", 8000))
+    server.accept()[0].close()
+    client.recv(1)
+    client.close()
+""")
+AGAIN_HEAD = """
+import array, fcntl, os, socket, sys
+leaves = sys.stdin.read() == "true"
+def sent_to_itself(file):
+    ends = socket.socketpair()
+    files = array.array("i", [file.fileno(), *(end.fileno() for end in ends)])
+    for end in ends:
+        end.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+    return ends
+"""
+
+
+@pytest.fixture(scope="module")
+def again(grids, user):
+    need_room(user)
+    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_NETWORK="none")
+    for name, case in AGAIN.items():
+        tree = {**case.files, "main.py": AGAIN_HEAD + case.files["main.py"]}
+        for n in range(11):
+            grid.put(None if n else tree, request_id=f"{slug(name)}-{n:02}", function_id=slug(name),
+                     input=n % 2 == 1, memoryMb=128 if n % 2 else 24)
+    return grid.run()
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_run_finds_nothing_of_the_one_before_it(again, name):
+    results = [again.result(f"{slug(name)}-{n:02}") for n in range(11)]
+    assert {(result["status"], result["receiveCount"]) for result in results} == {("ok", 1)}, results
+    assert {result["stdout"] for result in results[::2]} == {results[0]["stdout"]}
+
+
+READS_ALL = r"""
+import json, os, sys
+found = []
+for place in json.load(sys.stdin):
+    for top, names, files in os.walk(place):
+        found += [os.path.join(top, name) for name in names + files]
+    try:
+        open(place + "/left", "w").close()
+    except OSError:
+        continue
+    found.append(place + "/left")
+print(found)
+"""
+
+
+@pytest.mark.skipif(not ROOT, reason="makes a directory, and a mount, that all users see")
+def test_no_function_sees_the_tasks_of_others_nor_writes_to_other_mounts(grids):
+    """The folder of --local, where it is none that is covered anyway; a disk where everybody may write."""
+    need_room("root")
+    open_place = Path(tempfile.mkdtemp(dir="/srv"))
+    try:
+        open_place.chmod(0o755)
+        (open_place / "mount").mkdir()
+        grid = grids("root", path=open_place / "grid", EXECUTION_CONCURRENCY=1)
+        for n in range(2):
+            grid.put({"main.py": READS_ALL}, request_id=f"r{n}", input=[str(grid.path), str(open_place / "mount")])
+        mounts = f'mount -t tmpfs -o mode=1777 none {open_place}/mount && exec "$@"'
+        grid.run(prefix=["unshare", "-m", "sh", "-c", mounts, "sh"])
+        assert [grid.result(f"r{n}")["stdout"] for n in range(2)] == ["[]\n"] * 2, grid.log
+    finally:
+        shutil.rmtree(open_place)
+
+
+# What once held up everybody's functions, for the machine seemed to fail.
+@pytest.mark.parametrize("runtime, files, task, status, reason", [
+    ("cpp", {"main.cpp": "", **{f"{n:0200}.cpp": "" for n in range(12_000)}}, {}, "rejected", "compile"),
+    ("cpp", {"run.sh": "", "lib/libc.so.6": "none"}, {"env": {"LD_LIBRARY_PATH": "lib"}}, "failed", None),
+    ("cpp", {"run.sh": ""}, {"env": {"OPTIND": "none", "SHELLOPTS": "noexec"}}, "ok", None),
+], ids=["too many sources", "a library that is none", "variables of shells"])
+def test_what_is_wrong_with_one_function_is_no_fault_of_the_machine(folder, runtime, files, task, status, reason):
+    if runtime == "cpp" and "main.cpp" in files:
+        need("g++")
+    folder.put(files, runtime, request_id="wrong", **task)
+    folder.run()
+    assert {(report["status"], report.get("reason")) for report in folder.reports["wrong"]} == {(status, reason)}
+    assert "starting functions failed" not in folder.log
 
 
 # What is stored of $OUTPUT_DIR: copies of the bytes, and nothing of the source is changed; and what is
@@ -8584,9 +8703,10 @@ def test_a_directory_without_exec_is_said_to_be_that(folder):
 
 
 def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(folder):
-    usual, needed = "/tmp/task", (folder.top, MODULE.parent)
+    usual, needed = "/tmp/task", (folder.top, MODULE.parent, Path(sys.prefix), Path(sys.base_prefix))
+    names = sorted({one.parts[2] for one in needed if one.parts[:2] == ("/", "tmp")})
     prefix = in_mounts("mount --bind /tmp /mnt", "mount -t tmpfs -o mode=1777 none /tmp", *(
-        f"mkdir {one} && mount --bind /mnt/{one.name} {one}" for one in needed if one.parent == Path("/tmp")),
+        f"mkdir /tmp/{name} && mount --bind /mnt/{name} /tmp/{name}" for name in names),
         f"mkdir {usual}", f"chown 12345 {usual}")
     folder.put({"main.py": "import os; print(os.path.dirname(os.path.dirname(os.environ['HOME'])))"})
     folder.env.pop("AGENT_TASKBASEDIR")
