@@ -2522,7 +2522,7 @@ def test_a_run_ends_as_it_should(runs, name):
 
 @pytest.mark.parametrize("text", LAST_WORDS)
 def test_last_words_that_say_there_was_no_memory(text):
-    assert bool(ng.REFUSED.search(text)) == LAST_WORDS[text]
+    assert bool(ng.NO_MEMORY.search(text)) == LAST_WORDS[text]
 
 
 def test_every_take_has_a_report(runs):
