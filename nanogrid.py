@@ -172,7 +172,7 @@ _CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take o
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda s: float(s.replace(".", ""))),
 )
 _LONG_NUMBER = re.compile(r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}")  # int(), str() raise at some thousand
-_REFUSED = {  # how text outside of the subset begins: what it is; what to write instead
+_NOT_IN_SUBSET = {  # how text outside of the subset begins: what it is; what to write instead
     **dict.fromkeys("'\"", 'a quote is not closed in its line; close it, a line break is "\\n"'),
     **dict.fromkeys("&*", "an anchor or alias; write the value out wherever it is used"),
     **dict.fromkeys("|>", "a block of text; write it in one line, in double quotes with \\n"),
@@ -266,7 +266,7 @@ class _YamlReader:
                           "or escape it")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
-                self.fail(_REFUSED[body[0]])
+                self.fail(_NOT_IN_SUBSET[body[0]])
             if marker := _MARKER.match(line):
                 if begun or marker[1] == "..." or marker[2]:
                     self.fail(f"`{marker[1]}` ends a document or has text after it; leave it out")
@@ -314,9 +314,9 @@ class _YamlReader:
         found = _TOKEN.match(text)
         rest = text[found.end():] if found else text.lstrip("-?:")
         if rest.lstrip(" :")[:1] == "\t":
-            self.fail(_REFUSED["\t"])
+            self.fail(_NOT_IN_SUBSET["\t"])
         if not found:
-            self.fail(_REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
+            self.fail(_NOT_IN_SUBSET.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
         if found["double"]:
             return _ESCAPE.sub(character, found[0][1:-1]), False, rest
         return found["plain"] or found[0][1:-1].replace("''", "'"), bool(found["plain"]), rest
@@ -607,10 +607,11 @@ _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone s
 class Runtime(NamedTuple):
     """How to run a runtime.
 
-    A new one needs a field of its name in Settings, and in REFUSED its words for no memory.
+    A new one needs a field of its name in Settings, and in NO_MEMORY its words for that.
     """
     aliases: tuple[str, ...]
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
+    version: tuple[str, str]  # what has a program say which it is; how that looks
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
     # The compiler's command, which makes `main`; {sources}: all of the entry's kind beside it.
@@ -620,13 +621,14 @@ class Runtime(NamedTuple):
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
-    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {},
-                      (".py", "/__init__.py")),
-    "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
-        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "{output}", "{sources}")}),
-    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {},
-                      (".js", ".mjs", ".cjs")),
-    "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
+    "python": Runtime((), ("python3", "python"), ("--version", r"Python 3\."),
+                      {"main.py": ("{program}", "main.py")}, {}, (".py", "/__init__.py")),
+    "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), ("--version", r"[gc]\+\+|clang|gcc|GCC"),
+                   SHELL_ENTRY, {"main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "{output}",
+                                              "{sources}")}),
+    "nodejs": Runtime(("node",), ("node", "nodejs"), ("--version", "v[0-9]"),
+                      {"index.js": ("{program}", "index.js")}, {}, (".js", ".mjs", ".cjs")),
+    "go": Runtime(("golang",), ("go",), ("version", "go version"), SHELL_ENTRY, {
         # auto: as a module where there is a go.mod, and a plain package else
         "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "{output}",
                     ".")}),
@@ -694,9 +696,11 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     if wrong:
         raise rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
                        {REPORTED[name]: right[name] for name in REPORTED if name in right})
-    return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
-                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode(),
-                right["handler"], right["env"])
+    return Task(
+        request_id=right["requestId"], function_id=right["functionId"], runtime=right["runtime"],
+        bucket=right["s3Bucket"], key=right["s3Key"], timeout_ms=right["timeoutMs"],
+        memory_mb=right["memoryMb"], input=input_text.encode(), handler=right["handler"],
+        env=right["env"])
 
 
 def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, Any, str]]:
@@ -1037,6 +1041,9 @@ MACHINE_AWAY = {
 
 
 TRY_SECONDS = 10  # for so long one thread alone tries whether a part is back
+FIRST_PAUSE = 0.4  # seconds, jittered down to half; doubled by each failure in a row
+LONGEST_PAUSE = 10  # soon enough after an hour's outage, and rare enough for AWS in that hour
+REFUSAL_PAUSE = 30  # the longest after a refusal, which a person has to mend
 
 
 class Dependency:
@@ -1054,14 +1061,15 @@ class Dependency:
         self.tried_at = -math.inf  # when somebody began to try, who does not know yet
         self.reason = self.error = ""
 
-    def failed(self, error: object, reason: str = "", longest: float = 10) -> float:
+    def failed(self, error: object, reason: str = "",
+               longest: float = LONGEST_PAUSE) -> float:
         """Note a failure; the jittered, growing pause in seconds before the next try."""
         with self.lock:
             now = time.monotonic()
             if not self.since:
-                self.since, self.pause = now, 0.2
+                self.since, self.pause = now, FIRST_PAUSE
                 self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
-            if now >= self.retry_at:  # threads that fail together are one failure
+            elif now >= self.retry_at:  # threads that fail together are one failure
                 self.pause = min(longest, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
             self.retry_at, self.tried_at = now + pause, -math.inf
@@ -1340,7 +1348,7 @@ class Fate(NamedTuple):
     """What a status means for the log, for a message of SQS, and for a task of a folder."""
 
     level: str  # of its REPORT line
-    action: str  # delete; leave, until its lease ends; return: visible again at once
+    action: str  # delete; return: visible again at once; leave: so where nothing is lent for a time
     is_delayed: bool = False  # a return: after a delay that grows with each receive
     takes: float = 3  # in a folder: the task is dead after so many; inf: this take does not count
 
@@ -1456,7 +1464,7 @@ class SqsQueue:
             ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
             last=now + LONGEST_LEASE_SECONDS - 1)
         if key in self.finished:
-            self.log("INFO", f"message {key} came back after it had ended ok: deleted")
+            self.log("INFO", f"message {key} came back after it was done: deleted")
             message.action = "delete"
             return None
         if old and old.action == "keep":
@@ -1469,7 +1477,7 @@ class SqsQueue:
         action = FATES[status].action
         with self.lock:
             newest = self.in_flight[message.id]
-            if status == "ok":
+            if action == "delete":
                 self.finished[message.id] = None
                 if len(self.finished) > REMEMBERED:
                     self.finished.popitem(last=False)
@@ -1509,6 +1517,8 @@ class SqsQueue:
 
     def close(self, is_urgent: Callable[[], bool]) -> None:
         """Send what is due, for at most 20 seconds."""
+        for request in self.requests.values():
+            request.retry_at = 0.0
         self.is_closing = True
         await_end(self.courier, 20, is_urgent)
 
@@ -1910,7 +1920,7 @@ class S3Code:
             return code.outage(error, "s3")
         is_bucket = "Bucket" in error_code(error)
         reason = "permission" if is_denied(error) else "bucket" if is_bucket else "s3"
-        code.failed(remedy(error, BUCKET_NEEDS.format(task.bucket)), reason, longest=30)
+        code.failed(remedy(error, BUCKET_NEEDS.format(task.bucket)), reason, longest=REFUSAL_PAUSE)
         return Ended(Outcome("error", reason, code.error))
 
     @staticmethod
@@ -2463,6 +2473,7 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 
 AGENT_WEIGHT = "10000"  # cpu.weight, the most: no lease may be late; each slot has the usual 100
 SLOTS_WEIGHT = "33"  # of all slots, beside the machine's own work: nice 5 weighs as much
+CONTROLLERS = "memory", "pids", "cpu"  # the kernel takes a list as a whole, or not at all
 EMPTYING_LOOKS = 200  # 20 s: what is killed is gone in milliseconds, but on a disk that hangs
 
 
@@ -2512,7 +2523,7 @@ def _divide(top: str, slots: int, processes: int) -> None:
     agent, root = f"{top}/agent", os.path.dirname(top)
     is_delegated = os.path.exists(agent)
     for path in [top] if is_delegated else [root, top]:
-        Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
+        Path(path, "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in CONTROLLERS))
     if is_delegated:
         Path(agent, "cpu.weight").write_text(AGENT_WEIGHT)
     else:
@@ -2558,7 +2569,8 @@ def remove_cgroups(top: str) -> None:
             os.rmdir(slot)
     with contextlib.suppress(OSError):  # the agent is still in there when its launcher does this
         if os.path.exists(f"{top}/agent"):
-            Path(top, "cgroup.subtree_control").write_text("-memory -pids -cpu")
+            Path(top, "cgroup.subtree_control").write_text(
+                " ".join(f"-{one}" for one in CONTROLLERS))
             Path(top, "cgroup.procs").write_text("0")
             os.rmdir(f"{top}/agent")
         else:
@@ -3116,7 +3128,7 @@ class Workspace:
 
 # --- Helpers: the processes that fork runs ---
 
-KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
+KEPT_OF_EACH_END = 32 * 1024  # bytes of an output: the four ends, escaped, fit into SQS's 1 MiB
 STOPPED = 0x137F  # a status of wait4(2)
 # linux/audit.h: x86_64, i386, aarch64, arm; the first of three system calls for keys there
 KEY_CALLS = {0xC000003E: 248, 0x40000003: 286, 0xC00000B7: 217, 0x40000028: 309}
@@ -3127,7 +3139,7 @@ RT_SIGACTION = {"x86_64": 13, "aarch64": 134}.get(os.uname().machine, -1)
 class Output:
     """One output of a run: its first and its last bytes, and how many there were."""
 
-    def __init__(self, path: str, tee: int = 0, most: int = KEPT_BYTES):
+    def __init__(self, path: str, tee: int = 0, most: int = KEPT_OF_EACH_END):
         # Opened for writing, too, it never ends: a function may close its outputs and open them
         # again (fifo(7)).
         self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
@@ -3280,7 +3292,7 @@ class ForkShell:
             os.waitpid(shell, 0)
             found = [pid for pid in children_of(os.getpid()) if pid not in self.others]
             if len(found) != 1:
-                raise NotBegun(errno.EAGAIN, "no shell could be forked for the function")
+                raise NotBegun(errno.EAGAIN, "no shell could be forked or confined for a run")
             self.done = os.pidfd_open(found[0])  # Linux 5.3
             started = time.monotonic()
             word.write(b"\n")
@@ -3374,7 +3386,7 @@ class ReadyPython:
 # for an allocation that was refused. Some size their heap by the cap, and say when that is full.
 HEAP_FULL = re.compile(r"JavaScript heap out of memory|OutOfMemoryError: Java heap space")
 # Without a cgroup the kernel refuses what is beyond RLIMIT_DATA, and keeps no count of it.
-REFUSED = re.compile(
+NO_MEMORY = re.compile(
     r"(?m)^(MemoryError\b|numpy\S*MemoryError\b|terminate called after throwing an instance of "
     r"'std::bad_alloc'|fatal error: runtime: (out of memory|cannot allocate memory)"
     r"|.*Cannot allocate memory|memory allocation of \d+ bytes failed|.*OutOfMemoryError"
@@ -3518,7 +3530,7 @@ class Supervisor:
             peak, cap = outcome.peak_memory_bytes or 0, run.memory_mb * MIB
             if peak > cap:  # the watcher came too late
                 return "oom"
-            is_full |= bool(REFUSED.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
+            is_full |= bool(NO_MEMORY.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
         return "ok" if not outcome.exit_code else "oom" if is_full else "failed"
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
@@ -4049,7 +4061,7 @@ class AwsResults:
             if error_code(error) in OF_THE_RESULT:
                 place.worked()
             else:
-                place.failed(said, "output", longest=30)
+                place.failed(said, "output", longest=REFUSAL_PAUSE)
             raise Ended(Outcome("error", "output", f"the result cannot be stored: {said}"))
         place.worked()
 
@@ -4062,6 +4074,11 @@ class Metrics(Protocol):
 
     def close(self, is_urgent: Callable[[], bool]) -> None:
         """Publish what is kept; for at most 25 seconds, or one from when that is urgent."""
+
+
+def dimensions(report: Report) -> tuple[tuple[str, str], ...]:
+    """Name and value of each dimension that a run's values have."""
+    return ("FunctionId", str(report.function_id)), ("Runtime", str(report.runtime))
 
 
 class FolderMetrics:
@@ -4082,8 +4099,7 @@ class FolderMetrics:
         ended = iso(report.outcome.ended_at or time.time())
         line = json.dumps({"timestamp": ended, "namespace": self.settings.namespace,
                            "metricName": "PeakMemoryBytes", "value": peak_bytes,
-                           "unit": "Bytes", "dimensions": {"FunctionId": report.function_id,
-                                                           "Runtime": report.runtime}})
+                           "unit": "Bytes", "dimensions": dict(dimensions(report))})
         with self.lock, self.disk.optional():
             os.write(self.fd, line.encode() + b"\n")
             self.count += 1
@@ -4094,7 +4110,11 @@ class FolderMetrics:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
-Datum = tuple[str, str, int]  # functionId, runtime, the second in which its runs ended
+class Datum(NamedTuple):
+    """What values have in common that are published together."""
+
+    dimensions: tuple[tuple[str, str], ...]
+    second: int  # since the epoch, in which their runs ended
 
 
 class CloudWatchMetrics:
@@ -4119,9 +4139,9 @@ class CloudWatchMetrics:
         """Keep the run's peak for the next flush; the oldest may go."""
         if report.outcome.peak_memory_bytes is not None:
             ended = int(report.outcome.ended_at or time.time())
-            key = str(report.function_id), str(report.runtime), ended
+            datum = Datum(dimensions(report), ended)
             with self.lock:
-                self.values.append((key, float(report.outcome.peak_memory_bytes)))
+                self.values.append((datum, float(report.outcome.peak_memory_bytes)))
                 self._bound()
 
     def _bound(self) -> None:
@@ -4142,10 +4162,11 @@ class CloudWatchMetrics:
             while values := self._take():
                 _, error = attempt(
                     self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
-                    MetricData=[self._datum(*one) for one in values])
+                    MetricData=[self._in_aws_terms(*one) for one in values])
                 if error:
                     with self.lock:
-                        self.values.extendleft((key, one) for key, ones in values for one in ones)
+                        self.values.extendleft(
+                            (datum, one) for datum, ones in values for one in ones)
                         self._bound()
                     pause = self.service.failed(remedy(error, "cloudwatch:PutMetricData") or error)
                     break
@@ -4162,21 +4183,21 @@ class CloudWatchMetrics:
         size = 0
         with self.lock:
             while self.values and size < self.REQUEST_BYTES - self.DATUM_BYTES:
-                key, value = self.values.popleft()
-                data = groups.setdefault(key, [])
+                datum, value = self.values.popleft()
+                data = groups.setdefault(datum, [])
                 if not data or len(data[-1]) == self.VALUES:
                     data.append([])
                     size += self.DATUM_BYTES
                 data[-1].append(value)
                 size += self.VALUE_BYTES
-        return [(key, values) for key, data in groups.items() for values in data]
+        return [(datum, values) for datum, data in groups.items() for values in data]
 
     @staticmethod
-    def _datum(key: Datum, values: list[float]) -> dict[str, Any]:
-        counts, names = Counter(values), ("FunctionId", "Runtime")
-        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": key[2],
+    def _in_aws_terms(datum: Datum, values: list[float]) -> dict[str, Any]:
+        counts = Counter(values)
+        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": datum.second,
                 "Values": list(counts), "Counts": list(map(float, counts.values())),
-                "Dimensions": [{"Name": name, "Value": value} for name, value in zip(names, key)]}
+                "Dimensions": [{"Name": name, "Value": value} for name, value in datum.dimensions]}
 
 
 # --------------------------------------------------------------------------------------------
@@ -4533,10 +4554,12 @@ class Slots:
         command = self._command(task, package, entry, slot)
         is_warm = (task.runtime == "python" and self.settings.warm_start
                    and not any(map(READ_AT_START.match, task.env)))
-        return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
-                       str(package.path), task.input.decode("utf-8", "surrogateescape"),
-                       task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
-                       self.settings.max_files, bool(task.handler), tee)
+        return RunSpec(
+            command=tuple(command), interpreter=command[0] if is_warm else "",
+            helper_env=helper_env, env=env, package=str(package.path),
+            input=task.input.decode("utf-8", "surrogateescape"), timeout_ms=task.timeout_ms,
+            memory_mb=task.memory_mb, disk_mb=self.settings.max_disk_mb,
+            files=self.settings.max_files, has_handler=bool(task.handler), tee=tee)
 
     def _command(self, task: Task, package: Package, entry: str, slot: Slot) -> list[str]:
         """All commands are made here."""
@@ -4593,10 +4616,10 @@ class Slots:
             is_made = os.path.isfile(made) and not os.path.islink(made)
             if outcome.status != "ok" or not is_made:
                 ended = f"{outcome.status}, exit status {outcome.exit_code}"
-                package.refused = replace(
-                    outcome, status="rejected", reason="compile", exit_code=None, start=None,
-                    duration_millis=None, peak_memory_bytes=None, started_at=None,
-                    text=f"{entry} does not compile ({ended})")
+                package.refused = Outcome(
+                    "rejected", "compile", f"{entry} does not compile ({ended})",
+                    stdout=outcome.stdout, stderr=outcome.stderr,
+                    stdout_bytes=outcome.stdout_bytes, stderr_bytes=outcome.stderr_bytes)
                 raise Ended(package.refused)
             part = package.path.with_suffix(".part")
             with self.machine.needed(), open(made, "rb") as program:
@@ -5401,11 +5424,6 @@ def demo(settings: Settings, log: Log) -> None:
     say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
-VERSIONS = {  # how the program of a runtime says which it is, and how that looks
-    "python": ("--version", r"Python 3\."), "cpp": ("--version", r"[gc]\+\+|clang|gcc|GCC"),
-    "nodejs": ("--version", r"v[0-9]"), "go": ("version", "go version")}
-
-
 class Check:
     """--check: a line for each thing that the agent needs; changes nothing."""
 
@@ -5533,7 +5551,7 @@ class Check:
             return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
                        "that a function can run; its tasks end as error")
         with self.of(f"runtime {name}") as is_ok:
-            program, (flag, pattern) = slots.program("{program}", name), VERSIONS[name]
+            program, (flag, pattern) = slots.program("{program}", name), RUNTIMES[name].version
             outcome = self._trial(slots, name, f"exec {shlex.quote(program)} {flag}")
             said = (outcome.stdout + outcome.stderr).partition("\n")[0]
             if not re.match(pattern, said):
@@ -5579,7 +5597,7 @@ def arguments() -> argparse.ArgumentParser:
                         help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
-                     help="python, cpp, nodejs or go (default: its only entry file's)")
+                     help=f"one of {', '.join(RUNTIMES)} (default: its only entry file's)")
     one.add_argument("--timeout-ms", type=int, help="its time limit (default: the settings')")
     one.add_argument("--memory-mb", type=int, help="its memory cap (default: the settings')")
     one.add_argument("--function-id", default="invoke", help="its name (default: %(default)s)")
