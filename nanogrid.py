@@ -172,7 +172,7 @@ _CORE_SCHEMA = (  # YAML 1.2.2, 10.3.2; in ASCII, since int() alone would take o
     (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda s: float(s.replace(".", ""))),
 )
 _LONG_NUMBER = re.compile(r"(?:0[ox]|[-+])?[0-9a-fA-F]{301}")  # int(), str() raise at some thousand
-_REFUSED = {  # how text outside of the subset begins: what it is; what to write instead
+_NOT_IN_SUBSET = {  # how text outside of the subset begins: what it is; what to write instead
     **dict.fromkeys("'\"", 'a quote is not closed in its line; close it, a line break is "\\n"'),
     **dict.fromkeys("&*", "an anchor or alias; write the value out wherever it is used"),
     **dict.fromkeys("|>", "a block of text; write it in one line, in double quotes with \\n"),
@@ -266,7 +266,7 @@ class _YamlReader:
                           "or escape it")
             body = line.lstrip(" ")
             if body[:1] == "\t" or line[:1] == "%":
-                self.fail(_REFUSED[body[0]])
+                self.fail(_NOT_IN_SUBSET[body[0]])
             if marker := _MARKER.match(line):
                 if begun or marker[1] == "..." or marker[2]:
                     self.fail(f"`{marker[1]}` ends a document or has text after it; leave it out")
@@ -314,9 +314,9 @@ class _YamlReader:
         found = _TOKEN.match(text)
         rest = text[found.end():] if found else text.lstrip("-?:")
         if rest.lstrip(" :")[:1] == "\t":
-            self.fail(_REFUSED["\t"])
+            self.fail(_NOT_IN_SUBSET["\t"])
         if not found:
-            self.fail(_REFUSED.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
+            self.fail(_NOT_IN_SUBSET.get(text[0], f"`{text[0]}` begins text; put it in quotes"))
         if found["double"]:
             return _ESCAPE.sub(character, found[0][1:-1]), False, rest
         return found["plain"] or found[0][1:-1].replace("''", "'"), bool(found["plain"]), rest
@@ -607,10 +607,11 @@ _UNPRINTED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, lone s
 class Runtime(NamedTuple):
     """How to run a runtime.
 
-    A new one needs a field of its name in Settings, and in REFUSED its words for no memory.
+    A new one needs a field of its name in Settings, and in NO_MEMORY its words for that.
     """
     aliases: tuple[str, ...]
     programs: tuple[str, ...]  # looked up on PATH unless settings name one
+    version: tuple[str, str]  # what has a program say which it is; how that looks
     # By entry, the first of these files that the zip has at its top; {program}: as it was found.
     commands: dict[str, tuple[str, ...]]
     # The compiler's command, which makes `main`; {sources}: all of the entry's kind beside it.
@@ -620,13 +621,14 @@ class Runtime(NamedTuple):
 
 SHELL_ENTRY = {"run.sh": ("/bin/bash", "run.sh"), "main": ("./main",)}
 RUNTIMES = {
-    "python": Runtime((), ("python3", "python"), {"main.py": ("{program}", "main.py")}, {},
-                      (".py", "/__init__.py")),
-    "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), SHELL_ENTRY, {
-        "main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "{output}", "{sources}")}),
-    "nodejs": Runtime(("node",), ("node", "nodejs"), {"index.js": ("{program}", "index.js")}, {},
-                      (".js", ".mjs", ".cjs")),
-    "go": Runtime(("golang",), ("go",), SHELL_ENTRY, {
+    "python": Runtime((), ("python3", "python"), ("--version", r"Python 3\."),
+                      {"main.py": ("{program}", "main.py")}, {}, (".py", "/__init__.py")),
+    "cpp": Runtime(("c++",), ("g++", "c++", "clang++"), ("--version", r"[gc]\+\+|clang|gcc|GCC"),
+                   SHELL_ENTRY, {"main.cpp": ("{program}", "-O2", "-std=c++17", "-o", "{output}",
+                                              "{sources}")}),
+    "nodejs": Runtime(("node",), ("node", "nodejs"), ("--version", "v[0-9]"),
+                      {"index.js": ("{program}", "index.js")}, {}, (".js", ".mjs", ".cjs")),
+    "go": Runtime(("golang",), ("go",), ("version", "go version"), SHELL_ENTRY, {
         # auto: as a module where there is a go.mod, and a plain package else
         "main.go": ("/usr/bin/env", "GO111MODULE=auto", "{program}", "build", "-o", "{output}",
                     ".")}),
@@ -694,9 +696,11 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     if wrong:
         raise rejected(next(iter(wrong.values()))[0], "; ".join(text for _, text in wrong.values()),
                        {REPORTED[name]: right[name] for name in REPORTED if name in right})
-    return Task(right["requestId"], right["functionId"], right["runtime"], right["s3Bucket"],
-                right["s3Key"], right["timeoutMs"], right["memoryMb"], input_text.encode(),
-                right["handler"], right["env"])
+    return Task(
+        request_id=right["requestId"], function_id=right["functionId"], runtime=right["runtime"],
+        bucket=right["s3Bucket"], key=right["s3Key"], timeout_ms=right["timeoutMs"],
+        memory_mb=right["memoryMb"], input=input_text.encode(), handler=right["handler"],
+        env=right["env"])
 
 
 def _rules(settings: Settings, any_bucket: bool) -> list[tuple[str, str, type, Any, str]]:
@@ -1037,6 +1041,9 @@ MACHINE_AWAY = {
 
 
 TRY_SECONDS = 10  # for so long one thread alone tries whether a part is back
+FIRST_PAUSE = 0.4  # seconds, jittered down to half; doubled by each failure in a row
+LONGEST_PAUSE = 10  # soon enough after an hour's outage, and rare enough for AWS in that hour
+REFUSAL_PAUSE = 30  # the longest after a refusal, which a person has to mend
 
 
 class Dependency:
@@ -1054,14 +1061,15 @@ class Dependency:
         self.tried_at = -math.inf  # when somebody began to try, who does not know yet
         self.reason = self.error = ""
 
-    def failed(self, error: object, reason: str = "", longest: float = 10) -> float:
+    def failed(self, error: object, reason: str = "",
+               longest: float = LONGEST_PAUSE) -> float:
         """Note a failure; the jittered, growing pause in seconds before the next try."""
         with self.lock:
             now = time.monotonic()
             if not self.since:
-                self.since, self.pause = now, 0.2
+                self.since, self.pause = now, FIRST_PAUSE
                 self.log("WARNING", f"{self.name} failed: {error}; trying on until it works")
-            if now >= self.retry_at:  # threads that fail together are one failure
+            elif now >= self.retry_at:  # threads that fail together are one failure
                 self.pause = min(longest, self.pause * 2)
             pause = self.pause * random.uniform(0.5, 1.0)
             self.retry_at, self.tried_at = now + pause, -math.inf
@@ -1340,7 +1348,7 @@ class Fate(NamedTuple):
     """What a status means for the log, for a message of SQS, and for a task of a folder."""
 
     level: str  # of its REPORT line
-    action: str  # delete; leave, until its lease ends; return: visible again at once
+    action: str  # delete; return: visible again at once; leave: so where nothing is lent for a time
     is_delayed: bool = False  # a return: after a delay that grows with each receive
     takes: float = 3  # in a folder: the task is dead after so many; inf: this take does not count
 
@@ -1456,7 +1464,7 @@ class SqsQueue:
             ends=max(asked, now - 1) + self.visibility, beat=now + self.visibility / 3,
             last=now + LONGEST_LEASE_SECONDS - 1)
         if key in self.finished:
-            self.log("INFO", f"message {key} came back after it had ended ok: deleted")
+            self.log("INFO", f"message {key} came back after it was done: deleted")
             message.action = "delete"
             return None
         if old and old.action == "keep":
@@ -1469,7 +1477,7 @@ class SqsQueue:
         action = FATES[status].action
         with self.lock:
             newest = self.in_flight[message.id]
-            if status == "ok":
+            if action == "delete":
                 self.finished[message.id] = None
                 if len(self.finished) > REMEMBERED:
                     self.finished.popitem(last=False)
@@ -1509,6 +1517,8 @@ class SqsQueue:
 
     def close(self, is_urgent: Callable[[], bool]) -> None:
         """Send what is due, for at most 20 seconds."""
+        for request in self.requests.values():
+            request.retry_at = 0.0
         self.is_closing = True
         await_end(self.courier, 20, is_urgent)
 
@@ -1910,7 +1920,7 @@ class S3Code:
             return code.outage(error, "s3")
         is_bucket = "Bucket" in error_code(error)
         reason = "permission" if is_denied(error) else "bucket" if is_bucket else "s3"
-        code.failed(remedy(error, BUCKET_NEEDS.format(task.bucket)), reason, longest=30)
+        code.failed(remedy(error, BUCKET_NEEDS.format(task.bucket)), reason, longest=REFUSAL_PAUSE)
         return Ended(Outcome("error", reason, code.error))
 
     @staticmethod
@@ -2472,6 +2482,7 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 
 AGENT_WEIGHT = "10000"  # cpu.weight, the most: no lease may be late; each slot has the usual 100
 SLOTS_WEIGHT = "33"  # of all slots, beside the machine's own work: nice 5 weighs as much
+CONTROLLERS = "memory", "pids", "cpu"  # the kernel takes a list as a whole, or not at all
 EMPTYING_LOOKS = 200  # 20 s: what is killed is gone in milliseconds, but on a disk that hangs
 
 
@@ -2521,7 +2532,7 @@ def _divide(top: str, slots: int, processes: int) -> None:
     agent, root = f"{top}/agent", os.path.dirname(top)
     is_delegated = os.path.exists(agent)
     for path in [top] if is_delegated else [root, top]:
-        Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
+        Path(path, "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in CONTROLLERS))
     if is_delegated:
         Path(agent, "cpu.weight").write_text(AGENT_WEIGHT)
     else:
@@ -2558,7 +2569,8 @@ def remove_cgroups(top: str) -> None:
             os.rmdir(slot)
     with contextlib.suppress(OSError):  # the agent is still in there when its launcher does this
         if os.path.exists(f"{top}/agent"):
-            Path(top, "cgroup.subtree_control").write_text("-memory -pids -cpu")
+            Path(top, "cgroup.subtree_control").write_text(
+                " ".join(f"-{one}" for one in CONTROLLERS))
             Path(top, "cgroup.procs").write_text("0")
             os.rmdir(f"{top}/agent")
         else:
@@ -2600,8 +2612,9 @@ class Cgroup:
 # --- The room: what a slot sees of the machine (namespaces(7), mount(2), landlock(7)) ---
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 30
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_NOATIME, MS_BIND = 1, 2, 4, 32, 1024, 4096
 MS_REC, MS_SLAVE, MS_KEPT = 16384, 1 << 19, 0xC0E  # the last: what no remount may take away
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 # landlock(7): system calls with one number on every architecture; a right; scopes
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MAY_REFER = 444, 445, 446, 1 << 13
@@ -2623,14 +2636,32 @@ def remount(path: str, flags: int = 0) -> None:
     mount("none", path, "", MS_REMOUNT | MS_BIND | flags | kept)
 
 
-def hidden_and_shown(settings: Path | None, needed: Iterable[str]) -> tuple[list[str], list[str]]:
+def close_mounts() -> None:
+    """Have all that is mounted be read-only, but what only root writes to; raises OSError."""
+    try:  # mount_setattr(2), Linux 5.12, has one number on every architecture
+        kernel("syscall", 442, AT_FDCWD, b"/", AT_RECURSIVE, struct.pack("QQQQ", 1, 0, 0, 0), 32)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        remount("/", MS_RDONLY)
+    with contextlib.suppress(OSError):  # it is read-only outside, too, or there is none
+        remount("/proc")
+        remount(cgroup_root())
+
+
+def hidden_and_shown(settings: Path | None, folder: Path | None,
+                     needed: Iterable[str]) -> tuple[list[str], list[str]]:
     """(hidden, shown): the paths that a room covers, and those below them that it shows again.
 
-    A directory that holds this file or the settings is hidden as a whole, unless it is one of the
-    system's: then that file alone is. Shown is what holds `needed`, and what resolves names. All
-    else of the machine stays to be seen.
+    `folder` is that of --local: it has the tasks and results of all. A directory that holds this
+    file or the settings is hidden as a whole, too, unless it is one of the system's: then that file
+    alone is. Shown is what holds `needed`, and what resolves names. All else of the machine stays
+    to be seen.
     """
-    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log"]
+    # Who waits for a file system that it serves itself, by /dev/fuse, cannot be killed.
+    found = ["/tmp", "/var/tmp", SHM, "/run", "/dev/log", "/dev/fuse"]
+    if folder and folder.resolve() != Path("/"):
+        found.append(str(folder.resolve()))
     for file in map(os.path.realpath, (FILE, str(settings or FILE))):
         parts = Path(file).parts
         is_system = len(parts) < 4 or parts[1] in ("usr", "etc", "lib", "bin", "sbin", "nix")
@@ -2703,7 +2734,7 @@ class Room:
         self.covers: dict[str, str] = {}  # file of the machine -> what is seen in its place
         self.shm_limits = ""
         self.queues = ""  # where this namespace's POSIX message queues can be seen
-        self.ruleset = -1
+        self.ruleset, self.is_scoped = -1, False
         self.proc = os.open("/proc", os.O_PATH)  # that of the machine, which can be written to
         for name in ("own", "feed", "queues", *OWN_TMP.values()):
             if os.path.lexists(path := f"{spec.directory}/{name}"):
@@ -2775,11 +2806,12 @@ class Room:
                 if any(path.startswith(f"{above}/") for above in spec.hidden)}
         here = os.open(spec.directory, os.O_PATH)  # its path may be covered soon
         if spec.uid is not None:
-            self._close_root()
+            self._close_mounts()
         self._cover(here, kept)
         for fd in (*kept.values(), here):
             os.close(fd)
         self.own = {path: os.listdir(path) for path in (*OWN_TMP, SHM) if path in spec.hidden}
+        self.sizes = self._sizes()
         # Its input and outputs are made anew for each run, for next to nothing here: a file system
         # on disk searches past all inodes that were freed of late.
         mount("feed", self.feed, "tmpfs", flags, "mode=711")
@@ -2788,14 +2820,13 @@ class Room:
             mount("queues", queues, "mqueue", flags)
             self.queues = queues
 
-    def _close_root(self) -> None:
-        """Have the root file system read-only: what anybody may write to lasts beyond a run."""
+    def _close_mounts(self) -> None:
+        """Have all mounts read-only: what anybody may write to lasts beyond a run."""
         base = os.path.dirname(self.spec.directory)
-        self._try("functions may write where every user of this machine may",
-                  lambda: remount("/", MS_RDONLY))
+        self._try("functions may write where every user of this machine may", close_mounts)
         if not any(base.startswith(f"{path}/") for path in self.spec.hidden):
             mount(base, base, "", MS_BIND)
-            remount(base)
+            remount(base, MS_NOATIME)
 
     def _cover(self, here: int, kept: Mapping[str, int]) -> None:
         """Cover what is hidden: by what is the slot's own below `here`, or else by nothing but
@@ -2833,7 +2864,7 @@ class Room:
             os.mknod(path)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
         if path == os.path.dirname(self.spec.directory):
-            remount(path)
+            remount(path, MS_NOATIME)  # which would say what other runs read of a package
         elif self.spec.uid is None and path != f"{self.spec.directory}/own":
             remount(path, MS_RDONLY)  # the code, too, is the functions' own user's
 
@@ -2846,9 +2877,10 @@ class Room:
         version = kernel("syscall", LANDLOCK_CREATE, None, 0, 1)
         if version < 2:  # it would let no file be moved to another directory
             raise OSError(errno.ENOSYS, f"its version here is {version}", "landlock")
-        if version < 6:
+        self.is_scoped = version >= 6
+        if not self.is_scoped:
             self.gaps.append("functions may use the machine's abstract sockets")
-        attributes = struct.pack("QQQ", MAY_REFER, 0, SCOPES if version >= 6 else 0)
+        attributes = struct.pack("QQQ", MAY_REFER, 0, SCOPES if self.is_scoped else 0)
         self.ruleset = kernel("syscall", LANDLOCK_CREATE, attributes, len(attributes), 0)
         root = os.open("/", os.O_PATH)
         rule = struct.pack("=Qi", MAY_REFER, root)
@@ -2867,11 +2899,22 @@ class Room:
             if os.path.exists(path) and not os.path.samefile(path, cover):
                 mount(cover, path, "", MS_BIND)
 
-    def has_ipc(self) -> bool:
-        """Whether a run left anything of System V's IPC, or a message queue of POSIX."""
-        lists = [read_proc(f"/proc/sysvipc/{kind}") for kind in ("shm", "sem", "msg")]
-        is_left = any(content.count(b"\n") > 1 for content in lists)  # below its title
-        return bool(self.own and is_left or self.queues and os.listdir(self.queues))
+    def is_used(self) -> bool:
+        """Whether a run left what only another room has not: IPC of System V, a message queue of
+        POSIX, anything in /dev/shm (with no name, too), a port of its own network that is waited
+        for, a directory that had many names (ext4 keeps its size)."""
+        lists = [f"/proc/sysvipc/{kind}" for kind in ("shm", "sem", "msg")]
+        if self.spec.network == "none":
+            lists += ["/proc/net/tcp", "/proc/net/tcp6"]
+        is_left = any(read_proc(name).count(b"\n") > 1 for name in lists)  # below its title
+        return bool(self.own and (is_left or self._sizes() != self.sizes)
+                    or self.queues and os.listdir(self.queues))
+
+    def _sizes(self) -> list[int]:
+        """How large its directories are, and how many files are on those that are its own."""
+        systems = [os.statvfs(path) for path in self.own if path == SHM]
+        return [*(max(PAGE, os.stat(path).st_size) for path in self.own),
+                *(system.f_files - system.f_ffree for system in systems)]
 
 
 # --- The workspace: the directories of a slot, made pristine before each run ---
@@ -2885,12 +2928,12 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def sweep(path: str, keep: Collection[str] = ()) -> None:
     """Empty a directory but for `keep`: no modes, no depth and no link of a function's stop it.
 
-    Nothing may be running that could change it. Directories are moved up into it to be emptied,
-    so that no path grows long.
+    Nothing may be running that could change it. What lies deep is moved up into it, so that no path
+    grows too long.
     """
     pending = [path]
     while pending:
-        directory = pending.pop()
+        directory, below = pending[-1], []
         for entry in list(os.scandir(directory)):
             if directory == path and entry.name in keep:
                 continue
@@ -2901,10 +2944,15 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
                 os.rmdir(entry.path)  # most are empty
                 continue
             os.chmod(entry.path, 0o700)
-            pending.append(f"{path}/{os.urandom(8).hex()}")
-            os.rename(entry.path, pending[-1])
-        if directory != path:
-            os.rmdir(directory)
+            below.append(entry.path)
+            if len(entry.path) > len(path) + 500:  # characters, of up to 4 bytes
+                below[-1] = f"{path}/{os.urandom(8).hex()}"
+                os.rename(entry.path, below[-1])
+        pending += below
+        if not below:
+            pending.pop()
+            if directory != path:
+                os.rmdir(directory)
 
 
 def remove(path: str) -> None:
@@ -2935,6 +2983,11 @@ def marks(path: str) -> list[object]:
     return found
 
 
+def lockers() -> set[bytes]:
+    """The processes that took a lock of flock(2) which still holds (proc(5), locks)."""
+    return set(re.findall(rb"FLOCK +\S+ +\S+ (\d+)", read_proc("/proc/locks")))
+
+
 class Workspace:
     """A slot's directories, as new for each run.
 
@@ -2957,6 +3010,7 @@ class Workspace:
         # The functions' own user has what the room made, too, and no run can have that anew.
         self.lasting = [] if self.linked else [self.own, room.feed, *room.own]
         self.marks = list(map(marks, self.lasting))
+        self.lockers = lockers()  # those that are no run's
         self.is_tidy = False
 
     @staticmethod
@@ -2992,7 +3046,9 @@ class Workspace:
         A file system on disk makes one slowly, for it searches past inodes that were freed of late.
         """
         is_there = os.path.lexists(path)
-        is_new = is_there and self._looks(path) == self.new.get(path)
+        # Over an abstract socket a run in another slot may have got it, and could list it later.
+        may_stay = is_there and (self.room.is_scoped or not self.linked)
+        is_new = may_stay and self._looks(path) == self.new.get(path)
         if is_there and not is_new:
             remove(path)
         self._own(path, mode, os.chmod if is_new else os.mkdir)
@@ -3020,7 +3076,26 @@ class Workspace:
         for name in OWN:
             if name != "output":
                 self._empty(f"{self.own}/{name}")
+        self._await_locks()
         self.is_tidy = True
+
+    def _await_locks(self) -> None:
+        """Wait until the locks of a run are gone, too.
+
+        It may have sent a locked file over a socket that it sent over itself: the kernel finds that
+        some milliseconds later (unix(7), SCM_RIGHTS).
+        """
+        for _ in range(50):
+            found = lockers()
+            self.lockers &= found
+            gone = {pid for pid in found - self.lockers if not os.path.exists(f"/proc/{int(pid)}")}
+            self.lockers |= found - gone
+            if not gone:
+                return
+            for end in socket.socketpair():
+                end.close()  # has it look
+            time.sleep(0.002)
+        self.lockers |= gone  # it handed its lock on to another, which is no run's
 
     def is_marked(self) -> bool:
         """Whether a run has left anything on what only another room has anew."""
@@ -3036,7 +3111,7 @@ class Workspace:
 
 # --- Helpers: the processes that fork runs ---
 
-KEPT_BYTES = 32 * 1024  # of each output, from its start and from its end
+KEPT_OF_EACH_END = 32 * 1024  # bytes of an output: the four ends, escaped, fit into SQS's 1 MiB
 STOPPED = 0x137F  # a status of wait4(2)
 # linux/audit.h: x86_64, i386, aarch64, arm; the first of three system calls for keys there
 KEY_CALLS = {0xC000003E: 248, 0x40000003: 286, 0xC00000B7: 217, 0x40000028: 309}
@@ -3047,7 +3122,7 @@ RT_SIGACTION = {"x86_64": 13, "aarch64": 134}.get(os.uname().machine, -1)
 class Output:
     """One output of a run: its first and its last bytes, and how many there were."""
 
-    def __init__(self, path: str, tee: int = 0, most: int = KEPT_BYTES):
+    def __init__(self, path: str, tee: int = 0, most: int = KEPT_OF_EACH_END):
         # Opened for writing, too, it never ends: a function may close its outputs and open them
         # again (fifo(7)).
         self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
@@ -3185,7 +3260,8 @@ class ForkShell:
             lines = [f"ulimit -d {limits['RLIMIT_DATA'] // 1024}",
                      "ulimit -u {0} 2>/dev/null || ulimit -p {0}"  # bash; dash
                      .format(limits["RLIMIT_NPROC"])]
-        # A shell gives some variables a value of its own: those of the task do not pass through it.
+        # A shell gives some variables a value of its own, and with LD_PRELOAD or OPTIND it may not
+        # even get that far: those of the task do not pass through it.
         env = {name: value for name, value in run.env.items() if name in RUN_ENV | ROLE_ENV}
         given = [f"{name}={run.env[name]}" for name in run.env.keys() - env.keys()]
         argv = [self.room.spec.shell, "-c", FORK_SHELL % "\n".join(lines), "sh",
@@ -3199,7 +3275,7 @@ class ForkShell:
             os.waitpid(shell, 0)
             found = [pid for pid in children_of(os.getpid()) if pid not in self.others]
             if len(found) != 1:
-                raise NotBegun(errno.EAGAIN, "no shell could be forked for the function")
+                raise NotBegun(errno.EAGAIN, "no shell could be forked or confined for a run")
             self.done = os.pidfd_open(found[0])  # Linux 5.3
             started = time.monotonic()
             word.write(b"\n")
@@ -3293,7 +3369,7 @@ class ReadyPython:
 # for an allocation that was refused. Some size their heap by the cap, and say when that is full.
 HEAP_FULL = re.compile(r"JavaScript heap out of memory|OutOfMemoryError: Java heap space")
 # Without a cgroup the kernel refuses what is beyond RLIMIT_DATA, and keeps no count of it.
-REFUSED = re.compile(
+NO_MEMORY = re.compile(
     r"(?m)^(MemoryError\b|numpy\S*MemoryError\b|terminate called after throwing an instance of "
     r"'std::bad_alloc'|fatal error: runtime: (out of memory|cannot allocate memory)"
     r"|.*Cannot allocate memory|memory allocation of \d+ bytes failed|.*OutOfMemoryError"
@@ -3309,6 +3385,7 @@ def with_returned(outcome: Outcome) -> Outcome:
     text, size = "", len(outcome.returned.encode())
     try:
         json.loads(outcome.returned, parse_float=finite, parse_constant=finite)
+        json.loads("[" * 50 + outcome.returned + "]" * 50)  # the agent reads it deeper in its stack
     except (ValueError, RecursionError) as error:
         text = f"what the handler returned cannot be read: {_why(error)}"
     if size > MAX_RETURNED:
@@ -3361,9 +3438,9 @@ class Supervisor:
         self.end_run(self.helpers)
 
     def is_spent(self) -> bool:
-        """Whether a run left what only another supervisor has not: IPC, which ends with its
-        namespace; as an ordinary user, what was set on the room's directories or this process."""
-        return (self.room.has_ipc() or self.workspace.is_marked()
+        """Whether a run left what only another supervisor has not: something of its room; as an
+        ordinary user, what was set on the room's directories or this process."""
+        return (self.room.is_used() or self.workspace.is_marked()
                 or self.spec.uid is None and traits(os.getpid()) != self.traits)
 
     def run(self, run: RunSpec) -> Outcome:
@@ -3433,7 +3510,7 @@ class Supervisor:
             peak, cap = outcome.peak_memory_bytes or 0, run.memory_mb * MIB
             if peak > cap:  # the watcher came too late
                 return "oom"
-            is_full |= bool(REFUSED.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
+            is_full |= bool(NO_MEMORY.search(stderr)) or NO_BUFFER in stderr and peak > cap / 2
         return "ok" if not outcome.exit_code else "oom" if is_full else "failed"
 
     def _helper(self, run: RunSpec) -> tuple[ForkShell | ReadyPython, str]:
@@ -3956,7 +4033,7 @@ class AwsResults:
             raise place.outage(error, "output")
         if error:
             said = remedy(error, needs, arguments.get("QueueUrl"))
-            place.failed(said, "output", longest=30)
+            place.failed(said, "output", longest=REFUSAL_PAUSE)
             raise Ended(Outcome("error", "output", f"the result cannot be stored: {said}"))
         place.worked()
 
@@ -3969,6 +4046,11 @@ class Metrics(Protocol):
 
     def close(self, is_urgent: Callable[[], bool]) -> None:
         """Publish what is kept; for at most 25 seconds, or one from when that is urgent."""
+
+
+def dimensions(report: Report) -> tuple[tuple[str, str], ...]:
+    """Name and value of each dimension that a run's values have."""
+    return ("FunctionId", str(report.function_id)), ("Runtime", str(report.runtime))
 
 
 class FolderMetrics:
@@ -3989,8 +4071,7 @@ class FolderMetrics:
         ended = iso(report.outcome.ended_at or time.time())
         line = json.dumps({"timestamp": ended, "namespace": self.settings.namespace,
                            "metricName": "PeakMemoryBytes", "value": peak_bytes,
-                           "unit": "Bytes", "dimensions": {"FunctionId": report.function_id,
-                                                           "Runtime": report.runtime}})
+                           "unit": "Bytes", "dimensions": dict(dimensions(report))})
         with self.lock, self.disk.optional():
             os.write(self.fd, line.encode() + b"\n")
             self.count += 1
@@ -4001,7 +4082,11 @@ class FolderMetrics:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
-Datum = tuple[str, str, int]  # functionId, runtime, the second in which its runs ended
+class Datum(NamedTuple):
+    """What values have in common that are published together."""
+
+    dimensions: tuple[tuple[str, str], ...]
+    second: int  # since the epoch, in which their runs ended
 
 
 class CloudWatchMetrics:
@@ -4026,9 +4111,9 @@ class CloudWatchMetrics:
         """Keep the run's peak for the next flush; the oldest may go."""
         if report.outcome.peak_memory_bytes is not None:
             ended = int(report.outcome.ended_at or time.time())
-            key = str(report.function_id), str(report.runtime), ended
+            datum = Datum(dimensions(report), ended)
             with self.lock:
-                self.values.append((key, float(report.outcome.peak_memory_bytes)))
+                self.values.append((datum, float(report.outcome.peak_memory_bytes)))
                 self._bound()
 
     def _bound(self) -> None:
@@ -4049,10 +4134,11 @@ class CloudWatchMetrics:
             while values := self._take():
                 _, error = attempt(
                     self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
-                    MetricData=[self._datum(*one) for one in values])
+                    MetricData=[self._in_aws_terms(*one) for one in values])
                 if error:
                     with self.lock:
-                        self.values.extendleft((key, one) for key, ones in values for one in ones)
+                        self.values.extendleft(
+                            (datum, one) for datum, ones in values for one in ones)
                         self._bound()
                     pause = self.service.failed(remedy(error, "cloudwatch:PutMetricData") or error)
                     break
@@ -4069,21 +4155,21 @@ class CloudWatchMetrics:
         size = 0
         with self.lock:
             while self.values and size < self.REQUEST_BYTES - self.DATUM_BYTES:
-                key, value = self.values.popleft()
-                data = groups.setdefault(key, [])
+                datum, value = self.values.popleft()
+                data = groups.setdefault(datum, [])
                 if not data or len(data[-1]) == self.VALUES:
                     data.append([])
                     size += self.DATUM_BYTES
                 data[-1].append(value)
                 size += self.VALUE_BYTES
-        return [(key, values) for key, data in groups.items() for values in data]
+        return [(datum, values) for datum, data in groups.items() for values in data]
 
     @staticmethod
-    def _datum(key: Datum, values: list[float]) -> dict[str, Any]:
-        counts, names = Counter(values), ("FunctionId", "Runtime")
-        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": key[2],
+    def _in_aws_terms(datum: Datum, values: list[float]) -> dict[str, Any]:
+        counts = Counter(values)
+        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": datum.second,
                 "Values": list(counts), "Counts": list(map(float, counts.values())),
-                "Dimensions": [{"Name": name, "Value": value} for name, value in zip(names, key)]}
+                "Dimensions": [{"Name": name, "Value": value} for name, value in datum.dimensions]}
 
 
 # --------------------------------------------------------------------------------------------
@@ -4094,7 +4180,9 @@ class CloudWatchMetrics:
 BASE_ENV = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
 # Variables that take effect at a process's start, so that a ready interpreter is too late for them
 READ_AT_START = re.compile("PYTHON|LC_|LD_|MALLOC_|GLIBC_")
-EXPORTS_HANDLER = re.compile(r"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
+EXPORTS_HANDLER = re.compile(rb"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # also as bundled
+SEARCHED_BYTES = 64 * 1024  # of an index.js, from its start and from its end
+MOST_SOURCES = 512 * 1024  # bytes of the names of what is compiled together: execve(2) takes 2 MiB
 COMPILE_MS, COMPILE_MB = 120_000, 2048
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 3.0  # what was received ahead and has not started by then is given back
@@ -4226,7 +4314,7 @@ def is_reachable(path: str, uid: int, gid: int | None) -> bool:
 class Slots:
     """The machine's side of running: directories, users, programs, and the slots themselves."""
 
-    def __init__(self, settings: Settings, log: Log):
+    def __init__(self, settings: Settings, log: Log, folder: Path | None = None):
         self.settings, self.log = settings, log
         self.role: FunctionRole | None = None
         self.machine = Dependency(log, "starting functions")
@@ -4263,7 +4351,7 @@ class Slots:
         uid, _, _, private = users[0]
         # All slots' tasks count for one user, where each has no uid of its own.
         self.other_tasks = 0 if private else user_tasks(os.getuid() if uid is None else uid)
-        self.hidden, self.shown = hidden_and_shown(settings.file, [
+        self.hidden, self.shown = hidden_and_shown(settings.file, folder, [
             *self.path.split(os.pathsep), *filter(None, self.programs.values())])
         said: set[tuple[str, str]] = set()
         self.all = [Slot(self._spec(number, *user[:3]), self.supervisor, self.machine, said)
@@ -4438,10 +4526,12 @@ class Slots:
         command = self._command(task, package, entry, slot)
         is_warm = (task.runtime == "python" and self.settings.warm_start
                    and not any(map(READ_AT_START.match, task.env)))
-        return RunSpec(tuple(command), command[0] if is_warm else "", helper_env, env,
-                       str(package.path), task.input.decode("utf-8", "surrogateescape"),
-                       task.timeout_ms, task.memory_mb, self.settings.max_disk_mb,
-                       self.settings.max_files, bool(task.handler), tee)
+        return RunSpec(
+            command=tuple(command), interpreter=command[0] if is_warm else "",
+            helper_env=helper_env, env=env, package=str(package.path),
+            input=task.input.decode("utf-8", "surrogateescape"), timeout_ms=task.timeout_ms,
+            memory_mb=task.memory_mb, disk_mb=self.settings.max_disk_mb,
+            files=self.settings.max_files, has_handler=bool(task.handler), tee=tee)
 
     def _command(self, task: Task, package: Package, entry: str, slot: Slot) -> list[str]:
         """All commands are made here."""
@@ -4460,6 +4550,8 @@ class Slots:
             elif word == "{sources}":
                 kind = os.path.splitext(entry)[1]
                 command += sorted(f"./{path.name}" for path in package.path.glob(f"*{kind}"))
+                if sum(map(len, command)) > MOST_SOURCES:
+                    raise rejected("compile", f"too many {kind} files stand beside {entry}")
             else:
                 command.append(self.program(word, task.runtime))
         return command
@@ -4469,7 +4561,10 @@ class Slots:
         if package.is_read:
             return
         package.is_read = True
-        text = (package.path / "index.js").read_text(errors="replace")
+        with open(package.path / "index.js", "rb") as file:
+            text = file.read(SEARCHED_BYTES)
+            file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - SEARCHED_BYTES))
+            text += file.read(SEARCHED_BYTES)
         if EXPORTS_HANDLER.search(text):
             self.log("WARNING", f"[{task.request_id}] index.js of {task.key} exports a handler, "
                                 'which nothing calls: send "handler": "index.handler" in the task')
@@ -4493,10 +4588,10 @@ class Slots:
             is_made = os.path.isfile(made) and not os.path.islink(made)
             if outcome.status != "ok" or not is_made:
                 ended = f"{outcome.status}, exit status {outcome.exit_code}"
-                package.refused = replace(
-                    outcome, status="rejected", reason="compile", exit_code=None, start=None,
-                    duration_millis=None, peak_memory_bytes=None, started_at=None,
-                    text=f"{entry} does not compile ({ended})")
+                package.refused = Outcome(
+                    "rejected", "compile", f"{entry} does not compile ({ended})",
+                    stdout=outcome.stdout, stderr=outcome.stderr,
+                    stdout_bytes=outcome.stdout_bytes, stderr_bytes=outcome.stderr_bytes)
                 raise Ended(package.refused)
             part = package.path.with_suffix(".part")
             with self.machine.needed(), open(made, "rb") as program:
@@ -4505,6 +4600,7 @@ class Slots:
                 (part / "main").unlink(missing_ok=True)  # the zip's own, which is a link to it
                 with open(part / "main", "xb") as copy:
                     shutil.copyfileobj(program, copy)
+                    package.size += copy.tell()
                 os.chmod(part / "main", 0o755)
                 os.rename(part, built.path)
             return built
@@ -4568,7 +4664,8 @@ def make_task_dir(settings: Settings, log: Log) -> tuple[Path, int]:
         root = Path(f"{root}-{os.geteuid()}")  # another user's agent was here first
     umask = os.umask(0o022)  # functions' users pass through what is made here
     try:
-        root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # No function may list it: what a killed agent left can be of its uid.
+        root.mkdir(mode=0o711, parents=True, exist_ok=True)
         owner = root.lstat()
         if owner.st_uid != os.geteuid() or not stat.S_ISDIR(owner.st_mode):
             raise PermissionError(f"{root} belongs to uid {owner.st_uid}")
@@ -5153,7 +5250,7 @@ def run_agent(settings: Settings, log: Log, folder: Path | None, drain: bool) ->
         raise ConfigError(f"--local {folder}: there is no such folder; make it, or name another")
     for number in (signal.SIGTERM, signal.SIGINT):  # until Agent.run: there is nothing to give back
         signal.signal(number, lambda *_: sys.exit(0))
-    with contextlib.closing(Slots(settings, log)) as slots:
+    with contextlib.closing(Slots(settings, log, folder)) as slots:
         clients = None if folder else make_clients(settings)  # while the launcher starts
         slots.try_out()
         services = open_services(settings, log, clients, folder)
@@ -5299,11 +5396,6 @@ def demo(settings: Settings, log: Log) -> None:
     say(DEMO_END if is_whole else "The demo was stopped before its end.")
 
 
-VERSIONS = {  # how the program of a runtime says which it is, and how that looks
-    "python": ("--version", r"Python 3\."), "cpp": ("--version", r"[gc]\+\+|clang|gcc|GCC"),
-    "nodejs": ("--version", r"v[0-9]"), "go": ("version", "go version")}
-
-
 class Check:
     """--check: a line for each thing that the agent needs; changes nothing."""
 
@@ -5431,7 +5523,7 @@ class Check:
             return say(f"none  runtime {name}: no {' or '.join(RUNTIMES[name].programs)} on PATH "
                        "that a function can run; its tasks end as error")
         with self.of(f"runtime {name}") as is_ok:
-            program, (flag, pattern) = slots.program("{program}", name), VERSIONS[name]
+            program, (flag, pattern) = slots.program("{program}", name), RUNTIMES[name].version
             outcome = self._trial(slots, name, f"exec {shlex.quote(program)} {flag}")
             said = (outcome.stdout + outcome.stderr).partition("\n")[0]
             if not re.match(pattern, said):
@@ -5477,7 +5569,7 @@ def arguments() -> argparse.ArgumentParser:
                         help="say what is usable, change nothing (default: run)")
     one = parser.add_argument_group("with --invoke")
     one.add_argument("--runtime", choices=_RUNTIME_OF, metavar="NAME",
-                     help="python, cpp, nodejs or go (default: its only entry file's)")
+                     help=f"one of {', '.join(RUNTIMES)} (default: its only entry file's)")
     one.add_argument("--timeout-ms", type=int, help="its time limit (default: the settings')")
     one.add_argument("--memory-mb", type=int, help="its memory cap (default: the settings')")
     one.add_argument("--function-id", default="invoke", help="its name (default: %(default)s)")
