@@ -2833,6 +2833,25 @@ def test_nothing_outlives_its_run(escaped, name):
     assert not Path(f"{mark}.late").exists()
 
 
+def test_hundreds_that_have_ended_are_reaped_without_a_look_at_each():
+    """What the kernel has killed at a run's time limit waits for that, and the slot's next run with it."""
+    command = f"""
+import os, sys
+sys.path.insert(0, {str(MODULE.parent)!r})
+import nanogrid as ng
+pids = [os.fork() or os._exit(0) for _ in range(300)]
+for pid in pids:
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+looked = []
+ng.children_of = lambda pid, look=ng.children_of: looked.append(pid) or look(pid)
+ng.end_descendants()
+print(len(looked), ng.children_of(os.getpid()))
+"""
+    said = subprocess.run([PYTHON, "-c", command], stdout=subprocess.PIPE, text=True, check=True).stdout
+    looks, left = said.split(maxsplit=1)
+    assert int(looks) < 10 and left == "[]\n"
+
+
 # ---------------------------------------------------------------- confining
 
 CONFINED = table(r"""
