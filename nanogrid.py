@@ -2455,9 +2455,18 @@ def signal_all(pids: Iterable[int], number: int) -> None:
             os.kill(pid, number)
 
 
+def reap(kept: Collection[int]) -> None:
+    """Reap this process's children that have ended, as far as the first of `kept` that has."""
+    with contextlib.suppress(ChildProcessError):  # there are none
+        while ((ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+               and ended.si_pid not in kept):
+            os.waitpid(ended.si_pid, 0)
+
+
 def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> None:
     """Kill and reap all `descendants`; stopped first, to fork no more: a fork bomb ends, too."""
     stopped: set[int] = set()
+    reap([*helpers, *others])  # to look below hundreds that have ended would take long
     while below := descendants(helpers, others):
         new = set(below) - stopped
         signal_all(new or below, signal.SIGSTOP if new else signal.SIGKILL)
@@ -3543,6 +3552,7 @@ class Supervisor:
         self._close(helpers)
         if self.cgroup:
             empty_cgroup(self.cgroup.path)
+        reap([helper.pid for helper in self.helpers.values()])
         if self.run_pids():
             # What clone(CLONE_PARENT) made a helper's child, it won't reap.
             self._close([name for name, helper in self.helpers.items() if children_of(helper.pid)])
