@@ -34,7 +34,7 @@ Parameters:
   AlarmTopic: {Type: String, Default: "", Description: "the ARN of an SNS topic for alarms: dead letters, a message of 15 minutes"}
   Dashboard: {Type: String, Default: "", Description: "(no value) of CloudWatch: queue, DLQ, functions"}
   Least: {Type: String, Default: "", Description: "(no value) the agent may not extend leases"}
-  Instances: {Type: Number, Default: 0, Description: "at most so many machines follow the queue; again, to bring them nanogrid.py and application.yml as they are now"}
+  Instances: {Type: String, AllowedPattern: "[0-9]+", Default: "0", Description: "at most so many machines follow the queue; again, to bring them nanogrid.py and application.yml as they are now"}
   InstanceType: {Type: String, Default: t3.small, Description: x86_64 or arm64; it and what follows go with --instances}
   Architecture: {Type: String, Default: x86_64}
   Subnets: {Type: String, Default: "", Description: "ID,ID; default: those of the default VPC"}
@@ -51,7 +51,7 @@ Conditions:
   MakeAlarms: !Not [!Equals [!Ref AlarmTopic, ""]]
   MakeDashboard: !Not [!Equals [!Ref Dashboard, ""]]
   IsLeast: !Not [!Equals [!Ref Least, ""]]
-  MakeFleet: !Not [!Equals [!Ref Instances, 0]]
+  MakeFleet: !Not [!Equals [!Ref Instances, "0"]]
   InDefaultVpc: !Equals [!Ref Subnets, ""]
   OnSpot: !Not [!Equals [!Ref Spot, ""]]
 Resources:
@@ -105,7 +105,7 @@ Resources:
   OutputQueuePolicy:
     {Type: AWS::IAM::Policy, Condition: MakeOutputQueue, Properties: {
       PolicyName: NanoGridOutputQueue, Roles: [!Ref AgentRole], PolicyDocument: {Version: "2012-10-17", Statement: [
-        {Effect: Allow, Action: ["sqs:SendMessage"], Resource: !GetAtt ResultQueue.Arn}]}}}
+        {Effect: Allow, Action: ["sqs:SendMessage"], Resource: !Sub "arn:${AWS::Partition}:sqs:${AWS::Region}:${AWS::AccountId}:${OutputQueue}"}]}}}
   FunctionRole:
     {Type: AWS::IAM::Role, Condition: MakeFunctionRole, DependsOn: AgentProfile, Properties: {
       RoleName: !Sub "${Role}-functions", ManagedPolicyArns: [!Ref FunctionPolicy],
@@ -114,7 +114,7 @@ Resources:
   FunctionRolePolicy:
     {Type: AWS::IAM::Policy, Condition: MakeFunctionRole, Properties: {
       PolicyName: NanoGridFunctionRole, Roles: [!Ref AgentRole], PolicyDocument: {Version: "2012-10-17", Statement: [
-        {Effect: Allow, Action: ["sts:AssumeRole"], Resource: !GetAtt FunctionRole.Arn}]}}}
+        {Effect: Allow, Action: ["sts:AssumeRole"], Resource: !Sub "arn:${AWS::Partition}:iam::${AWS::AccountId}:role/${Role}-functions"}]}}}
   DeadLetters:
     {Type: AWS::CloudWatch::Alarm, Condition: MakeAlarms, Properties: {
       AlarmName: !Sub "NanoGrid-${Queue}-dead-letters", AlarmActions: [!Ref AlarmTopic],
@@ -324,9 +324,9 @@ deploy() {
   STEP="stack $STACK"
   aws cloudformation deploy --stack-name "$STACK" --template-file "$TEMP/template.yml" \
     --capabilities CAPABILITY_NAMED_IAM --no-fail-on-empty-changeset ${DRY_RUN:+--no-execute-changeset} \
-    --tags Project=nanogrid "Queue=$QUEUE" --parameter-overrides "Queue=$QUEUE" "$@" 2>"$TEMP/errors" |
+    --tags Project=nanogrid "Queue=$QUEUE" --parameter-overrides "$@" "Queue=$QUEUE" 2>"$TEMP/errors" |
     tee "$TEMP/answer" | sed '/review changes/d; /^[A-Z]/!d' ||
-    grep "No updates are to be performed" "$TEMP/errors" || failed
+    grep -q "No updates are to be performed" "$TEMP/errors" || failed
 }
 
 delete_stack() {
@@ -335,17 +335,19 @@ delete_stack() {
 }
 
 set_up() {
-  local suffix="-$QUEUE"
+  local suffix="-$QUEUE" defaults
   if [ "$QUEUE" = nanogrid-task-queue ]; then suffix=""; fi
   if [ "$STATUS" = ROLLBACK_COMPLETE ]; then delete_stack; STATUS=""; fi  # of a first try that failed
-  if [ "${STATUS#REVIEW_IN_PROGRESS}" = "" ]; then
-    PARAMETERS=("Dlq=$QUEUE-dlq" "Role=NanoGridAgentRole$suffix" "InstanceProfile=NanoGridAgentProfile$suffix"
-      "Bucket=nanogrid-code-bucket-$ACCOUNT$(printf '%s' "$suffix" | tr '[:upper:]_' '[:lower:]-')" ${PARAMETERS[@]+"${PARAMETERS[@]}"})
-  fi
   if [[ " ${PARAMETERS[*]-}" =~ " InstanceType="([^ ]+) ]]; then
     ask "instance type" aws ec2 describe-instance-types --instance-types "${BASH_REMATCH[1]}" --query \
       "InstanceTypes[0].ProcessorInfo.SupportedArchitectures[?@=='x86_64' || @=='arm64'] | [0]"
     PARAMETERS+=("Architecture=$FOUND")
+  fi
+  if [ "${STATUS#REVIEW_IN_PROGRESS}" = "" ]; then
+    # Those too that stay as they are: moto would take what was left out for changed next time.
+    IFS=$'\n' read -r -d '' -a defaults < <(template | sed -n 's/^  \([A-Z][A-Za-z]*\): {Type: .* Default: "\{0,1\}\([^",}]*\).*/\1=\2/p') || true
+    PARAMETERS=("${defaults[@]}" "Dlq=$QUEUE-dlq" "Role=NanoGridAgentRole$suffix" "InstanceProfile=NanoGridAgentProfile$suffix"
+      "Bucket=nanogrid-code-bucket-$ACCOUNT$(printf '%s' "$suffix" | tr '[:upper:]_' '[:lower:]-')" ${PARAMETERS[@]+"${PARAMETERS[@]}"})
   fi
   deploy ${PARAMETERS[@]+"${PARAMETERS[@]}"} ${DRY_RUN:+${INSTANCES:+"Instances=$INSTANCES"}}
   if [ -n "$DRY_RUN" ]; then show_changes "$(sed -n 's/.* \(arn:\)/\1/p' "$TEMP/answer")" && return; fi
@@ -371,7 +373,6 @@ show_changes() {
 # has a sum of the rest: what somebody has written or edited is left alone.
 write_config() {
   local role mark="# Written by setup_resources.sh, and written anew while nobody edits it:" wanted
-  STEP=application.yml
   role="$(value FunctionRole)"
   wanted="$(sed -e '/# ↑ /d; /^    # e\.g\. /d' -e "s|^    region: .*|    region: $REGION|" \
     -e "s|^    endpointUrl:.*|    endpointUrl: $ENDPOINT|" -e "s|^    queueUrl: .*|    queueUrl: $(value TaskQueue)|" \
@@ -401,15 +402,14 @@ send_test_message() {
 # What a machine needs goes into the code bucket as one zip that is named by its sum: each machine gets
 # what was put there, or nothing. The group's own machines get a new one by an instance refresh.
 bring_up_fleet() {
-  local before version=""
-  before="$(value Fleet)"
+  local version=""
   if [ "$INSTANCES" != 0 ]; then
     ask "the machines' zip" bash "$HERE/fleet_machine.sh" pack "$TEMP/version.zip" "$(value TaskQueue)"
     version="$FOUND"
     ask "upload" aws s3 cp --only-show-errors "$TEMP/version.zip" "s3://$(value Bucket)/nanogrid/$version.zip"
   fi
   deploy "Instances=$INSTANCES" "Version=$version"
-  if [[ -n "$version" && "$before" == NanoGrid* ]]; then
+  if [[ -n "$version" && "$(value Fleet)" == NanoGrid* ]]; then  # it was there before
     ask "instance refresh" aws autoscaling start-instance-refresh --auto-scaling-group-name "NanoGrid-$QUEUE" \
       --preferences MinHealthyPercentage=100,MaxHealthyPercentage=150,SkipMatching=true --query InstanceRefreshId
     echo "instance refresh $FOUND replaces the machines that are not as they should be, one after the other"
