@@ -6241,7 +6241,10 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
         again, without_a_kill = run_again(aws.path, killed)
         log = "".join(agent.log for agent in agents)
         assert set(runs_in(aws.path)) == set(good), f"seed {seed}"
-        assert {each["status"] for each in reports(log)} <= {"ok", "rejected", "released"}, seed
+        # What AWS does for longer than a lease can be kept is an error, too; nothing of ours is one.
+        ends = Counter((each["status"], each.get("reason")) for each in reports(log))
+        assert {status for status, _ in ends} <= {"ok", "rejected", "released", "error"}, (seed, ends)
+        assert {reason for status, reason in ends if status == "error"} <= {"s3", "output"}, (seed, ends, log[-20000:])
         assert "Traceback" not in log, f"seed {seed}"
         assert not without_a_kill, f"{without_a_kill} ran again though their agent lived (seed {seed})"
         return f"{len(again)} of {len(good)} ran again, after {len(killed)} kills (seed {seed})"
