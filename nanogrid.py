@@ -1409,7 +1409,7 @@ class SqsQueue:
         self.url, self.log, self.settings = settings.queue_url, log, settings
         self.polls, self.sqs = clients.polls, clients.sqs
         self.visibility = 30  # until the queue says another
-        self.has_dlq = False
+        self.has_dlq = True  # likewise: without one, what is rejected is delayed
         self.attributes_due = 0.0
         self.may_change: bool | None = None  # sqs:ChangeMessageVisibility; None: to be tried
         self.denied_at = 0.0  # 0: it is not
