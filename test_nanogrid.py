@@ -6982,7 +6982,7 @@ def full_disk_takes_idle_packages_and_is_an_error_when_patience_ends(moto):
             seen = [(each["requestId"], each["status"]) for each in reports(agent.log)]
             assert seen == [("a", "ok"), ("b", "ok"), ("c", "ok"), ("large", "error"), ("fine", "ok")], agent.log
             assert re.search("No space left|File too large", agent.log)
-            assert ("packages that no run uses were removed" in agent.log) == ROOT
+            assert "packages that no run uses were removed" in agent.log
             assert "Traceback" not in agent.log and agent.process.poll() is None
 
 
