@@ -2363,7 +2363,7 @@ for _ in range(4):
         os._exit(0)
 for _ in range(4):
     os.wait()
-=== children between vfork and exec | memoryMb=128 | peakMib=70..90
+=== children between vfork and exec | memoryMb=128 timeoutMs=600000 | peakMib=70..90
 block = bytearray(b"x") * (70 << 20)
 for _ in range(200):
     subprocess.run(["true"])
