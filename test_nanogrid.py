@@ -2365,7 +2365,7 @@ for _ in range(4):
     os.wait()
 === children between vfork and exec | memoryMb=128 timeoutMs=600000 | peakMib=70..90
 block = bytearray(b"x") * (70 << 20)
-for _ in range(200):
+for _ in range(60):
     subprocess.run(["true"])
 === 80 threads | memoryMb=64
 gate = threading.Barrier(81)
