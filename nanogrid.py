@@ -3023,13 +3023,16 @@ class Workspace:
         self.on_disk = [self.own, *(f"{spec.directory}/{name}" for name in OWN_TMP.values())]
         self.linked = spec.uid not in (None, os.getuid())
         self.put = os.link if self.linked else shutil.copy2
-        # What the room made, what stays in it, and its mode
-        self.kept = [(self.own, list(OWN), 0o711), (room.feed, [], 0o711),
-                     *((path, stays, 0o1777) for path, stays in room.own.items())]
-        if self.linked and not room.is_scoped:  # a run in another slot may have got hold of one
-            self.kept[2:] = [(path, stays, 0o1770) for path, stays in room.own.items()]
+        # Else a run in another slot may get hold of a directory, over an abstract socket, and could
+        # list it later.
+        self.is_alone = room.is_scoped or not self.linked
+        if not self.is_alone:
             for path in room.own:
                 os.chown(path, 0, spec.gid or 0)
+        # What the room made, what stays in it, and its mode
+        mode = 0o1777 if self.is_alone else 0o1770
+        self.kept = [(self.own, list(OWN), 0o711), (room.feed, [], 0o711),
+                     *((path, stays, mode) for path, stays in room.own.items())]
         for path, _, mode in self.kept:
             os.chmod(path, mode)
         self.new: dict[str, list[object]] = {}  # how each directory looked when it was made
@@ -3072,14 +3075,12 @@ class Workspace:
         A file system on disk makes one slowly, for it searches past inodes that were freed of late.
         """
         is_there = os.path.lexists(path)
-        # Over an abstract socket a run in another slot may have got it, and could list it later.
-        may_stay = is_there and (self.room.is_scoped or not self.linked)
-        is_new = may_stay and self._looks(path) == self.new.get(path)
+        is_new = is_there and self.is_alone and self._looks(path) == self.new.get(path)
         if is_there and not is_new:
             remove(path)
         self._own(path, mode, os.chmod if is_new else os.mkdir)
         os.utime(path)
-        if not is_new:
+        if self.is_alone and not is_new:
             self.new[path] = self._looks(path)
 
     def _empty(self, path: str) -> None:
