@@ -1101,91 +1101,72 @@ def same(one, other) -> bool:
     return one == other or isinstance(one, float) and math.isnan(one) and math.isnan(other)
 
 
-@pytest.mark.parametrize("text, value", [
+# What is read as YAML 1.2 reads it: the oracle, below, says as what.
+VALUES = [
     # null, bool
-    ("", None), ("~", None), ("null", None), ("Null", None), ("NULL", None), ("# x", None),
-    ("nULL", "nULL"), ("none", "none"), ("true", True), ("True", True), ("TRUE", True),
-    ("false", False), ("False", False), ("FALSE", False), ("tRue", "tRue"), ("yes", "yes"),
-    ("NO", "NO"), ("on", "on"), ("off", "off"), ("y", "y"),
+    "", "~", "null", "Null", "NULL", "# x", "nULL", "none", "true", "True", "TRUE", "false",
+    "False", "FALSE", "tRue", "yes", "NO", "on", "off", "y",
     # int
-    ("0", 0), ("7", 7), ("-7", -7), ("+7", 7), ("0777", 777), ("-0", 0), ("0o17", 15), ("0x1F", 31),
-    ("0xff", 255), ("-0o17", "-0o17"), ("+0x1", "+0x1"), ("0o8", "0o8"), ("0O7", "0O7"),
-    ("0X1", "0X1"), ("0b1", "0b1"), ("1_000", "1_000"), ("１２", "１２"), ("²", "²"),
-    ("1,000", "1,000"), ("12:30", "12:30"), ("190:20:30", "190:20:30"),
-    ("2026-11-22", "2026-11-22"), ("1 2", "1 2"), ("--1", "--1"), ("+", "+"), ("-", ng.ConfigError),
-    ("9" * 300, int("9" * 300)), ("9" * 301, ng.ConfigError), ("0x" + "f" * 5000, ng.ConfigError),
-    ("0o" + "7" * 5000, ng.ConfigError), ("'" + "9" * 5000 + "'", "9" * 5000),
+    "0", "7", "-7", "+7", "0777", "-0", "0o17", "0x1F", "0xff", "-0o17", "+0x1", "0o8", "0O7",
+    "0X1", "0b1", "1_000", "１２", "²", "1,000", "12:30", "190:20:30", "2026-11-22", "1 2", "--1",
+    "+", "9" * 300, "'" + "9" * 5000 + "'",
     # float
-    ("1.5", 1.5), ("1.", 1.0), (".5", 0.5), ("-.5", -0.5), ("+1.5", 1.5), ("1e3", 1000.0),
-    ("1E-3", 0.001), ("1.5e+3", 1500.0), ("1e", "1e"), ("e3", "e3"), (".", "."), (".e3", ".e3"),
-    ("1.2.3", "1.2.3"), (".inf", math.inf), ("-.INF", -math.inf), ("+.Inf", math.inf),
-    ("inf", "inf"), (".iNf", ".iNf"), (".nan", math.nan), (".NaN", math.nan), (".NAN", math.nan),
-    ("nan", "nan"), ("-.nan", "-.nan"), ("1_0.5", "1_0.5"), ("1e999", math.inf), ("0.", 0.0),
+    "1.5", "1.", ".5", "-.5", "+1.5", "1e3", "1E-3", "1.5e+3", "1e", "e3", ".", ".e3", "1.2.3",
+    ".inf", "-.INF", "+.Inf", "inf", ".iNf", ".nan", ".NaN", ".NAN", "nan", "-.nan", "1_0.5",
+    "1e999", "0.",
     # plain text
-    ("https://h/q", "https://h/q"), ("http://x/y#frag", "http://x/y#frag"), ("a#b", "a#b"),
-    ("a #b", "a"), ("a   # b # c", "a"), ("a  b", "a  b"), ("a  ", "a"), ("a:b", "a:b"),
-    ("a :b", "a :b"), ("-a", "-a"), (":a", ":a"), ("?a", "?a"), ("::a", "::a"), ("--- ", "---"),
-    ("a'b\"c", "a'b\"c"), ("a [b] {c}, d", "a [b] {c}, d"), ("$a", "$a"), ("${A:b}", "${A:b}"),
-    ("<<", "<<"), ("=", "="), ("a & b", "a & b"), ("서울", "서울"), ("a\u3000", "a\u3000"),
-    ("\u3000a", "\u3000a"), ("\xa0", "\xa0"), ("a\u2028b", "a\u2028b"), ("a\x85b", "a\x85b"),
-    ("\U0001f600", "\U0001f600"), ("\\n", "\\n"), ("a: b: c", ng.ConfigError),
-    ("a:", ng.ConfigError),
+    "https://h/q", "http://x/y#frag", "a#b", "a #b", "a   # b # c", "a  b", "a  ", "a:b", "a :b",
+    "-a", ":a", "?a", "::a", "--- ", "a'b\"c", "a [b] {c}, d", "$a", "${A:b}", "<<", "=",
+    "a & b", "서울", "a\u3000", "\u3000a", "\xa0", "\U0001f600", "\\n",
     # quoted
-    ("''", ""), ("'a'", "a"), ("'it''s'", "it's"), ("''''", "'"), ("'a # b: c'", "a # b: c"),
-    (r"'\n'", r"\n"), ("'12'", "12"), ("'true' # c", "true"), ("'a\tb'", "a\tb"), ("' '", " "),
-    ('""', ""), ('"a: b"', "a: b"), ('"12"', "12"), ('"null"', "null"), ('"a" # "', "a"),
-    (r'"\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P"', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'),
-    (r'"\x41\u00e9\U0001F600"', "A\u00e9\U0001f600"), ('"\\\t"', "\t"), (r'"\\n"', r"\n"),
-    (r'"\x4"', ng.ConfigError), (r'"\u12"', ng.ConfigError), (r'"\U00110000"', ng.ConfigError),
-    (r'"\ud83d\ude00"', ng.ConfigError), (r'"\q"', ng.ConfigError), (r'"\'"', ng.ConfigError),
-    (r'"\x٣٣"', ng.ConfigError), (r'"\xg0"', ng.ConfigError), ("'a", ng.ConfigError),
-    ('"a', ng.ConfigError), ('"a\\"', ng.ConfigError), ("'a''", ng.ConfigError),
-    ("'a'b", ng.ConfigError), ('"a" b', ng.ConfigError), ('"a"#b', ng.ConfigError),
-    ("'a': b", ng.ConfigError), ("'a' 'b'", ng.ConfigError),
-    # empty collections, and what is refused
-    ("[]", []), ("{}", {}), ("[ ]", []), ("{  } # c", {}), ("[] # c", []), ("[]#c", ng.ConfigError),
-    ("[1, 2]", ng.ConfigError), ("{a: 1}", ng.ConfigError), ("[] []", ng.ConfigError),
-    *((text, ng.ConfigError) for text in (
-        "&x", "&x 1", "*x", "!!str 1", "!t", "|", "|-", ">", ">2", "@x", "%x", "`x", ",x", "]", "}",
-        "- a", "- ", "? a", "?", ":", ": a", "a\tb", "a\t", "a\t# c", "'a'\t", "\ta", "# \x07",
-        "a\x00", "\x7f", "\x80", "a\rb", "\ufeff", "\ufffe", "\ud800", "a\x0cb")),
-])
-def test_a_value_is_read_as_yaml_1_2_reads_it_or_refused(text, value):
-    for document in (f"k: {text}", f"a: 1\nk: {text}\nz: 1\n", f"m:\n  k: {text}\r\n"):
-        if value is ng.ConfigError:
+    "''", "'a'", "'it''s'", "''''", "'a # b: c'", r"'\n'", "'12'", "'true' # c", "'a\tb'", "' '",
+    '""', '"a: b"', '"12"', '"null"', '"a" # "', r'"\0\a\b\t\n\v\f\r\e\ \"\/\\\N\_\L\P"',
+    r'"\x41\u00e9\U0001F600"', '"\\\t"', r'"\\n"',
+    # empty collections
+    "[]", "{}", "[ ]", "{  } # c", "[] # c",
+]
+REFUSED_VALUES = [
+    "-", "9" * 301, "0x" + "f" * 5000, "0o" + "7" * 5000, "a: b: c", "a:", r'"\x4"', r'"\u12"',
+    r'"\U00110000"', r'"\ud83d\ude00"', r'"\q"', r'"\'"', r'"\x٣٣"', r'"\xg0"', "'a", '"a',
+    '"a\\"', "'a''", "'a'b", '"a" b', '"a"#b', "'a': b", "'a' 'b'", "[]#c", "[1, 2]", "{a: 1}",
+    "[] []", "&x", "&x 1", "*x", "!!str 1", "!t", "|", "|-", ">", ">2", "@x", "%x", "`x", ",x",
+    "]", "}", "- a", "- ", "? a", "?", ":", ": a", "a\tb", "a\t", "a\t# c", "'a'\t", "\ta",
+    "# \x07", "a\x00", "\x7f", "\x80", "a\rb", "\ufeff", "\ufffe", "\ud800", "a\x0cb",
+]
+DOCUMENTS = [
+    "", "\n\n", "# c", "---", "--- # c\n", "---   # c", "\ufeff", "{}", "---\n{ } # c\n",
+    "\ufeff---\r\n# 주석\r\na: 1\r\n", "# c\n---\na: 1", "a: 1", "a:", "a:\nb: 1", "a : 1",
+    "  a: 1\n  b: 2\n", "a: 1\r", "a:   \n  b:  1 ", "1: a", "true: a", "~: a", "<<: a",
+    "'a: b': 1", r'"a\tb" : 1', '"": 1', "a b: 1", "a#b: 1", "::  a", "-a: 1", "---a: 1",
+    "a:b: c", "키: 값", "...a: 1", "a:\n  b:\n    c: 1\n  d: 2\ne: 3",
+    "a:\n\n # c\n  b: 1\n# c\n\n  c: 2", "a: # c\n  b: 1", "a: #\nb: 1", "a:\n- 1\n- x\nb: 2",
+    "a:\n  - 1\n  - 2\nb: 2", "a:\n  b:\n  - 1\n  c: 2",
+    "a:\n-\n- # c\n-   x # c\n- 'y'\n- -1\n- -b", "a:\n\n# c\n- 1\n\n  # c\n- 2", "a:\n - ---\n",
+    "a: [] # none\nb: {}\nc: 1", "a: 'b'\nc: d",
+]
+
+
+@pytest.mark.parametrize("text", VALUES + REFUSED_VALUES)
+def test_a_value_is_read_as_yaml_1_2_reads_it_or_refused(text):
+    layouts = [f"k: {text}", f"a: 1\nk: {text}\nz: 1\n", f"m:\n  k: {text}\r\n"]
+    if text in REFUSED_VALUES:
+        for document in layouts:
             line = document[:document.index("k:")].count("\n") + 1
             assert re.fullmatch(rf"f\.yml:{line}: .+; .+", refusal(document))
-        else:
-            read = ng.parse_yaml(document)
-            assert same(read.get("m", read)["k"], value)
-    if value is not ng.ConfigError and not isinstance(value, (list, dict)):
-        assert same(ng.parse_yaml(f"k:\n- {text}\n- 1"), {"k": [value, 1]})
+    else:
+        in_list = [f"k:\n- {text}\n- 1"] * (text[:1] not in ("[", "{"))
+        for document in layouts + in_list:
+            assert same(ng.parse_yaml(document), oracle(document))
 
 
-@pytest.mark.parametrize("text, value", [
-    ("", {}), ("\n\n", {}), ("# c", {}), ("---", {}), ("--- # c\n", {}), ("---   # c", {}),
-    ("\ufeff", {}), ("{}", {}), ("---\n{ } # c\n", {}), ("\ufeff---\r\n# 주석\r\na: 1\r\n", {"a": 1}),
-    ("# c\n---\na: 1", {"a": 1}), ("a: 1", {"a": 1}), ("a:", {"a": None}),
-    ("a:\nb: 1", {"a": None, "b": 1}), ("a : 1", {"a": 1}), ("  a: 1\n  b: 2\n", {"a": 1, "b": 2}),
-    ("a: 1\r", {"a": 1}), ("a:   \n  b:  1 ", {"a": {"b": 1}}), ("1: a", {"1": "a"}),
-    ("true: a", {"true": "a"}), ("~: a", {"~": "a"}), ("<<: a", {"<<": "a"}),
-    ("'a: b': 1", {"a: b": 1}), (r'"a\tb" : 1', {"a\tb": 1}), ('"": 1', {"": 1}),
-    ("a b: 1", {"a b": 1}), ("a#b: 1", {"a#b": 1}), ("::  a", {":": "a"}), ("-a: 1", {"-a": 1}),
-    ("---a: 1", {"---a": 1}), ("a:b: c", {"a:b": "c"}), ("키: 값", {"키": "값"}),
-    ("...a: 1", {"...a": 1}), ("\x85: 1", {"\x85": 1}),
-    ("a:\n  b:\n    c: 1\n  d: 2\ne: 3", {"a": {"b": {"c": 1}, "d": 2}, "e": 3}),
-    ("a:\n\n # c\n  b: 1\n# c\n\n  c: 2", {"a": {"b": 1, "c": 2}}),
-    ("a: # c\n  b: 1", {"a": {"b": 1}}), ("a: #\nb: 1", {"a": None, "b": 1}),
-    ("a:\n- 1\n- x\nb: 2", {"a": [1, "x"], "b": 2}),
-    ("a:\n  - 1\n  - 2\nb: 2", {"a": [1, 2], "b": 2}),
-    ("a:\n  b:\n  - 1\n  c: 2", {"a": {"b": [1], "c": 2}}),
-    ("a:\n-\n- # c\n-   x # c\n- 'y'\n- -1\n- -b", {"a": [None, None, "x", "y", -1, "-b"]}),
-    ("a:\n\n# c\n- 1\n\n  # c\n- 2", {"a": [1, 2]}), ("a:\n - ---\n", {"a": ["---"]}),
-    ("a: [] # none\nb: {}\nc: 1", {"a": [], "b": {}, "c": 1}),
-    ("a: 'b'\nc: d", {"a": "b", "c": "d"}),
-])
-def test_documents(text, value):
-    assert same(ng.parse_yaml(text), value)
+@pytest.mark.parametrize("text", DOCUMENTS)
+def test_documents(text):
+    assert same(ng.parse_yaml(text), oracle(text))
+
+
+def test_what_yaml_1_1_took_for_line_ends_is_text():
+    """PyYAML still does."""
+    assert ng.parse_yaml("\x85: a\u2028b\nc: a\x85b") == {"\x85": "a\u2028b", "c": "a\x85b"}
 
 
 @pytest.mark.parametrize("text, line, word", [
@@ -1262,9 +1243,7 @@ def oracle(text: str) -> dict:
 
 
 KEYS = ["a", "b c", "queueUrl", "'q: k'", '"d\\u0041"', "1", "true", "키", "-x", "a#b", "http://k"]
-SCALARS = ["1", "-0", "0o17", "0777", "0x1F", "1e3", ".5", ".inf", "~", "null", "true", "NO", "1_000",
-           "12:30", "a b", "a#b", "http://x/y#z", "-x", "'it''s # x'", '"\\x41\\n\\"b\\""', "''", "값",
-           "x:y", "2026-11-22", "a, b", " x'", "d{x}", "<<", "="]
+SCALARS = [text for text in VALUES if len(text) < 99 and text[:1] not in ("[", "{")]
 
 
 def random_document(rng: random.Random) -> str:
@@ -1298,8 +1277,8 @@ def random_document(rng: random.Random) -> str:
                     block(indent + rng.choice([1, 2, 2, 4]), depth + 1)
 
     block(rng.choice([0, 0, 0, 2]), 0)
-    return rng.choice(["", "\ufeff"]) + rng.choice(["\n", "\r\n"]).join(lines) + rng.choice(["",
-        "\n"])
+    text = rng.choice(["\n", "\r\n"]).join(lines)
+    return rng.choice(["", "\ufeff"]) + text + rng.choice(["", "\n"])
 
 
 @pytest.mark.parametrize("seed", range(4))
