@@ -419,11 +419,11 @@ def scratch():
 
 
 class Folder:
-    """A directory for --local, whose agents run as `user`: "root", "ordinary" or "me"."""
+    """A directory for --local, whose agents run as `user`: "root", "ordinary" or "me"; MARKER is its fn.zip."""
 
     def __init__(self, user: str = "me", path: Path | None = None, **settings):
         self.user, self.count, self.held = user, 0, contextlib.ExitStack()
-        self.scratch = self.top = self.held.enter_context(scratch())
+        self.top = self.held.enter_context(scratch())
         self.path, self.base, self.spool = path or self.top / "grid", self.top / "task", self.top / "spool"
         self.env = {"AGENT_TASKBASEDIR": str(self.base), "AGENT_RUNTIMES_PYTHON": PYTHON,
                     "HOME": str(self.top), "LANG": "C.UTF-8", "TZ": "Asia/Seoul",
@@ -435,14 +435,13 @@ class Folder:
             if ROOT and user == "ordinary":
                 os.chown(place, ORDINARY, ORDINARY)
             place.chmod(0o777 if place == self.spool else 0o755)
-
-    def remove(self, *_):
-        self.held.close()
+        (self.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
 
     def __enter__(self) -> Folder:
         return self
 
-    __exit__ = remove
+    def __exit__(self, *_):
+        self.held.close()
 
     def put(self, files=None, runtime="python", function_id="fn", request_id=None, **task) -> str:
         """Store `files` (a dict, zip bytes, or None to reuse) and queue a task; its requestId."""
@@ -524,13 +523,6 @@ def grids():
     """Makes Folders; all of them are removed when the module's tests are over."""
     with contextlib.ExitStack() as stack:
         yield lambda user, **settings: stack.enter_context(Folder(user, **settings))
-
-
-def local_site() -> Folder:
-    """A Folder with MARKER as fn.zip."""
-    folder = Folder()
-    (folder.path / "code" / "fn.zip").write_bytes(make_zip(marker()))
-    return folder
 
 
 Case = collections.namedtuple("Case", "files runtime task expect only unordered", defaults=(False,))
@@ -2999,7 +2991,7 @@ time.sleep(100)
 """
     first.put({"main.py": squat}, request_id="squat", timeoutMs=100000)
     second.put({"main.py": "import os; print(os.getuid())"}, request_id="other")
-    with Agent("--local", first.path, "--log-level", "DEBUG", python=PYTHON, env=first.env) as agent:
+    with first.agent("--log-level", "DEBUG") as agent:
         agent.wait_for("squat.*start")
         uid = int(second.run()["other"]["stdout"])
         # Any other agent of this machine may have it by now.
@@ -3011,8 +3003,7 @@ time.sleep(100)
 @pytest.mark.parametrize("name", ["root", "0"])
 def test_functions_never_run_as_root(grids, user, name):
     grid = grids(user, EXECUTION_RUNAS=name)
-    with Agent("--local", grid.path, "--drain", python=PYTHON, env=grid.env, prefix=as_user(user)) as agent:
-        assert agent.end() == 1
+    agent = ended(grid.agent("--drain"), 1)
     assert "runAs" in agent.log and len(agent.log.splitlines()) == 1, agent.log
 
 
@@ -4023,8 +4014,7 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
 def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung(grids):
     grid = grids("root", EXECUTION_CONCURRENCY=1)
     run = Lasting(grid, "lasting", timeoutMs=10000)
-    prefix = [sys.executable, "-c", PATCHED.format("ng.Slot.SPARE_SECONDS = 20")]
-    with grid.agent(prefix=prefix) as agent:
+    with grid.agent(prefix=patched("ng.Slot.SPARE_SECONDS = 20")) as agent:
         os.kill(run.begun()[1], signal.SIGSTOP)
         agent.wait_for("REPORT requestId=lasting .*status=error")
         agent.wait_for("REPORT requestId=lasting .*status=ok")
@@ -6133,7 +6123,7 @@ def trials(moto, request):
 def sigkill_of_agents_of_one_folder_at_random_loses_nothing(_):
     seed = random.randrange(1 << 30)
     chance, wanted = random.Random(seed), {f"r{number:03d}" for number in range(200)}
-    with local_site() as folder, contextlib.ExitStack() as stack:
+    with Folder() as folder, contextlib.ExitStack() as stack:
         for request_id in sorted(wanted):
             folder.job(request_id, sleep=chance.choice((0, 0.05, 0.3)))
         agents = [stack.enter_context(folder.agent()) for _ in range(2)]
@@ -6143,7 +6133,7 @@ def sigkill_of_agents_of_one_folder_at_random_loses_nothing(_):
             agents.append(stack.enter_context(folder.agent()))
         until(lambda: not folder.names("queue") and not folder.names("running"), 300,
               f"an empty folder (seed {seed})")
-        assert set(runs_in(folder.scratch)) == wanted == set(folder.names("results")), seed
+        assert set(runs_in(folder.top)) == wanted == set(folder.names("results")), seed
         assert {folder.result(request_id)["status"] for request_id in wanted} == {"ok"}
         assert not folder.names("dead"), f"seed {seed}"
 
@@ -6437,7 +6427,7 @@ class FolderOutage:
         disk = stack.enter_context(scratch()) / "disk"
         self.prefix, seen, self.away, self.back = stack.enter_context(small_disk(disk))
         self.folder, self.grid = stack.enter_context(Folder(path=seen / "grid")), disk / "grid"
-        self.path = self.folder.scratch
+        self.path = self.folder.top
         for name, more in (("fn", {}), ("new", {"ballast": os.urandom(1 << 20)})):
             (self.folder.path / "code" / f"{name}.zip").write_bytes(make_zip({**marker(), **more}))
 
@@ -7753,10 +7743,9 @@ def test_check_of_a_function_looks_at_what_that_needs(tmp_path, function):
 
 @pytest.mark.parametrize("runtime, program", [
     ("python", "/bin/ls"), ("cpp", "/bin/true"), ("nodejs", "/bin/cat"), ("go", "/bin/true")])
-def test_check_starts_each_runtime_for_real(runtime, program):
-    with local_site() as folder:
-        name = f"AGENT_RUNTIMES_{runtime.upper()}"
-        agent = ended(folder.agent("--check", env={name: program, "AGENT_EXECUTION_METADATA": "allow"}), 1)
+def test_check_starts_each_runtime_for_real(runtime, program, folder):
+    name = f"AGENT_RUNTIMES_{runtime.upper()}"
+    agent = ended(folder.agent("--check", env={name: program, "AGENT_EXECUTION_METADATA": "allow"}), 1)
     lines = [line for line in agent.out.splitlines() if "runtime " in line]
     [failed] = [line for line in lines if line.startswith("FAIL")]
     assert re.match(rf"FAIL  runtime {runtime}: {program} (--)?version ended ok, .*: this is no {runtime}; correct", failed)
@@ -7778,16 +7767,15 @@ def test_check_without_a_dlq_or_an_interpreter(moto):
 
 
 @pytest.mark.parametrize("flag", ["--check", "--drain"])
-def test_reader_of_standard_output_that_went_away_ends_nothing(flag):
-    with local_site() as folder:
-        folder.job("r1")
-        reader, writer = os.pipe()
-        os.close(reader)
-        with open(writer, "wb") as out:
-            ended = subprocess.run(
-                [sys.executable, MODULE, "--local", folder.path, flag], stdout=out, check=False,
-                stderr=subprocess.PIPE, env={**os.environ, **folder.env}, text=True, timeout=180)
-        assert ended.returncode == 0 and "Error" not in ended.stderr, ended.stderr
+def test_reader_of_standard_output_that_went_away_ends_nothing(flag, folder):
+    folder.job("r1")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as out:
+        ended = subprocess.run(
+            [sys.executable, MODULE, "--local", folder.path, flag], stdout=out, check=False,
+            stderr=subprocess.PIPE, env={**os.environ, **folder.env}, text=True, timeout=180)
+    assert ended.returncode == 0 and "Error" not in ended.stderr, ended.stderr
 
 
 # what is wrong: (what makes it so in a grid's folder, what is then named)
@@ -7816,11 +7804,10 @@ def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
     assert sorted(grid.path.rglob("*")) == before
 
 
-def test_check_of_a_usable_folder_changes_nothing():
-    with local_site() as folder:
-        before = sorted(folder.path.rglob("*"))
-        assert f"ok    folder: {folder.path}" in ended(folder.agent("--check")).out
-        assert sorted(folder.path.rglob("*")) == before
+def test_check_of_a_usable_folder_changes_nothing(folder):
+    before = sorted(folder.path.rglob("*"))
+    assert f"ok    folder: {folder.path}" in ended(folder.agent("--check")).out
+    assert sorted(folder.path.rglob("*")) == before
 
 
 # ---------------------------------------------------------------------- credentials, endpoints
@@ -8493,8 +8480,7 @@ def test_an_agent_works_whatever_it_was_started_with(grids, user, name):
     grid.env["AGENT_TASKBASEDIR"] = f"{grid.top}/new/task"
     grid.put({"main.py": "import os; print(os.umask(0))"}, request_id="python")
     grid.put({"run.sh": "umask"}, "cpp", "cpp", "cpp")
-    with Agent("--local", grid.path, python=PYTHON, env=grid.env,
-               prefix=[*as_user(user), *STARTED_WITH[name]]) as agent:
+    with grid.agent(prefix=STARTED_WITH[name]) as agent:
         until(lambda: len(grid.names("results")) == 2 and not grid.names("running"), what="the results")
         assert agent.stop() == 0
     assert grid.result("python")["stdout"] == "18\n", grid.result("python")
@@ -8533,30 +8519,30 @@ def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(fo
 # ---------------------------------------------------------------------- --local
 
 
-def test_local_several_agents_share_a_folder_and_run_each_task_once():
-    with local_site() as folder, folder.agent() as first, folder.agent() as second:
+def test_local_several_agents_share_a_folder_and_run_each_task_once(folder):
+    with folder.agent() as first, folder.agent() as second:
         for agent in (first, second):
             agent.wait_for("INFO runtimes: ")
         for number in range(60):
             folder.job(f"r{number:02d}", sleep=0.1)
         until(lambda: len(folder.names("results")) == 60 and not folder.names("running"), 60,
               "sixty results")
-        assert runs_in(folder.scratch) == {f"r{number:02d}": 1 for number in range(60)}
+        assert runs_in(folder.top) == {f"r{number:02d}": 1 for number in range(60)}
         assert reports(first.log) and reports(second.log)
         assert first.stop() == second.stop() == 0
         assert not folder.names("queue") and not folder.names("dead")
 
 
-def test_local_task_is_claimed_by_rename_left_to_its_agent_and_recovered_when_that_is_dead():
-    with local_site() as folder, folder.agent() as first:
+def test_local_task_is_claimed_by_rename_left_to_its_agent_and_recovered_when_that_is_dead(folder):
+    with folder.agent() as first:
         folder.job("r1", sleep=10)
-        until_ran(folder.scratch)
+        until_ran(folder.top)
         assert not folder.names("queue") and len(folder.names("running")) >= 1
         with folder.agent() as second:
             second.wait_for("INFO runtimes: ")
             folder.job("r2")
             until(lambda: folder.names("results") == ["r2"], what="the other task's result")
-            assert runs_in(folder.scratch) == {"r1": 1, "r2": 1} and second.stop() == 0
+            assert runs_in(folder.top) == {"r1": 1, "r2": 1} and second.stop() == 0
             assert "requestId=r1" not in second.log
         first.stop(signal.SIGKILL)
         report, = reports(ended(folder.agent("--drain")).log)
@@ -8564,27 +8550,26 @@ def test_local_task_is_claimed_by_rename_left_to_its_agent_and_recovered_when_th
         assert not any(folder.names(each) for each in ("queue", "running", "dead"))
 
 
-def test_local_third_failure_is_dead_with_its_result_beside_it():
+def test_local_third_failure_is_dead_with_its_result_beside_it(folder):
     """And what is no task; at DEBUG, each start is said; names that begin with a dot are passed over."""
-    with local_site() as folder:
-        folder.job("bad", exit=3)
-        folder.job("good")
-        task = json.loads((folder.path / "queue" / "bad.json").read_text())
-        for name in ("no task.json", ".half.json"):
-            (folder.path / "queue" / name).write_text("{")
-        agent = ended(folder.agent("--drain", "--log-level", "debug"))
-        left = {each.name: each.read_text() for each in (folder.path / "dead").iterdir()}
-        assert set(left) == {"bad.json", "bad.result.json", "no task.json", "no task.result.json"}
-        assert json.loads(left["bad.json"]) == task and left["no task.json"] == "{"
-        result = json.loads(left["bad.result.json"])
-        assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
-        wrong = json.loads(left["no task.result.json"])
-        assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
-        [report] = [each for each in reports(agent.log) if each["requestId"] == "-"]
-        assert (report["messageId"], report["status"]) == ("no_task.json", "rejected")
-        assert runs_in(folder.scratch) == {"bad": 3, "good": 1}
-        assert os.listdir(folder.path / "queue") == [".half.json"]
-        assert re.search(r"DEBUG \[good\] a run of .* starts\n(.*\n)*.* REPORT requestId=good ", agent.log), agent.log
+    folder.job("bad", exit=3)
+    folder.job("good")
+    task = json.loads((folder.path / "queue" / "bad.json").read_text())
+    for name in ("no task.json", ".half.json"):
+        (folder.path / "queue" / name).write_text("{")
+    agent = ended(folder.agent("--drain", "--log-level", "debug"))
+    left = {each.name: each.read_text() for each in (folder.path / "dead").iterdir()}
+    assert set(left) == {"bad.json", "bad.result.json", "no task.json", "no task.result.json"}
+    assert json.loads(left["bad.json"]) == task and left["no task.json"] == "{"
+    result = json.loads(left["bad.result.json"])
+    assert (result["status"], result["exitCode"], result["receiveCount"]) == ("failed", 3, 3)
+    wrong = json.loads(left["no task.result.json"])
+    assert (wrong["status"], wrong["receiveCount"]) == ("rejected", 1) and wrong["stderr"]
+    [report] = [each for each in reports(agent.log) if each["requestId"] == "-"]
+    assert (report["messageId"], report["status"]) == ("no_task.json", "rejected")
+    assert runs_in(folder.top) == {"bad": 3, "good": 1}
+    assert os.listdir(folder.path / "queue") == [".half.json"]
+    assert re.search(r"DEBUG \[good\] a run of .* starts\n(.*\n)*.* REPORT requestId=good ", agent.log), agent.log
 
 
 def taken(path: Path, name: str) -> tuple:
@@ -8661,24 +8646,23 @@ def test_local_what_cannot_be_taken_is_said_once_and_ends_no_drain(grids):
 
 
 @pytest.mark.parametrize("first", ["ok", "failed", "killed"])
-def test_local_task_of_a_name_that_runs_waits_for_its_turn(first):
+def test_local_task_of_a_name_that_runs_waits_for_its_turn(first, folder):
     """Both are run, whatever becomes of the first one's name meanwhile."""
-    with local_site() as folder:
-        with folder.agent() as agent:
-            folder.job("r1", sleep=10 if first == "killed" else 2, exit=first == "failed",
-                      functionId="first")
-            until_ran(folder.scratch)
-            folder.job("r1", functionId="second")
-            if first == "killed":
-                agent.stop(signal.SIGKILL)
-            else:
-                agent.wait_for("functionId=second .*status=ok")
-                agent.wait_for("functionId=first .*" + ("status=ok" if first == "ok" else "receiveCount=3"))
-                assert agent.stop() == 0
-        log = (first != "killed") * agent.log + ended(folder.agent("--drain")).log
-        seen = Counter((each["functionId"], each["status"]) for each in reports(log))
-        assert seen == {("second", "ok"): 1, ("first", "failed" if first == "failed" else "ok"): 3 if first == "failed" else 1}
-        assert not folder.names("running") and not folder.names("queue")
+    with folder.agent() as agent:
+        folder.job("r1", sleep=10 if first == "killed" else 2, exit=first == "failed",
+                  functionId="first")
+        until_ran(folder.top)
+        folder.job("r1", functionId="second")
+        if first == "killed":
+            agent.stop(signal.SIGKILL)
+        else:
+            agent.wait_for("functionId=second .*status=ok")
+            agent.wait_for("functionId=first .*" + ("status=ok" if first == "ok" else "receiveCount=3"))
+            assert agent.stop() == 0
+    log = (first != "killed") * agent.log + ended(folder.agent("--drain")).log
+    seen = Counter((each["functionId"], each["status"]) for each in reports(log))
+    assert seen == {("second", "ok"): 1, ("first", "failed" if first == "failed" else "ok"): 3 if first == "failed" else 1}
+    assert not folder.names("running") and not folder.names("queue")
 
 
 # Descriptors as an agent of many slots has them; select(2) takes none over 1,023.
@@ -8694,23 +8678,21 @@ ng.Agent.run = crowded"""
 
 @pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048,
                     reason="this machine allows no process 2,048 descriptors")
-def test_local_a_slot_whose_descriptors_are_over_1023_is_used_again():
+def test_local_a_slot_whose_descriptors_are_over_1023_is_used_again(folder):
     env = {"AGENT_EXECUTION_CONCURRENCY": "1"}
-    with local_site() as folder:
-        for request_id in ("r1", "r2"):
-            folder.job(request_id)
-        agent = ended(folder.agent("--drain", prefix=patched(MANY_DESCRIPTORS), env=env))
+    for request_id in ("r1", "r2"):
+        folder.job(request_id)
+    agent = ended(folder.agent("--drain", prefix=patched(MANY_DESCRIPTORS), env=env))
     assert [each["status"] for each in reports(agent.log)] == ["ok", "ok"], agent.log
 
 
-def test_local_sigterm_gives_back_what_runs_longer_than_the_grace():
-    with local_site() as folder:
-        folder.job("r1", sleep=300, timeoutMs=400000)
-        with folder.agent(env={"AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}) as agent:
-            until_ran(folder.scratch)
-            assert agent.stop(seconds=90) == 0
-        assert [each["status"] for each in reports(agent.log)] == ["released"]
-        assert len(folder.names("queue")) == 1 and not folder.names("running")
+def test_local_sigterm_gives_back_what_runs_longer_than_the_grace(folder):
+    folder.job("r1", sleep=300, timeoutMs=400000)
+    with folder.agent(env={"AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}) as agent:
+        until_ran(folder.top)
+        assert agent.stop(seconds=90) == 0
+    assert [each["status"] for each in reports(agent.log)] == ["released"]
+    assert len(folder.names("queue")) == 1 and not folder.names("running")
 
 
 def held(pid: int, task_dir: Path) -> dict[str, int]:
@@ -8729,15 +8711,15 @@ def held(pid: int, task_dir: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_local_20_000_jobs_leave_memory_descriptors_zombies_and_disk_flat():
-    with local_site() as folder, folder.agent() as agent:
+def test_local_20_000_jobs_leave_memory_descriptors_zombies_and_disk_flat(folder):
+    with folder.agent() as agent:
         (folder.path / "code" / "noop.zip").write_bytes(make_zip({"main.py": ""}))
         samples = []
         for part in range(4):
             for number in range(5000):
                 folder.put(s3Key="noop.zip", request_id=f"r{part}-{number}")
             until(lambda: not folder.names("queue") and not folder.names("running"), 900, "all")
-            samples.append(held(agent.process.pid, folder.scratch / "task"))
+            samples.append(held(agent.process.pid, folder.top / "task"))
         assert agent.stop() == 0
         first, *_, last = samples
         grown = {key: last[key] - first[key] for key in first}
@@ -8758,7 +8740,7 @@ int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, st
 """
 
 
-def test_local_clock_set_forward_hangs_nothing(tmp_path):
+def test_local_clock_set_forward_hangs_nothing(tmp_path, folder):
     """By libfaketime (Debian's faketime): two hours forward and back while functions run."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     need("cc")
@@ -8769,12 +8751,12 @@ def test_local_clock_set_forward_hangs_nothing(tmp_path):
                    check=True)
     env = {"LD_PRELOAD": f"{sleep}:{library}", "FAKETIME_TIMESTAMP_FILE": str(clock),
            "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    with local_site() as folder, folder.agent(env=env) as agent:
+    with folder.agent(env=env) as agent:
         folder.job("before")
         agent.wait_for("REPORT requestId=before")
         for step, moved in enumerate(("+7200", "+0", "+7200")):
             folder.job(f"during{step}", sleep=1.5)
-            until_ran(folder.scratch, f"during{step}")
+            until_ran(folder.top, f"during{step}")
             clock.write_text(moved)
             agent.wait_for(f"REPORT requestId=during{step}")
             folder.job(f"after{step}")
