@@ -4,7 +4,7 @@ To add a test, find the part of nanogrid.py that you changed: its tests stand be
 A new row in a table is mostly enough:
     YAML, settings, tasks, zips                the tables beside their tests; REFUSED and TAKEN for zips
     how a function ends                        RUNS; with a cgroup v2 COUNTED
-    what it cannot do, see or hide             CONFINED, ROOM, HOARDS
+    what it cannot do, see or hide             CONFINED (with RUNS; EXECD), ROOM, HOARDS
     what it leaves running, or to the next run ESCAPES, LEFTOVERS, OUTPUTS
     a warm Python as a bare one, a handler as Lambda calls it, a program that is compiled
                                                PROGRAMS, HANDLED, BUILT
@@ -30,7 +30,6 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -228,8 +227,11 @@ class Agent:
             reader.join(60)
         return status
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 180) -> int:
+    def send(self, number: int):
         self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 180) -> int:
+        self.send(number)
         return self.end(seconds)
 
     def __enter__(self):
@@ -256,6 +258,10 @@ def reports(log: str, ahead: bool = False) -> list[dict[str, str]]:
     lines = re.findall(r"^\S+ [A-Z]+ REPORT (.*)$", log, re.MULTILINE)
     found = [dict(pair.split("=", 1) for pair in line.split(" ")) for line in lines]
     return [report for report in found if ahead or report.get("reason") != "ahead"]
+
+
+def statuses(log: str) -> list[str]:
+    return [report["status"] for report in reports(log)]
 
 
 def receives(log: str) -> set[int]:
@@ -694,7 +700,7 @@ class Rule:
     fault: str
     times: int | None = None
     seconds: float = 0.0
-    said: tuple = ()  # what as_aws() answers
+    said: tuple | bytes = ()  # what as_aws() answers, or all of an answer
 
 
 @dataclass
@@ -790,7 +796,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         rule = self.server.proxy.take(operation, self.path, body, signed[1] if signed else "")
         fault = rule.fault if rule else ""
         if said := rule and (rule.said or REFUSALS.get(fault)):
-            content = as_aws(self.headers, body, *said)
+            content = said if isinstance(said, bytes) else as_aws(self.headers, body, *said)
             return self.wfile.write(content if self.command != "HEAD" else head_of(content))
         if fault == "reset":
             self.server.proxy.closing.wait(rule.seconds)
@@ -800,15 +806,20 @@ class ProxyHandler(BaseHTTPRequestHandler):
             return self.reset()
         if fault == "delay":
             self.server.proxy.closing.wait(rule.seconds)
-        if fault == "partial":
-            refused, body = split_batch(body)
+        if fault == "partial":  # the first half of a batch is taken out
+            entries = json.loads(body)["Entries"]
+            half = (len(entries) + 1) // 2
+            body = json.dumps({**json.loads(body), "Entries": entries[half:]}).encode()
         status, headers, content = self.forward(body)
         if fault == "lost answer":
             return self.reset()
         if fault == "late answer":
             self.server.proxy.closing.wait(rule.seconds)
         if fault == "partial":
-            content = with_failed(content, refused)
+            answer = json.loads(content) if b'"Successful"' in content else {"Successful": []}
+            failed = {"SenderFault": False, "Code": "InternalError", "Message": "try again"}
+            content = json.dumps({**answer, "Failed": [
+                *answer.get("Failed", []), *({"Id": one["Id"], **failed} for one in entries[:half])]}).encode()
         if operation == "ReceiveMessage" and status == 200:
             self.server.proxy.received += json.loads(content or b"{}").get("Messages") or []
         if fault == "emulator":
@@ -861,23 +872,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
-
-
-def split_batch(body: bytes) -> tuple[list[str], bytes]:
-    """Takes the first half (at least one) of a batch's entries out; their ids, and the rest."""
-    request = json.loads(body)
-    entries = request["Entries"]
-    half = (len(entries) + 1) // 2
-    request["Entries"] = entries[half:]
-    return [entry["Id"] for entry in entries[:half]], json.dumps(request).encode()
-
-
-def with_failed(content: bytes, refused: list[str]) -> bytes:
-    """The answer of a batch with `refused` added to its failed entries."""
-    answer = json.loads(content) if b'"Successful"' in content else {"Successful": []}
-    failed = [{"Id": entry, "SenderFault": False, "Code": "InternalError", "Message": "try again"}
-              for entry in refused]
-    return json.dumps({**answer, "Failed": answer.get("Failed", []) + failed}).encode()
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -949,6 +943,10 @@ class FaultProxy:
 
     def count(self, pattern: str, fault: str = "*") -> int:
         return len(self.seen(pattern, fault))
+
+    def until(self, pattern: str, fault: str = "*", times: int = 1):
+        """Wait for so many of them."""
+        until(lambda: self.count(pattern, fault) >= times, what=f"{times} of {pattern}")
 
     def bodies(self, pattern: str) -> list[dict]:
         """What they asked for, of operations that ask in JSON."""
@@ -1040,7 +1038,7 @@ def finish(aws: Aws, agent: Agent, runs=None, ends=None, in_dlq: int = 0, second
     until_settled(aws, agent, in_dlq, seconds)
     assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
     assert runs is None or runs_in(aws.path) == runs, agent.log
-    assert ends is None or Counter(each["status"] for each in reports(agent.log)) == ends, agent.log
+    assert ends is None or Counter(statuses(agent.log)) == ends, agent.log
 
 
 def visible(aws: Aws, url: str | None = None) -> int:
@@ -1074,7 +1072,7 @@ def metric_values(aws: Aws, function_id: str) -> float:
 # Settings: parse_yaml against tables and PyYAML, load_settings against files and environments.
 
 
-# --- parse_yaml ---
+# --- parse_yaml
 
 def refusal(text: str) -> str:
     with pytest.raises(ng.ConfigError) as refused:
@@ -1296,7 +1294,7 @@ def test_random_documents_whole_or_damaged_are_refused_or_read_as_pyyaml_reads_t
     assert 100 < accepted < 800
 
 
-# --- Settings ---
+# --- Settings
 
 QUEUE = "https://sqs.ap-northeast-2.amazonaws.com/123456789012/nanogrid-task-queue"
 GUIDE = f"""agent:
@@ -1696,7 +1694,7 @@ def test_whatever_stands_in_a_file_or_the_environment_only_config_errors_come_ou
 # Tasks and zips: every refusal of sections 3 and 6 as a row of real bytes.
 
 
-# --- Tasks -----------------------------------------------------------------------------------
+# --- Tasks
 
 SETTINGS = types.SimpleNamespace(code_bucket="code", allowed_buckets=("more",), memory_mb=4096,
                                  default_timeout_ms=10_000, default_memory_mb=128,
@@ -1841,7 +1839,7 @@ def test_a_message_that_is_no_json_object(text, what):
     assert len(str(caught.value)) < 300
 
 
-# --- Zips ------------------------------------------------------------------------------------
+# --- Zips
 
 def member(name, data=b"x", *, mode=0o100644, system=3, method=0, flags=0x800, crc=None, size=None,
            local=None, extra=b"", packed=None, date=0x21 << 16):
@@ -2167,7 +2165,7 @@ def test_damaged_bytes_are_rejected_or_read_and_never_a_crash(unpack, sample):
     assert rejected > 200
 
 
-# --- Entry files -----------------------------------------------------------------------------
+# --- Entry files
 
 HANDLERS = bundle(*map(member, ["app.py", "src/app.py", "pack/__init__.py", "app.js", "app.mjs", "src/app.mjs",
                                 "old.cjs", "src/in.js"]))
@@ -2278,62 +2276,61 @@ def cpp_binary() -> bytes:
         return Path(place, "main").read_bytes()
 
 
-# ---------------------------------------------------------------- cap, time limit, hostile functions
+# --- cap, time limit, hostile functions
 
 
 # Rows for `ordinary` alone: where no cgroup holds the cap, RLIMIT_DATA stands behind it, and the
 # runtimes say what it refused.
-RUN_HEAD = "import ctypes, mmap, os, signal, socket, subprocess, sys, threading, time\n"
+WORDS = r"""
+def refused(what, *arguments):  # whether the system refuses this
+    try:
+        what(*arguments)
+    except OSError:
+        return True
+    return False
+def fork(count, step):
+    for n in range(count):
+        if os.fork() == 0:
+            step(n)
+            os._exit(0)
+def wait_for_all():
+    while not refused(os.wait): pass
+def daemon(step):
+    fork(1, lambda _: [os.setsid(), fork(1, lambda _: step())])
+def hog():
+    keep = []
+    while True:
+        keep.append(bytearray(1 << 20))
+def touch(block, first, last):  # in MiB
+    for at in range(first << 20, last << 20, 4096):
+        block[at] = 1
+"""
+RUN_HEAD = "import ctypes, glob, json, mmap, os, resource, signal, socket, subprocess, sys, threading, time\n" + WORDS
 RUNS = table(r"""
 === neighbour | | stdout=fine
 print("fine")
 === one hog | memoryMb=64 | status=oom
-keep = []
-while True:
-    keep.append(bytearray(1 << 20))
+hog()
 === small steps | memoryMb=64 | status=oom
 keep = []
 while True:
     keep.append("x" * 100 + str(len(keep)))
 === six children of 60 MB | memoryMb=256 timeoutMs=120000 | status=oom
-for _ in range(6):
-    if os.fork() == 0:
-        block = bytearray(60 << 20)
-        time.sleep(60)
-        os._exit(0)
-for _ in range(6):
-    os.wait()
+fork(6, lambda _: [bytearray(60 << 20), time.sleep(60)])
+wait_for_all()
 === shared memory | memoryMb=128 | status=oom
-block = mmap.mmap(-1, 400 << 20)
-for at in range(0, len(block), 4096):
-    block[at] = 1
+touch(mmap.mmap(-1, 400 << 20), 0, 400)
 === shared memory of three children, none above the cap | memoryMb=128 timeoutMs=120000 | status=oom
 block = mmap.mmap(-1, 240 << 20)
-for part in range(3):
-    if os.fork() == 0:
-        for at in range(part * 80 << 20, (part + 1) * 80 << 20, 4096):
-            block[at] = 1
-        time.sleep(60)
-        os._exit(0)
-for _ in range(3):
-    os.wait()
+fork(3, lambda n: [touch(block, 80 * n, 80 * n + 80), time.sleep(60)])
+wait_for_all()
 === a hog in a session of its own | memoryMb=64 timeoutMs=120000 | status=oom
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        keep = []
-        while True:
-            keep.append(bytearray(1 << 20))
-    os._exit(0)
+daemon(hog)
 time.sleep(60)
 === four forks of a 150 MB parent | memoryMb=256
 block = bytearray(150 << 20)
-for _ in range(4):
-    if os.fork() == 0:
-        time.sleep(0.5)
-        os._exit(0)
-for _ in range(4):
-    os.wait()
+fork(4, lambda _: time.sleep(0.5))
+wait_for_all()
 === children between vfork and exec | memoryMb=128 timeoutMs=600000 | peakMib=70..90
 block = bytearray(b"x") * (70 << 20)
 for _ in range(60):
@@ -2346,24 +2343,20 @@ gate.wait()
 === a parent of 100 MB and three children of 50 | memoryMb=512 | peakMib=245..290
 shared = bytearray(100 << 20)
 filled, over = os.pipe(), os.pipe()
-for _ in range(3):
-    if os.fork() == 0:
-        own = bytearray(50 << 20)
-        os.close(over[1])
-        os.write(filled[1], b"1")
-        os.read(over[0], 1)
-        os._exit(0)
+def hold(_):
+    own = bytearray(50 << 20)
+    os.close(over[1])
+    os.write(filled[1], b"1")
+    os.read(over[0], 1)
+fork(3, hold)
 for _ in range(3):
     os.read(filled[0], 1)
 time.sleep(1.5)
 os.close(over[1])
-for _ in range(3):
-    os.wait()
+wait_for_all()
 === a short child of 250 MB | memoryMb=512 | peakMib=245..290
-if os.fork() == 0:
-    block = bytearray(250 << 20)
-    os._exit(0)
-os.wait()
+fork(1, lambda _: bytearray(250 << 20))
+wait_for_all()
 === a short child of another program, 250 MB | memoryMb=512 | peakMib=245..290
 subprocess.run([sys.executable, "-c", "bytearray(250 << 20)"], check=True)
 === a reservation that is not touched | memoryMb=128
@@ -2382,44 +2375,24 @@ time.sleep(60)
 os.kill(os.getpid(), signal.SIGSTOP)
 === stops its group | timeoutMs=400 | status=timeout
 os.kill(0, signal.SIGSTOP)
-=== stops its group from a shell | cpp timeoutMs=400 | status=timeout
-kill -STOP 0
 === stops its parent | timeoutMs=400 | status=timeout
-try:
-    os.kill(os.getppid(), signal.SIGSTOP)
-except PermissionError:
-    pass
+refused(os.kill, os.getppid(), signal.SIGSTOP)
 time.sleep(60)
 === a daemon holds its output | | stdout=fine durationMillis=..59999
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        time.sleep(60)
-    os._exit(0)
+daemon(lambda: time.sleep(60))
 os.wait()
 print("fine")
 === all descriptors | | stdout=refused
-held = []
-try:
-    while len(held) < 1000000:
-        held.append(os.open("/dev/null", 0))
-except OSError:
-    del held[:]
-    print("refused")
+while not refused(os.open, "/dev/null", 0): pass
+print("refused")
 === 300 MB of output | timeoutMs=300000 memoryMb=64 | stdoutBytes=314572800
 line = b"%01023d\n"
 for first in range(0, 300 << 10, 1024):
     sys.stdout.buffer.write(b"".join(line % n for n in range(first, first + 1024)))
-=== a file of 100 GB | | stdout=refused_refused_refused
+=== a file of 100 GB | | stdout=True.True.True
 big = 100 << 30
 fd = os.open("big", os.O_CREAT | os.O_WRONLY)
-def attempt(grow, *arguments):
-    try:
-        grow(fd, *arguments)
-        return "allowed"
-    except OSError:
-        return "refused"
-print(attempt(os.ftruncate, big), attempt(os.pwrite, b"x", big), attempt(os.posix_fallocate, 0, big), sep="_")
+print(refused(os.ftruncate, fd, big), refused(os.pwrite, fd, b"x", big), refused(os.posix_fallocate, fd, 0, big), sep=".")
 === closed output | | stdoutBytes=0 durationMillis=300..
 os.close(1), os.close(2)
 time.sleep(0.3)
@@ -2433,21 +2406,13 @@ os.kill(os.getpid(), 9)
 === SIGKILL for all it may | root | stdout=alive
 os.kill(-1, 9)
 print("alive")
-=== SIGKILL for all it may, from a shell | cpp root | stdout=alive
-kill -9 -1; echo alive
 === SIGKILL for its parent | | status=failed/error/ok
-try:
-    os.kill(os.getppid(), 9)
-    time.sleep(1)
-except PermissionError:
-    print("refused")
+if refused(os.kill, os.getppid(), 9): print("refused")
+else: time.sleep(1)
 === SIGTERM for its parent and group | | status=ok/failed/error
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 for target in (os.getppid(), 0):
-    try:
-        os.kill(target, signal.SIGTERM)
-    except PermissionError:
-        pass
+    refused(os.kill, target, signal.SIGTERM)
 time.sleep(0.3)
 === exit status 7 | | status=failed exitCode=7
 raise SystemExit(7)
@@ -2505,18 +2470,6 @@ LAST_WORDS = {
     "bash: fork: Cannot allocate memory": True,
     "ValueError: no failed to allocate memory": False, "  raise MemoryError": False,
     "RangeError: Invalid array length": False}
-
-
-@pytest.fixture(scope="module")
-def runs(grids, user):
-    grid = grids(user, EXECUTION_CONCURRENCY=2)
-    grid.put_all(RUNS, RUN_HEAD)
-    return grid.run()
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_ends_as_it_should(runs, name):
-    check(runs, name, RUNS[name])
 
 
 @pytest.mark.parametrize("text", LAST_WORDS)
@@ -2591,7 +2544,7 @@ def test_python_numpy_runs_under_128_mb(grids, user):
     assert grid.run()["numpy"]["stdout"] == "40000\n", grid.log[-3000:]
 
 
-# ---------------------------------------------------------------- log lines that a function would forge
+# --- log lines that a function would forge
 
 BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # reorder what a terminal shows
 FORGED = f"BIDI = {BIDI!a}\n" + r"""
@@ -2622,7 +2575,7 @@ def test_no_function_forges_a_log_line(grids, log_format):
             assert "forged" not in line or re.match(r"\S+ INFO \[forger\] std(out|err): ", line), ascii(line)
 
 
-# ---------------------------------------------------------------- measuring
+# --- measuring
 
 PEAK = """
 import json, re, sys
@@ -2708,7 +2661,7 @@ finally:
     assert 128 < held_mib <= 4 * 128 + 512 + 16  # what is no data
 
 
-# ---------------------------------------------------------------- nothing outlives its run
+# --- nothing outlives its run
 
 # Each row leaves a process behind that would tell the witness so when the test says that it is over.
 ESCAPES = table(r"""
@@ -2717,11 +2670,7 @@ start(LINGER)
 === a session of its own
 start(LINGER, start_new_session=True)
 === a daemon
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        os.execvp("bash", LINGER)
-    os._exit(0)
+daemon(lambda: os.execvp("bash", LINGER))
 os.wait()
 === a daemon deaf to signals
 start(["bash", "-c", "trap '' TERM HUP INT QUIT USR1 USR2 CONT TSTP; " + LINGER[2], *LINGER[3:]], start_new_session=True)
@@ -2782,7 +2731,7 @@ def escaped(grids, user):
     grid = grids(user, EXECUTION_CONCURRENCY=2)
     ends = {name: case._replace(files={"main.py": case.files["main.py"] + "started()\n"})
             for name, case in ESCAPES.items()}
-    grid.put_all(ends, with_tell(ESCAPE_HEAD), timeoutMs=120000, input=[str(grid.spool), tell_in_bash()])
+    grid.put_all(ends, with_tell(ESCAPE_HEAD + WORDS), timeoutMs=120000, input=[str(grid.spool), tell_in_bash()])
     with grid.agent() as agent:
         takes = sum(1 if case.expect["status"] == "ok" else 3 for case in ESCAPES.values())
         until(lambda: len(reports(agent.log)) == takes, 400, f"{takes} reports")
@@ -2823,7 +2772,7 @@ print(len(looked), ng.children_of(os.getpid()))
     assert int(looks) < 10 and left == "[]\n"
 
 
-# ---------------------------------------------------------------- confining
+# --- confining
 
 CONFINED = table(r"""
 === no privileges
@@ -2835,33 +2784,21 @@ for name in ("CapInh", "CapPrm", "CapEff", "CapAmb", *bound):
 assert 0 not in os.getresuid() + os.getresgid(), (os.getresuid(), os.getresgid())
 assert len(set(os.getresuid())) == len(set(os.getresgid())) == 1
 assert set(os.getgroups()) <= {os.getgid()}, os.getgroups()
-=== no privileges in C++ | cpp
-awk '/^(NoNewPrivs|Cap(Inh|Prm|Eff|Amb)|Uid|Gid)/ { if ($1 == "NoNewPrivs:" ? $2 != 1 : /^Cap/ ? $2 !~ /^0+$/ : $2 == 0) { print; bad = 1 } } END { exit bad }' /proc/self/status
-u=$(id -u); [ "$u" -lt 60600 ] || [ "$u" -gt 61183 ] || grep -q '^CapBnd:.0*$' /proc/self/status
 === limits
 assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
 is_held = "/slot" in open("/proc/self/cgroup").read()  # what a cgroup limits needs no other
 for name in ("NOFILE", "FSIZE", *(["NPROC", "DATA"][2 * is_held:])):
     soft, hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))
     assert 0 < soft <= hard != resource.RLIM_INFINITY, (name, soft, hard)
-=== limits in a shell | cpp | stdout=0
-limits="n f"; grep -q /slot /proc/self/cgroup || limits="n f u d"
-for limit in $limits; do [ "$(ulimit -H$limit)" != unlimited ] || { echo "-$limit has no limit"; exit 1; }; done
-ulimit -Hc
 === no inherited descriptors
 there = {fd: os.path.realpath("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")}
 assert sorted(fd for fd in there if "libffi" not in there[fd]) == ["0", "1", "2", "3"], there
-=== no inherited descriptors in a shell | cpp
-[ "$(ls /proc/self/fd | tr '\n' ' ')" = "0 1 2 3 " ] || { ls -l /proc/self/fd; exit 1; }
-=== environment | input={"k":[1]} timeoutMs=59000 memoryMb=200
+=== environment | timeoutMs=59000 memoryMb=200
 own = {"HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS"}
 assert set(os.environ) == own | {"PATH", "LANG", "TZ"}, dict(os.environ)
-expected = {"LANG": "C.UTF-8", "TZ": "Asia/Seoul", "REQUEST_ID": "environment", "FUNCTION_ID": "environment",
-            "MEMORY_MB": "200", "TIMEOUT_MS": "59000"}
+expected = {"LANG": "C.UTF-8", "TZ": "Asia/Seoul", "MEMORY_MB": "200", "TIMEOUT_MS": "59000"}
 assert expected.items() <= os.environ.items(), dict(os.environ)
-=== environment of a shell | cpp
-own="FUNCTION_ID|HOME|LANG|LOGNAME|MEMORY_MB|OUTPUT_DIR|PATH|REQUEST_ID|TIMEOUT_MS|TMPDIR|TZ|USER|PWD|OLDPWD|SHLVL|_"
-! env | grep -vE "^($own)="
+assert os.environ["REQUEST_ID"] == os.environ["FUNCTION_ID"] == sys.stdin.read().strip('"')
 === private directories
 places = [os.getcwd()] + [os.environ[name] for name in ("HOME", "TMPDIR", "OUTPUT_DIR")]
 for place in places:
@@ -2888,11 +2825,7 @@ for path in glob.glob("/proc/[0-9]*/environ"):
         pass
 === the launcher's memory and environment are closed | root
 for name in ("environ", "mem", "maps"):
-    try:
-        open(f"/proc/{os.getppid()}/{name}", "rb").read(1)
-        raise SystemExit(f"/proc/PPID/{name} can be read")
-    except OSError:
-        pass
+    assert refused(lambda: open(f"/proc/{os.getppid()}/{name}", "rb").read(1)), name
 === a session and a process group of its own | | stdout=True_True
 print(os.getpid() == os.getsid(0), os.getpid() == os.getpgid(0), sep="_")
 === a shell is not in the session that its supervisor leads | cpp
@@ -2908,8 +2841,6 @@ echo -n in_ > /dev/stdout; echo out >> /proc/self/fd/1; echo err > /dev/stderr; 
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
 print(status["SigBlk"].lstrip("0") or "0", status["SigIgn"].lstrip("0"), sep="_")  # Python ignores PIPE and XFSZ
-=== signals in a shell | cpp
-! grep -E '^Sig(Blk|Ign):.*[1-9a-f]' /proc/self/status
 === it has a name and a home
 import getpass, pwd
 entry = pwd.getpwuid(os.getuid())
@@ -2917,10 +2848,7 @@ assert (getpass.getuser(), os.environ["USER"], entry.pw_name) == ("nanogrid",) *
 assert os.path.expanduser("~") == entry.pw_dir == os.path.expanduser("~nanogrid") == os.environ["HOME"], entry
 assert pwd.getpwnam("root").pw_uid == 0
 === it goes first when memory ends | root
-try:
-    open("/proc/self/oom_score_adj", "w").write("0")
-except OSError:
-    pass
+refused(lambda: open("/proc/self/oom_score_adj", "w").write("0"))
 assert open("/proc/self/oom_score_adj").read() == "1000\n"
 === outputs that were closed and opened again | | stdoutBytes=200000
 path = os.readlink("/proc/self/fd/1")
@@ -2931,18 +2859,10 @@ os.write(os.open(path, os.O_WRONLY), bytes(200000))
 import ctypes
 ctypes.CDLL(None).ptrace(0, 0, 0, 0)
 os.kill(os.getpid(), signal.SIGSTOP)
-=== stopped under its tracer in a shell | cpp timeoutMs=1000 | status=timeout
-exec python3 -c 'import ctypes, os; ctypes.CDLL(None).ptrace(0, 0, 0, 0); os.kill(os.getpid(), 19)'
 === a terminal is out of reach
-try:
-    open("/dev/tty")
-    raise SystemExit("it has a terminal")
-except OSError:
-    pass
+assert refused(open, "/dev/tty")
 === it gives way to the agent
 assert os.getpriority(os.PRIO_PROCESS, 0) > int(sys.stdin.read()), os.getpriority(os.PRIO_PROCESS, 0)
-=== a shell gives way to the agent | cpp
-read -r its; read -ra fields </proc/self/stat; [ "${fields[18]}" -gt "$its" ] || { echo "${fields[18]}"; exit 1; }
 === variables that Python reads at its start | env={"PYTHONOPTIMIZE":"2","PYTHONPATH":"/srv/extra"} | stdout=2_True
 print(sys.flags.optimize, sys.path[1] == "/srv/extra", sep="_")
 === only a handler has a return value | | stdout=written returnValue=absent
@@ -2951,27 +2871,37 @@ print("written")
 === no core file | | status=failed exitCode=-6
 os.abort()
 """)
-for _name in ("it gives way to the agent", "a shell gives way to the agent"):
-    CONFINED[_name].task["input"] = os.getpriority(os.PRIO_PROCESS, 0)
+CONFINED["it gives way to the agent"].task["input"] = os.getpriority(os.PRIO_PROCESS, 0)
+RUNS.update(CONFINED)
+# These are run as an executable, too, which a shell forks.
+EXECD = ("no privileges", "limits", "no inherited descriptors", "environment", "signals", "stopped under its tracer",
+         "it gives way to the agent", "stops its group", "SIGKILL for all it may")
+RUNS.update({f"{name}, exec'd": RUNS[name]._replace(
+    runtime="cpp", files={"main*": f"#!{PYTHON}\n{RUN_HEAD}{RUNS[name].files['main.py']}"}) for name in EXECD})
+for _name in ("environment", "environment, exec'd"):
+    RUNS[_name] = RUNS[_name]._replace(task={**RUNS[_name].task, "input": slug(_name)})
+# An agent that was started with what no function is to have.
+RAISED = """import os, resource, signal, sys
+os.open("/dev/zero", 0); os.set_inheritable(3, True)
+for number in (1, 2, 3, signal.SIGUSR1, signal.SIGRTMIN): signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGALRM])
+hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+os.execvp(sys.argv[1], sys.argv[1:])"""
 
 
 @pytest.fixture(scope="module")
-def confined(grids, user):
+def runs(grids, user):
     grid = grids(user, EXECUTION_CONCURRENCY=2)
     grid.env.update(AWS_SECRET_ACCESS_KEY="telltale", GRID_SECRET="telltale", PYTHONPATH="/nonexistent",
                     PYTHONDONTWRITEBYTECODE="1", LD_LIBRARY_PATH="/nonexistent", BASH_ENV="/nonexistent")
-    grid.put_all(CONFINED, "import glob, json, os, resource, signal, sys, time\n")
-    raised = [PYTHON, "-c", "import os, resource, sys; os.open('/dev/zero', 0); os.set_inheritable(3, True); "  # noqa: ISC004
-              "import signal; [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 3, signal.SIGUSR1, signal.SIGRTMIN)]; "
-              "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGALRM]); "
-              "hard = resource.getrlimit(resource.RLIMIT_CORE)[1]; "
-              "resource.setrlimit(resource.RLIMIT_CORE, (hard, hard)); os.execvp(sys.argv[1], sys.argv[1:])"]
-    return grid.run(prefix=raised)
+    grid.put_all(RUNS, RUN_HEAD)
+    return grid.run(prefix=[PYTHON, "-c", RAISED])
 
 
-@pytest.mark.parametrize("name", CONFINED)
-def test_a_function_is_confined(confined, name):
-    check(confined, name, CONFINED[name])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_ends_as_it_should(runs, name):
+    check(runs, name, RUNS[name])
 
 
 @pytest.mark.skipif(not ROOT, reason="only root gives every slot a uid of its own")
@@ -3007,10 +2937,10 @@ def test_functions_never_run_as_root(grids, user, name):
     assert "runAs" in agent.log and len(agent.log.splitlines()) == 1, agent.log
 
 
-def test_the_log_says_once_how_functions_are_isolated_and_no_core_file_is_left(confined):
-    levels = re.findall(r"^\S+ \w+ isolation: (\w+ \w+) user's|isolation: (root)'s with", confined.log, re.MULTILINE)
-    assert levels == [("", "root") if confined.user == "root" else ("an ordinary", "")], confined.log
-    assert [path for path in confined.top.rglob("core*")] == []
+def test_the_log_says_once_how_functions_are_isolated_and_no_core_file_is_left(runs):
+    levels = re.findall(r"^\S+ \w+ isolation: (\w+ \w+) user's|isolation: (root)'s with", runs.log, re.MULTILINE)
+    assert levels == [("", "root") if runs.user == "root" else ("an ordinary", "")], runs.log
+    assert [path for path in runs.top.rglob("core*")] == []
 
 
 def test_root_of_a_user_namespace_without_other_uids_is_an_ordinary_user(grids, user):
@@ -3031,7 +2961,7 @@ def test_root_of_a_user_namespace_without_other_uids_is_an_ordinary_user(grids, 
     assert "isolation: an ordinary user's (this user namespace has no other uid)" in grid.log
 
 
-# ---------------------------------------------------------------- a room of its own
+# --- a room of its own
 
 # Put around an agent by root: a machine whose /run, /dev/log, /opt and /usr/local/etc are the test's.
 STAGE = r"""
@@ -3151,15 +3081,9 @@ def look(root=""):
         except OSError:
             pass
 def in_child(step, *arguments):
-    child = os.fork()
-    if not child:
-        try:
-            step(*arguments)
-        except OSError:
-            pass
-        os._exit(0)
-    os.waitpid(child, 0)
-"""
+    fork(1, lambda _: refused(step, *arguments))
+    wait_for_all()
+""" + WORDS
 ROOM = table(r"""
 === it tells no service of the machine a thing | root
 """ + SPEAK + r"""
@@ -3695,7 +3619,7 @@ def test_who_asks_for_no_network_has_none_or_no_run(grids, user):
     assert "agent.execution.network none" in agent.log and "ran" not in agent.log
 
 
-# ---------------------------------------------------------------- a kernel that gives less
+# --- a kernel that gives less
 
 # Has the kernel refuse system calls as a container does or an old kernel: seccomp(2), by prctl(2).
 REFUSE = r"""
@@ -3794,7 +3718,7 @@ def test_a_fork_bomb_that_goes_on_at_the_end_leaves_nothing(grids, user):
     assert not [line for line in command_lines().values() if str(grid.base) in line]
 
 
-# ---------------------------------------------------------------- the cgroup
+# --- the cgroup
 
 
 @functools.lru_cache(None)
@@ -3868,15 +3792,13 @@ exec python3 -c 'print("fine")'
 === memory that is reserved, and not touched | memoryMb=64
 blocks = [mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) for _ in range(8)]
 === a short run of two processes | memoryMb=256 | stdout=fine peakMib=120..137
-if child := os.fork():
+def hold(_):
     block = bytearray(b"x") * (60 << 20)
     time.sleep(0.2)
-    os.waitpid(child, 0)
-    print("fine")
-else:
-    block = bytearray(b"x") * (60 << 20)
-    time.sleep(0.2)
-    os._exit(0)
+fork(1, hold)
+hold(0)
+wait_for_all()
+print("fine")
 === as many processes as it may have | | stdout=100
 count = 1
 try:
@@ -3887,35 +3809,20 @@ except OSError:
 === it reads its limits | memoryMb=96 | stdout=100663296_100
 own = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().partition("::")[2]
 print(*(open(f"{own}/{name}").read().strip() for name in ("memory.max", "pids.max")), sep="_")
-=== it cannot change them, nor leave | | stdout=refused
+=== it cannot change them, nor leave
 own = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().partition("::")[2]
 attempts = [(f"{own}/memory.max", "max"), (f"{own}/pids.max", "max"), (f"{own}/cgroup.kill", "1")]
 attempts += [(f"{place}/cgroup.procs", "0") for place in (own, os.path.dirname(own), "/sys/fs/cgroup")]
 for path, text in attempts:
-    try:
-        open(path, "w").write(text)
-        print("wrote", path)
-    except OSError:
-        pass
-try:
-    os.mkdir(own + "/below")
-except OSError:
-    print("refused")
-=== it reads nothing of what others took before it | | stdout=refused
+    assert refused(lambda: open(path, "w").write(text)), path
+assert refused(os.mkdir, own + "/below")
+=== it reads nothing of what others took before it
 own = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().partition("::")[2]
 for name in "memory.peak", "memory.events", "pids.peak", "pids.events", "cpu.stat", "memory.pressure":
-    try:
-        print(name, open(f"{own}/{name}").read())
-    except OSError:
-        pass
-print("refused")
+    assert refused(lambda: open(f"{own}/{name}").read()), name
 === many processes and descriptors | timeoutMs=5000 | status=timeout
-try:
-    while True: os.dup(0)
-except OSError:
-    pass
-for _ in range(90):
-    if not os.fork(): time.sleep(600)
+while not refused(os.dup, 0): pass
+fork(90, lambda _: time.sleep(600))
 time.sleep(600)
 === a neighbour after all that | | stdout=fine
 print("fine")
@@ -4037,7 +3944,7 @@ def test_two_agents_have_cgroups_of_their_own(grids):
         assert len(own) == 1 and other.startswith("nanogrid-") and other not in own, (own, other)
         assert agents_cgroups() == own and all(map(alive, run.pids))
         agent.stop(signal.SIGINT)
-        agent.process.send_signal(signal.SIGINT)
+        agent.send(signal.SIGINT)
     assert agents_cgroups() == set()
 
 
@@ -4150,7 +4057,7 @@ def test_what_connections_have_yet_to_send_is_charged_to_no_later_run(grids):
     assert [(grid[f"next{n}"]["status"], grid[f"next{n}"]["receiveCount"]) for n in range(2)] == [("ok", 1)] * 2, grid.log
 
 
-# ---------------------------------------------------------------- from one run into the next
+# --- from one run into the next
 #
 # Pairs: what one run does, and what the next of its slot must find, which is what a first run found.
 
@@ -4179,10 +4086,7 @@ for place in places:
     os.symlink(victim + "/precious", place + "/left-file")
     os.symlink("/etc", place + "/left-etc")
     os.symlink("left-loop", place + "/left-loop")
-try:
-    os.link(victim + "/precious", "left-hard")
-except OSError:
-    pass
+refused(os.link, victim + "/precious", "left-hard")
 === special files
 import socket
 for place in places:
@@ -4194,11 +4098,7 @@ for place in places:
     os.chmod("left-locked", 0o500)
 === the workspace becomes a link
 for place in places:
-    try:
-        os.rename(place, place + "-left-moved")
-        os.symlink(victim, place)
-    except OSError:
-        pass
+    refused(lambda: [os.rename(place, place + "-left-moved"), os.symlink(victim, place)])
 === its streams become pipes that nobody writes to
 replace_streams(os.mkfifo)
 === its streams become closed directories
@@ -4208,10 +4108,7 @@ replace_streams(lambda path: os.symlink(victim + "/precious", path))
 === the directories are closed
 for place in workplaces:
     open(place + "/left-file", "w").close()
-    try:
-        os.chmod(place, 0)
-    except OSError:
-        pass
+    refused(os.chmod, place, 0)
 === the directories are gone
 import shutil
 for place in workplaces:
@@ -4219,12 +4116,12 @@ for place in workplaces:
 === ACLs and attributes
 acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, 0, 0xFFFFFFFF) for tag in (1, 4, 0x20))
 for place in places:
-    attempt(os.setxattr, place, "system.posix_acl_default", acl)
-    attempt(os.setxattr, place, "user.left", b"1")
+    refused(os.setxattr, place, "system.posix_acl_default", acl)
+    refused(os.setxattr, place, "user.left", b"1")
 === flags and generations
 for place in places:
     for name, value in ((SETFLAGS, 0xC8), (SETVERSION, 7)):
-        attempt(lambda: fcntl.ioctl(os.open(place, os.O_RDONLY), name, struct.pack("l", value)))
+        refused(lambda: fcntl.ioctl(os.open(place, os.O_RDONLY), name, struct.pack("l", value)))
 === directories that were full
 for place in {*places} - {*shared}:
     paths = [f"{place}/{n:0200}" for n in range(500)]
@@ -4234,38 +4131,38 @@ for place in {*places} - {*shared}:
         os.unlink(path)
 === modes and times
 for place in places:
-    attempt(os.chmod, place, 0o2755)
-    attempt(os.utime, place, (1, 1))
+    refused(os.chmod, place, 0o2755)
+    refused(os.utime, place, (1, 1))
 === directories of the package
 for name in "lib", "lib/deep":
-    attempt(os.setxattr, name, "user.left", b"1")
-    attempt(os.utime, name, (1, 1))
+    refused(os.setxattr, name, "user.left", b"1")
+    refused(os.utime, name, (1, 1))
     os.chmod(name, 0o700)
 os.rename("lib/deep", "lib/left")
 os.mkdir("lib/deep")
 === what stands above it is stopped | timeoutMs=3000
 for pid in above():
-    attempt(os.kill, pid, 19)
+    refused(os.kill, pid, 19)
 === what stands above it has other limits
 for pid in above():
     for kind in range(16):
-        attempt(resource.prlimit, pid, kind, (3, 3))
+        refused(resource.prlimit, pid, kind, (3, 3))
 === what stands above it has other priorities
 for pid in above():
-    attempt(os.sched_setaffinity, pid, {min(os.sched_getaffinity(0))})
-    attempt(os.setpriority, os.PRIO_PROCESS, pid, 19)
-    attempt(os.sched_setscheduler, pid, os.SCHED_IDLE, os.sched_param(0))
+    refused(os.sched_setaffinity, pid, {min(os.sched_getaffinity(0))})
+    refused(os.setpriority, os.PRIO_PROCESS, pid, 19)
+    refused(os.sched_setscheduler, pid, os.SCHED_IDLE, os.sched_param(0))
     ctypes.CDLL(None).syscall({"x86_64": 251, "aarch64": 30}[os.uname().machine], 1, pid, 3 << 13)
 === what stands above it is killed
 for pid in above():
-    attempt(os.kill, pid, 9)
+    refused(os.kill, pid, 9)
 === shared memory, semaphores and queues
 libc = ctypes.CDLL(None, use_errno=True)
 libc.sem_open.restype = ctypes.c_void_p
 assert libc.shmget(key, 4096, 0o1666) >= 0 and libc.semget(key, 1, 0o1666) >= 0 and libc.msgget(key, 0o1666) >= 0
 assert not shared or libc.sem_open(b"/left", os.O_CREAT, 0o600, 1)
 if shared and os.path.isdir("/dev/mqueue"): assert libc.mq_open(b"/left", os.O_CREAT | os.O_RDWR, 0o600, None) >= 0
-attempt(os.mkdir, "/dev/shm/left")
+refused(os.mkdir, "/dev/shm/left")
 === the interpreter itself
 import builtins
 builtins.left = sys.left = json.left = os.environ["LEFT"] = "1"
@@ -4273,7 +4170,7 @@ sys.path.append("left")
 os.umask(0)
 print = None
 === where every user may write
-attempt(lambda: open(anybody + "/left", "w"))
+refused(lambda: open(anybody + "/left", "w"))
 === keys of the kernel
 for keyring in (-3, -4, -5):
     syscall("add_key", b"user", b"left", b"left", 4, keyring)
@@ -4285,21 +4182,26 @@ open(place + "/left.pth", "w").write("import os; os.environ['left'] = '1'\n")
 open(place + "/usercustomize.py", "w").write("import os; os.environ['left'] = '1'\n")
 === what it was started from
 for path in ("../../../main.py", "../../../sh", "../../passwd", "/etc/passwd", "../../feed/stdin"):
-    attempt(lambda: open(path, "ab").write(b"left"))
-    attempt(os.unlink, path)
-    attempt(os.rename, path, "left")
+    refused(lambda: open(path, "ab").write(b"left"))
+    refused(os.unlink, path)
+    refused(os.rename, path, "left")
 === what the supervisor made
 feed = os.path.realpath("../../feed")
-attempt(os.mkdir, feed + "/left")
-attempt(lambda: open(feed + "/left-file", "wb").write(bytes(1 << 20)))
+refused(os.mkdir, feed + "/left")
+refused(lambda: open(feed + "/left-file", "wb").write(bytes(1 << 20)))
 for name in os.listdir(feed) if os.access(feed, os.R_OK) else ():
-    attempt(os.rename, feed + "/" + name, feed + "/left-" + name)
-attempt(os.rename, feed, feed + "-left")
+    refused(os.rename, feed + "/" + name, feed + "/left-" + name)
+refused(os.rename, feed, feed + "-left")
 === 20000 small files
 os.mkdir("left-many")
 os.chdir("left-many")
 for n in range(20000):
     open(str(n), "w").close()
+=== variables of its task | env={"LEFT":"1\u0020'=\n","UID":"5","IFS":"x","OPTIND":"y","PWD":"z","SHLVL":"-1"}
+given = {"LEFT": "1 '=\n", "UID": "5", "IFS": "x", "OPTIND": "y", "PWD": "z", "SHLVL": "-1"}
+assert given.items() <= os.environ.items(), os.environ
+=== variables of its task that Python reads | env={"PYTHONLEFT":"1"}
+assert os.environ["PYTHONLEFT"] == "1"
 """)
 LEFTOVER_HEAD = r"""
 import ctypes, fcntl, json, os, resource, struct, sys
@@ -4308,11 +4210,6 @@ KEYS = {"x86_64": {"add_key": 248, "keyctl": 250}, "aarch64": {"add_key": 217, "
 victim, shared, anybody, key = json.load(sys.stdin)
 workplaces = list(dict.fromkeys([os.environ["TMPDIR"], os.environ["HOME"], *shared, os.getcwd()]))
 places = [os.environ["OUTPUT_DIR"]] + workplaces
-def attempt(change, *arguments):
-    try:
-        return change(*arguments)
-    except OSError:
-        pass
 def syscall(name, *arguments):
     return ctypes.CDLL(None).syscall(KEYS[name], *arguments)
 def above():  # what forked it, and what leads its session and its group
@@ -4320,11 +4217,7 @@ def above():  # what forked it, and what leads its session and its group
 def replace_streams(make):
     for name in "stdin", "stdout", "stderr":
         path = os.environ["HOME"].replace("own/home", "feed/" + name)
-        try:
-            os.unlink(path)
-            make(path)
-        except OSError:
-            pass
+        refused(lambda: [os.unlink(path), make(path)])
 """
 PROBE = r"""
 import builtins, ctypes, fcntl, json, os, resource, sys, time
@@ -4343,7 +4236,8 @@ seen = {name: resource.getrlimit(getattr(resource, name)) for name in dir(resour
 seen["scheduling"] = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0))
 libc = ctypes.CDLL(None)
 seen["ioprio"] = libc.syscall({"x86_64": 252, "aarch64": 31}[os.uname().machine], 1, 0)
-seen["names"] = sorted(os.environ), os.getgroups(), os.umask(0o022)
+seen["environment"] = sorted(each for each in os.environ.items() if each[0] != "REQUEST_ID")
+seen["names"] = os.getgroups(), os.umask(0o022)
 seen["status"] = [line for line in open("/proc/self/status") if line.startswith(("Sig", "Cap", "NoNew"))][1:]
 seen["keys"] = [libc.syscall(KEYCTL, 11, keyring, None, 0) for keyring in (-3, -4, -5)]  # KEYCTL_READ: its size
 seen["ipc"] = [open(f"/proc/sysvipc/{kind}").read().count("\n") for kind in ("shm", "sem", "msg")]
@@ -4363,7 +4257,8 @@ for place in (".", "lib", "lib/deep", os.environ["TMPDIR"], os.environ["HOME"], 
     open(path, "w").close()
     os.mkdir(path + "-folder")
     seen[path] = oct(os.stat(path).st_mode), oct(os.stat(path + "-folder").st_mode), os.listxattr(path), open(path).read()
-assert sorted(os.listdir(".")) == sorted(["lib", "main.py", "probe", "probe-folder", *sys.argv[1:]]), os.listdir(".")
+its = {"lib", "main.py", "probe", "probe-folder", os.path.basename(sys.argv[0])}
+assert set(os.listdir(".")) == its, os.listdir(".")
 print(json.dumps(seen))
 """
 
@@ -4386,18 +4281,17 @@ def leftovers(grids, user):
 
     def look(name):
         grid.put(tree, request_id=f"{name}-b", function_id="probe", input=shared)
-        grid.put({**tree, "run.sh": f"exec {PYTHON} main.py run.sh"}, "cpp", request_id=f"{name}-c",
-                 function_id="cold-probe", input=shared)
+        grid.put({**tree, "main*": f"#!{PYTHON}\n{PROBE}"}, "cpp", "cold-probe", f"{name}-c", input=shared)
 
     look("00")
     for n, (name, case) in enumerate(LEFTOVERS.items()):
-        leaves = {**tree, "main.py": LEFTOVER_HEAD + case.files["main.py"]}
+        leaves = {**tree, "main.py": LEFTOVER_HEAD + WORDS + case.files["main.py"]}
         task = {"timeoutMs": 120000, **case.task, "input": [str(victim), shared, str(anybody), KEY]}
         grid.put(leaves, "python", slug(name), f"{n:02}-a-{slug(name)}", **task)
         look(f"{n:02}-b-{slug(name)}")
         if user == "ordinary" and "above" in name:
             continue  # that is its supervisor: the agent kills one that hangs, but not at once
-        leaves["run.sh"] = f"exec {PYTHON} main.py"
+        leaves["main*"] = f"#!{PYTHON}\n{leaves['main.py']}"
         grid.put(leaves, "cpp", f"cold-{slug(name)}", f"{n:02}-d-{slug(name)}", **task)
         look(f"{n:02}-e-{slug(name)}")
     ours = ctypes.CDLL(None).shmget(KEY, 4096, 0o1666)
@@ -4419,11 +4313,12 @@ def test_the_next_run_finds_what_the_first_one_found(leftovers, number, name):
         first = leftovers.result(f"00-{kind}")
         assert first["status"] == "ok", first
         for did, looks in ("a", "b"), ("d", "e"):
-            if leftovers.reports[f"{number:02}-{did}-{slug(name)}"]:
+            if did == "a" or leftovers.reports[f"{number:02}-{did}-{slug(name)}"]:
+                left = leftovers.result(f"{number:02}-{did}-{slug(name)}")
+                assert left["status"] in LEFTOVERS[name].expect["status"].split("/"), left
                 after = leftovers.result(f"{number:02}-{looks}-{slug(name)}-{kind}")
                 assert after["status"] == "ok" and after["receiveCount"] == 1, after
                 assert json.loads(after["stdout"]) == json.loads(first["stdout"]), (did, kind)
-    assert leftovers.reports[f"{number:02}-a-{slug(name)}"]
 
 
 def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
@@ -4616,16 +4511,9 @@ while True:
 open("a", "w").close()
 os.chmod(".", 0)
 === the directory is gone, or as root empty | | stored=
-try:
-    os.rmdir(os.environ["OUTPUT_DIR"])
-except OSError:
-    pass
+refused(os.rmdir, os.environ["OUTPUT_DIR"])
 === the directory becomes a link, if it may | | stored=
-try:
-    os.rmdir(os.environ["OUTPUT_DIR"])
-    os.symlink("/etc", os.environ["OUTPUT_DIR"])
-except OSError:
-    pass
+refused(lambda: [os.rmdir(os.environ["OUTPUT_DIR"]), os.symlink("/etc", os.environ["OUTPUT_DIR"])])
 === a file of its package | | stored=main.py
 os.rename(work + "/main.py", "main.py")
 === a file of its package again | | stored=main.py
@@ -4636,7 +4524,7 @@ OUTPUT_HEAD = """
 import os, time
 work = os.getcwd()
 os.chdir(os.environ["OUTPUT_DIR"])
-"""
+""" + WORDS
 
 
 @pytest.fixture(scope="module")
@@ -4677,7 +4565,7 @@ def test_nothing_but_results_is_where_they_are_and_what_was_left_out_is_said(out
 
 TREE = {"main.py": None, "run*": "#!/bin/sh\necho ran\n", "data.txt": "data", "lib/one.py": "one = 1\n",
         "lib/deep/two.py": "two = 2\n", "lib/tool*": b"\x7fELF\x00", "name with space": "x"}
-SPOILER = r"""
+SPOILER = WORDS + r"""
 import os, stat, subprocess, sys
 listing = []
 for top, names, files in os.walk("."):
@@ -4689,24 +4577,19 @@ for top, names, files in os.walk("."):
         listing.append((path, stat.S_IFMT(mode), bool(mode & 0o100), text))
 print(listing)
 print(subprocess.run("./run", stdout=subprocess.PIPE).stdout)
-def attempt(change, *arguments):
-    try:
-        change(*arguments)
-    except OSError:
-        pass
 def spoil(path):
     open(path, "r+b").write(b"spoilt")
 for top, names, files in os.walk(".", topdown=False):
     for path in (os.path.join(top, name) for name in files):
-        attempt(spoil, path)                                    # in place
-        attempt(os.chmod, path, 0o777)
-        attempt(spoil, path)
-        attempt(os.link, path, os.environ["TMPDIR"] + "/link")  # by another name
-        attempt(spoil, os.environ["TMPDIR"] + "/link")
-        attempt(os.unlink, os.environ["TMPDIR"] + "/link")
-        attempt(os.truncate, path, 0)
-        attempt(os.utime, path, (1, 1))
-        attempt(os.setxattr, path, "user.spoilt", b"1")
+        refused(spoil, path)                                    # in place
+        refused(os.chmod, path, 0o777)
+        refused(spoil, path)
+        refused(os.link, path, os.environ["TMPDIR"] + "/link")  # by another name
+        refused(spoil, os.environ["TMPDIR"] + "/link")
+        refused(os.unlink, os.environ["TMPDIR"] + "/link")
+        refused(os.truncate, path, 0)
+        refused(os.utime, path, (1, 1))
+        refused(os.setxattr, path, "user.spoilt", b"1")
 os.mkdir("lib/new"), open("lib/new/file", "w").close()
 os.unlink("data.txt"), open("data.txt", "w").write("replaced")   # the zip's own files may be replaced
 os.rename("lib/one.py", "lib/deep/one.py")
@@ -4731,7 +4614,7 @@ def test_every_run_sees_the_zip_as_it_is(grids, user):
         assert (other["status"], other["stdout"]) == ("ok", first["stdout"]), other
 
 
-# ---------------------------------------------------------------- a warm start is a bare `python3 main.py`
+# --- a warm start is a bare `python3 main.py`
 
 PROGRAMS = table(r"""
 === what it finds at its start
@@ -5478,13 +5361,13 @@ def bare_run(place: Path, case: Case, elsewhere: bool = False) -> tuple:
 @pytest.fixture(scope="module", params=["warm-root", "cold-ordinary", pytest.param(
     "warm-ordinary", marks=[pytest.mark.slow] if ROOT else [])])
 def started(request, grids):
-    """Every program, run once each way of starting."""
+    """Every program and every handler, run once each way of starting."""
     start, user = request.param.split("-")
     if user == "root" and not ROOT:
         pytest.skip("needs root")
     grid = grids(user, EXECUTION_CONCURRENCY=2, EXECUTION_WARMSTART=str(start == "warm").lower())
     grid.start = start
-    grid.put_all(PROGRAMS)
+    grid.put_all({**HANDLED, **PROGRAMS})
     return grid.run()
 
 
@@ -5508,7 +5391,7 @@ def test_a_start_is_a_bare_python(started, name):
 
 def test_only_the_first_run_of_a_slot_waits_for_the_interpreter(started):
     """A ready interpreter that has to be made first is a cold start; without warmStart all are."""
-    starts = collections.Counter(report["start"] for got in started.reports.values() for report in got)
+    starts = collections.Counter(report["start"] for name in PROGRAMS for report in started.reports[slug(name)])
     assert set(starts) == ({"cold"} if started.start == "cold" else {"cold", "warm"})
     assert started.start == "cold" or starts["cold"] <= 2 + 1, starts  # two slots, and one renewal at most
 
@@ -5525,7 +5408,7 @@ def test_runs_of_one_interpreter_share_no_random_state(grids, user):
         assert len(set(values)) == 3, values
 
 
-# ---------------------------------------------------------------- compiled runtimes, runtimes that are missing
+# --- compiled runtimes, runtimes that are missing
 
 BUILT = table(r"""
 === C++ source | cpp | stdout=compiled
@@ -5657,7 +5540,7 @@ def test_a_runtime_that_is_not_installed_is_an_error(grids, runtime, entry):
     assert re.search(rf"(?i)runtime.*{runtime}", start), start
 
 
-# ---------------------------------------------------------------- --invoke
+# --- --invoke
 
 INVOKED = r"""
 import os, sys
@@ -5803,7 +5686,7 @@ def test_invoke_keeps_what_the_function_left_where_it_is_told_to(invoked, user):
     assert b"$OUTPUT_DIR is gone, with a.txt, sub/b.txt; --output DIR keeps it\n" in done.stderr
 
 
-# ---------------------------------------------------------------- handlers, as AWS Lambda calls them
+# --- handlers, as AWS Lambda calls them
 
 # `value`: the JSON that it returns; `err`: what its standard error holds, for a space a dot
 HANDLED = table(r"""
@@ -5949,21 +5832,10 @@ for _case in HANDLED.values():
     _case.task.setdefault("handler", "index.handler" if _case.runtime == "nodejs" else "app.handler")
 
 
-@pytest.fixture(scope="module", params=["root-true", "ordinary-false"])
-def handled(request, grids):
-    """Every handler, run warm as root and cold as an ordinary user."""
-    need("node")
-    user, _, warm = request.param.partition("-")
-    if user == "root" and not ROOT:
-        pytest.skip("needs root")
-    grid = grids(user, EXECUTION_CONCURRENCY=2, EXECUTION_WARMSTART=warm)
-    grid.put_all(HANDLED)
-    return grid.run()
-
-
 @pytest.mark.parametrize("name", HANDLED)
-def test_a_handler_is_called_as_in_lambda(handled, name):
-    result, expect = handled[name], dict(HANDLED[name].expect)
+def test_a_handler_is_called_as_in_lambda(started, name):
+    need(*programs(HANDLED[name]))
+    result, expect = started[name], dict(HANDLED[name].expect)
     said = result["stderr"]
     assert re.search(expect.pop("err", ""), said), said
     if "value" in expect:
@@ -5986,27 +5858,6 @@ def test_a_lambda_function_that_nothing_calls_is_said_once_for_each_package(grid
     grid.run()
     said = re.findall(r"index\.js of (\w+)\.zip exports a handler", grid.log)
     assert sorted(said) == ["bundled", "common", "es"], grid.log
-
-
-@pytest.mark.parametrize("warm", ["true", "false"])
-def test_env_is_for_its_run_alone(grids, user, warm):
-    """In one slot: Python by a ready interpreter or not, and Node.js, which a shell starts."""
-    grid = grids(user, EXECUTION_CONCURRENCY=1, EXECUTION_WARMSTART=warm)
-    need("node")
-    python = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
-    node = "console.log(JSON.stringify(process.env))\n"
-    left = {"LEFT": "1 '=\n", "UID": "5", "IFS": "x", "OPTIND": "y", "PWD": "z", "SHLVL": "-1"}
-    for n, env in enumerate([{}, left, {}, {"PYTHONLEFT": "1"}, {}]):
-        for runtime, name, source in (("python", "main.py", python), ("nodejs", "index.js", node)):
-            grid.put({name: source}, runtime, runtime, f"{runtime}-{n}", env=env)
-    grid.run()
-    for runtime in ("python", "nodejs"):
-        seen = [json.loads(grid[f"{runtime}-{n}"]["stdout"]) for n in range(5)]
-        for each in seen:
-            del each["REQUEST_ID"]
-        assert seen[0] == seen[2] == seen[4], seen
-        assert seen[1] == {**seen[0], **left}, seen
-        assert seen[3] == {**seen[0], "PYTHONLEFT": "1"}, seen
 
 
 def test_an_interpreter_that_starts_threads_is_not_kept_ready(grids, user):
@@ -6061,7 +5912,7 @@ DENIED_BY = f"User: {WORKER} is not authorized to perform: {{0}} on resource: {{
 FORBIDDEN_BY = f"User: {WORKER} is not authorized to perform: {{0}} on resource: {{1}} with an explicit deny in a {{2}}"
 
 
-# ---------------------------------------------------------------------- trials, all at once
+# --- trials, all at once
 
 # Trials wait for far longer than they work, so they run in threads of their own, each with its
 # own queue, bucket, proxy and agents: name -> a function of the emulator's URL.
@@ -6116,7 +5967,7 @@ def trials(moto, request):
             pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------- kills
+# --- kills
 
 
 @slow_trial
@@ -6219,7 +6070,7 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
         return f"{len(again)} of {len(good)} ran again, after {len(killed)} kills (seed {seed})"
 
 
-# ---------------------------------------------------------------------- faults, by name
+# --- faults, by name
 
 # what fails: (operations, visibility timeout, seconds that the fault lasts, and the function)
 SCENES = {
@@ -6250,7 +6101,7 @@ def fault_trial(moto: str, what: str, fault: str):
             aws.proxy.fail(operations, proxy_fault, seconds=late)
         with aws.agent(wait=5, metrics={"flushSeconds": 1}) as agent:
             if what != "start":
-                until(lambda: aws.proxy.count("ReceiveMessage"), what="a poll")
+                aws.proxy.until("ReceiveMessage")
                 aws.proxy.fail(operations, proxy_fault, seconds=late)
 
             def failing():
@@ -6274,7 +6125,7 @@ def fault_trial(moto: str, what: str, fault: str):
             assert agent.stop() == 0
         log = agent.log
         assert runs_in(aws.path) == {"r1": 1, "after": 1} and not dead(aws), log
-        assert [each["status"] for each in reports(log)].count("ok") == 2
+        assert statuses(log).count("ok") == 2
         assert "Traceback" not in log
         assert metric_values(aws, aws.name) == 2 or what == "metrics" and fault in UNHEARD
         tried = [at for at in tried if at <= tried[0] + lasts]  # this test may have slept for longer
@@ -6291,7 +6142,7 @@ def fault_trial(moto: str, what: str, fault: str):
         else:
             said = not (what in IN_PLACE and fault in UNANSWERED)
             assert len(complaints(log)) == said == log.count(" works again after "), log
-# ---------------------------------------------------------------------- outages, by what is away
+# --- outages, by what is away
 
 
 @contextlib.contextmanager
@@ -6477,14 +6328,14 @@ def outage_trial(moto: str, what: str, seconds: float, number: int = 0):
         used = (cpu_seconds(first.process.pid) - used) / (time.monotonic() - begun)
         assert used < 0.01 * busy() or seconds < 20, f"{used:.1%} of a core meanwhile\n{first.log}"
         if number:
-            first.process.send_signal(number)
+            first.send(number)
             if number == signal.SIGTERM and OUTAGES[what][2]:
                 time.sleep(1)
                 world.back()
             assert first.end() == (0 if number == signal.SIGTERM else -number), first.log
             if number == signal.SIGTERM:
                 until(world.is_given_back, 10, f"what was held\n{first.log}")
-                assert {each["status"] for each in reports(first.log)} <= {"ok", "released"}, first.log
+                assert set(statuses(first.log)) <= {"ok", "released"}, first.log
             last = stack.enter_context(world.agent())
             time.sleep(2)
         world.back()
@@ -6498,7 +6349,7 @@ def outage_trial(moto: str, what: str, seconds: float, number: int = 0):
         if not number or number == signal.SIGTERM and what == "a folder's disk":
             assert receives(log) == {1}, log
         if not number:
-            assert [each["status"] for each in reports(log)] == ["ok"] * len(JOBS), log
+            assert statuses(log) == ["ok"] * len(JOBS), log
             said_once(log)
 
 
@@ -6582,7 +6433,7 @@ def s3_trial(moto: str, trouble: str):
         first = reports(agent.log)[0]
         assert (first["status"], first["reason"]) == (status, reason) and word in agent.log
         if status == "error":
-            until(lambda: aws.proxy.count("ChangeMessageVisibilityBatch") >= 2, what="two returns")
+            aws.proxy.until("ChangeMessageVisibilityBatch", times=2)
             assert aws.proxy.count("GetObject") == 2 and aws.count() == 1 and not dead(aws)
             aws.proxy.heal()
         until_settled(aws, agent, in_dlq=status == "rejected")
@@ -6634,14 +6485,14 @@ def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
         with aws.agent(patch="ng.CloudWatchMetrics.MOST_KEPT = 5", metrics={"flushSeconds": 1}) as agent:
             for number in range(5):
                 aws.job(f"r{number}", function_id=aws.name)
-            until(lambda: aws.proxy.count("PutMetricData"), what="a request to CloudWatch")
+            aws.proxy.until("PutMetricData")
             for number in range(5, 9):
                 aws.job(f"r{number}", function_id=aws.name)
             until_settled(aws, agent)
             # All nine have come. Each request is made three times, so one of the next six is the
             # first of a new one, which holds all that is kept.
             before = aws.proxy.count("PutMetricData")
-            until(lambda: aws.proxy.count("PutMetricData") >= before + 6, what="another request")
+            aws.proxy.until("PutMetricData", times=before + 6)
             aws.proxy.heal()
             agent.wait_for(r"Successfully published 5 values to CloudWatch \(4 older ones")
             agent.stop()
@@ -6686,7 +6537,7 @@ def bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
 def queue_that_is_empty_is_not_asked_without_a_pause(moto):
     """waitTimeSeconds 0: SQS answers at once, and asks money for each answer."""
     with site(moto) as aws, aws.agent(wait=0) as agent:
-        until(lambda: aws.proxy.count("ReceiveMessage") > 1, what="polls")
+        aws.proxy.until("ReceiveMessage", times=2)
         begun, before = time.monotonic(), aws.proxy.count("ReceiveMessage")
         time.sleep(4)
         polls = aws.proxy.count("ReceiveMessage") - before
@@ -6702,14 +6553,14 @@ def sigterm_while_deleting_deletes_first(moto):
     with site(moto, visibility=600) as aws, aws.agent() as agent:
         aws.proxy.fail("DeleteMessageBatch", "delay", times=1, seconds=3)
         aws.job("r1")
-        until(lambda: aws.proxy.count("DeleteMessageBatch"), what="the delete")
+        aws.proxy.until("DeleteMessageBatch")
         aws.proxy.fail("DeleteMessageBatch", "status 500", times=2)
         aws.job("r2")
         agent.wait_for("REPORT requestId=r2 .*status=ok")
         assert agent.stop() == 0 and not aws.count(), agent.log
 
 
-# ---------------------------------------------------------------------- one function's trouble is its own
+# --- one function's trouble is its own
 
 
 def done(agent: Agent, *prefixes: str) -> int:
@@ -6732,7 +6583,7 @@ def own_trouble_trial(moto: str, fault: str):
         aws.proxy.fail("GetObject *bad.zip*", fault)
         for number in range(8):
             aws.job(f"bad{number}", key="bad.zip")
-        until(lambda: aws.proxy.count("GetObject", fault), what="a try")
+        aws.proxy.until("GetObject", fault)
         for number in range(1, 31):
             aws.job(f"good{number}")
         until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
@@ -6763,7 +6614,7 @@ def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_cha
             until_settled(aws, agent, 10)
             agent.wait_for("REPORT requestId=mended .*status=ok")
             agent.stop()
-        assert Counter(each["status"] for each in reports(agent.log)) == {"rejected": 30, "ok": 1}
+        assert Counter(statuses(agent.log)) == {"rejected": 30, "ok": 1}
 
 
 @trial
@@ -6772,10 +6623,10 @@ def no_run_starts_under_a_lease_that_is_lost(moto):
     with site(moto, visibility=6, receives=9) as aws, aws.agent() as agent:
         aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
         aws.job()
-        until(lambda: aws.proxy.count("GetObject"), what="the fetch")
-        agent.process.send_signal(signal.SIGSTOP)
+        aws.proxy.until("GetObject")
+        agent.send(signal.SIGSTOP)
         time.sleep(8)
-        agent.process.send_signal(signal.SIGCONT)
+        agent.send(signal.SIGCONT)
         until_settled(aws, agent)
         agent.wait_for("REPORT requestId=r1 .*status=ok")
         agent.stop()
@@ -6796,7 +6647,7 @@ def ahead_trial(moto: str, number: int):
         for each in range(10):
             aws.job(f"slow{each}", sleep=20)
         until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
-        agent.process.send_signal(number)
+        agent.send(number)
         until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
         given = [each for each in reports(agent.log, ahead=True) if each["requestId"].startswith("slow")]
         assert number or {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
@@ -6825,12 +6676,12 @@ def second_signal_does_not_wait_for_an_upload(moto):
         aws.proxy.fail("PutObject|PutMetricData", "black hole")
         with aws.agent(output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
             aws.job()
-            until(lambda: aws.proxy.count("PutObject"), what="the upload")
-            agent.process.send_signal(signal.SIGTERM)
+            aws.proxy.until("PutObject")
+            agent.send(signal.SIGTERM)
             agent.wait_for("stopping: ")
             assert agent.process.poll() is None
             assert agent.stop(seconds=15) == 0
-        assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+        assert statuses(agent.log) == ["released"] and visible(aws) == 1
 
 
 @trial
@@ -6869,7 +6720,7 @@ def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
     ("rejected", True, [0, 0, 0, 0, 0]), ("rejected", False, [0, 0, 0, 10, 40]),
     ("released", False, [0, 0, 0, 0, 0]), ("error", True, [10, 40, 160, 640, 2560])])
 def test_delays_grow_with_each_receive(party, status, has_dlq, delays):
-    party.server.said = {}
+    party.hears("None", b"")
     with party.queue(Heard()) as queue:
         queue.has_dlq = has_dlq
         found = [queue._delay(ng.Message("m", "", count, 0.0, last=math.inf), status) for count in range(1, 6)]
@@ -6930,7 +6781,7 @@ def test_peaks_carry_the_time_at_which_the_run_ended(party, tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["timestamp"] == "1970-01-01T00:16:42.500Z"
 
 
-# ---------------------------------------------------------------------- no more of something
+# --- no more of something
 
 
 @trial
@@ -7051,7 +6902,7 @@ def test_no_more_processes_is_waited_out(grids):
         assert agent.stop() == 0 and agent.log.count("Traceback") == 0, agent.log
 
 
-# ---------------------------------------------------------------------- duplicates
+# --- duplicates
 
 
 @trial
@@ -7064,7 +6915,7 @@ def message_that_comes_again_while_it_runs_is_not_started_twice(moto):
                                           ReceiptHandle=aws.proxy.received[0]["ReceiptHandle"])
         until(lambda: len(aws.proxy.received) == 2, what="the duplicate")
         finish(aws, agent, {"r1": 1})
-        assert [each["status"] for each in reports(agent.log)].count("ok") == 1
+        assert statuses(agent.log).count("ok") == 1
 
 
 class Scenario(typing.NamedTuple):
@@ -7132,7 +6983,7 @@ def scenario_trial(moto: str, what: str):
     assert re.search(scenario.says, agent.log) and (scenario.fails or scenario.in_dlq or not mishaps(agent.log)), agent.log
 
 
-# ---------------------------------------------------------------------- leases, statuses, results
+# --- leases, statuses, results
 
 
 @trial
@@ -7166,7 +7017,7 @@ def delete_that_is_not_permitted_is_said_once_and_tried_with_growing_pauses(moto
     with site(moto) as aws, aws.agent() as agent:
         aws.proxy.fail("DeleteMessageBatch", "said", said=said)
         aws.job()
-        until(lambda: aws.proxy.count("DeleteMessageBatch"), what="a delete")
+        aws.proxy.until("DeleteMessageBatch")
         time.sleep(4)
         aws.proxy.heal()
         finish(aws, agent, {"r1": 1})
@@ -7251,12 +7102,6 @@ os.makedirs(os.environ["OUTPUT_DIR"] + "/sub")
 for name in ("a.txt", "sub/b.bin"):
     open(os.path.join(os.environ["OUTPUT_DIR"], name), "w").write("left in " + name)
 os.symlink("/etc/passwd", os.environ["OUTPUT_DIR"] + "/link")
-os.chdir(os.environ["OUTPUT_DIR"])
-open(b"no-utf-8-\\xff", "w").close()
-for _ in range(700):
-    os.mkdir("nested")
-    os.chdir("nested")
-open("too-deep", "w").close()
 print("done")
 """}
 
@@ -7320,17 +7165,17 @@ def test_long_jobs_are_not_received_ahead_so_that_another_agent_can_take_them(mo
                 until(lambda: len(reports(second.log)) >= 5 and reports(first.log), what="the reports")
 
 
-# ---------------------------------------------------------------------- shutdown
+# --- shutdown
 
 
 @pytest.mark.parametrize("message_comes", [False, True])
 def test_sigterm_while_a_long_poll_is_out_ends_the_polling(moto, message_comes):
     """A message that this poll brings is given back: it may not wait for its lease's end."""
     with site(moto, visibility=600) as aws, aws.agent(wait=5) as agent:
-        until(lambda: aws.proxy.count("ReceiveMessage"), what="a poll")
+        aws.proxy.until("ReceiveMessage")
         time.sleep(0.5)
         begun = time.monotonic()
-        agent.process.send_signal(signal.SIGTERM)
+        agent.send(signal.SIGTERM)
         time.sleep(0.5)
         if message_comes:
             aws.job()
@@ -7356,16 +7201,16 @@ def shutdown_trial(moto: str, what: str):
     with site(moto, visibility=600) as aws, aws.agent(execution=settings) as agent:
         aws.job(sleep=seconds, timeoutMs=400000)
         until_ran(aws.path)
-        agent.process.send_signal(signals[0])
+        agent.send(signals[0])
         for number in signals[1:]:
             time.sleep(2)
             assert agent.process.poll() is None
-            agent.process.send_signal(number)
+            agent.send(number)
         status = agent.end(90)
         assert visible(aws) == aws.count() == left, agent.log
         until_gone(run_pids(aws.path))
         if statuses:
-            assert status == 0 and [each["status"] for each in reports(agent.log)] == statuses
+            assert status == 0 and statuses(agent.log) == statuses
 
 
 @trial
@@ -7373,7 +7218,7 @@ def sigterm_while_the_queue_has_not_answered_yet_ends_clean(moto):
     with site(moto) as aws:
         aws.proxy.fail("GetQueueAttributes", "black hole")
         with aws.agent() as agent:
-            until(lambda: aws.proxy.count("GetQueueAttributes"), what="the first request")
+            aws.proxy.until("GetQueueAttributes")
             assert agent.stop(seconds=60) == 0
         assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*")), agent.log
 
@@ -7390,8 +7235,8 @@ def sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
                               for pid in family(agent.process.pid)), what="the compiler")
             aws.proxy.fail("GetObject", "black hole")
             aws.job("fetching")
-            until(lambda: aws.proxy.count("GetObject", "black hole"), what="the download")
-            agent.process.send_signal(signal.SIGTERM)
+            aws.proxy.until("GetObject", "black hole")
+            agent.send(signal.SIGTERM)
             until(lambda: visible(aws) == 2, 15, f"the messages\n{agent.log}")
             assert agent.end(20) == 0 and not runs_in(aws.path)
         assert sorted((each["requestId"], each["status"]) for each in reports(agent.log)) == \
@@ -7498,7 +7343,7 @@ def test_spot_interruption_starts_the_same_shutdown(moto):
             assert agent.process.poll() is None
             Imds.announced = True
             assert agent.end(90) == 0
-        assert [each["status"] for each in reports(agent.log)] == ["released"] and visible(aws) == 1
+        assert statuses(agent.log) == ["released"] and visible(aws) == 1
         assert "notice failed" not in agent.log
 
 
@@ -7533,7 +7378,7 @@ def test_systemd_is_told_of_start_status_stop_and_life(moto, kind):
             until(lambda: re.search(r"\b1\b", str(hear("STATUS="))), what="a STATUS with a 1")
             until(lambda: len(hear("WATCHDOG=1")) >= 4, what="WATCHDOG")
             assert not hear("STOPPING=1")
-            agent.process.send_signal(signal.SIGTERM)
+            agent.send(signal.SIGTERM)
             assert agent.end() == 0
             until(lambda: hear("STOPPING=1"), what="STOPPING")
         notify.shutdown(socket.SHUT_RD)
@@ -7551,7 +7396,7 @@ def test_systemd_that_does_not_listen_stops_nothing(moto):
             finish(aws, agent)
 
 
-# ---------------------------------------------------------------------- commands
+# --- commands
 
 GUIDE_MESSAGE = """{
   "requestId": "test-001",
@@ -7810,7 +7655,7 @@ def test_check_of_a_usable_folder_changes_nothing(folder):
     assert sorted(folder.path.rglob("*")) == before
 
 
-# ---------------------------------------------------------------------- credentials, endpoints
+# --- credentials, endpoints
 
 
 AWS_FILES = {  # below HOME; the SSO cache's name is the SHA-1 of the session's, as `aws sso login` has it
@@ -8019,7 +7864,7 @@ def test_each_service_is_asked_at_its_own_endpoint(moto):
             [{"GetObject"}, {"PutMetricData"}]
 
 
-# ---------------------------------------------------------------------- functionRole
+# --- functionRole
 
 TOO_LONG = (400, "ValidationError", "", "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
 NO_ROLE = (403, "AccessDenied", "", f"User: {WORKER} is not authorized to perform: sts:AssumeRole on "
@@ -8088,29 +7933,14 @@ def test_a_role_that_is_refused_is_an_error_in_awss_words(moto):
         assert f"\nok    function role: {FUNCTION_ROLE}" in ended(aws.agent("--check", execution=role)).out
 
 
-# ---------------------------------------------------------------------- AWS's errors, by call
+# --- AWS's errors, by call
 
-# Where a row's code, status and words are from.
-SOURCES = {
-    "json": "docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-json-api-responses.html",
-    # names and words; statuses and query-compatible twins: httpError, awsQueryError of
-    # github.com/aws/aws-sdk-js-v3 clients/client-sqs/src/schemas/schemas_0.ts
-    "sqs model": "botocore/data/sqs/2012-11-05/service-2.json.gz",
-    "sqs common": "docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/CommonErrors.html",
-    "common": "docs.aws.amazon.com/awsconsolehelpdocs/latest/gsg/common-errors.html",
-    "denied": "docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot_access-denied.html",
-    "s3 denied": "docs.aws.amazon.com/AmazonS3/latest/userguide/troubleshoot-403-errors.html",
-    "s3 model": "botocore/data/s3/2006-03-01/service-2.json.gz, shape Error; API/ErrorResponses.html",
-    "s3 billing": "docs.aws.amazon.com/AmazonS3/latest/userguide/ErrorCodeBilling.html",
-    "kms": "docs.aws.amazon.com/kms/latest/developerguide/throttling.html",
-    "kms sqs": "github.com/opensearch-project/data-prepper/issues/2422",
-    "kms s3": "github.com/ministryofjustice/modernisation-platform/issues/3468",
-    "kms s3 old": "github.com/boto/boto3/issues/2952",
-    "late": "github.com/aws/aws-sdk-php/issues/642; as InvalidSignatureException: aws-sdk-js/issues/254",
-    "early": "github.com/aws/aws-sdk-js/issues/1652",
-    "cw model": "botocore/data/cloudwatch/2010-08-01/service-2.json.gz",
-    "cw rate": "github.com/aws/aws-sdk-js/issues/1822",
-}
+# Codes, statuses and words are from botocore's models of SQS, S3 and CloudWatch, with the statuses and
+# query-compatible twins of github.com/aws/aws-sdk-js-v3 clients/client-sqs/src/schemas/schemas_0.ts;
+# docs.aws.amazon.com: SQS's sqs-json-api-responses.html and CommonErrors.html, S3's ErrorCodeBilling.html,
+# awsconsolehelpdocs/latest/gsg/common-errors.html, kms/latest/developerguide/throttling.html;
+# and from users: opensearch-project/data-prepper/issues/2422 and boto/boto3/issues/2952 (KMS),
+# aws/aws-sdk-php/issues/642 and aws/aws-sdk-js/issues/254, 1652, 1822 (clocks and rates).
 LATE = REFUSALS["clock"][3]
 EARLY = "Signature not yet current: 20261125T092200Z is still later than 20261125T012115Z (20261125T011615Z + 5 min.)"
 UNSIGNED = "The request signature we calculated does not match the signature you provided."
@@ -8135,115 +7965,114 @@ def denials(call: str, kinds: str) -> list[tuple]:
     """A call refused by each kind of policy, in IAM's words."""
     action = GRANTED[call].lower() if call in SQS_CALLS else GRANTED[call]
     code, twin = ("AccessDenied", "") if "Object" in call else ("AccessDeniedException", "AccessDenied")
-    return [(call, 403, code, twin, f"grant .*{GRANTED[call]}.* in the {kind}", "denied",
+    return [(call, 403, code, twin, f"grant .*{GRANTED[call]}.* in the {kind}",
              text.format(action, "arn:aws:any:kms-of-mine", kind))
             for kind in kinds.split(", ") for text in (DENIED_BY, FORBIDDEN_BY)]
 
 
-# calls, HTTP status, code, its query-compatible twin, what the agent says beside AWS's words, source, AWS's words
+# calls, HTTP status, code, its query-compatible twin, what the agent says beside AWS's words, AWS's words
 AWS_ERRORS = [
     (SQS_CALLS, 400, "QueueDoesNotExist", "AWS.SimpleQueueService.NonExistentQueue",
-     "AWS does not know the queue https?:.*; check its URL", "json", "The specified queue does not exist."),
-    (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know the queue https?:.*; check", "sqs model",
+     "AWS does not know the queue https?:.*; check its URL", "The specified queue does not exist."),
+    (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know the queue https?:.*; check",
      "The specified ID is invalid."),
-    (SQS_CALLS, 403, "InvalidSecurity", "InvalidSecurity", NOT_ACCEPTED, "sqs model",
+    (SQS_CALLS, 403, "InvalidSecurity", "InvalidSecurity", NOT_ACCEPTED,
      "The request was not made over HTTPS or did not use SigV4 for signing."),
-    (SQS_CALLS, 403, "RequestThrottled", "RequestThrottled", WAITS, "sqs model",
+    (SQS_CALLS, 403, "RequestThrottled", "RequestThrottled", WAITS,
      "The request was denied due to request throttling."),
-    (SQS_CALLS, 400, "UnsupportedOperation", "AWS.SimpleQueueService.UnsupportedOperation", SAYS, "sqs model",
+    (SQS_CALLS, 400, "UnsupportedOperation", "AWS.SimpleQueueService.UnsupportedOperation", SAYS,
      "Error code 400. Unsupported operation."),
-    ("ReceiveMessage", 403, "OverLimit", "OverLimit", WAITS, "sqs model",
+    ("ReceiveMessage", 403, "OverLimit", "OverLimit", WAITS,
      "The specified action violates a limit: the maximum number of in flight messages is reached."),
-    ("GetQueueAttributes", 400, "InvalidAttributeName", "", SAYS, "sqs model",
+    ("GetQueueAttributes", 400, "InvalidAttributeName", "", SAYS,
      "The specified attribute doesn't exist."),
-    ("SendMessage", 400, "InvalidMessageContents", "", SAYS, "sqs model",
+    ("SendMessage", 400, "InvalidMessageContents", "", SAYS,
      "The message contains characters outside the allowed set."),
-    *((BATCHES, 400, code, f"AWS.SimpleQueueService.{code}", SAYS, "sqs model", "The batch request is wrong.")
+    *((BATCHES, 400, code, f"AWS.SimpleQueueService.{code}", SAYS, "The batch request is wrong.")
       for code in ("TooManyEntriesInBatchRequest", "EmptyBatchRequest", "BatchEntryIdsNotDistinct",
                    "InvalidBatchEntryId")),
-    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY, "kms sqs",
+    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY,
      CIPHERTEXT + " (Service: AWSKMS; Status Code: 400; Error Code: AccessDeniedException; Request ID: "
      "b284a4f4-e245-4843-96dc-52922101df67; Proxy: null)"),
-    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY, "denied",
+    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY,
      DENIED_BY.format("kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "identity-based policy")),
-    *(("ReceiveMessage SendMessage", status, code, twin, KMS_KEY, "sqs model", "The request was rejected by KMS.")
+    *(("ReceiveMessage SendMessage", status, code, twin, KMS_KEY, "The request was rejected by KMS.")
       for status, code, twin in (
           (400, "KmsDisabled", "KMS.DisabledException"), (400, "KmsInvalidState", "KMS.InvalidStateException"),
           (400, "KmsNotFound", "KMS.NotFoundException"), (403, "KmsOptInRequired", "KMS.OptInRequired"),
           (400, "KmsInvalidKeyUsage", "KMS.InvalidKeyUsageException"))),
-    ("ReceiveMessage SendMessage", 400, "KmsThrottled", "KMS.ThrottlingException", WAITS, "kms",
+    ("ReceiveMessage SendMessage", 400, "KmsThrottled", "KMS.ThrottlingException", WAITS,
      f"{KMS_RATE} (Service: AWSKMS; Status Code: 400; Error Code: ThrottlingException; Request ID: 1)"),
     *(row for call in GRANTED for row in denials(call, "identity-based policy, VPC endpoint policy")),
     *(row for call in ("ReceiveMessage", "GetObject", "PutMetricData")
       for row in denials(call, "service control policy, resource-based policy, session policy")),
-    (SQS_CALLS, 400, "AccessDeniedException", "AccessDenied", "grant ", "sqs common",
+    (SQS_CALLS, 400, "AccessDeniedException", "AccessDenied", "grant ",
      "Access to the resource https://sqs.ap-northeast-2.amazonaws.com/ is denied."),
     *((f"{SQS_CALLS} PutMetricData", *row) for row in (
-        (401, "NotAuthorized", "", "grant ", "common", "You do not have permission to perform this action."),
-        (403, "ExpiredTokenException", "ExpiredToken", WAITS, "common",
+        (401, "NotAuthorized", "", "grant ", "You do not have permission to perform this action."),
+        (403, "ExpiredTokenException", "ExpiredToken", WAITS,
          "The security token included in the request is expired"),
-        (400, "RequestExpired", "RequestExpired", WAITS, "common", "Request has expired."),
-        (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, "late", LATE),
-        (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, "early", EARLY),
-        (403, "InvalidSignatureException", "SignatureDoesNotMatch", NOT_ACCEPTED, "late", UNSIGNED),
-        (403, "UnrecognizedClientException", "InvalidClientTokenId", NOT_ACCEPTED, "common",
+        (400, "RequestExpired", "RequestExpired", WAITS, "Request has expired."),
+        (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, LATE),
+        (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, EARLY),
+        (403, "InvalidSignatureException", "SignatureDoesNotMatch", NOT_ACCEPTED, UNSIGNED),
+        (403, "UnrecognizedClientException", "InvalidClientTokenId", NOT_ACCEPTED,
          "The security token included in the request is invalid."),
-        (403, "IncompleteSignature", "IncompleteSignature", SAYS, "common",
+        (403, "IncompleteSignature", "IncompleteSignature", SAYS,
          "The request signature does not conform to AWS standards."),
-        (403, "OptInRequired", "", SAYS, "common", "The AWS access key ID needs a subscription for the service"),
-        (400, "ValidationError", "", SAYS, "common", "The input fails to satisfy the constraints."),
-        (413, "RequestEntityTooLargeException", "", SAYS, "common", "The request entity is too large."),
-        (400, "RequestAbortedException", "", WAITS, "common", "The request was aborted before a reply was sent."),
-        (408, "RequestTimeoutException", "", WAITS, "common", "Timed out reading the Request."),
-        (400, "ThrottlingException", "Throttling", WAITS, "cw rate", "Rate exceeded"),
-        (500, "InternalFailure", "InternalFailure", WAITS, "common", "The request processing has failed."),
-        (503, "ServiceUnavailable", "ServiceUnavailable", WAITS, "common", "A temporary failure of the server."))),
-    ("GetObject", 404, "NoSuchKey", "", "does not exist; upload it, or correct s3Key", "s3 model", ""),
+        (403, "OptInRequired", "", SAYS, "The AWS access key ID needs a subscription for the service"),
+        (400, "ValidationError", "", SAYS, "The input fails to satisfy the constraints."),
+        (413, "RequestEntityTooLargeException", "", SAYS, "The request entity is too large."),
+        (400, "RequestAbortedException", "", WAITS, "The request was aborted before a reply was sent."),
+        (408, "RequestTimeoutException", "", WAITS, "Timed out reading the Request."),
+        (400, "ThrottlingException", "Throttling", WAITS, "Rate exceeded"),
+        (500, "InternalFailure", "InternalFailure", WAITS, "The request processing has failed."),
+        (503, "ServiceUnavailable", "ServiceUnavailable", WAITS, "A temporary failure of the server."))),
+    ("GetObject", 404, "NoSuchKey", "", "does not exist; upload it, or correct s3Key", ""),
     *(("GetObject PutObject", *row) for row in (
-        (403, "AccessDenied", "", "grant s3:(Get|Put)Object", "kms s3 old", "Access Denied"),
-        (403, "AccessDenied", "", KMS_KEY, "kms s3", CIPHERTEXT),
-        (403, "AccessDenied", "", KMS_KEY, "s3 denied", DENIED_BY.format(
+        (403, "AccessDenied", "", "grant s3:(Get|Put)Object", "Access Denied"),
+        (403, "AccessDenied", "", KMS_KEY, CIPHERTEXT),
+        (403, "AccessDenied", "", KMS_KEY, DENIED_BY.format(
             "kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "resource-based policy")),
-        (400, "KMS.DisabledException", "", KMS_KEY, "s3 denied", "arn:aws:kms:r:1:key/k is disabled."),
-        (400, "KMS.NotFoundException", "", KMS_KEY, "s3 denied", "Key 'arn:aws:kms:r:1:key/k' does not exist"),
-        (400, "ThrottlingException", "", WAITS, "kms", KMS_RATE),
-        (404, "NoSuchBucket", "", NO_BUCKET, "s3 model",
-         "The specified bucket does not exist"),
-        (403, "AllAccessDisabled", "", SAYS, "s3 model", "All access to this Amazon S3 resource has been disabled."),
-        (403, "AccountProblem", "", SAYS, "s3 model", "There is a problem with your account."),
-        (403, "NotSignedUp", "", SAYS, "s3 model", "Your account is not signed up for the Amazon S3 service."),
-        (400, "InvalidBucketName", "", NO_BUCKET, "s3 model", "The specified bucket is not valid."),
-        (405, "MethodNotAllowed", "", SAYS, "s3 model", "The specified method is not allowed."),
-        (404, "404", "", "check agent.aws.endpointUrl", "s3 model", "Not Found"),
-        (301, "PermanentRedirect", "", NO_REGION, "s3 billing",
+        (400, "KMS.DisabledException", "", KMS_KEY, "arn:aws:kms:r:1:key/k is disabled."),
+        (400, "KMS.NotFoundException", "", KMS_KEY, "Key 'arn:aws:kms:r:1:key/k' does not exist"),
+        (400, "ThrottlingException", "", WAITS, KMS_RATE),
+        (404, "NoSuchBucket", "", NO_BUCKET, "The specified bucket does not exist"),
+        (403, "AllAccessDisabled", "", SAYS, "All access to this Amazon S3 resource has been disabled."),
+        (403, "AccountProblem", "", SAYS, "There is a problem with your account."),
+        (403, "NotSignedUp", "", SAYS, "Your account is not signed up for the Amazon S3 service."),
+        (400, "InvalidBucketName", "", NO_BUCKET, "The specified bucket is not valid."),
+        (405, "MethodNotAllowed", "", SAYS, "The specified method is not allowed."),
+        (404, "404", "", "check agent.aws.endpointUrl", "Not Found"),
+        (301, "PermanentRedirect", "", NO_REGION,
          "The bucket you are attempting to access must be addressed using the specified endpoint."),
-        (400, "IllegalLocationConstraintException", "", NO_REGION, "s3 billing",
+        (400, "IllegalLocationConstraintException", "", NO_REGION,
          "You are attempting to access a bucket from a different Region than where the bucket exists."),
-        (403, "InvalidAccessKeyId", "", NOT_ACCEPTED, "s3 model",
+        (403, "InvalidAccessKeyId", "", NOT_ACCEPTED,
          "The AWS Access Key Id you provided does not exist in our records."),
-        (403, "SignatureDoesNotMatch", "", NOT_ACCEPTED, "s3 model", UNSIGNED),
-        (403, "InvalidSecurity", "", NOT_ACCEPTED, "s3 model", "The provided security credentials are not valid."),
-        (400, "InvalidToken", "", NOT_ACCEPTED, "s3 model", "The provided token is malformed or otherwise invalid."),
-        (400, "ExpiredToken", "", WAITS, "s3 model", "The provided token has expired."),
-        (403, "RequestTimeTooSkewed", "", WAITS, "s3 model",
+        (403, "SignatureDoesNotMatch", "", NOT_ACCEPTED, UNSIGNED),
+        (403, "InvalidSecurity", "", NOT_ACCEPTED, "The provided security credentials are not valid."),
+        (400, "InvalidToken", "", NOT_ACCEPTED, "The provided token is malformed or otherwise invalid."),
+        (400, "ExpiredToken", "", WAITS, "The provided token has expired."),
+        (403, "RequestTimeTooSkewed", "", WAITS,
          "The difference between the request time and the current time is too large."),
-        (400, "RequestTimeout", "", WAITS, "s3 model",
+        (400, "RequestTimeout", "", WAITS,
          "Your socket connection to the server was not read from or written to within the timeout period."),
-        (409, "OperationAborted", "", WAITS, "s3 model", "A conflicting conditional action is in progress."),
-        (503, "SlowDown", "", WAITS, "s3 model", "Please reduce your request rate."),
-        (503, "ServiceUnavailable", "", WAITS, "s3 model", "Service is unable to handle request."),
-        (500, "InternalError", "", WAITS, "s3 model", "We encountered an internal error. Please try again."))),
-    ("GetObject", 403, "InvalidObjectState", "", SAYS, "s3 model",
+        (409, "OperationAborted", "", WAITS, "A conflicting conditional action is in progress."),
+        (503, "SlowDown", "", WAITS, "Please reduce your request rate."),
+        (503, "ServiceUnavailable", "", WAITS, "Service is unable to handle request."),
+        (500, "InternalError", "", WAITS, "We encountered an internal error. Please try again."))),
+    ("GetObject", 403, "InvalidObjectState", "", SAYS,
      "The operation is not valid for the object's storage class"),
-    ("PutObject", 400, "EntityTooLarge", "", SAYS, "s3 model",
+    ("PutObject", 400, "EntityTooLarge", "", SAYS,
      "Your proposed upload exceeds the maximum allowed object size."),
-    *(("PutObject", 400, code, "", SAYS, "s3 model", "The upload cannot be made as it was asked for.")
+    *(("PutObject", 400, code, "", SAYS, "The upload cannot be made as it was asked for.")
       for code in ("EncryptionTypeMismatch", "InvalidRequest", "InvalidWriteOffset", "TooManyParts")),
-    ("PutObject", 400, "IncompleteBody", "", WAITS, "s3 model",
+    ("PutObject", 400, "IncompleteBody", "", WAITS,
      "You did not provide the number of bytes specified by the Content-Length HTTP header"),
-    ("PutObject", 400, "BadDigest", "", WAITS, "s3 model",
+    ("PutObject", 400, "BadDigest", "", WAITS,
      "The Content-MD5 you specified did not match what we received."),
-    *(("PutMetricData", status, code, twin, says, "cw model", text) for status, code, twin, says, text in (
+    *(("PutMetricData", status, code, twin, says, text) for status, code, twin, says, text in (
         (400, "InvalidParameterValueException", "InvalidParameterValue", SAYS, "The value is not valid."),
         (400, "MissingRequiredParameterException", "MissingParameter", SAYS, "A parameter is required."),
         (400, "InvalidParameterCombinationException", "InvalidParameterCombination", SAYS, "Not together."),
@@ -8254,24 +8083,8 @@ BY_CALL = [(call, *row[1:]) for row in AWS_ERRORS for call in row[0].split()]
 BY_CALL += [(call, status, code, "", *rest) for call, status, code, twin, *rest in BY_CALL if twin]
 
 
-class AsAws(BaseHTTPRequestHandler):
-    """Answers as `server.said` has it for each operation, else with what a queue of 30 s says."""
-    protocol_version = "HTTP/1.1"
-
-    def answer(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        said = self.server.said.get(operation_of(self.command, self.path, self.headers, body), b"")
-        if isinstance(said, tuple):
-            said = as_aws(self.headers, body, *said)
-        if not said:
-            content = b'{"Attributes": {"VisibilityTimeout": "30"}}'
-            said = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
-        self.wfile.write(head_of(said) if self.command == "HEAD" else said)
-
-    do_GET = do_HEAD = do_POST = do_PUT = answer
-
-    def log_message(self, *_):
-        pass
+def answer(content: str) -> bytes:
+    return f"HTTP/1.1 200 OK\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
 
 
 class Heard(ng.Log):
@@ -8286,18 +8099,22 @@ class Heard(ng.Log):
 
 
 class Party:
-    """The agent's parts with real clients before an AsAws; their errors, in the agent's own words."""
+    """The agent's parts with real clients before a FaultProxy; their errors, in the agent's own words."""
 
-    def __init__(self, server, path: Path):
-        self.server, self.path = server, path
-        url = f"http://127.0.0.1:{server.server_port}"
+    def __init__(self, proxy: FaultProxy, path: Path):
+        self.proxy, self.path = proxy, path
         self.settings = ng.Settings(
-            region="ap-northeast-2", endpoint_url=url, queue_url=f"{url}/123456789012/q", code_bucket="code",
-            wait_time_seconds=0, output_bucket="results", flush_seconds=3600)
+            region="ap-northeast-2", endpoint_url=proxy.url, queue_url=f"{proxy.url}/123456789012/q",
+            code_bucket="code", wait_time_seconds=0, output_bucket="results", flush_seconds=3600)
         self.clients = ng.make_clients(self.settings)
         self.task = ng.parse_task(json.dumps({
             "requestId": "r", "functionId": "f", "runtime": "python", "s3Key": "k.zip"}), self.settings)
         self.message = ng.Message("m", "{}", 1, 0.0)
+
+    def hears(self, call: str, said: tuple | bytes):
+        """Have AWS answer a call so, and all others with what a queue of 30 s says."""
+        queue = answer('{"Attributes": {"VisibilityTimeout": "30"}}')
+        self.proxy.rules = [Rule(call, "said", said=said), Rule("*", "said", said=queue)]
 
     @contextlib.contextmanager
     def queue(self, log):
@@ -8366,14 +8183,12 @@ class Party:
 
 @pytest.fixture(scope="module")
 def one_party(tmp_path_factory):
-    with QuietServer(("127.0.0.1", 0), AsAws) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    with FaultProxy("http://127.0.0.1:1") as proxy:
         with pytest.MonkeyPatch.context() as patch:  # make_clients() sets one of these, too
             for name, value in {**AWS_ENV, "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}.items():
                 patch.setenv(name, value)
-            made = Party(server, tmp_path_factory.mktemp("party"))
+            made = Party(proxy, tmp_path_factory.mktemp("party"))
         yield made
-        server.shutdown()
 
 
 @pytest.fixture
@@ -8384,12 +8199,11 @@ def party(one_party, monkeypatch):
     return one_party
 
 
-@pytest.mark.parametrize("call,status,code,twin,says,source,words", BY_CALL,
+@pytest.mark.parametrize("call,status,code,twin,says,words", BY_CALL,
                          ids=[f"{row[0]}-{row[3] or row[2]}" for row in BY_CALL])
 def test_aws_error_is_waited_out_or_explained_with_its_own_words(
-        party, call, status, code, twin, says, source, words):
-    assert source in SOURCES
-    party.server.said = {call: (status, code, twin, words)}
+        party, call, status, code, twin, says, words):
+    party.hears(call, (status, code, twin, words))
     text, waits = party.meet(call)
     assert words in text, text
     beside = text.partition(words)[2] if words else text
@@ -8421,9 +8235,7 @@ ENTRIES = [
 def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender, code, says, words):
     content = json.dumps({"Successful": [], "Failed": [
         {"Id": "0", "SenderFault": sender, "Code": code, "Message": words}]})
-    party.server.said = {call: (
-        "HTTP/1.1 200 OK\r\nx-amzn-RequestId: 1\r\nContent-Type: application/x-amz-json-1.0\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n{content}").encode()}
+    party.hears(call, answer(content))
     log = Heard()
     message = getattr(party, call)(log)
     text, = log.lines
@@ -8431,7 +8243,7 @@ def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender
     assert (message.ends <= time.monotonic()) == sender
 
 
-# ---------------------------------------------------------------------- the machine's own faults
+# --- the machine's own faults
 
 
 @trial
@@ -8516,7 +8328,7 @@ def test_where_another_user_has_the_usual_directory_root_takes_one_of_its_own(fo
     assert folder.result("r00001")["stdout"].startswith(f"{usual}-0/agent-"), agent.log
 
 
-# ---------------------------------------------------------------------- --local
+# --- --local
 
 
 def test_local_several_agents_share_a_folder_and_run_each_task_once(folder):
@@ -8617,13 +8429,6 @@ def test_local_nothing_is_renamed_over_another_task(tmp_path, monkeypatch, has_r
     assert sorted(os.listdir(tmp_path)) == ["b", "c"]
 
 
-def test_local_locks_are_taken_by_descriptors_that_may_write(tmp_path):
-    """NFS locks no others."""
-    (tmp_path / "a").write_text("")
-    with ng.locked(f"{tmp_path}/a") as file:
-        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-
-
 def test_local_what_cannot_be_taken_is_said_once_and_ends_no_drain(grids):
     """As an ordinary user, who may not read everything."""
     grid = grids("ordinary")
@@ -8683,7 +8488,7 @@ def test_local_a_slot_whose_descriptors_are_over_1023_is_used_again(folder):
     for request_id in ("r1", "r2"):
         folder.job(request_id)
     agent = ended(folder.agent("--drain", prefix=patched(MANY_DESCRIPTORS), env=env))
-    assert [each["status"] for each in reports(agent.log)] == ["ok", "ok"], agent.log
+    assert statuses(agent.log) == ["ok", "ok"], agent.log
 
 
 def test_local_sigterm_gives_back_what_runs_longer_than_the_grace(folder):
@@ -8691,7 +8496,7 @@ def test_local_sigterm_gives_back_what_runs_longer_than_the_grace(folder):
     with folder.agent(env={"AGENT_EXECUTION_SHUTDOWNGRACESECONDS": "1"}) as agent:
         until_ran(folder.top)
         assert agent.stop(seconds=90) == 0
-    assert [each["status"] for each in reports(agent.log)] == ["released"]
+    assert statuses(agent.log) == ["released"]
     assert len(folder.names("queue")) == 1 and not folder.names("running")
 
 
@@ -8726,7 +8531,7 @@ def test_local_20_000_jobs_leave_memory_descriptors_zombies_and_disk_flat(folder
         assert grown["kib"] < first["kib"] * 0.15 + 4096 and last["zombies"] == 0, samples
         assert grown["descriptors"] <= 4 and grown["processes"] <= 2, samples
         assert grown["files"] <= 8, samples
-        assert Counter(each["status"] for each in reports(agent.log)) == {"ok": 20000}
+        assert Counter(statuses(agent.log)) == {"ok": 20000}
 
 
 # libfaketime 0.9.10 answers EINVAL to the sleep of Python 3.11 and later when it leaves the
@@ -8763,7 +8568,7 @@ def test_local_clock_set_forward_hangs_nothing(tmp_path, folder):
             agent.wait_for(f"REPORT requestId=after{step}")
         stamps = [line[:13] for line in agent.log.splitlines() if "REPORT" in line]
         assert agent.stop() == 0
-        assert {each["status"] for each in reports(agent.log)} == {"ok"}
+        assert set(statuses(agent.log)) == {"ok"}
         assert len(set(stamps)) > 1, "the clock was not moved: the test shows nothing"
 
 
@@ -9185,7 +8990,7 @@ def test_a_python_that_is_too_old_is_told_in_one_line_which_is_needed():
 def test_a_demo_that_is_stopped_lists_nothing_that_never_ran():
     with Agent("--demo", env={"AGENT_EXECUTION_CONCURRENCY": "1"}) as demo:
         demo.wait_for("stdout: Hello from NanoGrid")
-        demo.process.send_signal(signal.SIGINT)
+        demo.send(signal.SIGINT)
         assert demo.end() == 0
     assert "a second signal stops at once" in demo.log
     ran = {each["functionId"] for each in reports(demo.log) if each["start"] != "-"}
