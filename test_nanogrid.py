@@ -1407,45 +1407,36 @@ def test_the_table_names_every_field_once_and_its_default_lies_within_its_limits
             assert row.low <= getattr(ng.Settings(), row.field) <= row.high
 
 
-@pytest.mark.parametrize("path, text, field, value", [
-    ("aws.endpointUrl", "http://localhost:5000", "endpoint_url", "http://localhost:5000"),
-    ("aws.spotInterruption", "true", "spot_interruption", True),
-    ("sqs.waitTimeSeconds", "0", "wait_time_seconds", 0),
-    ("sqs.maxNumberOfMessages", "1", "max_number_of_messages", 1),
-    ("s3.codeBucket", "other.bucket", "code_bucket", "other.bucket"),
-    ("execution.concurrency", "3", "concurrency", 3),
-    ("execution.memoryMb", "0x100", "memory_mb", 256),
-    ("execution.defaultTimeoutMs", "43200000", "default_timeout_ms", 43_200_000),
-    ("execution.shutdownGraceSeconds", "0", "shutdown_grace_seconds", 0),
-    ("execution.patienceSeconds", "0", "patience_seconds", 0),
-    ("execution.network", "none", "network", "none"),
-    ("execution.metadata", "allow", "metadata", "allow"),
-    ("execution.functionRole", "arn:aws:iam::123456789012:role/path/fn", "function_role",
-     "arn:aws:iam::123456789012:role/path/fn"),
-    ("execution.runAs", "1000", "run_as", "1000"),
-    ("execution.runAs", "nobody", "run_as", "nobody"),
-    ("execution.warmStart", "false", "warm_start", False),
-    ("execution.maxOpenFiles", "64", "max_open_files", 64),
-    ("execution.maxProcesses", "8", "max_processes", 8),
-    ("execution.maxFileMb", "9", "max_file_mb", 9),
-    ("execution.maxDiskMb", "9", "max_disk_mb", 9), ("execution.maxFiles", "9", "max_files", 9),
-    ("runtimes.python", "/usr/bin/python3", "python", "/usr/bin/python3"),
-    ("runtimes.cpp", "g++", "cpp", "g++"),
-    ("runtimes.go", "go", "go", "go"),
-    ("output.bucket", "results", "output_bucket", "results"),
-    ("output.s3Prefix", "a/b/", "output_prefix", "a/b"),
-    ("output.s3Prefix", "/", "output_prefix", ""),
-    ("output.queueUrl", QUEUE, "output_queue_url", QUEUE),
-    ("metrics.namespace", "Mine/Runs", "namespace", "Mine/Runs"),
-    ("metrics.flushSeconds", "60", "flush_seconds", 60),
-    ("taskBaseDir", "/srv/task", "task_base_dir", "/srv/task"),
-])
-def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path, text, field, value):
-    in_file, _ = load(tmp_path, document(path, text), local=True)
-    assert getattr(in_file, field) == value != getattr(ng.Settings(), field)
-    variable = "AGENT_" + path.upper().replace(".", "_")
-    in_environment, _ = ng.load_settings(None, {variable: text}, local=True)
-    assert in_environment == in_file
+ROLE_ARN = "arn:aws:iam::123456789012:role/path/fn"
+# path: (values of the file and the environment that are not the default, and as what they are read, if not as YAML)
+SET = {
+    "aws.endpointUrl": ["http://localhost:5000"], "aws.spotInterruption": ["true"],
+    "sqs.waitTimeSeconds": ["0"], "sqs.maxNumberOfMessages": ["1"], "s3.codeBucket": ["other.bucket"],
+    "execution.concurrency": ["3"], "execution.memoryMb": ["0x100"],
+    "execution.defaultTimeoutMs": ["43200000"], "execution.shutdownGraceSeconds": ["0"],
+    "execution.patienceSeconds": ["0"], "execution.network": ["none"], "execution.metadata": ["allow"],
+    "execution.functionRole": [ROLE_ARN], "execution.runAs": [("1000", "1000"), "nobody"],
+    "execution.warmStart": ["false"], "execution.maxOpenFiles": ["64"], "execution.maxProcesses": ["8"],
+    "execution.maxFileMb": ["9"], "execution.maxDiskMb": ["9"], "execution.maxFiles": ["9"],
+    "runtimes.python": ["/usr/bin/python3"], "runtimes.cpp": ["g++"], "runtimes.go": ["go"],
+    "output.bucket": ["results"], "output.s3Prefix": [("a/b/", "a/b"), ("/", "")],
+    "output.queueUrl": [QUEUE], "metrics.namespace": ["Mine/Runs"], "metrics.flushSeconds": ["60"],
+    "taskBaseDir": ["/srv/task"],
+}
+
+
+@pytest.mark.parametrize("path", SET)
+def test_each_setting_comes_from_the_file_and_from_its_variable(tmp_path, path):
+    field = re.sub("[A-Z]", lambda capital: "_" + capital[0].lower(), path.rpartition(".")[2])
+    field = {"output.bucket": "output_bucket", "output.s3Prefix": "output_prefix",
+             "output.queueUrl": "output_queue_url"}.get(path, field)
+    for value in SET[path]:
+        text, wanted = value if isinstance(value, tuple) else (value, oracle(f"k: {value}")["k"])
+        in_file, _ = load(tmp_path, document(path, text), local=True)
+        assert getattr(in_file, field) == wanted != getattr(ng.Settings(), field)
+        variable = "AGENT_" + path.upper().replace(".", "_")
+        in_environment, _ = ng.load_settings(None, {variable: text}, local=True)
+        assert in_environment == in_file
 
 
 BUCKETS, REGION = "agent:\n  s3:\n    allowedBuckets:\n    - in-file\n", "agent:\n  aws:\n    region: us-east-1\n"
@@ -1558,68 +1549,57 @@ def test_variables_of_the_spring_boot_agent_are_passed_over_with_a_warning(name)
      "memoryMb is a section; write a whole number"),
     ("agent:\n  s3:\n    allowedBuckets:\n    - one\n    - s3://x\n", 3, "is 's3://x'; write the bucket's"),
     ("agent:\n  s3:\n    allowedBuckets:\n    -\n", 3, "is empty; put it in quotes"),
-    *((document(path, value), 1 + len(path.split(".")), words) for path, value, words in [
-        # numbers and flags
-        ("execution.concurrency", "true", "concurrency is true; write a whole number"),
-        ("execution.concurrency", "'2'", "concurrency is '2'; write a whole"),
-        ("execution.concurrency", "2.0", "concurrency is 2.0; write a whole"),
-        ("execution.concurrency", "0", "concurrency is 0; 1 to 1000"),
-        ("execution.concurrency", "-1", "concurrency is -1; 1 to"),
-        ("execution.memoryMb", "0", "memoryMb is 0; 1 to"),
-        ("execution.memoryMb", "1e3", "memoryMb is 1000.0; write"),
-        ("execution.memoryMb", ".inf", "memoryMb is inf; write"),
-        ("execution.memoryMb", "[]", "memoryMb is a list; write a whole"),
-        ("execution.memoryMb", "1_000", "memoryMb is '1_000'; write"),
-        ("execution.memoryMb", "2147483648", "memoryMb is 2147483648; 1 to 2147483647"),
-        ("execution.defaultTimeoutMs", "0", "defaultTimeoutMs is 0; SQS lends"),
-        ("execution.defaultTimeoutMs", "43200001", "defaultTimeoutMs is 43200001; SQS lends"),
-        ("execution.shutdownGraceSeconds", "-1", "shutdownGraceSeconds is -1; 0 to"),
-        ("execution.patienceSeconds", "-1", "patienceSeconds is -1; 0 to 43200"),
-        ("execution.maxOpenFiles", "3", "maxOpenFiles is 3; 16 to"),
-        ("execution.warmStart", "yes", "warmStart is 'yes'; write true or false"),
-        ("execution.warmStart", "1", "warmStart is 1; write true"),
-        ("execution.warmStart", "'true'", "warmStart is 'true'; write true"),
-        ("sqs.waitTimeSeconds", "21", "agent.sqs.waitTimeSeconds is 21; SQS allows 0 to 20"),
-        ("sqs.waitTimeSeconds", "-1", "SQS allows 0 to 20"),
-        ("sqs.maxNumberOfMessages", "11", "is 11; SQS allows 1 to 10"),
-        ("sqs.maxNumberOfMessages", "0", "is 0; SQS allows 1 to 10"),
-        ("metrics.flushSeconds", "0", "is 0; 1 to 3600"),
-        # text
-        ("execution.runAs", "-1", "runAs is '-1'; write a user name"),
-        ("execution.runAs", "4294967295", "runAs is '4294967295'; write"),
-        ("execution.runAs", "true", "runAs is true; put it in quotes"),
-        ("execution.runAs", "a b", "runAs is 'a b'; write a user"),
-        ("execution.network", "bridge", "network is 'bridge'; write host or none"),
-        ("execution.network", "false", "network is false; put it in quotes"),
-        ("execution.metadata", "none", "metadata is 'none'; write refuse or allow"),
-        ("s3.codeBucket", "s3://bucket", "is 's3://bucket'; write the bucket's bare name"),
-        ("s3.codeBucket", "''", "is ''; write the bucket's"),
-        ("s3.codeBucket", "arn:aws:s3:::bucket", "bare name"), ("s3.codeBucket", "bucket/key", "bare name"),
-        ("s3.codeBucket", "20251130", "put it in quotes"),
-        ("s3.codeBucket", "true", "is true; put it in quotes"),
-        ("s3.codeBucket", "[]", "is a list; write the bucket's"), ("s3.codeBucket", "' b '", "bare name"),
-        ("s3.codeBucket", "b", "is 'b'; write the bucket's bare name, 3 characters or more"),
-        ("s3.codeBucket", "${BUCKET}", "write what Spring would put there, or set AGENT_S3_CODEBUCKET"),
-        ("s3.codeBucket", '"bu\\ncket"', r"'bu\ncket'"),
-        ("s3.allowedBuckets", "one", "is 'one'; write a list"),
-        ("s3.allowedBuckets", "''", "is ''; write a list"),
-        ("s3.allowedBuckets", "{}", "is a section; write a list"),
-        ("aws.region", "ap-northeast-2a", "'ap-northeast-2a'; write a region"),
-        ("aws.region", "Seoul", "write a region"), ("aws.region", "''", "write a region"),
-        ("aws.endpointUrl", "localhost:5000", "write a URL"), ("aws.endpointUrl", "'http://a b'", "write a URL"),
-        ("aws.endpointUrl", "'http://['", "write a URL"),
-        ("sqs.queueUrl", "nanogrid-task-queue", "write the queue's URL"),
-        ("sqs.queueUrl", "arn:aws:sqs:x:1:q", "write the queue's URL"),
-        ("runtimes.python", "bin/python3", "'bin/python3'; write an absolute path, or a bare name"),
-        *(("runtimes.python", path, "bare") for path in ("./python3", "~/p", "python3 -I", "/usr/bin/")),
-        ("taskBaseDir", '"/a\\e"', r"is '/a\x1b'; write an absolute path"),
-        ("taskBaseDir", "tmp/task", "'tmp/task'; write an absolute path"),
-        *(("taskBaseDir", f"'{path}'", "absolute path") for path in ("", "/", "/a/../b", "//a", "/.", "~")),
-        ("metrics.namespace", "AWS/SQS", "'AWS/SQS'; write"), ("metrics.namespace", "''", "''")])])
+])
 def test_a_wrong_file_is_refused_with_its_line(tmp_path, text, line, words):
     found = problems(tmp_path, text, local=True)
     assert len(found) == 1 and words in found[0]
     assert found[0].startswith(f"application.yml:{line}: ")
+
+
+NUMBER, FLAG, QUOTES = "write a whole number", "write true or false", "put it in quotes"
+BARE, REGION_NAME = "write the bucket's bare name, 3 characters or more", "write a region"
+ABSOLUTE, PROGRAM = "write an absolute path", "write an absolute path, or a bare name"
+# path, what is said of these values, the values
+WRONG = [
+    ("execution.concurrency", NUMBER, "true", "'2'", "2.0"),
+    ("execution.concurrency", "1 to 1000", "0", "-1"),
+    ("execution.memoryMb", "1 to 2147483647", "0", "2147483648"),
+    ("execution.memoryMb", NUMBER, "1e3", ".inf", "[]", "1_000"),
+    ("execution.defaultTimeoutMs", "SQS lends", "0", "43200001"),
+    ("execution.shutdownGraceSeconds", "0 to", "-1"),
+    ("execution.patienceSeconds", "0 to 43200", "-1"),
+    ("execution.maxOpenFiles", "16 to", "3"),
+    ("execution.warmStart", FLAG, "yes", "1", "'true'"),
+    ("sqs.waitTimeSeconds", "SQS allows 0 to 20", "21", "-1"),
+    ("sqs.maxNumberOfMessages", "SQS allows 1 to 10", "11", "0"),
+    ("metrics.flushSeconds", "1 to 3600", "0"),
+    ("execution.runAs", "write a user name", "-1", "4294967295", "a b"),
+    ("execution.runAs", QUOTES, "true"),
+    ("execution.network", "write host or none", "bridge"),
+    ("execution.network", QUOTES, "false"),
+    ("execution.metadata", "write refuse or allow", "none"),
+    ("s3.codeBucket", BARE, "s3://bucket", "''", "arn:aws:s3:::bucket", "bucket/key", "[]", "' b '", "b", '"bu\\ncket"'),
+    ("s3.codeBucket", QUOTES, "20251130", "true"),
+    ("s3.codeBucket", "write what Spring would put there, or set AGENT_S3_CODEBUCKET", "${BUCKET}"),
+    ("s3.allowedBuckets", "write a list", "one", "''", "{}"),
+    ("aws.region", REGION_NAME, "ap-northeast-2a", "Seoul", "''"),
+    ("aws.endpointUrl", "write a URL", "localhost:5000", "'http://a b'", "'http://['"),
+    ("sqs.queueUrl", "write the queue's URL", "nanogrid-task-queue", "arn:aws:sqs:x:1:q"),
+    ("runtimes.python", PROGRAM, "bin/python3", "./python3", "~/p", "python3 -I", "/usr/bin/"),
+    ("taskBaseDir", ABSOLUTE, '"/a\\e"', "tmp/task", "''", "'/'", "'/a/../b'", "'//a'", "'/.'", "'~'"),
+    ("metrics.namespace", "write", "AWS/SQS", "''"),
+]
+
+
+@pytest.mark.parametrize("path, words, values", [(path, words, values) for path, words, *values in WRONG])
+def test_a_wrong_value_is_refused_with_its_line_and_as_it_is(tmp_path, path, words, values):
+    for text in values:
+        value = oracle(f"k: {text}")["k"]
+        if path == "execution.runAs" and isinstance(value, int) and value is not True:
+            value = text  # a uid
+        shown = {list: "a list", dict: "a section", bool: str(value).lower()}.get(type(value), ascii(value))
+        problem, = problems(tmp_path, document(path, text), local=True)
+        assert problem.startswith(f"application.yml:{1 + len(path.split('.'))}: agent.{path} is {shown}; {words}")
 
 
 @pytest.mark.parametrize("url, region, words", [
@@ -7970,113 +7950,71 @@ def denials(call: str, kinds: str) -> list[tuple]:
             for kind in kinds.split(", ") for text in (DENIED_BY, FORBIDDEN_BY)]
 
 
-# calls, HTTP status, code, its query-compatible twin, what the agent says beside AWS's words, AWS's words
+BOTH, ANY = "GetObject PutObject", f"{SQS_CALLS} PutMetricData"
+KEYED = "ReceiveMessage SendMessage"
+# The errors whose code says all: the calls, what the agent says beside AWS's words, and of each error
+# its HTTP status, its code, and that one's query-compatible twin.
+CODES = [
+    (SQS_CALLS, "AWS does not know the queue https?:.*; check its URL",
+     "400 QueueDoesNotExist AWS.SimpleQueueService.NonExistentQueue, 404 InvalidAddress InvalidAddress"),
+    (SQS_CALLS, NOT_ACCEPTED, "403 InvalidSecurity InvalidSecurity"),
+    (SQS_CALLS, WAITS, "403 RequestThrottled RequestThrottled"),
+    (SQS_CALLS, SAYS, "400 UnsupportedOperation AWS.SimpleQueueService.UnsupportedOperation"),
+    (SQS_CALLS, "grant ", "400 AccessDeniedException AccessDenied"),
+    ("ReceiveMessage", WAITS, "403 OverLimit OverLimit"),
+    ("GetQueueAttributes", SAYS, "400 InvalidAttributeName"),
+    ("SendMessage", SAYS, "400 InvalidMessageContents"),
+    *((BATCHES, SAYS, f"400 {code} AWS.SimpleQueueService.{code}") for code in (
+        "TooManyEntriesInBatchRequest", "EmptyBatchRequest", "BatchEntryIdsNotDistinct", "InvalidBatchEntryId")),
+    (KEYED, KMS_KEY, "400 KmsDisabled KMS.DisabledException, 400 KmsInvalidState KMS.InvalidStateException, "
+     "400 KmsNotFound KMS.NotFoundException, 403 KmsOptInRequired KMS.OptInRequired, "
+     "400 KmsInvalidKeyUsage KMS.InvalidKeyUsageException"),
+    (ANY, "grant ", "401 NotAuthorized"),
+    (ANY, NOT_ACCEPTED, "403 UnrecognizedClientException InvalidClientTokenId"),
+    (ANY, SAYS, "403 IncompleteSignature IncompleteSignature, 403 OptInRequired, 400 ValidationError, "
+     "413 RequestEntityTooLargeException"),
+    (ANY, WAITS, "403 ExpiredTokenException ExpiredToken, 400 RequestExpired RequestExpired, "
+     "400 RequestAbortedException, 408 RequestTimeoutException, 400 ThrottlingException Throttling, "
+     "500 InternalFailure InternalFailure, 503 ServiceUnavailable ServiceUnavailable"),
+    ("GetObject", SAYS, "403 InvalidObjectState"),
+    (BOTH, "grant s3:(Get|Put)Object", "403 AccessDenied"),
+    (BOTH, KMS_KEY, "400 KMS.DisabledException, 400 KMS.NotFoundException"),
+    (BOTH, NO_BUCKET, "404 NoSuchBucket, 400 InvalidBucketName"),
+    (BOTH, NO_REGION, "301 PermanentRedirect, 400 IllegalLocationConstraintException"),
+    (BOTH, "check agent.aws.endpointUrl", "404 404"),
+    (BOTH, NOT_ACCEPTED, "403 InvalidAccessKeyId, 403 SignatureDoesNotMatch, 403 InvalidSecurity, 400 InvalidToken"),
+    (BOTH, SAYS, "403 AllAccessDisabled, 403 AccountProblem, 403 NotSignedUp, 405 MethodNotAllowed"),
+    (BOTH, WAITS, "400 ThrottlingException, 400 ExpiredToken, 403 RequestTimeTooSkewed, 400 RequestTimeout, "
+     "409 OperationAborted, 503 SlowDown, 503 ServiceUnavailable, 500 InternalError"),
+    ("PutObject", SAYS, "400 EntityTooLarge, 400 EncryptionTypeMismatch, 400 InvalidRequest, "
+     "400 InvalidWriteOffset, 400 TooManyParts"),
+    ("PutObject", WAITS, "400 IncompleteBody, 400 BadDigest"),
+    ("PutMetricData", SAYS, "400 InvalidParameterValueException InvalidParameterValue, "
+     "400 MissingRequiredParameterException MissingParameter, "
+     "400 InvalidParameterCombinationException InvalidParameterCombination"),
+    ("PutMetricData", WAITS, "500 InternalServiceFault InternalServiceError"),
+]
+# Those whose words say more: calls, HTTP status, code, twin, what the agent says, AWS's words.
 AWS_ERRORS = [
-    (SQS_CALLS, 400, "QueueDoesNotExist", "AWS.SimpleQueueService.NonExistentQueue",
-     "AWS does not know the queue https?:.*; check its URL", "The specified queue does not exist."),
-    (SQS_CALLS, 404, "InvalidAddress", "InvalidAddress", "AWS does not know the queue https?:.*; check",
-     "The specified ID is invalid."),
-    (SQS_CALLS, 403, "InvalidSecurity", "InvalidSecurity", NOT_ACCEPTED,
-     "The request was not made over HTTPS or did not use SigV4 for signing."),
-    (SQS_CALLS, 403, "RequestThrottled", "RequestThrottled", WAITS,
-     "The request was denied due to request throttling."),
-    (SQS_CALLS, 400, "UnsupportedOperation", "AWS.SimpleQueueService.UnsupportedOperation", SAYS,
-     "Error code 400. Unsupported operation."),
-    ("ReceiveMessage", 403, "OverLimit", "OverLimit", WAITS,
-     "The specified action violates a limit: the maximum number of in flight messages is reached."),
-    ("GetQueueAttributes", 400, "InvalidAttributeName", "", SAYS,
-     "The specified attribute doesn't exist."),
-    ("SendMessage", 400, "InvalidMessageContents", "", SAYS,
-     "The message contains characters outside the allowed set."),
-    *((BATCHES, 400, code, f"AWS.SimpleQueueService.{code}", SAYS, "The batch request is wrong.")
-      for code in ("TooManyEntriesInBatchRequest", "EmptyBatchRequest", "BatchEntryIdsNotDistinct",
-                   "InvalidBatchEntryId")),
-    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY,
+    *((calls, int(status), code, (twin or [""])[0], says, "Said by AWS.") for calls, says, errors in CODES
+      for status, code, *twin in map(str.split, errors.split(", "))),
+    (KEYED, 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY,
      CIPHERTEXT + " (Service: AWSKMS; Status Code: 400; Error Code: AccessDeniedException; Request ID: "
      "b284a4f4-e245-4843-96dc-52922101df67; Proxy: null)"),
-    ("ReceiveMessage SendMessage", 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY,
+    (KEYED, 400, "KmsAccessDenied", "KMS.AccessDeniedException", KMS_KEY,
      DENIED_BY.format("kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "identity-based policy")),
-    *(("ReceiveMessage SendMessage", status, code, twin, KMS_KEY, "The request was rejected by KMS.")
-      for status, code, twin in (
-          (400, "KmsDisabled", "KMS.DisabledException"), (400, "KmsInvalidState", "KMS.InvalidStateException"),
-          (400, "KmsNotFound", "KMS.NotFoundException"), (403, "KmsOptInRequired", "KMS.OptInRequired"),
-          (400, "KmsInvalidKeyUsage", "KMS.InvalidKeyUsageException"))),
-    ("ReceiveMessage SendMessage", 400, "KmsThrottled", "KMS.ThrottlingException", WAITS,
+    (KEYED, 400, "KmsThrottled", "KMS.ThrottlingException", WAITS,
      f"{KMS_RATE} (Service: AWSKMS; Status Code: 400; Error Code: ThrottlingException; Request ID: 1)"),
+    (BOTH, 400, "ThrottlingException", "", WAITS, KMS_RATE),
+    (BOTH, 403, "AccessDenied", "", KMS_KEY, CIPHERTEXT),
+    (BOTH, 403, "AccessDenied", "", KMS_KEY, DENIED_BY.format(
+        "kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "resource-based policy")),
+    ("GetObject", 404, "NoSuchKey", "", "does not exist; upload it, or correct s3Key", ""),
+    *((ANY, 403, "InvalidSignatureException", "SignatureDoesNotMatch", says, words)
+      for says, words in ((WAITS, LATE), (WAITS, EARLY), (NOT_ACCEPTED, UNSIGNED))),
     *(row for call in GRANTED for row in denials(call, "identity-based policy, VPC endpoint policy")),
     *(row for call in ("ReceiveMessage", "GetObject", "PutMetricData")
       for row in denials(call, "service control policy, resource-based policy, session policy")),
-    (SQS_CALLS, 400, "AccessDeniedException", "AccessDenied", "grant ",
-     "Access to the resource https://sqs.ap-northeast-2.amazonaws.com/ is denied."),
-    *((f"{SQS_CALLS} PutMetricData", *row) for row in (
-        (401, "NotAuthorized", "", "grant ", "You do not have permission to perform this action."),
-        (403, "ExpiredTokenException", "ExpiredToken", WAITS,
-         "The security token included in the request is expired"),
-        (400, "RequestExpired", "RequestExpired", WAITS, "Request has expired."),
-        (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, LATE),
-        (403, "InvalidSignatureException", "SignatureDoesNotMatch", WAITS, EARLY),
-        (403, "InvalidSignatureException", "SignatureDoesNotMatch", NOT_ACCEPTED, UNSIGNED),
-        (403, "UnrecognizedClientException", "InvalidClientTokenId", NOT_ACCEPTED,
-         "The security token included in the request is invalid."),
-        (403, "IncompleteSignature", "IncompleteSignature", SAYS,
-         "The request signature does not conform to AWS standards."),
-        (403, "OptInRequired", "", SAYS, "The AWS access key ID needs a subscription for the service"),
-        (400, "ValidationError", "", SAYS, "The input fails to satisfy the constraints."),
-        (413, "RequestEntityTooLargeException", "", SAYS, "The request entity is too large."),
-        (400, "RequestAbortedException", "", WAITS, "The request was aborted before a reply was sent."),
-        (408, "RequestTimeoutException", "", WAITS, "Timed out reading the Request."),
-        (400, "ThrottlingException", "Throttling", WAITS, "Rate exceeded"),
-        (500, "InternalFailure", "InternalFailure", WAITS, "The request processing has failed."),
-        (503, "ServiceUnavailable", "ServiceUnavailable", WAITS, "A temporary failure of the server."))),
-    ("GetObject", 404, "NoSuchKey", "", "does not exist; upload it, or correct s3Key", ""),
-    *(("GetObject PutObject", *row) for row in (
-        (403, "AccessDenied", "", "grant s3:(Get|Put)Object", "Access Denied"),
-        (403, "AccessDenied", "", KMS_KEY, CIPHERTEXT),
-        (403, "AccessDenied", "", KMS_KEY, DENIED_BY.format(
-            "kms:Decrypt", "arn:aws:kms:ap-northeast-2:123456789012:key/k", "resource-based policy")),
-        (400, "KMS.DisabledException", "", KMS_KEY, "arn:aws:kms:r:1:key/k is disabled."),
-        (400, "KMS.NotFoundException", "", KMS_KEY, "Key 'arn:aws:kms:r:1:key/k' does not exist"),
-        (400, "ThrottlingException", "", WAITS, KMS_RATE),
-        (404, "NoSuchBucket", "", NO_BUCKET, "The specified bucket does not exist"),
-        (403, "AllAccessDisabled", "", SAYS, "All access to this Amazon S3 resource has been disabled."),
-        (403, "AccountProblem", "", SAYS, "There is a problem with your account."),
-        (403, "NotSignedUp", "", SAYS, "Your account is not signed up for the Amazon S3 service."),
-        (400, "InvalidBucketName", "", NO_BUCKET, "The specified bucket is not valid."),
-        (405, "MethodNotAllowed", "", SAYS, "The specified method is not allowed."),
-        (404, "404", "", "check agent.aws.endpointUrl", "Not Found"),
-        (301, "PermanentRedirect", "", NO_REGION,
-         "The bucket you are attempting to access must be addressed using the specified endpoint."),
-        (400, "IllegalLocationConstraintException", "", NO_REGION,
-         "You are attempting to access a bucket from a different Region than where the bucket exists."),
-        (403, "InvalidAccessKeyId", "", NOT_ACCEPTED,
-         "The AWS Access Key Id you provided does not exist in our records."),
-        (403, "SignatureDoesNotMatch", "", NOT_ACCEPTED, UNSIGNED),
-        (403, "InvalidSecurity", "", NOT_ACCEPTED, "The provided security credentials are not valid."),
-        (400, "InvalidToken", "", NOT_ACCEPTED, "The provided token is malformed or otherwise invalid."),
-        (400, "ExpiredToken", "", WAITS, "The provided token has expired."),
-        (403, "RequestTimeTooSkewed", "", WAITS,
-         "The difference between the request time and the current time is too large."),
-        (400, "RequestTimeout", "", WAITS,
-         "Your socket connection to the server was not read from or written to within the timeout period."),
-        (409, "OperationAborted", "", WAITS, "A conflicting conditional action is in progress."),
-        (503, "SlowDown", "", WAITS, "Please reduce your request rate."),
-        (503, "ServiceUnavailable", "", WAITS, "Service is unable to handle request."),
-        (500, "InternalError", "", WAITS, "We encountered an internal error. Please try again."))),
-    ("GetObject", 403, "InvalidObjectState", "", SAYS,
-     "The operation is not valid for the object's storage class"),
-    ("PutObject", 400, "EntityTooLarge", "", SAYS,
-     "Your proposed upload exceeds the maximum allowed object size."),
-    *(("PutObject", 400, code, "", SAYS, "The upload cannot be made as it was asked for.")
-      for code in ("EncryptionTypeMismatch", "InvalidRequest", "InvalidWriteOffset", "TooManyParts")),
-    ("PutObject", 400, "IncompleteBody", "", WAITS,
-     "You did not provide the number of bytes specified by the Content-Length HTTP header"),
-    ("PutObject", 400, "BadDigest", "", WAITS,
-     "The Content-MD5 you specified did not match what we received."),
-    *(("PutMetricData", status, code, twin, says, text) for status, code, twin, says, text in (
-        (400, "InvalidParameterValueException", "InvalidParameterValue", SAYS, "The value is not valid."),
-        (400, "MissingRequiredParameterException", "MissingParameter", SAYS, "A parameter is required."),
-        (400, "InvalidParameterCombinationException", "InvalidParameterCombination", SAYS, "Not together."),
-        (500, "InternalServiceFault", "InternalServiceError", WAITS, "Request processing has failed."))),
 ]
 BY_CALL = [(call, *row[1:]) for row in AWS_ERRORS for call in row[0].split()]
 # The code is the twin where an answer has one; SQS's newer parts, and emulators, leave it out.
