@@ -1602,33 +1602,28 @@ def test_a_wrong_value_is_refused_with_its_line_and_as_it_is(tmp_path, path, wor
         assert problem.startswith(f"application.yml:{1 + len(path.split('.'))}: agent.{path} is {shown}; {words}")
 
 
-@pytest.mark.parametrize("url, region, words", [
-    (QUEUE, "us-east-1", "in ap-northeast-2, but agent.aws.region (or AWS_REGION) is 'us-east-1'"),
-    ("https://ap-northeast-2.queue.amazonaws.com/123456789012/q", "us-east-1",
-     "is in ap-northeast-2"),
-    ("https://queue.amazonaws.com/123456789012/q", "us-west-1", "is in us-east-1"),
-    ("https://sqs.cn-north-1.amazonaws.com.cn/123456789012/q", "us-west-1", "is in cn-north-1"),
-    ("https://vpce-1-2.sqs.eu-west-1.vpce.amazonaws.com/123456789012/q", "us-west-1",
-     "is in eu-west-1"),
-    (QUEUE.replace("123456789012", "YOUR_ACCOUNT_ID"), "ap-northeast-2",
-     "still holds YOUR_ACCOUNT_ID; write the id"),
-    (QUEUE.replace("123456789012", "your_account_id"), "ap-northeast-2",
-     "still holds YOUR_ACCOUNT_ID"),
-    (QUEUE.replace("123456789012", "YOUR_ID"), "ap-northeast-2", "still holds YOUR_"),
-    (QUEUE + ".fifo", "ap-northeast-2", "is a FIFO queue"),
-    (QUEUE.replace("/123456789012", ""), "ap-northeast-2", "/ACCOUNT_ID/NAME"),
-    (QUEUE.replace("123456789012", "1234"), "ap-northeast-2", "/ACCOUNT_ID/NAME"),
-    (QUEUE + "/", "ap-northeast-2", "/ACCOUNT_ID/NAME"),
-])
+# queue URL, where agent.aws.region is ap-northeast-2: what is said of it
+WRONG_QUEUES = {
+    "https://sqs.us-east-1.amazonaws.com/123456789012/q":
+        "is in us-east-1, but agent.aws.region (or AWS_REGION) is 'ap-northeast-2'",
+    "https://us-west-1.queue.amazonaws.com/123456789012/q": "is in us-west-1",
+    "https://queue.amazonaws.com/123456789012/q": "is in us-east-1",
+    "https://sqs.cn-north-1.amazonaws.com.cn/123456789012/q": "is in cn-north-1",
+    "https://vpce-1-2.sqs.eu-west-1.vpce.amazonaws.com/123456789012/q": "is in eu-west-1",
+    QUEUE.replace("123456789012", "YOUR_ACCOUNT_ID"): "still holds YOUR_ACCOUNT_ID; write the id",
+    QUEUE.replace("123456789012", "your_account_id"): "still holds YOUR_ACCOUNT_ID",
+    QUEUE.replace("123456789012", "YOUR_ID"): "still holds YOUR_", QUEUE + ".fifo": "is a FIFO queue",
+    QUEUE.replace("/123456789012", ""): "/ACCOUNT_ID/NAME", QUEUE + "/": "/ACCOUNT_ID/NAME",
+    QUEUE.replace("123456789012", "1234"): "/ACCOUNT_ID/NAME",
+}
+
+
+@pytest.mark.parametrize("url", WRONG_QUEUES)
 @pytest.mark.parametrize("path", ["sqs", "output"])
-def test_wrong_queue_urls(tmp_path, url, region, words, path):
-    environ = {**ENOUGH, "AGENT_AWS_REGION": region}
-    environ["AGENT_SQS_QUEUEURL"] = f"https://sqs.{region}.amazonaws.com/123456789012/q"
-    if path == "sqs":
-        del environ["AGENT_SQS_QUEUEURL"]
-    found = problems(tmp_path, f"agent:\n  {path}:\n    queueUrl: {url}\n", environ)
-    assert len(found) == 1 and words in found[0]
-    assert found[0].startswith(f"application.yml:3: agent.{path}.queueUrl ")
+def test_wrong_queue_urls(tmp_path, url, path):
+    environ = {name: value for name, value in ENOUGH.items() if path != "sqs" or "QUEUE" not in name}
+    problem, = problems(tmp_path, f"agent:\n  {path}:\n    queueUrl: {url}\n", environ)
+    assert problem.startswith(f"application.yml:3: agent.{path}.queueUrl ") and WRONG_QUEUES[url] in problem
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -5609,8 +5604,8 @@ def test_invoke_says_how_a_run_ended_and_of_which_runtime_it_was(invoked, files,
 
 
 MAIN_PY = {"main.py": "print('python')"}
-# how --invoke is called on a folder of these files: (files, arguments, what it says on standard error)
-INVOKED_WRONGLY = {
+# how --invoke is called on a folder of these files: (files, arguments, what it says: --check on standard output)
+INVOKED_SO = {
     "what is not there": ({}, "nothing", r"ERROR --invoke nothing: there is no such zip or folder\n"),
     "a file": (MAIN_PY, "fn/main.py", r"ERROR --invoke fn/main.py: this is a file, .*: --invoke fn\n"),
     "a file that is called a zip": ({"a.zip": "x"}, "fn/a.zip", "ERROR rejected: .* zip.*\n.* reason=zip\n"),
@@ -5622,21 +5617,24 @@ INVOKED_WRONGLY = {
                               r"\S*main.cpp: In function .*\n(.*\n)* .*return x.*\n(.*\n)*\S+ ERROR rejected: main.cpp does "
                               r"not compile \(failed, exit status 1\)\n.* REPORT .* reason=compile\n"),
     "an --output that is a file": (MAIN_PY, "fn --output fn/main.py", r"ERROR .*File exists: .fn/main.py.\n"),
+    "--check": (MAIN_PY, "fn --check", r"settings.*\nok    function: fn begins with main.py, for python\n"
+                r"ok    runtime python: /\S+, Python 3\.\d+\.\S+\nok    sandbox: .*\n"),
+    "--check, no function": ({}, "fn --check", r"(?s:.*FAIL  function: .* no main.py .*ok    sandbox: .*)"),
+    "--check, a runtime of another": (MAIN_PY, "fn --check --runtime cpp", r"(?s:.*FAIL  function: .* no run.sh .*ok    sandbox: .*)"),
 }
 
 
-@pytest.mark.parametrize("trouble", INVOKED_WRONGLY)
-def test_invoke_says_what_is_wrong_and_ends_with_1(tmp_path, trouble):
-    files, args, said = INVOKED_WRONGLY[trouble]
+@pytest.mark.parametrize("how", INVOKED_SO)
+def test_invoke_says_what_is_wrong_and_ends_with_1(tmp_path, how):
+    files, args, said = INVOKED_SO[how]
     if "main.cpp" in files:
         need("g++")
     (tmp_path / "fn").mkdir()
     for name, text in files.items():
         (tmp_path / "fn" / name).write_text(text)
-    done = subprocess.run([sys.executable, MODULE, "--invoke", *args.split()], cwd=tmp_path, input="", text=True,
-                          capture_output=True, timeout=180, check=False)
-    assert done.returncode == 1, done
-    assert re.fullmatch(rf"(\S+ )?{said}", done.stderr), done.stderr
+    agent = ended(Agent("--invoke", *args.split(), cwd=tmp_path, env={"AGENT_EXECUTION_METADATA": "allow"}), how != "--check")
+    heard = agent.out if "--check" in args else agent.log
+    assert re.fullmatch(rf"(\S+ +)?{said}", heard) and "credentials" not in heard, heard
 
 
 SAYS_AND_LEAVES = """
@@ -7544,26 +7542,6 @@ def test_check_tells_what_aws_answers(moto, answer):
         assert len(check.out.splitlines()) >= 9 and "Traceback" not in check.out + check.log, check.out
         assert aws.count() == 0 and len(aws.s3.list_objects_v2(Bucket=aws.bucket)["Contents"]) == 1
         assert line.startswith("ok") or said[3] in check.out
-
-
-# --check of --invoke: (files, arguments, status, what it says)
-CHECKED_FUNCTIONS = {
-    "a function": (MAIN_PY, "", 0, r"ok    settings.*\nok    function: fn begins with main.py, for python\n"
-                   r"ok    runtime python: /\S+, Python 3\.\d+\.\S+\nok    sandbox: .*\n"),
-    "no function": ({}, "", 1, r"(?s).*FAIL  function: .* no main.py .*ok    sandbox: .*"),
-    "a runtime of another": (MAIN_PY, "--runtime cpp", 1, r"(?s).*FAIL  function: .* no run.sh .*ok    sandbox: .*"),
-}
-
-
-@pytest.mark.parametrize("function", CHECKED_FUNCTIONS)
-def test_check_of_a_function_looks_at_what_that_needs(tmp_path, function):
-    files, args, status, said = CHECKED_FUNCTIONS[function]
-    (tmp_path / "fn").mkdir()
-    for name, text in files.items():
-        (tmp_path / "fn" / name).write_text(text)
-    check = ended(Agent("--invoke", "fn", "--check", *args.split(), cwd=tmp_path,
-                        env={"AGENT_EXECUTION_METADATA": "allow"}), status)
-    assert re.fullmatch(said, check.out) and "credentials" not in check.out, check.out
 
 
 @pytest.mark.parametrize("runtime, program", [
