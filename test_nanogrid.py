@@ -1020,6 +1020,13 @@ def site(moto: str, **options):
         yield aws
 
 
+@pytest.fixture
+def aws(moto):
+    """A site whose messages come back after ten minutes."""
+    with site(moto, visibility=600) as aws:
+        yield aws
+
+
 def until_settled(aws: Aws, agent: Agent, in_dlq: int = 0, seconds: float = 180):
     """Wait until the queue is empty and the dead-letter queue holds as many messages."""
     def settled():  # a message that becomes visible between two counts is in neither: look again
@@ -5864,16 +5871,22 @@ TRIALS: dict = {}
 SLOW_TRIALS: set[str] = set()  # those of them that need --slow
 
 
-def trial(function):
-    """Have a function be one of the trials."""
-    TRIALS[function.__name__.replace("_", " ")] = function
-    return function
+def trial(form: str = "", *columns, quick=None, agent=None, **options):
+    """Have a function be trials, one for each combination of the columns: of a site where there are options
+    for one, and of its agent. `quick`: all but these names run with --slow alone."""
+    def add(function):
+        def run(moto, row):
+            with contextlib.ExitStack() as stack:
+                world = [stack.enter_context(site(moto, **options)) if options else moto]
+                if agent is not None:
+                    world.append(stack.enter_context(world[0].agent(**agent)))
+                return function(*world, *row)
 
-
-def slow_trial(function):
-    """Have a function be one of those that only `--slow` runs."""
-    SLOW_TRIALS.add(function.__name__.replace("_", " "))
-    return trial(function)
+        for row in itertools.product(*columns):
+            name = (form or function.__name__.replace("_", " ")).format(*row)
+            add_trial(name, run, quick is not None and name not in quick, row=row)
+        return function
+    return add
 
 
 def add_trial(name: str, function, slow: bool, **arguments):
@@ -5881,19 +5894,6 @@ def add_trial(name: str, function, slow: bool, **arguments):
     TRIALS[name] = functools.partial(function, **arguments)
     if slow:
         SLOW_TRIALS.add(name)
-
-
-def trial_of(form: str, *columns, quick=None):
-    """Have a function be trials, one for each combination of the columns; `quick` are names: all but
-    these run with --slow alone."""
-    def add(function):
-        for row in itertools.product(*columns):
-            name = form.format(*row)
-            TRIALS[name] = lambda moto, row=row: function(moto, *row)
-            if quick and name not in quick:
-                SLOW_TRIALS.add(name)
-        return function
-    return add
 
 
 @pytest.fixture(scope="module")
@@ -5914,7 +5914,7 @@ def trials(moto, request):
 # --- kills
 
 
-@slow_trial
+@trial(quick=())
 def sigkill_of_agents_of_one_folder_at_random_loses_nothing(_):
     seed = random.randrange(1 << 30)
     chance, wanted = random.Random(seed), {f"r{number:03d}" for number in range(200)}
@@ -5967,7 +5967,7 @@ def run_again(path: Path, killed: dict[int, float]) -> tuple[set[str], set[str]]
         killed.get(agent, math.inf) > later for (_, agent), (later, _) in zip(known, known[1:]))}
 
 
-@slow_trial
+@trial(quick=())
 def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
     """Two serve 2,000 messages; every 2 s one is killed, every 5 s something fails for 3 s."""
     seed = random.randrange(1 << 30)
@@ -6034,7 +6034,7 @@ WITHOUT_SLOW = {"visibility reset", "receive black hole", "delete status 500", "
                 "code truncated", "start expired"}
 
 
-@trial_of("{} {}", SCENES, FAULTS, quick=WITHOUT_SLOW)
+@trial("{} {}", SCENES, FAULTS, quick=WITHOUT_SLOW)
 def fault_trial(moto: str, what: str, fault: str):
     """One job, and a fault that begins before it; soon after the fault's end all is well."""
     operations, visibility, lasts, takes = SCENES[what]
@@ -6308,10 +6308,10 @@ for _what, (_, _seconds, _) in OUTAGES.items():
                   (_what, _number) not in QUICK_STOPS, what=_what, seconds=4, number=_number)
 
 
-@trial
-def network_away_for_longer_than_the_lease_runs_nothing_twice(moto):
+@trial(visibility=6)
+def network_away_for_longer_than_the_lease_runs_nothing_twice(aws):
     """The message comes back to the agent that has its result: that is stored, and no more."""
-    with site(moto, visibility=6) as aws, aws.agent(output={"bucket": aws.bucket}) as agent:
+    with aws.agent(output={"bucket": aws.bucket}) as agent:
         aws.job(sleep=8)
         until_ran(aws.path)
         aws.proxy.fail("*", "reset")
@@ -6322,39 +6322,37 @@ def network_away_for_longer_than_the_lease_runs_nothing_twice(moto):
         assert aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")
 
 
-@trial
-def outage_without_change_message_visibility_is_given_up_near_the_visibility_timeout(moto):
-    with site(moto, visibility=30, receives=9) as aws:
-        aws.proxy.fail("ChangeMessageVisibility*", "denied")
-        aws.proxy.fail("GetObject", "status 500")
-        with aws.agent(execution={"concurrency": 1}) as agent:
-            aws.job(timeoutMs=20000)
-            until(lambda: aws.proxy.received, what="the receive")
-            taken = time.time()
-            said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
-            held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
-            assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
-            aws.proxy.heal()
-            finish(aws, agent, {"r1": 1})
+@trial(visibility=30, receives=9)
+def outage_without_change_message_visibility_is_given_up_near_the_visibility_timeout(aws):
+    aws.proxy.fail("ChangeMessageVisibility*", "denied")
+    aws.proxy.fail("GetObject", "status 500")
+    with aws.agent(execution={"concurrency": 1}) as agent:
+        aws.job(timeoutMs=20000)
+        until(lambda: aws.proxy.received, what="the receive")
+        taken = time.time()
+        said = agent.wait_for(r"^(\S+) ERROR REPORT requestId=r1 .*status=error .*reason=s3")
+        held = datetime.fromisoformat(said[1].replace("Z", "+00:00")).timestamp() - taken
+        assert 10 < held < patient(60), f"given up at a wrong time\n{agent.log}"
+        aws.proxy.heal()
+        finish(aws, agent, {"r1": 1})
 
 
-@trial
-def what_is_cached_runs_on_while_s3_is_away(moto):
+@trial(visibility=60)
+def what_is_cached_runs_on_while_s3_is_away(aws):
     """It was sent well before S3 confirmed what is cached; what is new keeps the other slot."""
-    with site(moto, visibility=60) as aws:
-        aws.put(marker(), "new.zip")
-        aws.proxy.fail("GetObject *new.zip*", "status 500")
-        for number in range(9):
-            aws.job(f"r{number}", sleep=0.5)
-            if number == 1:
-                aws.job("new", key="new.zip")
-        time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
-        with aws.agent(execution={"concurrency": 2}) as agent:
-            until(lambda: len(reports(agent.log)) == 9, 90, "those that are cached")
-            assert aws.proxy.count("GetObject", "") <= 2 and runs_in(aws.path)["new"] == 0
-            aws.proxy.heal()
-            finish(aws, agent, ends={"ok": 10})
-        assert set(runs_in(aws.path).values()) == {1} and receives(agent.log) == {1}, agent.log
+    aws.put(marker(), "new.zip")
+    aws.proxy.fail("GetObject *new.zip*", "status 500")
+    for number in range(9):
+        aws.job(f"r{number}", sleep=0.5)
+        if number == 1:
+            aws.job("new", key="new.zip")
+    time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
+    with aws.agent(execution={"concurrency": 2}) as agent:
+        until(lambda: len(reports(agent.log)) == 9, 90, "those that are cached")
+        assert aws.proxy.count("GetObject", "") <= 2 and runs_in(aws.path)["new"] == 0
+        aws.proxy.heal()
+        finish(aws, agent, ends={"ok": 10})
+    assert set(runs_in(aws.path).values()) == {1} and receives(agent.log) == {1}, agent.log
 
 
 # what is wrong: (fault, the task's fields, status, reason, what the log names)
@@ -6365,25 +6363,24 @@ S3_TROUBLE = {
 }
 
 
-@trial_of("s3 {}", S3_TROUBLE)
-def s3_trial(moto: str, trouble: str):
+@trial("s3 {}", S3_TROUBLE, visibility=300, agent=dict(patch="ng.ERROR_DELAY_SECONDS = 4"))
+def s3_trial(aws, agent, trouble):
     """It is no outage: said after one try, and the message comes back after a growing delay."""
     fault, task, status, reason, word = S3_TROUBLE[trouble]
-    with site(moto, visibility=300) as aws, aws.agent(patch="ng.ERROR_DELAY_SECONDS = 4") as agent:
-        if fault:
-            aws.proxy.fail("GetObject", fault)
-        aws.job(**task)
-        agent.wait_for("REPORT requestId=r1")
-        first = reports(agent.log)[0]
-        assert (first["status"], first["reason"]) == (status, reason) and word in agent.log
-        if status == "error":
-            aws.proxy.until("ChangeMessageVisibilityBatch", times=2)
-            assert aws.proxy.count("GetObject") == 2 and aws.count() == 1 and not dead(aws)
-            aws.proxy.heal()
-        until_settled(aws, agent, in_dlq=status == "rejected")
-        assert runs_in(aws.path) == ({"r1": 1} if status == "error" else {})
-        asked = aws.proxy.bodies("ChangeMessageVisibilityBatch")
-        assert [each["Entries"][0]["VisibilityTimeout"] for each in asked] == ([4, 16] if status == "error" else [0, 0, 0])
+    if fault:
+        aws.proxy.fail("GetObject", fault)
+    aws.job(**task)
+    agent.wait_for("REPORT requestId=r1")
+    first = reports(agent.log)[0]
+    assert (first["status"], first["reason"]) == (status, reason) and word in agent.log
+    if status == "error":
+        aws.proxy.until("ChangeMessageVisibilityBatch", times=2)
+        assert aws.proxy.count("GetObject") == 2 and aws.count() == 1 and not dead(aws)
+        aws.proxy.heal()
+    until_settled(aws, agent, in_dlq=status == "rejected")
+    assert runs_in(aws.path) == ({"r1": 1} if status == "error" else {})
+    asked = aws.proxy.bodies("ChangeMessageVisibilityBatch")
+    assert [each["Entries"][0]["VisibilityTimeout"] for each in asked] == ([4, 16] if status == "error" else [0, 0, 0])
 
 
 def test_a_result_that_sqs_does_not_take_is_no_fault_of_its_queue():
@@ -6399,109 +6396,103 @@ def test_a_result_that_sqs_does_not_take_is_no_fault_of_its_queue():
     assert not results.queue.since
 
 
-@trial_of("result {} {}", ("PutObject", "SendMessage"), ("denied", "status 503"))
-def result_trial(moto: str, operation: str, fault: str):
+@trial("result {} {}", ("PutObject", "SendMessage"), ("denied", "status 503"), visibility=3, receives=9)
+def result_trial(aws, operation, fault):
     """A result that may not be stored, or not before patience ends, leaves the message; when that
     is back, only the storing is repeated."""
-    with site(moto, visibility=3, receives=9) as aws:
-        results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
-        aws.proxy.fail(operation, fault)
-        with aws.agent(output={"bucket": aws.bucket, "queueUrl": results},
-                   execution={"patienceSeconds": 3}) as agent:
-            aws.job()
-            agent.wait_for("REPORT requestId=r1 .*reason=output")
-            time.sleep(1)
-            assert reports(agent.log)[0]["status"] == "error" and aws.count() == 1
-            aws.proxy.heal()
-            until_settled(aws, agent)
-            agent.wait_for("REPORT requestId=r1 .*status=ok")
-            assert reports(agent.log)[-1]["status"] == "ok" and runs_in(aws.path) == {"r1": 1}
-            stored = aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")["Body"].read()
-            assert json.loads(stored)["status"] == "ok" and json.loads(stored)["success"] is True
-            assert visible(aws, results) == 1
+    results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
+    aws.proxy.fail(operation, fault)
+    with aws.agent(output={"bucket": aws.bucket, "queueUrl": results},
+               execution={"patienceSeconds": 3}) as agent:
+        aws.job()
+        agent.wait_for("REPORT requestId=r1 .*reason=output")
+        time.sleep(1)
+        assert reports(agent.log)[0]["status"] == "error" and aws.count() == 1
+        aws.proxy.heal()
+        until_settled(aws, agent)
+        agent.wait_for("REPORT requestId=r1 .*status=ok")
+        assert reports(agent.log)[-1]["status"] == "ok" and runs_in(aws.path) == {"r1": 1}
+        stored = aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")["Body"].read()
+        assert json.loads(stored)["status"] == "ok" and json.loads(stored)["success"] is True
+        assert visible(aws, results) == 1
 
 
-@trial
-def values_that_cloudwatch_does_not_take_are_bounded_and_counted(moto):
+@trial(visibility=30)
+def values_that_cloudwatch_does_not_take_are_bounded_and_counted(aws):
     """Five are kept at most; four come while a request with some of them is under way."""
-    with site(moto) as aws:
-        aws.proxy.fail("PutMetricData", "reset", seconds=1)
-        with aws.agent(patch="ng.CloudWatchMetrics.MOST_KEPT = 5", metrics={"flushSeconds": 1}) as agent:
-            for number in range(5):
-                aws.job(f"r{number}", function_id=aws.name)
-            aws.proxy.until("PutMetricData")
-            for number in range(5, 9):
-                aws.job(f"r{number}", function_id=aws.name)
-            until_settled(aws, agent)
-            # All nine have come. Each request is made three times, so one of the next six is the
-            # first of a new one, which holds all that is kept.
-            before = aws.proxy.count("PutMetricData")
-            aws.proxy.until("PutMetricData", times=before + 6)
-            aws.proxy.heal()
-            agent.wait_for(r"Successfully published 5 values to CloudWatch \(4 older ones")
-            agent.stop()
-        assert len(reports(agent.log)) == 9 and metric_values(aws, aws.name) == 5
-        assert agent.log.count("publishing metrics to CloudWatch failed") == 1
-        assert agent.log.count("publishing metrics to CloudWatch works again") == 1
+    aws.proxy.fail("PutMetricData", "reset", seconds=1)
+    with aws.agent(patch="ng.CloudWatchMetrics.MOST_KEPT = 5", metrics={"flushSeconds": 1}) as agent:
+        for number in range(5):
+            aws.job(f"r{number}", function_id=aws.name)
+        aws.proxy.until("PutMetricData")
+        for number in range(5, 9):
+            aws.job(f"r{number}", function_id=aws.name)
+        until_settled(aws, agent)
+        # All nine have come. Each request is made three times, so one of the next six is the
+        # first of a new one, which holds all that is kept.
+        before = aws.proxy.count("PutMetricData")
+        aws.proxy.until("PutMetricData", times=before + 6)
+        aws.proxy.heal()
+        agent.wait_for(r"Successfully published 5 values to CloudWatch \(4 older ones")
+        agent.stop()
+    assert len(reports(agent.log)) == 9 and metric_values(aws, aws.name) == 5
+    assert agent.log.count("publishing metrics to CloudWatch failed") == 1
+    assert agent.log.count("publishing metrics to CloudWatch works again") == 1
 
 
-@trial
-def a_lease_ends_after_twelve_hours_whatever_extends_it(moto):
+@trial(visibility=6)
+def a_lease_ends_after_twelve_hours_whatever_extends_it(aws):
     """Here after eight seconds: that is said, and the message is deleted when it comes back."""
-    with site(moto, visibility=6) as aws:
-        with aws.agent(patch="ng.LONGEST_LEASE_SECONDS = 8", execution={"concurrency": 1}) as agent:
-            aws.job(sleep=30)
-            until_ran(aws.path)
-            until(lambda: visible(aws), what="the end of the lease")
-            agent.wait_for("REPORT requestId=r1", 120)
-            finish(aws, agent, {"r1": 1})
-        asked = aws.proxy.bodies("ChangeMessageVisibilityBatch")
-        assert asked and all(entry["VisibilityTimeout"] <= 6 for each in asked for entry in each["Entries"])
-        assert any("is lost" in line for line in complaints(agent.log)), agent.log
+    with aws.agent(patch="ng.LONGEST_LEASE_SECONDS = 8", execution={"concurrency": 1}) as agent:
+        aws.job(sleep=30)
+        until_ran(aws.path)
+        until(lambda: visible(aws), what="the end of the lease")
+        agent.wait_for("REPORT requestId=r1", 120)
+        finish(aws, agent, {"r1": 1})
+    asked = aws.proxy.bodies("ChangeMessageVisibilityBatch")
+    assert asked and all(entry["VisibilityTimeout"] <= 6 for each in asked for entry in each["Entries"])
+    assert any("is lost" in line for line in complaints(agent.log)), agent.log
 
 
 DEEP = ('{"requestId":"deep","functionId":"fn","runtime":"python","s3Key":"fn.zip","input":'
         + "[" * 200000 + "]" * 200000 + "}")
 
 
-@trial
-def bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(moto):
-    with site(moto, visibility=60) as aws, aws.agent() as agent:
-        aws.put({"main.py": "import sys; print('input of', len(sys.stdin.read()))"}, "size.zip")
-        task = {"requestId": "large", "functionId": "fn", "runtime": "python", "s3Key": "size.zip",
-                "input": ""}
-        task["input"] = "x" * ((1 << 20) - len(json.dumps(task)))
-        aws.send(body=json.dumps(task))
-        aws.send(body=DEEP)
-        finish(aws, agent, ends={"ok": 1, "rejected": 3}, in_dlq=1)
-        assert f"stdout: input of {len(task['input']) + 2}" in agent.log
+@trial(visibility=60, agent={})
+def bodies_of_the_largest_size_run_and_those_nested_too_deep_are_rejected(aws, agent):
+    aws.put({"main.py": "import sys; print('input of', len(sys.stdin.read()))"}, "size.zip")
+    task = {"requestId": "large", "functionId": "fn", "runtime": "python", "s3Key": "size.zip",
+            "input": ""}
+    task["input"] = "x" * ((1 << 20) - len(json.dumps(task)))
+    aws.send(body=json.dumps(task))
+    aws.send(body=DEEP)
+    finish(aws, agent, ends={"ok": 1, "rejected": 3}, in_dlq=1)
+    assert f"stdout: input of {len(task['input']) + 2}" in agent.log
 
 
-@trial
-def queue_that_is_empty_is_not_asked_without_a_pause(moto):
+@trial(visibility=30, agent=dict(wait=0))
+def queue_that_is_empty_is_not_asked_without_a_pause(aws, agent):
     """waitTimeSeconds 0: SQS answers at once, and asks money for each answer."""
-    with site(moto) as aws, aws.agent(wait=0) as agent:
-        aws.proxy.until("ReceiveMessage", times=2)
-        begun, before = time.monotonic(), aws.proxy.count("ReceiveMessage")
-        time.sleep(4)
-        polls = aws.proxy.count("ReceiveMessage") - before
-        assert polls <= 2 * (time.monotonic() - begun)
-        for number in range(40):
-            aws.job(f"r{number}")
-        finish(aws, agent)
+    aws.proxy.until("ReceiveMessage", times=2)
+    begun, before = time.monotonic(), aws.proxy.count("ReceiveMessage")
+    time.sleep(4)
+    polls = aws.proxy.count("ReceiveMessage") - before
+    assert polls <= 2 * (time.monotonic() - begun)
+    for number in range(40):
+        aws.job(f"r{number}")
+    finish(aws, agent)
 
 
-@trial
-def sigterm_while_deleting_deletes_first(moto):
+@trial(visibility=600, agent={})
+def sigterm_while_deleting_deletes_first(aws, agent):
     """The first delete is answered late, and the second refused."""
-    with site(moto, visibility=600) as aws, aws.agent() as agent:
-        aws.proxy.fail("DeleteMessageBatch", "delay", times=1, seconds=3)
-        aws.job("r1")
-        aws.proxy.until("DeleteMessageBatch")
-        aws.proxy.fail("DeleteMessageBatch", "status 500", times=2)
-        aws.job("r2")
-        agent.wait_for("REPORT requestId=r2 .*status=ok")
-        assert agent.stop() == 0 and not aws.count(), agent.log
+    aws.proxy.fail("DeleteMessageBatch", "delay", times=1, seconds=3)
+    aws.job("r1")
+    aws.proxy.until("DeleteMessageBatch")
+    aws.proxy.fail("DeleteMessageBatch", "status 500", times=2)
+    aws.job("r2")
+    agent.wait_for("REPORT requestId=r2 .*status=ok")
+    assert agent.stop() == 0 and not aws.count(), agent.log
 
 
 # --- one function's trouble is its own
@@ -6516,148 +6507,141 @@ def done(agent: Agent, *prefixes: str) -> int:
 OWN_TROUBLES = {"status 503": True, "black hole": True, "denied": False}
 
 
-@trial_of("one function's zip: {}", OWN_TROUBLES, quick=["one function's zip: status 503"])
-def own_trouble_trial(moto: str, fault: str):
+@trial("one function's zip: {}", OWN_TROUBLES, quick=["one function's zip: status 503"],
+       visibility=30, receives=9, agent=dict(execution={"concurrency": 2}))
+def own_trouble_trial(aws, agent, fault):
     """More of its messages than there are slots; the other functions' go on, and so do these at its end."""
     waits = OWN_TROUBLES[fault]
-    with site(moto, visibility=30, receives=9) as aws, aws.agent(execution={"concurrency": 2}) as agent:
-        aws.put(marker(), "bad.zip")
-        aws.job("good0")
-        until_settled(aws, agent)
-        aws.proxy.fail("GetObject *bad.zip*", fault)
-        for number in range(8):
-            aws.job(f"bad{number}", key="bad.zip")
-        aws.proxy.until("GetObject", fault)
-        for number in range(1, 31):
-            aws.job(f"good{number}")
-        until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
-        assert not done(agent, "bad"), agent.log
-        aws.proxy.heal()
-        until_settled(aws, agent)
-        assert agent.stop() == 0 and set(runs_in(aws.path).values()) == {1}
-        assert receives(agent.log) == {1} if waits else receives(agent.log) > {1}, agent.log
+    aws.put(marker(), "bad.zip")
+    aws.job("good0")
+    until_settled(aws, agent)
+    aws.proxy.fail("GetObject *bad.zip*", fault)
+    for number in range(8):
+        aws.job(f"bad{number}", key="bad.zip")
+    aws.proxy.until("GetObject", fault)
+    for number in range(1, 31):
+        aws.job(f"good{number}")
+    until(lambda: done(agent, "good") == 31, 60, f"the good ones\n{agent.log}")
+    assert not done(agent, "bad"), agent.log
+    aws.proxy.heal()
+    until_settled(aws, agent)
+    assert agent.stop() == 0 and set(runs_in(aws.path).values()) == {1}
+    assert receives(agent.log) == {1} if waits else receives(agent.log) > {1}, agent.log
 
 
-@trial
-def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_changes(moto):
-    with site(moto, visibility=60) as aws:
-        tools(aws.path, compiler=f"echo x >>{aws.path}/compiled\nexit 1")
-        (aws.path / "compiled").touch()
-        (aws.path / "compiled").chmod(0o666)
-        aws.put(b"no zip", "corrupt.zip")
-        aws.put({"main.cpp": "int"}, "source.zip")
-        for number in range(5):
-            aws.send(f"corrupt{number}", key="corrupt.zip")
-            aws.send(f"source{number}", key="source.zip", runtime="cpp")
-        time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
-        with aws.agent(runtimes={"cpp": aws.path / "compiler"}) as agent:
-            until_settled(aws, agent, 10)
-            assert aws.proxy.count("GetObject") == 2 and len((aws.path / "compiled").read_text()) <= 2
-            aws.put({"main.py": "print('mended')"}, "corrupt.zip")
-            aws.send("mended", key="corrupt.zip")
-            until_settled(aws, agent, 10)
-            agent.wait_for("REPORT requestId=mended .*status=ok")
-            agent.stop()
-        assert Counter(statuses(agent.log)) == {"rejected": 30, "ok": 1}
-
-
-@trial
-def no_run_starts_under_a_lease_that_is_lost(moto):
-    """The agent is stopped while a run's code is on its way, for longer than the lease."""
-    with site(moto, visibility=6, receives=9) as aws, aws.agent() as agent:
-        aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
-        aws.job()
-        aws.proxy.until("GetObject")
-        agent.send(signal.SIGSTOP)
-        time.sleep(8)
-        agent.send(signal.SIGCONT)
-        until_settled(aws, agent)
-        agent.wait_for("REPORT requestId=r1 .*status=ok")
+@trial(visibility=60)
+def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_changes(aws):
+    tools(aws.path, compiler=f"echo x >>{aws.path}/compiled\nexit 1")
+    (aws.path / "compiled").touch()
+    (aws.path / "compiled").chmod(0o666)
+    aws.put(b"no zip", "corrupt.zip")
+    aws.put({"main.cpp": "int"}, "source.zip")
+    for number in range(5):
+        aws.send(f"corrupt{number}", key="corrupt.zip")
+        aws.send(f"source{number}", key="source.zip", runtime="cpp")
+    time.sleep(ng.CLOCK_SKEW_SECONDS + 1)
+    with aws.agent(runtimes={"cpp": aws.path / "compiler"}) as agent:
+        until_settled(aws, agent, 10)
+        assert aws.proxy.count("GetObject") == 2 and len((aws.path / "compiled").read_text()) <= 2
+        aws.put({"main.py": "print('mended')"}, "corrupt.zip")
+        aws.send("mended", key="corrupt.zip")
+        until_settled(aws, agent, 10)
+        agent.wait_for("REPORT requestId=mended .*status=ok")
         agent.stop()
-        first, second = reports(agent.log)
-        assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
-        assert runs_in(aws.path) == {"r1": 1}
+    assert Counter(statuses(agent.log)) == {"rejected": 30, "ok": 1}
 
 
-@trial_of("what was taken ahead and cannot start, signal {}", (0, signal.SIGTERM.value))
-def ahead_trial(moto: str, number: int):
+@trial(visibility=6, receives=9, agent={})
+def no_run_starts_under_a_lease_that_is_lost(aws, agent):
+    """The agent is stopped while a run's code is on its way, for longer than the lease."""
+    aws.proxy.fail("GetObject", "delay", times=1, seconds=2)
+    aws.job()
+    aws.proxy.until("GetObject")
+    agent.send(signal.SIGSTOP)
+    time.sleep(8)
+    agent.send(signal.SIGCONT)
+    until_settled(aws, agent)
+    agent.wait_for("REPORT requestId=r1 .*status=ok")
+    agent.stop()
+    first, second = reports(agent.log)
+    assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
+    assert runs_in(aws.path) == {"r1": 1}
+
+
+@trial("what was taken ahead and cannot start, signal {}", (0, signal.SIGTERM.value), visibility=600, agent=dict(execution={"concurrency": 1}))
+def ahead_trial(aws, agent, number):
     """Short runs, then long ones: what was taken ahead of the first is given back, for another agent
     could have it, by a shutdown too; and nothing more is taken ahead then."""
-    with site(moto, visibility=600) as aws, aws.agent(execution={"concurrency": 1}) as agent:
-        for each in range(30):
-            aws.job(f"quick{each}")
-        until_settled(aws, agent)
-        aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
-        for each in range(10):
-            aws.job(f"slow{each}", sleep=20)
-        until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
-        agent.send(number)
-        until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
-        given = [each for each in reports(agent.log, ahead=True) if each["requestId"].startswith("slow")]
-        assert number or {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
-        assert (agent.end() if number else agent.stop()) == 0
-        assert not number or aws.count() == visible(aws) == 9
+    for each in range(30):
+        aws.job(f"quick{each}")
+    until_settled(aws, agent)
+    aws.proxy.fail("ReceiveMessage", "delay", times=1, seconds=2)
+    for each in range(10):
+        aws.job(f"slow{each}", sleep=20)
+    until(lambda: re.search("slow", str(runs_in(aws.path))), what="the first slow run")
+    agent.send(number)
+    until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
+    given = [each for each in reports(agent.log, ahead=True) if each["requestId"].startswith("slow")]
+    assert number or {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
+    assert (agent.end() if number else agent.stop()) == 0
+    assert not number or aws.count() == visible(aws) == 9
 
 
-@trial
-def three_restarts_send_nothing_to_the_dlq_that_never_ran(moto):
+@trial(visibility=600)
+def three_restarts_send_nothing_to_the_dlq_that_never_ran(aws):
     """A receive is spent by what was begun, and by little that was taken ahead."""
-    with site(moto, visibility=600) as aws:
-        for number in range(25):
-            aws.job(f"r{number}", sleep=0.4)
-        for restart in range(4):
-            with aws.agent(execution={"concurrency": 2}) as agent:
-                until(lambda agent=agent: len(reports(agent.log)) > 2, what="runs")
-                if restart == 3:
-                    until_settled(aws, agent)
-                assert agent.stop() == 0
-        assert not dead(aws) and runs_in(aws.path) == {f"r{number}": 1 for number in range(25)}
+    for number in range(25):
+        aws.job(f"r{number}", sleep=0.4)
+    for restart in range(4):
+        with aws.agent(execution={"concurrency": 2}) as agent:
+            until(lambda agent=agent: len(reports(agent.log)) > 2, what="runs")
+            if restart == 3:
+                until_settled(aws, agent)
+            assert agent.stop() == 0
+    assert not dead(aws) and runs_in(aws.path) == {f"r{number}": 1 for number in range(25)}
 
 
-@trial
-def second_signal_does_not_wait_for_an_upload(moto):
-    with site(moto, visibility=600) as aws:
-        aws.proxy.fail("PutObject|PutMetricData", "black hole")
-        with aws.agent(output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
-            aws.job()
-            aws.proxy.until("PutObject")
-            agent.send(signal.SIGTERM)
-            agent.wait_for("stopping: ")
-            assert agent.process.poll() is None
-            assert agent.stop(seconds=15) == 0
-        assert statuses(agent.log) == ["released"] and visible(aws) == 1
+@trial(visibility=600)
+def second_signal_does_not_wait_for_an_upload(aws):
+    aws.proxy.fail("PutObject|PutMetricData", "black hole")
+    with aws.agent(output={"bucket": aws.bucket}, execution={"shutdownGraceSeconds": 300}) as agent:
+        aws.job()
+        aws.proxy.until("PutObject")
+        agent.send(signal.SIGTERM)
+        agent.wait_for("stopping: ")
+        assert agent.process.poll() is None
+        assert agent.stop(seconds=15) == 0
+    assert statuses(agent.log) == ["released"] and visible(aws) == 1
 
 
-@trial
-def delete_is_sent_though_the_lease_has_run_out(moto):
+@trial(visibility=5, receives=1, agent={})
+def delete_is_sent_though_the_lease_has_run_out(aws, agent):
     """Nobody else received it: its newest handle still deletes it, and it does not go to the DLQ."""
-    with site(moto, visibility=5, receives=1) as aws, aws.agent() as agent:
-        aws.job(sleep=2)
-        until_ran(aws.path)
-        aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*|ReceiveMessage", "reset")
-        agent.wait_for("the lease of message .* is lost")
-        time.sleep(1)
-        with aws.proxy.lock:
-            aws.proxy.rules[:] = [Rule("ReceiveMessage", "reset")]
-        until(lambda: not aws.count(), what="the delete")
-        assert not dead(aws) and agent.stop() == 0 and runs_in(aws.path) == {"r1": 1}
+    aws.job(sleep=2)
+    until_ran(aws.path)
+    aws.proxy.fail("DeleteMessage*|ChangeMessageVisibility*|ReceiveMessage", "reset")
+    agent.wait_for("the lease of message .* is lost")
+    time.sleep(1)
+    with aws.proxy.lock:
+        aws.proxy.rules[:] = [Rule("ReceiveMessage", "reset")]
+    until(lambda: not aws.count(), what="the delete")
+    assert not dead(aws) and agent.stop() == 0 and runs_in(aws.path) == {"r1": 1}
 
 
 BALLAST = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
 
 
-@trial
-def results_that_cannot_be_stored_are_bounded_by_bytes(moto):
-    with site(moto, visibility=600, receives=9) as aws:
-        aws.put(BALLAST)
-        aws.proxy.fail("PutObject", "denied")
-        with aws.agent(patch="ng.UNSTORED_BYTES = 1_000_000", output={"bucket": aws.bucket}) as agent:
-            aws.send("first")
-            agent.wait_for("REPORT requestId=first .*reason=output")
-            aws.send("second")
-            agent.wait_for(r"WARNING \[first\] its result is dropped")
-            until(lambda: len(list((aws.path / "task").glob("agent-*/code/output-*"))) == 1, what="one result")
-            agent.stop()
+@trial(visibility=600, receives=9)
+def results_that_cannot_be_stored_are_bounded_by_bytes(aws):
+    aws.put(BALLAST)
+    aws.proxy.fail("PutObject", "denied")
+    with aws.agent(patch="ng.UNSTORED_BYTES = 1_000_000", output={"bucket": aws.bucket}) as agent:
+        aws.send("first")
+        agent.wait_for("REPORT requestId=first .*reason=output")
+        aws.send("second")
+        agent.wait_for(r"WARNING \[first\] its result is dropped")
+        until(lambda: len(list((aws.path / "task").glob("agent-*/code/output-*"))) == 1, what="one result")
+        agent.stop()
 
 
 @pytest.mark.parametrize("status,has_dlq,delays", [
@@ -6688,17 +6672,15 @@ def test_who_needs_what_is_away_is_turned_away_until_one_has_tried():
     assert not disk.since and [line.split(" ")[1] for line in log.lines] == ["WARNING", "INFO"]
 
 
-def test_drain_without_waits_ends_after_its_own_rejected_message(moto):
-    with site(moto, visibility=600) as aws:
-        aws.send(body="no JSON {")
-        agent = ended(aws.agent("--drain", wait=0))
-        assert len(reports(agent.log)) == 3 and dead(aws) == 1
+def test_drain_without_waits_ends_after_its_own_rejected_message(aws):
+    aws.send(body="no JSON {")
+    agent = ended(aws.agent("--drain", wait=0))
+    assert len(reports(agent.log)) == 3 and dead(aws) == 1
 
 
-def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(moto):
-    with site(moto) as aws:
-        aws.proxy.fail("ReceiveMessage", "reset")
-        agent = ended(aws.agent("--drain", execution={"patienceSeconds": 2}), 1)
+def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(aws):
+    aws.proxy.fail("ReceiveMessage", "reset")
+    agent = ended(aws.agent("--drain", execution={"patienceSeconds": 2}), 1)
     assert "the drain is given up after" in agent.log and "Traceback" not in agent.log
 
 
@@ -6728,26 +6710,25 @@ def test_peaks_carry_the_time_at_which_the_run_ended(party, tmp_path):
 # --- no more of something
 
 
-@trial
-def full_disk_takes_idle_packages_and_is_an_error_when_patience_ends(moto):
+@trial(visibility=60)
+def full_disk_takes_idle_packages_and_is_an_error_when_patience_ends(aws):
     """16 MiB under taskBaseDir: there is room for one package of 6 and its zip, not for two, nor for one
     of 20. For an ordinary user: no file over 16 MiB."""
-    with site(moto, visibility=60) as aws:
-        (aws.path / "task").mkdir()
-        mounted = f"mount -t tmpfs -o size=16m,mode=755 none {aws.path}/task"
-        prefix = in_mounts(mounted) if ROOT else ["prlimit", f"--fsize={16 << 20}"]
-        with aws.agent(prefix=prefix, execution={"patienceSeconds": 3}) as agent:
-            for name, size in (("a", 6), ("b", 6), ("c", 6), ("large", 20)):
-                aws.put({"main.py": "print(1)", "ballast": os.urandom(size << 20)}, f"{name}.zip")
-                aws.send(name, key=f"{name}.zip")
-                agent.wait_for(f"REPORT requestId={name} ")
-            aws.job("fine")
-            agent.wait_for("REPORT requestId=fine ")
-            seen = [(each["requestId"], each["status"]) for each in reports(agent.log)]
-            assert seen == [("a", "ok"), ("b", "ok"), ("c", "ok"), ("large", "error"), ("fine", "ok")], agent.log
-            assert re.search("No space left|File too large", agent.log)
-            assert "packages that no run uses were removed" in agent.log
-            assert "Traceback" not in agent.log and agent.process.poll() is None
+    (aws.path / "task").mkdir()
+    mounted = f"mount -t tmpfs -o size=16m,mode=755 none {aws.path}/task"
+    prefix = in_mounts(mounted) if ROOT else ["prlimit", f"--fsize={16 << 20}"]
+    with aws.agent(prefix=prefix, execution={"patienceSeconds": 3}) as agent:
+        for name, size in (("a", 6), ("b", 6), ("c", 6), ("large", 20)):
+            aws.put({"main.py": "print(1)", "ballast": os.urandom(size << 20)}, f"{name}.zip")
+            aws.send(name, key=f"{name}.zip")
+            agent.wait_for(f"REPORT requestId={name} ")
+        aws.job("fine")
+        agent.wait_for("REPORT requestId=fine ")
+        seen = [(each["requestId"], each["status"]) for each in reports(agent.log)]
+        assert seen == [("a", "ok"), ("b", "ok"), ("c", "ok"), ("large", "error"), ("fine", "ok")], agent.log
+        assert re.search("No space left|File too large", agent.log)
+        assert "packages that no run uses were removed" in agent.log
+        assert "Traceback" not in agent.log and agent.process.poll() is None
 
 
 def test_the_code_cache_takes_a_share_of_the_disk(folder, monkeypatch):
@@ -6774,25 +6755,23 @@ def test_the_code_cache_takes_a_share_of_the_disk(folder, monkeypatch):
     assert cache.evict() and not os.listdir(folder.path / "unpacked")
 
 
-@trial
-def no_more_file_descriptors_is_an_error_and_the_agent_lives(moto):
+@trial(visibility=3, receives=99, agent=dict(metrics={"flushSeconds": 2}))
+def no_more_file_descriptors_is_an_error_and_the_agent_lives(aws, agent):
     """The limit is lowered under a running agent, to less than it has open."""
-    metrics = {"flushSeconds": 2}
-    with site(moto, visibility=3, receives=99) as aws, aws.agent(metrics=metrics) as agent:
-        aws.job("before", function_id=aws.name)
-        until_settled(aws, agent)
-        pid = agent.process.pid
-        kept = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (10, kept[1]))
-        aws.put({"main.py": "print('new code')"}, "new.zip")
-        aws.send("during", key="new.zip")
-        cpu = cpu_seconds(pid)
-        time.sleep(5)
-        assert agent.process.poll() is None, agent.log
-        assert cpu_seconds(pid) - cpu < 1.0 * busy()
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
-        until(lambda: metric_values(aws, aws.name) >= 1, what="the value that could not be sent")
-        finish(aws, agent)
+    aws.job("before", function_id=aws.name)
+    until_settled(aws, agent)
+    pid = agent.process.pid
+    kept = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (10, kept[1]))
+    aws.put({"main.py": "print('new code')"}, "new.zip")
+    aws.send("during", key="new.zip")
+    cpu = cpu_seconds(pid)
+    time.sleep(5)
+    assert agent.process.poll() is None, agent.log
+    assert cpu_seconds(pid) - cpu < 1.0 * busy()
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
+    until(lambda: metric_values(aws, aws.name) >= 1, what="the value that could not be sent")
+    finish(aws, agent)
 
 
 def set_limit(pid: int, option: str) -> None:
@@ -6849,17 +6828,16 @@ def test_no_more_processes_is_waited_out(grids):
 # --- duplicates
 
 
-@trial
-def message_that_comes_again_while_it_runs_is_not_started_twice(moto):
+@trial(visibility=30, agent=dict(execution={"concurrency": 2}))
+def message_that_comes_again_while_it_runs_is_not_started_twice(aws, agent):
     """Its lease is ended from outside: SQS may do that at any time (at-least-once)."""
-    with site(moto, visibility=30) as aws, aws.agent(execution={"concurrency": 2}) as agent:
-        aws.job(sleep=15)
-        until_ran(aws.path)
-        aws.sqs.change_message_visibility(QueueUrl=aws.queue_url, VisibilityTimeout=0,
-                                          ReceiptHandle=aws.proxy.received[0]["ReceiptHandle"])
-        until(lambda: len(aws.proxy.received) == 2, what="the duplicate")
-        finish(aws, agent, {"r1": 1})
-        assert statuses(agent.log).count("ok") == 1
+    aws.job(sleep=15)
+    until_ran(aws.path)
+    aws.sqs.change_message_visibility(QueueUrl=aws.queue_url, VisibilityTimeout=0,
+                                      ReceiptHandle=aws.proxy.received[0]["ReceiptHandle"])
+    until(lambda: len(aws.proxy.received) == 2, what="the duplicate")
+    finish(aws, agent, {"r1": 1})
+    assert statuses(agent.log).count("ok") == 1
 
 
 class Scenario(typing.NamedTuple):
@@ -6906,7 +6884,7 @@ SCENARIOS = {
 }
 
 
-@trial_of("{}", SCENARIOS)
+@trial("{}", SCENARIOS)
 def scenario_trial(moto: str, what: str):
     scenario = SCENARIOS[what]
     with site(moto, **scenario.site) as aws, aws.agent(**scenario.agent) as agent:
@@ -6930,114 +6908,108 @@ def scenario_trial(moto: str, what: str):
 # --- leases, statuses, results
 
 
-@trial
-def visibility_timeout_is_asked_for_again_and_leases_are_kept_by_what_it_is_now(moto):
+@trial(visibility=300)
+def visibility_timeout_is_asked_for_again_and_leases_are_kept_by_what_it_is_now(aws):
     """It is not answered at the start: 30 s are asked for at each receive, whatever the queue's own
     is. Then its 300, then 9, with which two runs of 20 s are kept."""
     def asked() -> list[int]:
         return [each["VisibilityTimeout"] for each in aws.proxy.bodies("ReceiveMessage")]
 
     patch, two = "ng.ATTRIBUTES_SECONDS = 1", {"concurrency": 2}
-    with site(moto, visibility=300) as aws:
-        aws.proxy.fail("GetQueueAttributes", "status 500", times=1)
-        with aws.agent(patch=patch, execution=two) as agent:
-            agent.wait_for("taken to be 30 s until it does")
-            until(lambda: 300 in asked(), what="the queue's own")
-            aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"VisibilityTimeout": "9"})
-            until(lambda: 9 in asked(), what="the new one")
-            for request_id in ("r1", "r2"):
-                aws.job(request_id, sleep=20)
-            finish(aws, agent, {"r1": 1, "r2": 1})
-        assert [each for each, _ in itertools.groupby(asked())] == [30, 300, 9]
-        assert len(aws.proxy.received) == 2 and receives(agent.log) == {1} and len(mishaps(agent.log)) == 1
-        beats = [beat["Entries"] for beat in aws.proxy.bodies("ChangeMessageVisibilityBatch")]
-        assert len(beats) >= 3 and {each["VisibilityTimeout"] for beat in beats for each in beat} == {9}
+    aws.proxy.fail("GetQueueAttributes", "status 500", times=1)
+    with aws.agent(patch=patch, execution=two) as agent:
+        agent.wait_for("taken to be 30 s until it does")
+        until(lambda: 300 in asked(), what="the queue's own")
+        aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"VisibilityTimeout": "9"})
+        until(lambda: 9 in asked(), what="the new one")
+        for request_id in ("r1", "r2"):
+            aws.job(request_id, sleep=20)
+        finish(aws, agent, {"r1": 1, "r2": 1})
+    assert [each for each, _ in itertools.groupby(asked())] == [30, 300, 9]
+    assert len(aws.proxy.received) == 2 and receives(agent.log) == {1} and len(mishaps(agent.log)) == 1
+    beats = [beat["Entries"] for beat in aws.proxy.bodies("ChangeMessageVisibilityBatch")]
+    assert len(beats) >= 3 and {each["VisibilityTimeout"] for beat in beats for each in beat} == {9}
 
 
-@trial
-def delete_that_is_not_permitted_is_said_once_and_tried_with_growing_pauses(moto):
+@trial(visibility=30, agent={})
+def delete_that_is_not_permitted_is_said_once_and_tried_with_growing_pauses(aws, agent):
     said = (403, "AccessDeniedException", "AccessDenied", DENIED_BY.format(
         "sqs:deletemessage", "arn:aws:sqs:ap-northeast-2:123456789012:q", "session policy"))
-    with site(moto) as aws, aws.agent() as agent:
-        aws.proxy.fail("DeleteMessageBatch", "said", said=said)
-        aws.job()
-        aws.proxy.until("DeleteMessageBatch")
-        time.sleep(4)
-        aws.proxy.heal()
-        finish(aws, agent, {"r1": 1})
-        tried = [seen.at for seen in aws.proxy.seen("*", "said")]
-        assert sum(at <= tried[0] + 4 for at in tried) <= 6, "without a pause"
-        line, = complaints(agent.log)
-        assert said[3] in line and "grant " in line and line.split(";")[-2].endswith("session policy")
-        assert "deleting messages works again" in agent.log
+    aws.proxy.fail("DeleteMessageBatch", "said", said=said)
+    aws.job()
+    aws.proxy.until("DeleteMessageBatch")
+    time.sleep(4)
+    aws.proxy.heal()
+    finish(aws, agent, {"r1": 1})
+    tried = [seen.at for seen in aws.proxy.seen("*", "said")]
+    assert sum(at <= tried[0] + 4 for at in tried) <= 6, "without a pause"
+    line, = complaints(agent.log)
+    assert said[3] in line and "grant " in line and line.split(";")[-2].endswith("session policy")
+    assert "deleting messages works again" in agent.log
 
 
-@trial
-def lost_lease_is_said_and_its_result_is_not_deleted(moto):
+@trial(visibility=3, agent=dict(execution={"concurrency": 1}))
+def lost_lease_is_said_and_its_result_is_not_deleted(aws, agent):
     """The beats fail for longer than the lease, and another consumer has the message by then."""
-    with site(moto, visibility=3) as aws, aws.agent(execution={"concurrency": 1}) as agent:
-        aws.proxy.fail("ChangeMessageVisibility*", "status 500")
-        aws.job(sleep=20)
-        until_ran(aws.path)
-        held = {"QueueUrl": aws.queue_url, "WaitTimeSeconds": 1, "VisibilityTimeout": 600}
-        other = until(lambda: aws.sqs.receive_message(**held).get("Messages"), what="the message")
-        aws.proxy.heal()
-        agent.wait_for("REPORT requestId=r1")
-        agent.stop()
-        assert aws.count() == 1 and runs_in(aws.path) == {"r1": 1}
-        assert any("lease" in line for line in complaints(agent.log)), agent.log
-        aws.sqs.delete_message(QueueUrl=aws.queue_url, ReceiptHandle=other[0]["ReceiptHandle"])
+    aws.proxy.fail("ChangeMessageVisibility*", "status 500")
+    aws.job(sleep=20)
+    until_ran(aws.path)
+    held = {"QueueUrl": aws.queue_url, "WaitTimeSeconds": 1, "VisibilityTimeout": 600}
+    other = until(lambda: aws.sqs.receive_message(**held).get("Messages"), what="the message")
+    aws.proxy.heal()
+    agent.wait_for("REPORT requestId=r1")
+    agent.stop()
+    assert aws.count() == 1 and runs_in(aws.path) == {"r1": 1}
+    assert any("lease" in line for line in complaints(agent.log)), agent.log
+    aws.sqs.delete_message(QueueUrl=aws.queue_url, ReceiptHandle=other[0]["ReceiptHandle"])
 
 
-@trial
-def without_change_message_visibility_what_fits_runs_and_once_it_is_granted_the_rest(moto):
+@trial(visibility=20, agent=dict(patch="ng.PERMISSION_SECONDS = 1"))
+def without_change_message_visibility_what_fits_runs_and_once_it_is_granted_the_rest(aws, agent):
     """Until then what does not fit is rejected, and that is said once."""
-    with site(moto, visibility=20) as aws, aws.agent(patch="ng.PERMISSION_SECONDS = 1") as agent:
-        aws.proxy.fail("ChangeMessageVisibility*", "denied")
+    aws.proxy.fail("ChangeMessageVisibility*", "denied")
+    for number in range(3):
+        aws.job(f"fits{number}", timeoutMs=12000)
+        aws.job(f"long{number}", timeoutMs=60000)
+    until_settled(aws, agent, in_dlq=3)
+    seen = {(each["requestId"], each["status"], each.get("reason"))
+            for each in reports(agent.log)}
+    assert seen == {(f"fits{number}", "ok", None) for number in range(3)} | {
+        (f"long{number}", "rejected", "visibility") for number in range(3)}
+    warnings = [line for line in complaints(agent.log) if " [long" not in line]
+    assert len(warnings) == 1 and "sqs:ChangeMessageVisibility" in warnings[0]
+    aws.proxy.heal()
+    time.sleep(1.5)
+    aws.job("late", timeoutMs=60000)
+    finish(aws, agent, {"fits0": 1, "fits1": 1, "fits2": 1, "late": 1}, in_dlq=3)
+    assert "is granted" in agent.log
+
+
+@trial(visibility=10, agent=dict(execution={"concurrency": 3}))
+def failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(aws, agent):
+    aws.put({"main.py": "junk = b'x' * (200 << 20)"}, "large.zip")
+    sent = time.monotonic()
+    aws.job("failed", exit=3)
+    aws.job("timeout", sleep=30, timeoutMs=300)
+    aws.job("oom", key="large.zip", memoryMb=64)
+    until_settled(aws, agent, 3)
+    assert time.monotonic() - sent > 2 * 10, "they were given back"
+    finish(aws, agent, in_dlq=3)
+    assert sorted((each["requestId"], each["receiveCount"]) for each in reports(agent.log)) == \
+        [(kind, count) for kind in ("failed", "oom", "timeout") for count in "123"]
+    assert all(each["status"] == each["requestId"] for each in reports(agent.log))
+    assert len(re.findall("status=failed exitCode=3 ", agent.log)) == 3
+
+
+@trial(visibility=30, agent={})
+def zip_overwritten_under_its_key_is_used_by_messages_sent_after(aws, agent):
+    for version in ("one", "two", "three"):
+        aws.put({"main.py": f"print('version {version}')"}, "v.zip")
         for number in range(3):
-            aws.job(f"fits{number}", timeoutMs=12000)
-            aws.job(f"long{number}", timeoutMs=60000)
-        until_settled(aws, agent, in_dlq=3)
-        seen = {(each["requestId"], each["status"], each.get("reason"))
-                for each in reports(agent.log)}
-        assert seen == {(f"fits{number}", "ok", None) for number in range(3)} | {
-            (f"long{number}", "rejected", "visibility") for number in range(3)}
-        warnings = [line for line in complaints(agent.log) if " [long" not in line]
-        assert len(warnings) == 1 and "sqs:ChangeMessageVisibility" in warnings[0]
-        aws.proxy.heal()
-        time.sleep(1.5)
-        aws.job("late", timeoutMs=60000)
-        finish(aws, agent, {"fits0": 1, "fits1": 1, "fits2": 1, "late": 1}, in_dlq=3)
-        assert "is granted" in agent.log
-
-
-@trial
-def failures_wait_for_the_visibility_timeout_and_are_dead_after_three_receives(moto):
-    with site(moto, visibility=10) as aws, aws.agent(execution={"concurrency": 3}) as agent:
-        aws.put({"main.py": "junk = b'x' * (200 << 20)"}, "large.zip")
-        sent = time.monotonic()
-        aws.job("failed", exit=3)
-        aws.job("timeout", sleep=30, timeoutMs=300)
-        aws.job("oom", key="large.zip", memoryMb=64)
-        until_settled(aws, agent, 3)
-        assert time.monotonic() - sent > 2 * 10, "they were given back"
-        finish(aws, agent, in_dlq=3)
-        assert sorted((each["requestId"], each["receiveCount"]) for each in reports(agent.log)) == \
-            [(kind, count) for kind in ("failed", "oom", "timeout") for count in "123"]
-        assert all(each["status"] == each["requestId"] for each in reports(agent.log))
-        assert len(re.findall("status=failed exitCode=3 ", agent.log)) == 3
-
-
-@trial
-def zip_overwritten_under_its_key_is_used_by_messages_sent_after(moto):
-    with site(moto) as aws, aws.agent() as agent:
-        for version in ("one", "two", "three"):
-            aws.put({"main.py": f"print('version {version}')"}, "v.zip")
-            for number in range(3):
-                aws.send(f"{version}-{number}", key="v.zip")
-            until_settled(aws, agent)
-            for number in range(3):
-                agent.wait_for(rf"\[{version}-{number}\] stdout: version {version}")
+            aws.send(f"{version}-{number}", key="v.zip")
+        until_settled(aws, agent)
+        for number in range(3):
+            agent.wait_for(rf"\[{version}-{number}\] stdout: version {version}")
 
 
 LEAVES = {"main.py": """
@@ -7050,72 +7022,69 @@ print("done")
 """}
 
 
-def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(moto):
-    with site(moto) as aws:
-        results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
-        aws.put(LEAVES)
-        output = {"bucket": aws.bucket, "s3Prefix": "out", "queueUrl": results}
-        with aws.agent(output=output) as agent:
-            aws.send("r1", input={"a": 1})
-            until_settled(aws, agent)
-            agent.stop()
-        stored = {item["Key"]: aws.s3.get_object(Bucket=aws.bucket, Key=item["Key"])["Body"].read()
-                  for item in aws.s3.list_objects_v2(Bucket=aws.bucket, Prefix="out/")["Contents"]}
-        assert set(stored) == {"out/r1/result.json", "out/r1/a.txt", "out/r1/sub/b.bin"}
-        assert stored["out/r1/sub/b.bin"] == b"left in sub/b.bin"
-        result = json.loads(stored["out/r1/result.json"])
-        assert (result["status"], result["success"], result["stdout"]) == ("ok", True, "done\n")
-        sent = aws.sqs.receive_message(QueueUrl=results)["Messages"]
-        assert json.loads(sent[0]["Body"])["requestId"] == "r1"
-        order = [seen.operation for seen in aws.proxy.requests]
-        before = order[:order.index("DeleteMessageBatch")]
-        assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
+def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(aws):
+    results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
+    aws.put(LEAVES)
+    output = {"bucket": aws.bucket, "s3Prefix": "out", "queueUrl": results}
+    with aws.agent(output=output) as agent:
+        aws.send("r1", input={"a": 1})
+        until_settled(aws, agent)
+        agent.stop()
+    stored = {item["Key"]: aws.s3.get_object(Bucket=aws.bucket, Key=item["Key"])["Body"].read()
+              for item in aws.s3.list_objects_v2(Bucket=aws.bucket, Prefix="out/")["Contents"]}
+    assert set(stored) == {"out/r1/result.json", "out/r1/a.txt", "out/r1/sub/b.bin"}
+    assert stored["out/r1/sub/b.bin"] == b"left in sub/b.bin"
+    result = json.loads(stored["out/r1/result.json"])
+    assert (result["status"], result["success"], result["stdout"]) == ("ok", True, "done\n")
+    sent = aws.sqs.receive_message(QueueUrl=results)["Messages"]
+    assert json.loads(sent[0]["Body"])["requestId"] == "r1"
+    order = [seen.operation for seen in aws.proxy.requests]
+    before = order[:order.index("DeleteMessageBatch")]
+    assert before.count("PutObject") == 3 and before.count("SendMessage") == 1
 
 
-@trial
-def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starve(moto):
+@trial(visibility=60)
+def no_more_runs_at_once_than_declared_memory_admits_and_large_ones_do_not_starve(aws):
     """512 MB: two of 200 at once; one of 512 is sent among them and must not wait for them all."""
-    with site(moto, visibility=60) as aws:
-        for number in range(16):
-            aws.job(f"s{number:02d}", sleep=1, memoryMb=200)
-            if number == 1:
-                aws.job("large", sleep=0.5, memoryMb=512)
-        with aws.agent(execution={"concurrency": 4, "memoryMb": 512}) as agent:
-            most = 0
-            while aws.count():
-                most = max(most, sum(map(alive, run_pids(aws.path))))
-                time.sleep(0.05)
-            agent.stop()
-        order = [each["requestId"] for each in reports(agent.log) if each["status"] == "ok"]
-        assert len(order) == 17 and most == 2
-        assert order.index("large") < 12, order
+    for number in range(16):
+        aws.job(f"s{number:02d}", sleep=1, memoryMb=200)
+        if number == 1:
+            aws.job("large", sleep=0.5, memoryMb=512)
+    with aws.agent(execution={"concurrency": 4, "memoryMb": 512}) as agent:
+        most = 0
+        while aws.count():
+            most = max(most, sum(map(alive, run_pids(aws.path))))
+            time.sleep(0.05)
+        agent.stop()
+    order = [each["requestId"] for each in reports(agent.log) if each["status"] == "ok"]
+    assert len(order) == 17 and most == 2
+    assert order.index("large") < 12, order
 
 
 @pytest.mark.slow
-def test_long_jobs_are_not_received_ahead_so_that_another_agent_can_take_them(moto):
-    with site(moto, visibility=60) as aws:
-        for number in range(8):
-            aws.job(f"r{number}", sleep=20)
-        with aws.agent(execution={"concurrency": 1}) as first:
-            until(lambda: runs_in(aws.path), what="the first run")
-            time.sleep(1)
-            assert visible(aws) >= 6
-            polls = aws.proxy.count("ReceiveMessage")
-            time.sleep(2)
-            assert aws.proxy.count("ReceiveMessage") - polls <= 1, "nothing can start"
-            with aws.agent(execution={"concurrency": 7}) as second:
-                until(lambda: len(runs_in(aws.path)) == 8, 60, "all of them running or done")
-                until_settled(aws, second)
-                until(lambda: len(reports(second.log)) >= 5 and reports(first.log), what="the reports")
+def test_long_jobs_are_not_received_ahead_so_that_another_agent_can_take_them(aws):
+    for number in range(8):
+        aws.job(f"r{number}", sleep=20)
+    with aws.agent(execution={"concurrency": 1}) as first:
+        until(lambda: runs_in(aws.path), what="the first run")
+        time.sleep(1)
+        assert visible(aws) >= 6
+        polls = aws.proxy.count("ReceiveMessage")
+        time.sleep(2)
+        assert aws.proxy.count("ReceiveMessage") - polls <= 1, "nothing can start"
+        with aws.agent(execution={"concurrency": 7}) as second:
+            until(lambda: len(runs_in(aws.path)) == 8, 60, "all of them running or done")
+            until_settled(aws, second)
+            until(lambda: len(reports(second.log)) >= 5 and reports(first.log), what="the reports")
 
 
 # --- shutdown
 
 
 @pytest.mark.parametrize("message_comes", [False, True])
-def test_sigterm_while_a_long_poll_is_out_ends_the_polling(moto, message_comes):
+def test_sigterm_while_a_long_poll_is_out_ends_the_polling(aws, message_comes):
     """A message that this poll brings is given back: it may not wait for its lease's end."""
-    with site(moto, visibility=600) as aws, aws.agent(wait=5) as agent:
+    with aws.agent(wait=5) as agent:
         aws.proxy.until("ReceiveMessage")
         time.sleep(0.5)
         begun = time.monotonic()
@@ -7137,12 +7106,12 @@ SHUTDOWNS = {
 }
 
 
-@trial_of("shutdown, {}", SHUTDOWNS)
-def shutdown_trial(moto: str, what: str):
+@trial("shutdown, {}", SHUTDOWNS, visibility=600)
+def shutdown_trial(aws, what):
     """The run ends or is killed, and what is not done is visible at once."""
     seconds, grace, signals, statuses, left = SHUTDOWNS[what]
     settings = {"shutdownGraceSeconds": grace}
-    with site(moto, visibility=600) as aws, aws.agent(execution=settings) as agent:
+    with aws.agent(execution=settings) as agent:
         aws.job(sleep=seconds, timeoutMs=400000)
         until_ran(aws.path)
         agent.send(signals[0])
@@ -7157,35 +7126,33 @@ def shutdown_trial(moto: str, what: str):
             assert status == 0 and statuses(agent.log) == statuses
 
 
-@trial
-def sigterm_while_the_queue_has_not_answered_yet_ends_clean(moto):
-    with site(moto) as aws:
-        aws.proxy.fail("GetQueueAttributes", "black hole")
-        with aws.agent() as agent:
-            aws.proxy.until("GetQueueAttributes")
-            assert agent.stop(seconds=60) == 0
-        assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*")), agent.log
+@trial(visibility=30)
+def sigterm_while_the_queue_has_not_answered_yet_ends_clean(aws):
+    aws.proxy.fail("GetQueueAttributes", "black hole")
+    with aws.agent() as agent:
+        aws.proxy.until("GetQueueAttributes")
+        assert agent.stop(seconds=60) == 0
+    assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*")), agent.log
 
 
-@trial
-def sigterm_gives_back_a_message_whose_code_is_not_there_yet(moto):
+@trial(visibility=600)
+def sigterm_gives_back_a_message_whose_code_is_not_there_yet(aws):
     """S3 never answers, and a compiler does not come to its end: neither is waited for."""
-    with site(moto, visibility=600) as aws:
-        tools(aws.path, compiler="sleep 300")
-        aws.put({"main.cpp": ""}, "cpp.zip")
-        with aws.agent(runtimes={"cpp": aws.path / "compiler"}, execution={"concurrency": 2}) as agent:
-            aws.send("compiling", key="cpp.zip", runtime="cpp")
-            until(lambda: any("sleep\x00300" in command_lines().get(pid, "")
-                              for pid in family(agent.process.pid)), what="the compiler")
-            aws.proxy.fail("GetObject", "black hole")
-            aws.job("fetching")
-            aws.proxy.until("GetObject", "black hole")
-            agent.send(signal.SIGTERM)
-            until(lambda: visible(aws) == 2, 15, f"the messages\n{agent.log}")
-            assert agent.end(20) == 0 and not runs_in(aws.path)
-        assert sorted((each["requestId"], each["status"]) for each in reports(agent.log)) == \
-            [("compiling", "released"), ("fetching", "released")]
-        assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*"))
+    tools(aws.path, compiler="sleep 300")
+    aws.put({"main.cpp": ""}, "cpp.zip")
+    with aws.agent(runtimes={"cpp": aws.path / "compiler"}, execution={"concurrency": 2}) as agent:
+        aws.send("compiling", key="cpp.zip", runtime="cpp")
+        until(lambda: any("sleep\x00300" in command_lines().get(pid, "")
+                          for pid in family(agent.process.pid)), what="the compiler")
+        aws.proxy.fail("GetObject", "black hole")
+        aws.job("fetching")
+        aws.proxy.until("GetObject", "black hole")
+        agent.send(signal.SIGTERM)
+        until(lambda: visible(aws) == 2, 15, f"the messages\n{agent.log}")
+        assert agent.end(20) == 0 and not runs_in(aws.path)
+    assert sorted((each["requestId"], each["status"]) for each in reports(agent.log)) == \
+        [("compiling", "released"), ("fetching", "released")]
+    assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*"))
 
 
 READY, RUN = b'{"kind": "ready", "pid": 0, "gaps": []}\n', ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
@@ -7275,8 +7242,8 @@ def lender(key: str = "ASIALENT", seconds: int = 6 * 3600, host: str = "127.0.0.
         server.shutdown()
 
 
-def test_spot_interruption_starts_the_same_shutdown(moto):
-    with site(moto, visibility=600) as aws, lender(host="127.0.0.2") as imds:
+def test_spot_interruption_starts_the_same_shutdown(aws):
+    with lender(host="127.0.0.2") as imds:
         Imds.announced = False
         env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": imds.url,
                "http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1",  # it would refuse
@@ -7291,18 +7258,18 @@ def test_spot_interruption_starts_the_same_shutdown(moto):
         assert "notice failed" not in agent.log
 
 
-@slow_trial
-def metadata_that_do_not_answer_are_said_once(moto):
+@trial(quick=(), visibility=30)
+def metadata_that_do_not_answer_are_said_once(aws):
     env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1", "AGENT_AWS_SPOTINTERRUPTION": "true"}
-    with site(moto) as aws, aws.agent(env=env) as agent:
+    with aws.agent(env=env) as agent:
         agent.wait_for("asking EC2 for a spot interruption notice failed: .*refused")
         time.sleep(6)
         assert agent.stop() == 0 and agent.log.count("spot interruption") == 1, agent.log
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_systemd_is_told_of_start_status_stop_and_life(moto, kind):
-    with site(moto) as aws, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+def test_systemd_is_told_of_start_status_stop_and_life(aws, kind):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         name = f"{aws.path}/notify" if kind == "path" else f"@{aws.name}"
         notify.bind(name.replace("@", "\0"))
         told = []
@@ -7331,8 +7298,8 @@ def test_systemd_is_told_of_start_status_stop_and_life(moto, kind):
         assert not re.search("NOTIFY_SOCKET|WATCHDOG", agent.log)
 
 
-def test_systemd_that_does_not_listen_stops_nothing(moto):
-    with site(moto) as aws, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+def test_systemd_that_does_not_listen_stops_nothing(aws):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(f"{aws.path}/notify")
         env = {"NOTIFY_SOCKET": f"{aws.path}/notify", "WATCHDOG_USEC": "20000"}
         with aws.agent(env=env) as agent:
@@ -7411,16 +7378,15 @@ def test_guide_walkthrough_with_the_least_privilege_policy(more):
         assert len(said) <= (not more) and all(CHANGE[0] in line for line in said), said
 
 
-def test_drain_ends_with_a_table_when_the_queue_is_empty(moto):
-    with site(moto, visibility=600) as aws:
-        for number in range(5):
-            aws.job(f"a{number}", function_id="steady")
-        aws.job("b0", function_id="broken", exit=7)
-        table = ended(aws.agent("--drain")).out
-        assert re.search(r"^steady\s.*\b5\b", table, re.MULTILINE), table
-        assert re.search(r"^broken\s.*\b1\b", table, re.MULTILINE), table
-        assert len(runs_in(aws.path)) == 6 and dead(aws) + aws.count() == 1
-        assert ended(aws.agent("--drain")).out == "no task was run: nothing waited in the queue\n"
+def test_drain_ends_with_a_table_when_the_queue_is_empty(aws):
+    for number in range(5):
+        aws.job(f"a{number}", function_id="steady")
+    aws.job("b0", function_id="broken", exit=7)
+    table = ended(aws.agent("--drain")).out
+    assert re.search(r"^steady\s.*\b5\b", table, re.MULTILINE), table
+    assert re.search(r"^broken\s.*\b1\b", table, re.MULTILINE), table
+    assert len(runs_in(aws.path)) == 6 and dead(aws) + aws.count() == 1
+    assert ended(aws.agent("--drain")).out == "no task was run: nothing waited in the queue\n"
 
 
 NOTHING = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": "/nonexistent",
@@ -7437,28 +7403,26 @@ NOT_THERE = {
 
 
 @pytest.mark.parametrize("what", NOT_THERE)
-def test_what_cannot_start_says_so_in_one_line(moto, what):
+def test_what_cannot_start_says_so_in_one_line(aws, what):
     old, new, env, status, words = NOT_THERE[what]
-    with site(moto) as aws:
-        config = aws.config()
-        config.write_text(config.read_text().replace(old, new))
-        options = {"prefix": ["/usr/bin/python3", "-I"], "python": "-S"} if what == "boto3" else {}
-        agent = ended(Agent("--config", config, env={**aws.env, **env}, **options), status)
+    config = aws.config()
+    config.write_text(config.read_text().replace(old, new))
+    options = {"prefix": ["/usr/bin/python3", "-I"], "python": "-S"} if what == "boto3" else {}
+    agent = ended(Agent("--config", config, env={**aws.env, **env}, **options), status)
     lines = agent.log.strip().splitlines()
     assert "Traceback" not in agent.log and len(lines) <= 3 and words in agent.log, agent.log
     assert len(complaints(agent.log)) <= 1
 
 
-def test_check_of_a_usable_site_changes_nothing(moto):
-    with site(moto) as aws:
-        aws.job()
-        check = ended(aws.agent("--check"))
-        for word in ("setting", "credential", "queue", "visibility", "DLQ|dead-letter", "bucket",
-                     "CloudWatch", "python", "sandbox"):
-            assert re.search(word, check.out, re.IGNORECASE), f"{word} in\n{check.out}"
-        assert not aws.proxy.count("Receive*|Delete*|Change*|Send*|PutObject|DeleteObject")
-        assert not any(b"PeakMemoryBytes" in seen.body for seen in aws.proxy.requests)
-        assert visible(aws) == 1
+def test_check_of_a_usable_site_changes_nothing(aws):
+    aws.job()
+    check = ended(aws.agent("--check"))
+    for word in ("setting", "credential", "queue", "visibility", "DLQ|dead-letter", "bucket",
+                 "CloudWatch", "python", "sandbox"):
+        assert re.search(word, check.out, re.IGNORECASE), f"{word} in\n{check.out}"
+    assert not aws.proxy.count("Receive*|Delete*|Change*|Send*|PutObject|DeleteObject")
+    assert not any(b"PeakMemoryBytes" in seen.body for seen in aws.proxy.requests)
+    assert visible(aws) == 1
 
 
 NO_RUNTIMES = {"PATH": "/nonexistent"}  # to start each, and to compile, takes seconds
@@ -7498,16 +7462,15 @@ CHECKED = {
 
 
 @pytest.mark.parametrize("answer", CHECKED)
-def test_check_tells_what_aws_answers(moto, answer):
+def test_check_tells_what_aws_answers(aws, answer):
     operation, said, line, words = CHECKED[answer]
-    with site(moto) as aws:
-        aws.proxy.fail(operation, "said", said=said)
-        check = ended(aws.agent("--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
-                                output={"bucket": aws.bucket, "queueUrl": aws.queue_url}), line.startswith("FAIL"))
-        assert re.search(f"^{line}: .*{words}", check.out, re.MULTILINE), check.out
-        assert len(check.out.splitlines()) >= 9 and "Traceback" not in check.out + check.log, check.out
-        assert aws.count() == 0 and len(aws.s3.list_objects_v2(Bucket=aws.bucket)["Contents"]) == 1
-        assert line.startswith("ok") or said[3] in check.out
+    aws.proxy.fail(operation, "said", said=said)
+    check = ended(aws.agent("--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
+                            output={"bucket": aws.bucket, "queueUrl": aws.queue_url}), line.startswith("FAIL"))
+    assert re.search(f"^{line}: .*{words}", check.out, re.MULTILINE), check.out
+    assert len(check.out.splitlines()) >= 9 and "Traceback" not in check.out + check.log, check.out
+    assert aws.count() == 0 and len(aws.s3.list_objects_v2(Bucket=aws.bucket)["Contents"]) == 1
+    assert line.startswith("ok") or said[3] in check.out
 
 
 @pytest.mark.parametrize("runtime, program", [
@@ -7521,17 +7484,15 @@ def test_check_starts_each_runtime_for_real(runtime, program, folder):
     assert all(re.match(r"(ok    runtime \w+: /\S+, .*\d+\.\d+|none  )", line) for line in lines if line != failed)
 
 
-def test_check_of_a_wrong_endpoint_says_where_to_look(moto):
-    with site(moto) as aws:
-        check = ended(aws.agent("--check", env={**NO_RUNTIMES, "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}), 1)
+def test_check_of_a_wrong_endpoint_says_where_to_look(aws):
+    check = ended(aws.agent("--check", env={**NO_RUNTIMES, "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}), 1)
     for name in ("queue", "bucket", "CloudWatch"):
         assert re.search(f"^FAIL  {name}: .*127.0.0.1:1.*agent.aws.endpointUrl", check.out, re.MULTILINE), check.out
 
 
-def test_check_without_a_dlq_or_an_interpreter(moto):
-    with site(moto) as aws:
-        aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"RedrivePolicy": ""})
-        check = ended(aws.agent("--check", runtimes={"python": "/nonexistent/python3"}), 1)
+def test_check_without_a_dlq_or_an_interpreter(aws):
+    aws.sqs.set_queue_attributes(QueueUrl=aws.queue_url, Attributes={"RedrivePolicy": ""})
+    check = ended(aws.agent("--check", runtimes={"python": "/nonexistent/python3"}), 1)
     assert "/nonexistent/python3" in check.out and re.search("DLQ|dead-letter", check.out)
 
 
@@ -7640,9 +7601,9 @@ def signers(aws: Aws, key: str) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", slow_but(CREDENTIALS, "static keys", "role of a profile", "instance"))
-def test_credentials_of_each_kind_are_named_and_do_a_job(moto, kind):
+def test_credentials_of_each_kind_are_named_and_do_a_job(aws, kind):
     said, key, _ = CREDENTIALS[kind]
-    with site(moto) as aws, lender() as lent:
+    with lender() as lent:
         with_credentials(aws, kind, lent.url)
         aws.job()
         check = ended(aws.agent("--check"))
@@ -7661,9 +7622,9 @@ RENEWED = {"container": (12 * 60, ""), "instance": (29 * 60, (
 
 
 @pytest.mark.parametrize("kind", RENEWED)
-def test_credentials_that_expire_are_renewed_while_the_agent_runs(moto, kind):
+def test_credentials_that_expire_are_renewed_while_the_agent_runs(aws, kind):
     seconds, patch = RENEWED[kind]
-    with site(moto) as aws, lender("ASIAFIRST", seconds) as lent:
+    with lender("ASIAFIRST", seconds) as lent:
         with_credentials(aws, kind, lent.url)
         with aws.agent(patch=patch) as agent:
             aws.job()
@@ -7699,9 +7660,9 @@ UNFIT = {
 
 @pytest.mark.parametrize("name", slow_but(UNFIT, *(name for name, row in UNFIT.items() if row[0] in (
     "static keys", "SSO", "instance"))))
-def test_what_boto3_cannot_work_with_ends_the_start(moto, name):
+def test_what_boto3_cannot_work_with_ends_the_start(aws, name):
     kind, environment, words = UNFIT[name]
-    with site(moto) as aws, lender() as lent:
+    with lender() as lent:
         with_credentials(aws, kind, lent.url)
         (aws.path / "old/boto3").mkdir(parents=True)
         (aws.path / "old/boto3/__init__.py").write_text("__version__ = '1.26.27'")
@@ -7723,15 +7684,14 @@ NOT_LENT = ("User: arn:aws:iam::123456789012:user/base is not authorized to perf
     ((403, "AccessDenied", "", NOT_LENT), "trust policy"),
     ((400, "ExpiredTokenException", "", "Token expired"), "until it does"),
 ], ids=["denied", "expired"])
-def test_what_refuses_the_role_itself_is_told_from_a_missing_permission(moto, said, words):
-    with site(moto) as aws:
-        with_credentials(aws, "role of a profile", "")
-        aws.proxy.fail("AssumeRole", "said", said=said)
-        with aws.agent() as agent:
-            agent.wait_for(words)
-            assert said[3] in agent.log and "grant sqs" not in agent.log
-        check = ended(aws.agent("--check"), 1)
-        assert f"FAIL  credentials: An error occurred ({said[1]})" in check.out and said[3] in check.out
+def test_what_refuses_the_role_itself_is_told_from_a_missing_permission(aws, said, words):
+    with_credentials(aws, "role of a profile", "")
+    aws.proxy.fail("AssumeRole", "said", said=said)
+    with aws.agent() as agent:
+        agent.wait_for(words)
+        assert said[3] in agent.log and "grant sqs" not in agent.log
+    check = ended(aws.agent("--check"), 1)
+    assert f"FAIL  credentials: An error occurred ({said[1]})" in check.out and said[3] in check.out
 
 
 # agent.aws.endpointUrl, the environment, and where SQS, S3 and CloudWatch are then asked; boto3's order:
@@ -7775,9 +7735,9 @@ def test_the_endpoint_of_one_service_wins_as_boto3_has_it(tmp_path, monkeypatch,
     assert [{one.meta.endpoint_url for one in each} for each in made] == [{one} for one in endpoints]
 
 
-def test_each_service_is_asked_at_its_own_endpoint(moto):
+def test_each_service_is_asked_at_its_own_endpoint(aws, moto):
     """As with interface endpoints of a VPC; there is nothing at agent.aws.endpointUrl."""
-    with site(moto) as aws, FaultProxy(moto) as s3, FaultProxy(moto) as cloudwatch:
+    with FaultProxy(moto) as s3, FaultProxy(moto) as cloudwatch:
         aws.job()
         nothing = f"http://127.0.0.1:{free_port()}"
         env = {"AWS_ENDPOINT_URL": nothing, "AGENT_AWS_ENDPOINTURL": nothing, "AWS_ENDPOINT_URL_S3": s3.url,
@@ -7810,18 +7770,17 @@ LENT = {"main.py": "import json, os\nprint(json.dumps({k: v for k, v in os.envir
         "app.py": "def handler(event, context): import main\n"}
 
 
-def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(moto):
-    with site(moto) as aws:
-        aws.put(LENT)
-        with aws.agent(execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
-            for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
-                                     ("long", {"timeoutMs": 7_200_000}), ("short", {})):
-                aws.send(request_id, **task)
-                agent.wait_for(f"requestId={request_id} ")
-            aws.proxy.fail("AssumeRole", "too long", times=1, said=TOO_LONG)
-            aws.send("chained", timeoutMs=40_000_000)
-            agent.wait_for("requestId=chained ")
-            assert agent.stop() == 0
+def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(aws):
+    aws.put(LENT)
+    with aws.agent(execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
+        for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
+                                 ("long", {"timeoutMs": 7_200_000}), ("short", {})):
+            aws.send(request_id, **task)
+            agent.wait_for(f"requestId={request_id} ")
+        aws.proxy.fail("AssumeRole", "too long", times=1, said=TOO_LONG)
+        aws.send("chained", timeoutMs=40_000_000)
+        agent.wait_for("requestId=chained ")
+        assert agent.stop() == 0
     assert sessions(aws) == [3600, 7500, 40_300, 3600], agent.log
     first = lent(agent, "warm")
     assert first.keys() == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
@@ -7833,28 +7792,26 @@ def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_e
     assert len({lent(agent, each)["AWS_ACCESS_KEY_ID"] for each in ("warm", "long", "chained")}) == 3
 
 
-def test_without_a_role_functions_get_no_credentials(moto):
-    with site(moto) as aws:
-        aws.put(LENT)
-        aws.send("r1", env={"AWS_REGION": "eu-west-1"})
-        assert lent(ended(aws.agent("--drain")), "r1") == {"AWS_REGION": "eu-west-1"}
+def test_without_a_role_functions_get_no_credentials(aws):
+    aws.put(LENT)
+    aws.send("r1", env={"AWS_REGION": "eu-west-1"})
+    assert lent(ended(aws.agent("--drain")), "r1") == {"AWS_REGION": "eu-west-1"}
 
 
-def test_a_role_that_is_refused_is_an_error_in_awss_words(moto):
+def test_a_role_that_is_refused_is_an_error_in_awss_words(aws):
     role = {"functionRole": FUNCTION_ROLE}
-    with site(moto) as aws:
-        aws.put(LENT)
-        aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
-        check = ended(aws.agent("--check", execution=role), 1)
-        assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
-                         f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
-        aws.send()
-        with aws.agent(execution=role) as agent:
-            agent.wait_for("REPORT .*status=error .*reason=permission")
-            agent.stop()
-        assert "not authorized to perform: sts:AssumeRole" in agent.log and aws.count() == 1
-        aws.proxy.heal()
-        assert f"\nok    function role: {FUNCTION_ROLE}" in ended(aws.agent("--check", execution=role)).out
+    aws.put(LENT)
+    aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
+    check = ended(aws.agent("--check", execution=role), 1)
+    assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
+                     f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
+    aws.send()
+    with aws.agent(execution=role) as agent:
+        agent.wait_for("REPORT .*status=error .*reason=permission")
+        agent.stop()
+    assert "not authorized to perform: sts:AssumeRole" in agent.log and aws.count() == 1
+    aws.proxy.heal()
+    assert f"\nok    function role: {FUNCTION_ROLE}" in ended(aws.agent("--check", execution=role)).out
 
 
 # --- AWS's errors, by call
@@ -8128,31 +8085,29 @@ def test_refused_entry_of_a_batch_is_said_with_its_own_words(party, call, sender
 # --- the machine's own faults
 
 
-@trial
-def emulator_that_tells_less_than_aws_is_served_all_the_same(moto):
-    with site(moto) as aws, aws.agent() as agent:
-        aws.proxy.fail("ReceiveMessage", "emulator")
-        for number in range(4):
-            if number == 2:
-                aws.proxy.fail("GetObject", "emulator")
-            aws.put({"main.py": f"print('version {number}')"})
-            aws.send(f"r{number}")
-            agent.wait_for(f"REPORT requestId=r{number} .*status=ok")
-            assert f"[r{number}] stdout: version {number}" in agent.log
-        assert not agent.log.count("SentTimestamp") + agent.log.count("KeyError")
-        assert len(complaints(agent.log)) >= 4 and "the answer has no ETag, as S3's have" in agent.log
+@trial(visibility=30, agent={})
+def emulator_that_tells_less_than_aws_is_served_all_the_same(aws, agent):
+    aws.proxy.fail("ReceiveMessage", "emulator")
+    for number in range(4):
+        if number == 2:
+            aws.proxy.fail("GetObject", "emulator")
+        aws.put({"main.py": f"print('version {number}')"})
+        aws.send(f"r{number}")
+        agent.wait_for(f"REPORT requestId=r{number} .*status=ok")
+        assert f"[r{number}] stdout: version {number}" in agent.log
+    assert not agent.log.count("SentTimestamp") + agent.log.count("KeyError")
+    assert len(complaints(agent.log)) >= 4 and "the answer has no ETag, as S3's have" in agent.log
 
 
-@trial
-def launcher_that_dies_is_replaced_and_its_runs_are_errors(moto):
-    with site(moto, visibility=90) as aws, aws.agent(execution={"concurrency": 2}) as agent:
-        for request_id in ("r1", "r2"):
-            aws.job(request_id, sleep=20)
-        until(lambda: len(runs_in(aws.path)) == 2, what="the runs")
-        os.kill(family(agent.process.pid)[1], signal.SIGKILL)  # the agent's only child
-        until_gone(run_pids(aws.path), 15)
-        finish(aws, agent, ends={"error": 2, "ok": 2})
-        assert "launcher" in "".join(complaints(agent.log))
+@trial(visibility=90, agent=dict(execution={"concurrency": 2}))
+def launcher_that_dies_is_replaced_and_its_runs_are_errors(aws, agent):
+    for request_id in ("r1", "r2"):
+        aws.job(request_id, sleep=20)
+    until(lambda: len(runs_in(aws.path)) == 2, what="the runs")
+    os.kill(family(agent.process.pid)[1], signal.SIGKILL)  # the agent's only child
+    until_gone(run_pids(aws.path), 15)
+    finish(aws, agent, ends={"error": 2, "ok": 2})
+    assert "launcher" in "".join(complaints(agent.log))
 
 
 # What the agent may be started with: the words before its command.
