@@ -30,6 +30,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -979,6 +980,9 @@ class Aws:
                         f"    waitTimeSeconds: {wait}\n  s3:\n    codeBucket: {self.bucket}\n"
                         f"  taskBaseDir: {self.path / 'task'}\n" + extra)
         return path
+
+    def results_queue(self) -> str:
+        return self.sqs.create_queue(QueueName=self.name + "-results")["QueueUrl"]
 
     def put(self, files, key: str = "fn.zip"):
         self.s3.put_object(Bucket=self.bucket, Key=key,
@@ -3428,42 +3432,34 @@ def cloud():
 
 REACH = r"""
 import ctypes, os, socket, sys
+def tell(what, call, *arguments):
+    try:
+        call(*arguments)
+        said = "reached"
+    except BlockingIOError:  # it is under way
+        said = "reached"
+    except OSError as error:
+        said = type(error).__name__
+        if said == "ConnectionAbortedError":  # of the first try, once
+            return tell(what, call, *arguments)
+    if what: print(said, what)
 def reach(family, address, kind=socket.SOCK_STREAM, device=b""):
     with socket.socket(family, kind) as mouth:
         mouth.settimeout(3)
         if device: mouth.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
-        try:
-            mouth.connect((address, 80))
-            print("reached", address)
-        except OSError as error:
-            print(type(error).__name__, address)
+        tell(address, mouth.connect, (address, 80))
 def sneak():
     # An IPv6 socket keeps the device of a link-local address that refused it.
     own = [line.split()[0] for line in open("/proc/net/if_inet6") if line.startswith("fe80") and line.endswith(" eth0\n")]
+    address = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(own[0]))
     with socket.socket(socket.AF_INET6) as mouth:
         mouth.settimeout(3)
-        try:
-            mouth.connect((socket.inet_ntop(socket.AF_INET6, bytes.fromhex(own[0])), 1, 0, socket.if_nametoindex("eth0")))
-        except OSError:
-            pass
-        said = "ConnectionAbortedError"  # of the first try, once
-        while said == "ConnectionAbortedError":
-            try:
-                mouth.connect(("::ffff:169.254.169.254", 80))
-                said = "reached"
-            except OSError as error:
-                said = type(error).__name__
-        print(said, "sneaking")
+        tell("", mouth.connect, (address, 1, 0, socket.if_nametoindex("eth0")))
+        tell("sneaking", mouth.connect, ("::ffff:169.254.169.254", 80))
 def fast_open():
     with socket.socket() as mouth:
         mouth.setblocking(False)
-        try:
-            mouth.sendto(b"GET / HTTP/1.0\r\n\r\n", 0x20000000, ("169.254.169.254", 80))
-            print("reached fast")
-        except BlockingIOError:  # it is under way
-            print("reached fast")
-        except OSError as error:
-            print(type(error).__name__, "fast")
+        tell("fast", mouth.sendto, b"GET / HTTP/1.0\r\n\r\n", 0x20000000, ("169.254.169.254", 80))
 def reach_all():
     reach(socket.AF_INET, "169.254.169.254")
     sneak()
@@ -6164,7 +6160,7 @@ class SqsOutage:
         self.aws = stack.enter_context(make(moto, visibility=int(seconds) + 40 if sqs_too else 20))
         self.path, self.away, self.back = self.aws.path, self.aws.away, self.aws.back
         self.aws.put({**marker(), "ballast": os.urandom(1 << 20)}, "new.zip")
-        self.results = self.aws.sqs.create_queue(QueueName=self.aws.name + "-results")["QueueUrl"]
+        self.results = self.aws.results_queue()
 
     def job(self, request_id: str, key: str, sleep: float):
         self.aws.job(request_id, sleep=sleep, key=key)
@@ -6371,7 +6367,7 @@ def test_a_result_that_sqs_does_not_take_is_no_fault_of_its_queue():
 def result_trial(aws, operation, fault):
     """A result that may not be stored, or not before patience ends, leaves the message; when that
     is back, only the storing is repeated."""
-    results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
+    results = aws.results_queue()
     aws.proxy.fail(operation, fault)
     with aws.agent(output={"bucket": aws.bucket, "queueUrl": results},
                execution={"patienceSeconds": 3}) as agent:
@@ -6994,7 +6990,7 @@ print("done")
 
 
 def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(aws):
-    results = aws.sqs.create_queue(QueueName=aws.name + "-results")["QueueUrl"]
+    results = aws.results_queue()
     aws.put(LEAVES)
     output = {"bucket": aws.bucket, "s3Prefix": "out", "queueUrl": results}
     with aws.agent(output=output) as agent:
@@ -7300,18 +7296,6 @@ MOTO_ONLY = ["sqs:DeleteMessageBatch", "monitoring:PutMetricData"]  # AWS does n
 CHANGE = ["sqs:ChangeMessageVisibility", "sqs:ChangeMessageVisibilityBatch"]  # moto wants both
 
 
-@contextlib.contextmanager
-def guide_site():
-    """What the guide says to create, under the guide's names, in a moto of the test's own."""
-    with moto_server() as url, scratch() as path:
-        aws = Aws(url, path, 300, name="nanogrid-task-queue", bucket="nanogrid-code-bucket")
-        aws.put(GUIDE_ZIP, "functions/hello-python/v1.zip")
-        aws.send(body=GUIDE_MESSAGE.replace("5000", "60000"))
-        (path / "application.yml").write_text(GUIDE)
-        aws.env.update(AGENT_TASKBASEDIR=str(path / "task"), AGENT_METRICS_FLUSHSECONDS="1")
-        yield aws
-
-
 @pytest.mark.parametrize("more", [[], CHANGE], ids=["least", "more"])
 def test_guide_walkthrough_with_the_least_privilege_policy(more):
     """moto enforces IAM and checks signatures; a warning only where a lease cannot be extended."""
@@ -7319,8 +7303,13 @@ def test_guide_walkthrough_with_the_least_privilege_policy(more):
         urllib.request.urlopen(urllib.request.Request(
             aws.url + "/moto-api/reset-auth", str(count).encode(), {"Content-Type": "text/plain"}))
 
-    with guide_site() as aws:
-        iam = client_of(aws.url, "iam")
+    with moto_server() as url, scratch() as path:
+        aws = Aws(url, path, 300, name="nanogrid-task-queue", bucket="nanogrid-code-bucket")
+        aws.put(GUIDE_ZIP, "functions/hello-python/v1.zip")
+        aws.send(body=GUIDE_MESSAGE.replace("5000", "60000"))
+        (path / "application.yml").write_text(GUIDE)
+        aws.env.update(AGENT_TASKBASEDIR=str(path / "task"), AGENT_METRICS_FLUSHSECONDS="1")
+        iam = client_of(url, "iam")
         iam.create_user(UserName="agent")
         iam.put_user_policy(UserName="agent", PolicyName="least", PolicyDocument=json.dumps(
             {"Version": "2012-10-17", "Statement": [
@@ -7726,12 +7715,6 @@ NO_ROLE = (403, "AccessDenied", "", f"User: {WORKER} is not authorized to perfor
                                     f"resource: {FUNCTION_ROLE}")
 
 
-def sessions(aws: Aws) -> list[int]:
-    """How long the sessions were that were asked for, in seconds."""
-    return [int(urllib.parse.parse_qs(seen.body.decode())["DurationSeconds"][0])
-            for seen in aws.proxy.seen("AssumeRole")]
-
-
 def lent(agent: Agent, request_id: str) -> dict[str, str]:
     """What a run of LENT saw of AWS."""
     return json.loads(re.search(rf"\[{request_id}\] stdout: (.*)", agent.log)[1])
@@ -7752,7 +7735,8 @@ def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_e
         aws.send("chained", timeoutMs=40_000_000)
         agent.wait_for("requestId=chained ")
         assert agent.stop() == 0
-    assert sessions(aws) == [3600, 7500, 40_300, 3600], agent.log
+    asked = [urllib.parse.parse_qs(seen.body.decode()) for seen in aws.proxy.seen("AssumeRole")]
+    assert [int(each["DurationSeconds"][0]) for each in asked] == [3600, 7500, 40_300, 3600], agent.log
     first = lent(agent, "warm")
     assert first.keys() == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
                             "AWS_REGION", "AWS_DEFAULT_REGION"}
@@ -8235,6 +8219,8 @@ def test_local_nothing_is_renamed_over_another_task(tmp_path, monkeypatch, has_r
     assert (tmp_path / "b").read_text() == "b"
     ng.rename_new(f"{tmp_path}/a", f"{tmp_path}/c")
     assert sorted(os.listdir(tmp_path)) == ["b", "c"]
+    with ng.locked(f"{tmp_path}/c") as file:  # NFS locks no descriptor that may not write
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
 
 
 def test_local_what_cannot_be_taken_is_said_once_and_ends_no_drain(grids):
