@@ -7076,7 +7076,7 @@ SHUTDOWNS = {
 @trial("shutdown, {}", SHUTDOWNS, visibility=600)
 def shutdown_trial(aws, what):
     """The run ends or is killed, and what is not done is visible at once."""
-    seconds, grace, signals, statuses, left = SHUTDOWNS[what]
+    seconds, grace, signals, ends, left = SHUTDOWNS[what]
     settings = {"shutdownGraceSeconds": grace}
     with aws.agent(execution=settings) as agent:
         aws.job(sleep=seconds, timeoutMs=400000)
@@ -7089,8 +7089,8 @@ def shutdown_trial(aws, what):
         status = agent.end(90)
         assert visible(aws) == aws.count() == left, agent.log
         until_gone(run_pids(aws.path))
-        if statuses:
-            assert status == 0 and statuses(agent.log) == statuses
+        if ends:
+            assert status == 0 and statuses(agent.log) == ends
 
 
 @trial(visibility=30)
