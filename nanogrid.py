@@ -671,7 +671,7 @@ class Task:
 def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     """The task in a message body; raises Ended, which names every field that is wrong.
 
-    `any_bucket` is for --local: s3Bucket is not looked at, s3Key is a path below a folder.
+    `any_bucket` is the code source's.
     """
     given, input_text = _read_json(body)
     values = {"s3Bucket": settings.code_bucket or "", "timeoutMs": settings.default_timeout_ms,
@@ -1386,6 +1386,8 @@ class Message:
 class Queue(Protocol):
     """Where messages come from. From its receive to its end a message is in flight."""
 
+    rest_seconds: float  # after a receive that found nothing
+
     def receive(self, limit: int, drain: bool) -> list[Message]:
         """At most `limit` messages, after a while if there are none; raises what fails."""
 
@@ -1408,6 +1410,7 @@ class SqsQueue:
     def __init__(self, clients: Clients, settings: Settings, log: Log):
         self.url, self.log, self.settings = settings.queue_url, log, settings
         self.polls, self.sqs = clients.polls, clients.sqs
+        self.rest_seconds = 0.0 if settings.wait_time_seconds else 1.0  # then SQS does not wait
         self.visibility = 30  # until the queue says another
         self.has_dlq = True  # likewise: without one, what is rejected is delayed
         self.attributes_due = 0.0
@@ -1643,6 +1646,7 @@ class FolderQueue:
     How often a task was taken before stands in the hidden file queue/.NAME.json.takes.
     """
 
+    rest_seconds = 0.0
     TASKS = "[!.]*.json"
     PARTS = ("queue", "running", "dead", "results", "code")
 
@@ -1867,6 +1871,8 @@ class Package:
 class CodeSource(Protocol):
     """Where zips come from."""
 
+    any_bucket: bool  # it does not look at s3Bucket: s3Key is a path below a folder
+
     def get(self, task: Task, known: str, target: Path) -> tuple[str, float]:
         """Write the zip to `target`, unless `known` is still its ETag; its ETag and when it was so.
 
@@ -1878,6 +1884,7 @@ class CodeSource(Protocol):
 class S3Code:
     """The zips as S3 has them."""
 
+    any_bucket = False
     MOST_NOTED = 10_000  # objects that could not be fetched
 
     def __init__(self, s3: Any, log: Log):
@@ -1945,6 +1952,8 @@ class S3Code:
 
 class FolderCode:
     """The zips of DIR/code; a file's identity is its ETag."""
+
+    any_bucket = True
 
     def __init__(self, root: Path):
         self.root = root / "code"
@@ -4775,7 +4784,6 @@ class Agent:
         self.settings, self.log, self.slots = settings, log, slots
         self.queue, source, self.results, self.metrics = services
         self.code = CodeCache(source, slots.base / "code", log)
-        self.local = isinstance(self.queue, FolderQueue)
         # Conditions on one lock: a finished run wakes who has use for it, and nobody else.
         self.lock = threading.RLock()
         self.to_run = threading.Condition(self.lock)  # for the slots: something waits
@@ -4945,8 +4953,7 @@ class Agent:
                         self.space.wait(0.5)
                 if self.drain and is_idle and self.queue.is_empty():
                     break
-                if not self.local and not self.settings.wait_time_seconds:
-                    self._pause(1)  # SQS answered at once
+                self._pause(self.queue.rest_seconds)
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
                 advice = remedy(error, QUEUE_NEEDS, self.settings.queue_url)
                 pause = self.receiving.failed(advice or error)
@@ -5002,7 +5009,8 @@ class Agent:
                 old.report, receive_count=message.receive_count))
         else:
             try:
-                turn.task = task = parse_task(message.body, self.settings, any_bucket=self.local)
+                task = parse_task(message.body, self.settings, self.code.source.any_bucket)
+                turn.task = task
                 turn.report, turn.memory_mb = replace(turn.report, **task.known()), task.memory_mb
                 ends = time.monotonic() + task.timeout_ms / 1000
                 if ends > self.queue.lease_ends(message, ends):
