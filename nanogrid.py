@@ -3264,8 +3264,6 @@ def confine(room: Room) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
     if room.ruleset >= 0:
         kernel("syscall", LANDLOCK_RESTRICT, room.ruleset, 0)
-    with contextlib.suppress(OSError):  # a kernel without seccomp
-        kernel("prctl", PR_SET_SECCOMP, 2, KEY_PROGRAM)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
@@ -3274,9 +3272,8 @@ def become_user(spec: SlotSpec) -> None:
     """In a new child: the slot's user, without any capability."""
     uid, gid = spec.uid, spec.gid
     if uid is not None and gid is not None:
-        with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
-            for capability in range(64):
-                kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+        for capability in range(64):  # there may be less, or no CAP_SETPCAP to drop them
+            LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
         os.setgroups(spec.groups)
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)  # takes all capabilities, too
@@ -3692,6 +3689,8 @@ def supervise(agent: socket.socket, life: int, spec: SlotSpec, others: tuple[int
             os.close(other)
         os.setsid()
         kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
+        with contextlib.suppress(OSError):  # a kernel without seccomp
+            kernel("prctl", PR_SET_SECCOMP, 2, KEY_PROGRAM)
         Supervisor(spec, agent, life).work()
     except OSError as error:
         answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
