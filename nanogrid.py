@@ -3869,6 +3869,10 @@ class Report:
         return replace(self, outcome=replace(
             self.outcome, status="error", reason=reason, text=text))
 
+    def brief(self) -> Report:
+        """This report without the function's words, to be kept for a while."""
+        return replace(self, outcome=replace(self.outcome, stdout="", stderr="", returned=""))
+
     def pairs(self) -> dict[str, Any]:
         """The pairs of the REPORT line."""
         outcome = self.outcome
@@ -4153,24 +4157,17 @@ class FolderMetrics:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
-class Datum(NamedTuple):
-    """What values have in common that are published together."""
-
-    dimensions: tuple[tuple[str, str], ...]
-    second: int  # since the epoch, in which their runs ended
-
-
 class CloudWatchMetrics:
     """PeakMemoryBytes of each run, in batches. What is not sent yet is lost with the process."""
 
     MOST_KEPT = 100_000  # while CloudWatch is away
-    VALUES = 150  # PutMetricData's limit for one datum
-    # Its limit for a request is 1 MB: what a datum and a value take of that in the query protocol
-    REQUEST_BYTES, DATUM_BYTES, VALUE_BYTES = 1_000_000, 1000, 100
+    # PutMetricData's limit for one request. It has another of 1 MB, of which a value with the
+    # longest names takes 700 bytes.
+    MOST_SENT = 1000
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        self.values: deque[tuple[Datum, float]] = deque()
+        self.reports: deque[Report] = deque()  # whose peaks are to be sent, the oldest first
         self.dropped = 0
         self.service = Dependency(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
@@ -4181,15 +4178,13 @@ class CloudWatchMetrics:
     def put(self, report: Report) -> None:
         """Keep the run's peak for the next flush; the oldest may go."""
         if report.outcome.peak_memory_bytes is not None:
-            ended = int(report.outcome.ended_at or time.time())
-            datum = Datum(dimensions(report), ended)
             with self.lock:
-                self.values.append((datum, float(report.outcome.peak_memory_bytes)))
+                self.reports.append(report.brief())
                 self._bound()
 
     def _bound(self) -> None:
-        while len(self.values) > self.MOST_KEPT:
-            self.values.popleft()
+        while len(self.reports) > self.MOST_KEPT:
+            self.reports.popleft()
             self.dropped += 1
 
     def close(self, is_urgent: Callable[[], bool]) -> None:
@@ -4202,45 +4197,36 @@ class CloudWatchMetrics:
         pause, is_last = float(self.settings.flush_seconds), False
         while not is_last:
             is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
-            while values := self._take():
+            while reports := self._take():
                 _, error = attempt(
                     self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
-                    MetricData=[self._in_aws_terms(*one) for one in values])
+                    MetricData=list(map(self._in_aws_terms, reports)))
                 if error:
                     with self.lock:
-                        self.values.extendleft(
-                            (datum, one) for datum, ones in values for one in ones)
+                        self.reports.extendleft(reversed(reports))
                         self._bound()
                     pause = self.service.failed(remedy(error, "cloudwatch:PutMetricData") or error)
                     break
                 self.service.worked()
-                sent += sum(len(ones) for _, ones in values)
+                sent += len(reports)
             if sent:
                 lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
                 self.dropped = 0
                 self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
-    def _take(self) -> list[tuple[Datum, list[float]]]:
-        """The oldest values, as many as one request may have, by datum."""
-        groups: dict[Datum, list[list[float]]] = {}
-        size = 0
+    def _take(self) -> list[Report]:
+        """The oldest, as many as one request may have."""
         with self.lock:
-            while self.values and size < self.REQUEST_BYTES - self.DATUM_BYTES:
-                datum, value = self.values.popleft()
-                data = groups.setdefault(datum, [])
-                if not data or len(data[-1]) == self.VALUES:
-                    data.append([])
-                    size += self.DATUM_BYTES
-                data[-1].append(value)
-                size += self.VALUE_BYTES
-        return [(datum, values) for datum, data in groups.items() for values in data]
+            return [self.reports.popleft()
+                    for _ in range(min(self.MOST_SENT, len(self.reports)))]
 
     @staticmethod
-    def _in_aws_terms(datum: Datum, values: list[float]) -> dict[str, Any]:
-        counts = Counter(values)
-        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": datum.second,
-                "Values": list(counts), "Counts": list(map(float, counts.values())),
-                "Dimensions": [{"Name": name, "Value": value} for name, value in datum.dimensions]}
+    def _in_aws_terms(report: Report) -> dict[str, Any]:
+        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes",
+                "Value": float(report.outcome.peak_memory_bytes or 0),
+                "Timestamp": int(report.outcome.ended_at or time.time()),
+                "Dimensions": [{"Name": name, "Value": value}
+                               for name, value in dimensions(report)]}
 
 
 # --------------------------------------------------------------------------------------------
@@ -5296,8 +5282,7 @@ class Agent:
             self.counts[status] += 1
             self.space.notify()
             if self.drain:
-                outcome = replace(report.outcome, stdout="", stderr="", text="")
-                self.drained.append(replace(report, outcome=outcome))
+                self.drained.append(report.brief())
 
 
 def notify(state: str) -> None:
