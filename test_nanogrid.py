@@ -8,21 +8,21 @@ A new row in a table is mostly enough:
     what it leaves running, or to the next run ESCAPES, LEFTOVERS, OUTPUTS
     a warm Python as a bare one, a handler as Lambda calls it, a program that is compiled
                                                PROGRAMS, HANDLED, BUILT
-    what AWS answers, what fails for a while   AWS_ERRORS, CHECKED, SCENES, OUTAGES, SCENARIOS
+    what AWS answers, what fails for a while   CODES, AWS_ERRORS, CHECKED, SCENES, OUTAGES, SCENARIOS
 A table of functions is text: `=== name | runtime field=JSON | key=expected`, then main.py; `--- other.py`
 begins another file. `root`, `ordinary` and `room` beside the runtime: only there. All its rows are one
-drain, and each is then a test of its result, by check().
+drain, and each is then a test of its result, by check(). WORDS are functions that they share.
 
 Else write a test, for one of these worlds (each has put(), job() and agent()):
-    Folder     --local: `with Folder("ordinary") as folder:`, or the fixture grids(user, SETTING=…)
-    site(moto) SQS, S3 and CloudWatch in an emulator, behind a proxy that fails as it is told to
+    Folder     --local: the fixture folder, or grids(user, SETTING=…)
+    site(moto) SQS, S3 and CloudWatch in an emulator, behind a proxy that fails as told: the fixture aws
 and Party, the parts of the agent before answers of AWS's that the test writes.
 Functions tell what they did to a witness (`tell`, `marker`): they share no directory with the tests.
 
 Wait with until(), for a condition; never for a time, and assert no time that a busy machine breaks.
-What waits much and works little is a @trial: all of them run at once. What takes over five seconds
-is `slow`; `cgroup` needs a cgroup v2. It must pass as root and as an ordinary user, leave nothing
-behind, and have been seen to fail.
+What waits much and works little is a @trial(visibility=…, agent={…}), which gets a site and its agent:
+all of them run at once. What takes over five seconds is `slow`; `cgroup` needs a cgroup v2. It must
+pass as root and as an ordinary user, leave nothing behind, and have been seen to fail.
 """
 from __future__ import annotations
 
