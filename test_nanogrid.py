@@ -228,6 +228,9 @@ class Agent:
         except AssertionError as error:
             raise AssertionError(f"{error}; the log:\n{self.log}") from None
 
+    def until_ok(self, request_id: str, more: str = ""):
+        self.wait_for(f"REPORT requestId={request_id} .*status=ok{more}")
+
     def _ended(self):
         if self.process.poll() is not None and not any(r.is_alive() for r in self._readers):
             raise AssertionError(f"the agent ended with {self.process.returncode}")
@@ -237,6 +240,7 @@ class Agent:
         status = self.process.wait(patient(seconds))
         for reader in self._readers:
             reader.join(60)
+        assert not re.search("^(?!.* stderr: ).*Traceback", self.log + self.out, re.MULTILINE), self.log  # its own
         return status
 
     def send(self, number: int):
@@ -1061,7 +1065,7 @@ def finish(aws: Aws, agent: Agent, runs=None, ends=None, in_dlq: int = 0, second
     """All messages end, then the agent. `runs`: how often each request ran; `ends`: how many turns
     ended with each status."""
     until_settled(aws, agent, in_dlq, seconds)
-    assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
+    assert agent.stop() == 0
     assert runs is None or runs_in(aws.path) == runs, agent.log
     assert ends is None or Counter(statuses(agent.log)) == ends, agent.log
 
@@ -1345,22 +1349,16 @@ SPRING = f"""spring:
 server:
   port: 8080
 logging:
-  level:
-    com.nanogrid: DEBUG
   pattern:
     console: "%d{{HH:mm:ss}} %-5level - %msg%n"
 {GUIDE}
   docker:
-    host: unix:///var/run/docker.sock
     images:
       python: python:3.11-slim
   warmPool:
-    enabled: true
   polling:
     enabled: true
-    fixedDelayMillis: 1000
   redis:
-    host: localhost
     port: 6379
   taskBaseDir: /tmp/task
 """
@@ -3314,7 +3312,7 @@ def test_settings_that_are_replaced_stay_hidden(stages, user):
     with stage.agent(config=path) as agent:
         for n in range(3):
             stage.grid.put({"main.py": LOOK_AGAIN}, request_id=f"look-{n}", input=path)
-            agent.wait_for(f"REPORT requestId=look-{n} .*status=ok")
+            agent.until_ok(f"look-{n}")
             new = settings.with_suffix(".new")
             new.write_text("# telltale of another\n")
             new.chmod(0o644)
@@ -3521,7 +3519,7 @@ def test_the_instance_metadata_is_the_agents_alone(moto, grids):
         for request_id in ("refused", "again"):
             with machine.run(aws.agent, env=env) as agent:
                 aws.send(request_id, key="reach.zip", timeoutMs=60000)
-                agent.wait_for(f"REPORT requestId={request_id} .*status=ok")
+                agent.until_ok(request_id)
                 if request_id == "again":
                     Imds.announced = True
                     agent.wait_for("EC2 will interrupt")
@@ -3866,7 +3864,7 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
         if 3 not in victims:
             until_gone(run.pids)
             grid.put({"main.py": "print('fine')"}, request_id="next")
-            agent.wait_for("REPORT requestId=next .*status=ok")
+            agent.until_ok("next")
             assert agent.stop() == 0
     until_gone(run.pids)
     if victims == (3,):  # its launcher ends all, and takes away what was made
@@ -3874,7 +3872,7 @@ def test_nothing_of_a_run_is_left_whoever_is_killed(grids, victims):
     elif 3 in victims:  # there is nobody to do it; the next agent does
         grid.put({"main.py": "print('fine')"}, request_id="next")
         with grid.agent("--drain", "--log-level", "DEBUG") as agent:
-            agent.wait_for("REPORT requestId=next .*status=ok")
+            agent.until_ok("next")
             agent.stop()
     assert agents_cgroups() == set()
 
@@ -3886,9 +3884,9 @@ def test_a_slot_begins_nothing_before_the_last_run_is_gone_whose_supervisor_hung
     with grid.agent(prefix=patched("ng.Slot.SPARE_SECONDS = 20")) as agent:
         os.kill(run.begun()[1], signal.SIGSTOP)
         agent.wait_for("REPORT requestId=lasting .*status=error")
-        agent.wait_for("REPORT requestId=lasting .*status=ok")
+        agent.until_ok("lasting")
         grid.put({"main.py": "print('fine')"}, request_id="next")
-        agent.wait_for("REPORT requestId=next .*status=ok")
+        agent.until_ok("next")
         assert not any(map(alive, run.pids))
         agent.stop(signal.SIGKILL)
     until(lambda: agents_cgroups() == set(), what="the end of its cgroups")
@@ -3928,7 +3926,7 @@ time.sleep(600)
     with grid.agent() as agent:
         until(lambda: (grid.spool / "spins").exists(), what="the sessions")
         grid.put({"main.py": work}, function_id="work", request_id="work", timeoutMs=600000)
-        agent.wait_for("REPORT requestId=work .*status=ok")
+        agent.until_ok("work")
         agent.stop(signal.SIGINT)
         agent.stop(signal.SIGINT)
     # Half of one processor at the least; beside 40 equals on two it would be a twentieth.
@@ -3972,7 +3970,7 @@ def test_what_systemd_delegates_is_divided(grids):
         until(lambda: not list(place.glob("*/")), what="the end of what its launcher takes away")
         grid.put({"main.py": "print('fine')"}, request_id="next")
         with grid.agent(prefix=prefix) as agent:
-            agent.wait_for("REPORT requestId=next .*status=ok")
+            agent.until_ok("next")
             assert agent.stop(signal.SIGTERM) == 0
         assert not list(place.glob("*/")), "cgroups are left"
 
@@ -4730,12 +4728,11 @@ from __future__ import annotations
 def f(x: undefined): return f.__annotations__
 print(f(1))
 exec("def g(x: also): pass\nprint(g.__annotations__)")
-=== a future of the starter does not leak
-def f(x: "text", y: (1 + 1)): pass
-print(f.__annotations__)
-=== an assert and a docstring are kept
+=== an assert and a docstring are kept, and no future of the starter
 '''doc of main'''
 print(__doc__, __debug__)
+def f(x: "text", y: (1 + 1)): pass
+print(f.__annotations__)
 assert False
 === KeyboardInterrupt, sent
 import os, signal, time
@@ -4813,11 +4810,13 @@ class D:
 def helper(): return "helped"
 a = D("a"); _b = D("_b"); c = [D("c")]
 print("end")
-=== __del__ that fails
+=== __del__ that fails, a coroutine never awaited
 class D:
     def __del__(self): raise ValueError("in del")
 d = D()
 del d
+async def c(): pass
+c()
 === __del__ in a module | unordered
 import mod
 class D:
@@ -4891,9 +4890,6 @@ atexit.register(last)
 === a callback of the collector at the end
 import gc, os
 gc.callbacks.append(lambda phase, info: os.write(1, b"collected\n") if phase == "start" else None)
-=== a coroutine never awaited
-async def c(): pass
-c()
 === files and directories left open
 import atexit, os, tempfile
 out = open("out", "w"); out.write("text in a buffer")
@@ -4916,12 +4912,14 @@ import logging, logging.handlers
 target = logging.StreamHandler()
 logging.getLogger().addHandler(logging.handlers.MemoryHandler(100, target=target))
 logging.warning("kept in memory until the end")
-=== output without a line end
-import sys
-sys.stdout.write("out"); sys.stderr.write("err")
-=== output in bytes and text
+=== output reopened, in bytes and text, without a line end
 import os, sys
-sys.stdout.write("text "); sys.stdout.flush(); sys.stdout.buffer.write(b"\xff\x00bytes "); sys.stdout.flush(); os.write(1, b"raw")
+print("one", flush=True)
+with open("/dev/stdout", "w") as again: again.write("two\n")
+with open(1, "w", closefd=False) as again: again.write("three\n")
+sys.stdout.write("text "); sys.stdout.flush()
+sys.stdout.buffer.write(b"\xff\x00bytes "); sys.stdout.flush(); os.write(1, b"raw")
+sys.stdout.write("out"); sys.stderr.write("err")
 === sys.stdout.close
 import sys
 print("before")
@@ -4951,10 +4949,6 @@ print("unseen")
 import sys
 sys.stdout = open("/dev/full", "w")
 print("x")
-=== stdout reopened
-print("one", flush=True)
-with open("/dev/stdout", "w") as again: again.write("two\n")
-with open(1, "w", closefd=False) as again: again.write("three\n")
 === unencodable output
 print("\udcff")
 === own excepthook
@@ -5004,15 +4998,12 @@ print("main ends"); said.set()
 import threading, time
 threading.Thread(target=lambda: (time.sleep(0.2), print("worked"))).start()
 raise ValueError("main failed")
-=== a daemon thread does not
+=== daemon threads do not, not even those that work on
 import threading, time
-def work(): time.sleep(60); print("never")
-threading.Thread(target=work, daemon=True).start()
-=== a daemon thread that works on
-import threading
+def sleep(): time.sleep(60); print("never")
 def work():
     while True: sum(range(1000))
-for _ in range(3): threading.Thread(target=work, daemon=True).start()
+for each in (sleep, work, work): threading.Thread(target=each, daemon=True).start()
 print("main ends")
 === threads, atexit and pools in order
 import atexit, concurrent.futures, threading, time
@@ -5080,12 +5071,10 @@ import os, sys
 if os.environ.get("AGAIN"): sys.exit(print("again", sys.argv))
 os.environ["AGAIN"] = "1"
 os.execv(sys.executable, [sys.executable, "main.py", "argument"])
-=== subprocess
+=== subprocess, and a child that is not waited for
 import subprocess, sys
 done = subprocess.run([sys.executable, "-c", "import sys; print(sys.flags, sys.argv); sys.exit(3)"], capture_output=True)
 print(done.returncode, done.stdout, done.stderr, subprocess.getoutput("echo out; echo err >&2"))
-=== a child that is not waited for
-import subprocess
 subprocess.Popen(["true"])
 print("end")
 === asyncio, interrupted, and an error
@@ -5103,8 +5092,12 @@ try: asyncio.run(interrupted())
 except KeyboardInterrupt: print("interrupted")
 asyncio.run(fails())
 === what the standard library does with __main__ and its files
-import ctypes, dataclasses, decimal, enum, inspect, os, pickle, random, runpy, sys, time, typing
+import ctypes, dataclasses, decimal, doctest, enum, inspect, os, pickle, random, runpy, sys, time, typing
 def f(x):
+    '''
+    >>> f(1)
+    3
+    '''
     return x + 1  # a comment
 class C:
     def __init__(self, n): self.n = n
@@ -5113,6 +5106,7 @@ class D:
     n: int = 1
     other: "D | None" = None
 class E(enum.Enum): A = 1
+print(doctest.testmod())
 print(inspect.getsource(f), inspect.getfile(f), inspect.getsourcelines(f)[1], inspect.getmodule(f))
 print(inspect.getsource(C), inspect.getsourcefile(C), f.__module__, C.__module__, f.__code__.co_filename)
 print(pickle.loads(pickle.dumps(C(5))).n, pickle.loads(pickle.dumps(f)) is f, pickle.dumps(C(1)))
@@ -5134,15 +5128,6 @@ print(calls)
 x = __name__
 --- data.txt
 some data
-=== doctest
-def f():
-    '''
-    >>> f()
-    2
-    '''
-    return 1
-import doctest
-print(doctest.testmod())
 === unittest
 import unittest
 class T(unittest.TestCase):
@@ -5993,7 +5978,6 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
         ends = Counter((each["status"], each.get("reason")) for each in reports(log))
         assert {status for status, _ in ends} <= {"ok", "rejected", "released", "error"}, (seed, ends)
         assert {reason for status, reason in ends if status == "error"} <= {"s3", "output"}, (seed, ends, log[-20000:])
-        assert "Traceback" not in log, f"seed {seed}"
         assert not without_a_kill, f"{without_a_kill} ran again though their agent lived (seed {seed})"
         return f"{len(again)} of {len(good)} ran again, after {len(killed)} kills (seed {seed})"
 
@@ -6054,7 +6038,6 @@ def fault_trial(moto: str, what: str, fault: str):
         log = agent.log
         assert runs_in(aws.path) == {"r1": 1, "after": 1} and not dead(aws), log
         assert statuses(log).count("ok") == 2
-        assert "Traceback" not in log
         assert metric_values(aws, aws.name) == 2 or what == "metrics" and fault in UNHEARD
         tried = [at for at in tried if at <= tried[0] + lasts]  # this test may have slept for longer
         assert len(tried) <= (20 if what in IN_PLACE else 12), "tries that do not grow apart"
@@ -6272,7 +6255,6 @@ def outage_trial(moto: str, what: str, seconds: float, number: int = 0):
         log, runs = first.log + (last.log if number else ""), runs_in(world.path)
         again = {name for name, times in runs.items() if times > 1}
         assert set(runs) == set(JOBS) and again <= (set(JOBS[:2]) if number else set()), log
-        assert "Traceback" not in log, log
         world.check(log, not number)
         if not number or number == signal.SIGTERM and what == "a folder's disk":
             assert receives(log) == {1}, log
@@ -6394,7 +6376,7 @@ def result_trial(aws, operation, fault):
         assert reports(agent.log)[0]["status"] == "error" and aws.count() == 1
         aws.proxy.heal()
         until_settled(aws, agent)
-        agent.wait_for("REPORT requestId=r1 .*status=ok")
+        agent.until_ok("r1")
         assert reports(agent.log)[-1]["status"] == "ok" and runs_in(aws.path) == {"r1": 1}
         stored = aws.s3.get_object(Bucket=aws.bucket, Key="outputs/r1/result.json")["Body"].read()
         assert json.loads(stored)["status"] == "ok" and json.loads(stored)["success"] is True
@@ -6475,7 +6457,7 @@ def sigterm_while_deleting_deletes_first(aws, agent):
     aws.proxy.until("DeleteMessageBatch")
     aws.proxy.fail("DeleteMessageBatch", "status 500", times=2)
     aws.job("r2")
-    agent.wait_for("REPORT requestId=r2 .*status=ok")
+    agent.until_ok("r2")
     assert agent.stop() == 0 and not aws.count(), agent.log
 
 
@@ -6530,7 +6512,7 @@ def what_is_wrong_with_a_zip_is_not_fetched_nor_compiled_again_until_the_zip_cha
         aws.put({"main.py": "print('mended')"}, "corrupt.zip")
         aws.send("mended", key="corrupt.zip")
         until_settled(aws, agent, 10)
-        agent.wait_for("REPORT requestId=mended .*status=ok")
+        agent.until_ok("mended")
         agent.stop()
     assert Counter(statuses(agent.log)) == {"rejected": 30, "ok": 1}
 
@@ -6545,7 +6527,7 @@ def no_run_starts_under_a_lease_that_is_lost(aws, agent):
     time.sleep(8)
     agent.send(signal.SIGCONT)
     until_settled(aws, agent)
-    agent.wait_for("REPORT requestId=r1 .*status=ok")
+    agent.until_ok("r1")
     agent.stop()
     first, second = reports(agent.log)
     assert (first["status"], first["reason"]) == ("released", "lease") and second["status"] == "ok"
@@ -6668,7 +6650,7 @@ def test_drain_without_waits_ends_after_its_own_rejected_message(aws):
 def test_drain_whose_queue_is_away_for_longer_than_patience_ends_with_1(aws):
     aws.proxy.fail("ReceiveMessage", "reset")
     agent = ended(aws.agent("--drain", execution={"patienceSeconds": 2}), 1)
-    assert "the drain is given up after" in agent.log and "Traceback" not in agent.log
+    assert "the drain is given up after" in agent.log
 
 
 def test_peaks_carry_the_time_at_which_the_run_ended(party, tmp_path):
@@ -6715,7 +6697,7 @@ def full_disk_takes_idle_packages_and_is_an_error_when_patience_ends(aws):
         assert seen == [("a", "ok"), ("b", "ok"), ("c", "ok"), ("large", "error"), ("fine", "ok")], agent.log
         assert re.search("No space left|File too large", agent.log)
         assert "packages that no run uses were removed" in agent.log
-        assert "Traceback" not in agent.log and agent.process.poll() is None
+        assert agent.process.poll() is None
 
 
 def test_the_code_cache_takes_a_share_of_the_disk(folder, monkeypatch):
@@ -6778,17 +6760,17 @@ def test_a_full_disk_under_a_folder_stops_no_slot(grids):
     with grid.agent() as agent:
         pid = agent.process.pid
         grid.put({"main.py": "print(1)"}, request_id="before", function_id="f")
-        agent.wait_for("REPORT requestId=before .*status=ok")
+        agent.until_ok("before")
         set_limit(pid, "--fsize=0:")
         grid.put(request_id="during", function_id="f")
         agent.wait_for("storing results in .*too large")
         until(lambda: len(grid.names("running")) == 1 and not grid.names("queue"), what="the task in hand")
         assert "requestId=during" not in agent.log
         set_limit(pid, "--fsize=unlimited:")
-        agent.wait_for("REPORT requestId=during .*status=ok .*receiveCount=1")
+        agent.until_ok("during", " .*receiveCount=1")
         grid.put({"main.py": with_tell(FAILS_ONCE)}, request_id="after", input=str(grid.spool / "mark"))
-        agent.wait_for("REPORT requestId=after .*status=ok")  # its first take was counted in a file
-        assert agent.stop() == 0 and "Traceback" not in agent.log, agent.log
+        agent.until_ok("after")  # its first take was counted in a file
+        assert agent.stop() == 0
     assert not os.listdir(grid.path / "running") and not os.listdir(grid.path / "dead")
     assert len(complaints(agent.log)) == agent.log.count(" works again after ") >= 1, agent.log
 
@@ -6803,13 +6785,13 @@ def test_no_more_processes_is_waited_out(grids):
 
     with grid.agent() as agent:
         grid.put({"run.sh": "true"}, "cpp", "before", "before")
-        agent.wait_for("REPORT requestId=before .*status=ok")
+        agent.until_ok("before")
         limit(1)
         grid.put({"main.py": ""}, "python", "during", "during")
         agent.wait_for("starting functions failed: .*unavailable.*trying on")
         limit(usual)
-        agent.wait_for("REPORT requestId=during .*status=ok .*receiveCount=1")
-        assert agent.stop() == 0 and agent.log.count("Traceback") == 0, agent.log
+        agent.until_ok("during", " .*receiveCount=1")
+        assert agent.stop() == 0
 
 
 # --- duplicates
@@ -7102,7 +7084,7 @@ def sigterm_while_the_queue_has_not_answered_yet_ends_clean(aws):
     with aws.agent() as agent:
         aws.proxy.until("GetQueueAttributes")
         assert agent.stop(seconds=60) == 0
-    assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*")), agent.log
+    assert not list((aws.path / "task").glob("*")), agent.log
 
 
 @trial(visibility=600)
@@ -7122,7 +7104,7 @@ def sigterm_gives_back_a_message_whose_code_is_not_there_yet(aws):
         assert agent.end(20) == 0 and not runs_in(aws.path)
     assert sorted((each["requestId"], each["status"]) for each in reports(agent.log)) == \
         [("compiling", "released"), ("fetching", "released")]
-    assert "Traceback" not in agent.log and not list((aws.path / "task").glob("*"))
+    assert not list((aws.path / "task").glob("*"))
 
 
 READY, RUN = b'{"kind": "ready", "pid": 0, "gaps": []}\n', ng.RunSpec((), "", {}, {}, "", "", 1, 1, 1, 1)
@@ -7373,7 +7355,7 @@ def test_what_cannot_start_says_so_in_one_line(aws, what):
     options = {"prefix": ["/usr/bin/python3", "-I"], "python": "-S"} if what == "boto3" else {}
     agent = ended(Agent("--config", config, env={**aws.env, **env}, **options), status)
     lines = agent.log.strip().splitlines()
-    assert "Traceback" not in agent.log and len(lines) <= 3 and words in agent.log, agent.log
+    assert len(lines) <= 3 and words in agent.log, agent.log
     assert len(complaints(agent.log)) <= 1
 
 
@@ -7431,7 +7413,7 @@ def test_check_tells_what_aws_answers(aws, answer):
     check = ended(aws.agent("--check", env=NO_RUNTIMES, execution={"metadata": "allow"},
                             output={"bucket": aws.bucket, "queueUrl": aws.queue_url}), line.startswith("FAIL"))
     assert re.search(f"^{line}: .*{words}", check.out, re.MULTILINE), check.out
-    assert len(check.out.splitlines()) >= 9 and "Traceback" not in check.out + check.log, check.out
+    assert len(check.out.splitlines()) >= 9, check.out
     assert aws.count() == 0 and len(aws.s3.list_objects_v2(Bucket=aws.bucket)["Contents"]) == 1
     assert line.startswith("ok") or said[3] in check.out
 
@@ -7492,7 +7474,7 @@ def test_folder_that_is_not_usable_is_named_in_one_line(grids, trouble, flag):
     said = agent.out + agent.log
     is_usage = (trouble, flag) in (("missing", "--drain"), ("a file", "--drain"))
     words = "there is no such folder; make it" if is_usage else words
-    assert status == 1 + is_usage and re.search(words, said) and "Traceback" not in said, said
+    assert status == 1 + is_usage and re.search(words, said), said
     assert sum("FAIL" in line or " ERROR " in line for line in said.splitlines()) == 1, said
     assert sorted(grid.path.rglob("*")) == before
 
@@ -7636,7 +7618,7 @@ def test_what_boto3_cannot_work_with_ends_the_start(aws, name):
             assert agent.stop() == 0 if kind == "web identity" else agent.end() == 1  # a token's file is waited for
         assert not aws.proxy.requests and len(complaints(agent.log)) <= 2, agent.log
     assert re.search(f"^FAIL  credentials: .*{words}", check.out, re.MULTILINE), check.out
-    assert not re.search("Traceback|SAID|NEVER", agent.log + check.out + check.log)
+    assert not re.search("SAID|NEVER", agent.log + check.out + check.log)
 
 
 NOT_LENT = ("User: arn:aws:iam::123456789012:user/base is not authorized to perform: sts:AssumeRole on "
@@ -8051,7 +8033,7 @@ def emulator_that_tells_less_than_aws_is_served_all_the_same(aws, agent):
             aws.proxy.fail("GetObject", "emulator")
         aws.put({"main.py": f"print('version {number}')"})
         aws.send(f"r{number}")
-        agent.wait_for(f"REPORT requestId=r{number} .*status=ok")
+        agent.until_ok(f"r{number}")
         assert f"[r{number}] stdout: version {number}" in agent.log
     assert not agent.log.count("SentTimestamp") + agent.log.count("KeyError")
     assert len(complaints(agent.log)) >= 4 and "the answer has no ETag, as S3's have" in agent.log
