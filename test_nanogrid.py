@@ -4734,29 +4734,10 @@ print(__doc__, __debug__)
 def f(x: "text", y: (1 + 1)): pass
 print(f.__annotations__)
 assert False
-=== KeyboardInterrupt, sent
-import os, signal, time
-os.kill(os.getpid(), signal.SIGINT)
-time.sleep(5)
 === own handler of SIGTERM
 import os, signal, sys
 signal.signal(signal.SIGTERM, lambda number, frame: (print("handled", number, frame.f_code.co_name), sys.exit(5)))
 os.kill(os.getpid(), signal.SIGTERM)
-=== SIGTERM sent to itself
-import os, signal
-print("lost in the buffer")
-os.kill(os.getpid(), signal.SIGTERM)
-=== SIGSEGV
-import os, signal
-os.kill(os.getpid(), signal.SIGSEGV)
-=== os.abort
-import os
-print("flushed", flush=True)
-os.abort()
-=== os._exit
-import os
-print("lost")
-os._exit(7)
 === SIGPIPE
 import os
 ends = os.pipe()
@@ -4785,10 +4766,6 @@ atexit.register(lambda: sys.exit(9))
 atexit.register(lambda: atexit.register(say, "registered at exit"))
 atexit.register(say, "last registered")
 sys.exit(3)
-=== atexit after a traceback
-import atexit
-atexit.register(print, "at exit")
-1 / 0
 === atexit registered twice, unregistered
 import atexit
 atexit.register(print, "twice"); atexit.register(print, "twice")
@@ -4887,9 +4864,6 @@ sys.setprofile(lambda frame, event, arg: None if event != "call" else os.write(1
 import atexit
 def last(): pass
 atexit.register(last)
-=== a callback of the collector at the end
-import gc, os
-gc.callbacks.append(lambda phase, info: os.write(1, b"collected\n") if phase == "start" else None)
 === files and directories left open
 import atexit, os, tempfile
 out = open("out", "w"); out.write("text in a buffer")
@@ -4920,37 +4894,11 @@ with open(1, "w", closefd=False) as again: again.write("three\n")
 sys.stdout.write("text "); sys.stdout.flush()
 sys.stdout.buffer.write(b"\xff\x00bytes "); sys.stdout.flush(); os.write(1, b"raw")
 sys.stdout.write("out"); sys.stderr.write("err")
-=== sys.stdout.close
-import sys
-print("before")
-sys.stdout.close()
-=== descriptor 1 closed
-import os
-print("lost")
-os.close(1)
-=== descriptor 2 closed
-import os
-os.close(2)
-1 / 0
-=== print after close
-import sys
-sys.stdout.close()
-print("x")
 === stdout replaced
 import io, sys
 sys.stdout = io.StringIO()
 print("unseen")
 sys.stderr.write(repr(sys.stdout.getvalue()))
-=== stdout is None
-import sys
-sys.stdout = None
-print("unseen")
-=== stdout full
-import sys
-sys.stdout = open("/dev/full", "w")
-print("x")
-=== unencodable output
-print("\udcff")
 === own excepthook
 import sys
 sys.excepthook = lambda kind, value, trace: print("hook", kind.__name__, value, trace.tb_lineno, trace.tb_next)
@@ -4959,14 +4907,6 @@ sys.excepthook = lambda kind, value, trace: print("hook", kind.__name__, value, 
 import sys
 def hook(*_): print(sys.exc_info()); raise TypeError("hook failed")
 sys.excepthook = hook
-1 / 0
-=== no excepthook
-import sys
-del sys.excepthook
-1 / 0
-=== excepthook exits
-import sys
-sys.excepthook = lambda *_: sys.exit(6)
 1 / 0
 === traceback limit
 import sys
@@ -5184,14 +5124,25 @@ kept = open("/dev/stdout", "a")
 kept.write("flushed ")
 print("before ", flush=True)
 """
-PROGRAMS.update({
-    f"way out {n}: {way}": Case({"main.py": HELD + way}, "python", {}, {}, None, unordered=True)
-    for n, way in enumerate((
-        "sys.exit()", "1 / 0", "raise SystemExit", "__import__('unittest').main()", "quit(4)",
-        "raise SystemExit(1, 'two')", "raise KeyboardInterrupt", *map("sys.exit({})".format, (
-            "None", "0", "3", "256", "-1", "True", "False", "'text'", "''", "'é\\udcff'", "b'x'",
-            "object", "(1, 2)", "1.5", "2 ** 31", "2 ** 70", "-2 ** 70", "[]", "ValueError('x')",
-            "Status.NONE", "Status.SOME"))))})
+PLAIN = """import atexit, gc, os, signal, sys, time
+print("in the buffer")
+"""
+WAYS_OUT = [(HELD, way) for way in (
+    "sys.exit()", "1 / 0", "raise SystemExit", "__import__('unittest').main()", "quit(4)",
+    "raise SystemExit(1, 'two')", "raise KeyboardInterrupt", *map("sys.exit({})".format, (
+        "None", "0", "3", "256", "-1", "True", "False", "'text'", "''", "'é\\udcff'", "b'x'",
+        "object", "(1, 2)", "1.5", "2 ** 31", "2 ** 70", "-2 ** 70", "[]", "ValueError('x')",
+        "Status.NONE", "Status.SOME")))]
+WAYS_OUT += [(PLAIN, way) for way in (
+    *map("os.kill(os.getpid(), signal.{})\ntime.sleep(5)".format, ("SIGINT", "SIGTERM", "SIGSEGV")),
+    "os.abort()", "os._exit(7)", "os.close(1)", "os.close(2)\n1 / 0", "print('\\udcff')",
+    "sys.stdout.close()", "sys.stdout.close()\nprint('x')", "sys.stdout = None",
+    "sys.stdout = open('/dev/full', 'w')\nprint('x')",
+    "del sys.excepthook\n1 / 0", "sys.excepthook = lambda *_: sys.exit(6)\n1 / 0",
+    "atexit.register(print, 'at exit')\n1 / 0",
+    "gc.callbacks.append(lambda phase, _: os.write(1, b'collected') if phase == 'start' else None)")]
+PROGRAMS.update({f"way out {n}: {way}": Case({"main.py": head + way}, "python", {}, {}, None, unordered=True)
+                 for n, (head, way) in enumerate(WAYS_OUT)})
 PROGRAMS.update({name: Case({"main.py": source}, "python", {}, {}, None) for name, source in {
     "latin-1 without a cookie": b"print('caf\xe9')\n",
     "latin-1 with a cookie": b"# -*- coding: latin-1 -*-\nprint('caf\xe9')\n1/0 # \xe9\n",
@@ -6549,7 +6500,7 @@ def ahead_trial(aws, agent, number):
     until(lambda: visible(aws) == 9, 15, f"nine messages\n{agent.log}")
     polls = aws.proxy.count("ReceiveMessage")
     time.sleep(2)
-    assert aws.proxy.count("ReceiveMessage") - polls <= 1 and visible(aws) == 9, "nothing can start"
+    assert aws.proxy.count("ReceiveMessage") - polls <= 1, "nothing can start"
     given = [each for each in reports(agent.log, ahead=True) if each["requestId"].startswith("slow")]
     assert number or {(each["status"], each["reason"]) for each in given} <= {("released", "ahead")}
     assert (agent.end() if number else agent.stop()) == 0
