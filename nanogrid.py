@@ -2853,8 +2853,8 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def sweep(path: str, keep: Collection[str] = ()) -> None:
     """Empty a directory but for `keep`: no modes, no depth and no link of a function's stop it.
 
-    Nothing may be running that could change it. What lies deep is moved up into it, so that no path
-    grows too long.
+    What lies below is closed first to who got hold of it over a socket. What lies deep is moved up
+    into it, so that no path grows too long.
     """
     pending = [path]
     while pending:
@@ -2868,6 +2868,7 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
             with contextlib.suppress(OSError):
                 os.rmdir(entry.path)  # most are empty
                 continue
+            os.chown(entry.path, os.geteuid(), -1)
             os.chmod(entry.path, 0o700)
             below.append(entry.path)
             if len(entry.path) > len(path) + 500:  # characters, of up to 4 bytes
