@@ -2545,11 +2545,6 @@ def test_no_function_forges_a_log_line(grids, log_format):
 
 # --- measuring
 
-PEAK = """
-import json, re, sys
-block = bytearray(json.load(sys.stdin) << 20)
-print(re.search(r"VmHWM:.*", open("/proc/self/status").read())[0])
-"""
 HOLD_300_MB = ("import runpy, sys; hold = bytearray(300 << 20); sys.argv = sys.argv[2:]; "
                "runpy.run_path(sys.argv[0], run_name='__main__')")
 
@@ -2560,9 +2555,14 @@ HOLD_300_MB = ("import runpy, sys; hold = bytearray(300 << 20); sys.argv = sys.a
     pytest.param(1, [PYTHON, "-c", HOLD_300_MB], id="agent of 300 MB", marks=pytest.mark.slow)])
 def test_peak_is_what_the_function_itself_sees(grids, user, concurrency, prefix):
     """Within 1 MiB or 3 % of its own VmHWM; a small run right after a large one is in the list."""
+    source = """
+import json, re, sys
+block = bytearray(json.load(sys.stdin) << 20)
+print(re.search(r"VmHWM:.*", open("/proc/self/status").read())[0])
+"""
     grid = grids(user, EXECUTION_CONCURRENCY=concurrency, EXECUTION_MEMORYMB=4096)
     cpp = make_zip({"main*": cpp_binary()})
-    grid.put({"main.py": PEAK}, function_id="py", input=0, request_id="r0")
+    grid.put({"main.py": source}, function_id="py", input=0, request_id="r0")
     for mib in (50, 600, 0, 150, 300, 0, 600):
         grid.put(runtime="python", function_id="py", input=mib, memoryMb=1024, timeoutMs=120000)
         grid.put(cpp, runtime="cpp", function_id="cpp", input=f"peak-{mib}" if mib else "hello", memoryMb=1024,
@@ -3294,7 +3294,10 @@ def test_slots_and_processes_of_others_cannot_be_touched(grids):
     assert not list(Path("/tmp").glob("nanogrid-from-*")) + list(Path("/dev/shm").glob("nanogrid-from-*"))
 
 
-LOOK_AGAIN = r"""
+@pytest.mark.parametrize("user", ["root", "ordinary"])
+def test_settings_that_are_replaced_stay_hidden(stages, user):
+    """Who renames a file over a mount point takes the mount away, as editors and deployments do."""
+    source = r"""
 import os, sys
 for path in sys.stdin.read().strip('"').split():
     try:
@@ -3302,16 +3305,11 @@ for path in sys.stdin.read().strip('"').split():
     except OSError as error:
         print(type(error).__name__)
 """
-
-
-@pytest.mark.parametrize("user", ["root", "ordinary"])
-def test_settings_that_are_replaced_stay_hidden(stages, user):
-    """Who renames a file over a mount point takes the mount away, as editors and deployments do."""
     stage = stages(user)
     settings, path = stage.top / "etc/application.yml", "/usr/local/etc/application.yml"
     with stage.agent(config=path) as agent:
         for n in range(3):
-            stage.grid.put({"main.py": LOOK_AGAIN}, request_id=f"look-{n}", input=path)
+            stage.grid.put({"main.py": source}, request_id=f"look-{n}", input=path)
             agent.until_ok(f"look-{n}")
             new = settings.with_suffix(".new")
             new.write_text("# telltale of another\n")
@@ -3581,8 +3579,10 @@ def test_who_asks_for_no_network_has_none_or_no_run(grids, user):
 
 # --- a kernel that gives less
 
-# Has the kernel refuse system calls as a container does or an old kernel: seccomp(2), by prctl(2).
-REFUSE = r"""
+def refusing(*names: str) -> list[str]:
+    """The words before a command for which the kernel refuses these: unshare (EPERM), landlock (ENOSYS)."""
+    # Has the kernel refuse system calls as a container does or an old kernel: seccomp(2), by prctl(2).
+    source = r"""
 import ctypes, os, platform, struct, sys
 numbers = {"x86_64": {"unshare": 272}, "aarch64": {"unshare": 97}}[platform.machine()]
 numbers["landlock"] = 444
@@ -3599,12 +3599,8 @@ assert prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
 assert prctl(22, 2, ctypes.byref(Filter(len(program) // 8, ctypes.addressof(text)))) == 0, ctypes.get_errno()
 os.execvp(sys.argv[3], sys.argv[3:])
 """
-
-
-def refusing(*names: str) -> list[str]:
-    """The words before a command for which the kernel refuses these: unshare (EPERM), landlock (ENOSYS)."""
     errors = ",".join("1" if name == "unshare" else "38" for name in names)
-    return [PYTHON, "-c", REFUSE, ",".join(names), errors]
+    return [PYTHON, "-c", source, ",".join(names), errors]
 
 
 FRESH_CONTAINER = r"""
@@ -3651,8 +3647,10 @@ def test_what_the_kernel_does_not_give_is_said_once_and_functions_run(grids, use
     assert not complaints(grid.log), grid.log
 
 
-# What it forks while it is ended is ended, too.
-BOMB_AT_THE_END = r"""
+@pytest.mark.slow
+def test_a_fork_bomb_that_goes_on_at_the_end_leaves_nothing(grids, user):
+    # What it forks while it is ended is ended, too.
+    source = r"""
 import os, time
 def bomb():
     while True:
@@ -3664,14 +3662,10 @@ if not os.fork(): bomb()
 time.sleep(0.3)
 for place in "/dev/shm", "/tmp": open(place + "/left", "w").close()
 """
-
-
-@pytest.mark.slow
-def test_a_fork_bomb_that_goes_on_at_the_end_leaves_nothing(grids, user):
     need_room(user)
     grid = grids(user, EXECUTION_CONCURRENCY=1)
     for n in range(2):
-        grid.put({"main.py": BOMB_AT_THE_END}, function_id="bomb", request_id=f"{n}-a", timeoutMs=20000)
+        grid.put({"main.py": source}, function_id="bomb", request_id=f"{n}-a", timeoutMs=20000)
         grid.put({"main.py": NOTHING_LEFT}, function_id="after", request_id=f"{n}-b")
     grid.run()
     assert {grid[f"{n}-b"]["status"] for n in range(2)} == {"ok"}, grid.log[-3000:]
@@ -3983,7 +3977,10 @@ def test_the_agent_admits_what_its_own_cgroup_allows():
     assert int(said) == 600 - 256
 
 
-UNSENT = """
+@under_cgroup
+def test_what_connections_have_yet_to_send_is_charged_to_no_later_run(grids):
+    """The kernel keeps it, and its charge, for as long as the other side says that it has no room."""
+    source = """
 import socket, sys
 port, kept, sent = int(sys.stdin.read()), [], 0
 for _ in range(40):
@@ -3994,11 +3991,6 @@ for _ in range(40):
     except BlockingIOError: pass
 print(sent)
 """
-
-
-@under_cgroup
-def test_what_connections_have_yet_to_send_is_charged_to_no_later_run(grids):
-    """The kernel keeps it, and its charge, for as long as the other side says that it has no room."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         listener.bind(("127.0.0.1", 0))
@@ -4008,7 +4000,7 @@ def test_what_connections_have_yet_to_send_is_charged_to_no_later_run(grids):
         except OSError:
             pytest.skip("this machine's loopback is down")
         grid = grids("root", EXECUTION_CONCURRENCY=1)
-        grid.put({"main.py": UNSENT}, function_id="leaves", request_id="leaves", input=listener.getsockname()[1])
+        grid.put({"main.py": source}, function_id="leaves", request_id="leaves", input=listener.getsockname()[1])
         for n in range(2):
             grid.put({"main.py": "print('fine')"}, function_id="next", request_id=f"next{n}", memoryMb=24)
         grid.run()
@@ -4403,7 +4395,10 @@ def test_a_run_finds_nothing_of_the_one_before_it(again, name):
     assert {result["stdout"] for result in results[::2]} == {results[0]["stdout"]}
 
 
-READS_ALL = r"""
+@pytest.mark.skipif(not ROOT, reason="makes a directory, and a mount, that all users see")
+def test_no_function_sees_the_tasks_of_others_nor_writes_to_other_mounts(grids):
+    """The folder of --local, where it is none that is covered anyway; a disk where everybody may write."""
+    source = r"""
 import json, os, sys
 found = []
 for place in json.load(sys.stdin):
@@ -4416,11 +4411,6 @@ for place in json.load(sys.stdin):
     found.append(place + "/left")
 print(found)
 """
-
-
-@pytest.mark.skipif(not ROOT, reason="makes a directory, and a mount, that all users see")
-def test_no_function_sees_the_tasks_of_others_nor_writes_to_other_mounts(grids):
-    """The folder of --local, where it is none that is covered anyway; a disk where everybody may write."""
     need_room("root")
     open_place = Path(tempfile.mkdtemp(dir="/srv"))
     try:
@@ -4428,7 +4418,7 @@ def test_no_function_sees_the_tasks_of_others_nor_writes_to_other_mounts(grids):
         (open_place / "mount").mkdir()
         grid = grids("root", path=open_place / "grid", EXECUTION_CONCURRENCY=1)
         for n in range(2):
-            grid.put({"main.py": READS_ALL}, request_id=f"r{n}", input=[str(grid.path), str(open_place / "mount")])
+            grid.put({"main.py": source}, request_id=f"r{n}", input=[str(grid.path), str(open_place / "mount")])
         mounts = f'mount -t tmpfs -o mode=1777 none {open_place}/mount && exec "$@"'
         grid.run(prefix=["unshare", "-m", "sh", "-c", mounts, "sh"])
         assert [grid.result(f"r{n}")["stdout"] for n in range(2)] == ["[]\n"] * 2, grid.log
@@ -5386,22 +5376,22 @@ package main
 #!/bin/sh
 echo executable
 """)
-# A compiler that says how it was called, and whether for the sources that do not compile.
-COUNTING = """#!/bin/bash
-%s
-tell mark %s "$({ id -u; tr '\\0' '\\n' < /proc/self/environ; grep NoNewPrivs /proc/self/status; ulimit -Hc;
-grep -c undeclared main.cpp; echo end; } 2>&1 | tr '\\n' '|')"
-exec g++ "$@"
-"""
 
 
 @pytest.fixture(scope="module")
 def built(grids, user):
     """Each source three times, two at once."""
+    # A compiler that says how it was called, and whether for the sources that do not compile.
+    compiler = """#!/bin/bash
+%s
+tell mark %s "$({ id -u; tr '\\0' '\\n' < /proc/self/environ; grep NoNewPrivs /proc/self/status; ulimit -Hc;
+grep -c undeclared main.cpp; echo end; } 2>&1 | tr '\\n' '|')"
+exec g++ "$@"
+"""
     need("g++")
     grid = grids(user, EXECUTION_CONCURRENCY=2)
     wrapper, grid.calls = grid.spool / "counting-g++", grid.spool / "calls"
-    wrapper.write_text(COUNTING % (tell_in_bash(), grid.calls))
+    wrapper.write_text(compiler % (tell_in_bash(), grid.calls))
     wrapper.chmod(0o755)
     grid.env.update(AGENT_RUNTIMES_CPP=str(wrapper), AWS_SECRET_ACCESS_KEY="telltale")
     for name, case in BUILT.items():
@@ -5562,7 +5552,9 @@ def test_invoke_says_what_is_wrong_and_ends_with_1(tmp_path, how):
     assert re.fullmatch(rf"(\S+ +)?{said}", heard) and "credentials" not in heard, heard
 
 
-SAYS_AND_LEAVES = """
+def test_invoke_keeps_what_the_function_left_where_it_is_told_to(invoked, user):
+    """Beside what is there already; without --output it names what goes."""
+    source = """
 import os, sys
 out = os.environ["OUTPUT_DIR"]
 os.mkdir(out + "/sub")
@@ -5571,12 +5563,8 @@ open(out + "/sub/b.txt", "w").write("b")
 print("said", flush=True)
 sys.exit(3)
 """
-
-
-def test_invoke_keeps_what_the_function_left_where_it_is_told_to(invoked, user):
-    """Beside what is there already; without --output it names what goes."""
     path, kept = invoked.top / "leaves.zip", Path(tempfile.mkdtemp(dir=invoked.top))
-    path.write_bytes(make_zip({"main.py": SAYS_AND_LEAVES}))
+    path.write_bytes(make_zip({"main.py": source}))
     kept.chmod(0o777)
     (kept / "own").write_text("own")
     done = invoke(invoked, path, "--output", kept, "--timeout-ms", "60000")
@@ -6047,17 +6035,15 @@ def failing_site(moto: str, operations: str, fault: str, **options):
         yield aws
 
 
-NAMES = """mount --bind "$1" /etc/hosts && mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@" """
-
-
 @contextlib.contextmanager
 def named_site(moto: str, **options):
     """The same for the name of its endpoint; connections that are open then are cut."""
+    script = """mount --bind "$1" /etc/hosts && mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@" """
     with site(moto, **options) as aws:
         hosts, resolver = aws.path / "hosts", aws.path / "resolv.conf"
         resolver.write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
         aws.env["AWS_ENDPOINT_URL"] = aws.proxy.url.replace("127.0.0.1", "emulator")
-        aws.prefix = ["unshare", "-m", "sh", "-c", NAMES, "sh", str(hosts), str(resolver)]
+        aws.prefix = ["unshare", "-m", "sh", "-c", script, "sh", str(hosts), str(resolver)]
 
         def away():
             hosts.write_text("127.0.0.1 localhost\n")
@@ -6580,12 +6566,10 @@ def delete_is_sent_though_the_lease_has_run_out(aws, agent):
     assert not dead(aws) and agent.stop() == 0 and runs_in(aws.path) == {"r1": 1}
 
 
-BALLAST = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
-
-
 @trial(visibility=600, receives=9)
 def results_that_cannot_be_stored_are_bounded_by_bytes(aws):
-    aws.put(BALLAST)
+    files = {"main.py": "import os; open(os.environ['OUTPUT_DIR'] + '/x', 'wb').write(os.urandom(700_000))"}
+    aws.put(files)
     aws.proxy.fail("PutObject", "denied")
     with aws.agent(patch="ng.UNSTORED_BYTES = 1_000_000", output={"bucket": aws.bucket}) as agent:
         aws.send("first")
@@ -6732,13 +6716,11 @@ def set_limit(pid: int, option: str) -> None:
                    stderr=subprocess.DEVNULL)
 
 
-FAILS_ONCE = """import json, os
-raise SystemExit(not tell("mark", json.loads(input())))
-"""
-
-
 def test_a_full_disk_under_a_folder_stops_no_slot(grids):
     """No file of the agent's may grow (its runs are another process): nothing it keeps fits."""
+    source = """import json, os
+raise SystemExit(not tell("mark", json.loads(input())))
+"""
     grid = grids("ordinary")
     with grid.agent() as agent:
         pid = agent.process.pid
@@ -6751,7 +6733,7 @@ def test_a_full_disk_under_a_folder_stops_no_slot(grids):
         assert "requestId=during" not in agent.log
         set_limit(pid, "--fsize=unlimited:")
         agent.until_ok("during", " .*receiveCount=1")
-        grid.put({"main.py": with_tell(FAILS_ONCE)}, request_id="after", input=str(grid.spool / "mark"))
+        grid.put({"main.py": with_tell(source)}, request_id="after", input=str(grid.spool / "mark"))
         agent.until_ok("after")  # its first take was counted in a file
         assert agent.stop() == 0
     assert not os.listdir(grid.path / "running") and not os.listdir(grid.path / "dead")
@@ -6964,7 +6946,8 @@ def zip_overwritten_under_its_key_is_used_by_messages_sent_after(aws, agent):
             agent.wait_for(rf"\[{version}-{number}\] stdout: version {version}")
 
 
-LEAVES = {"main.py": """
+def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(aws):
+    files = {"main.py": """
 import os
 os.makedirs(os.environ["OUTPUT_DIR"] + "/sub")
 for name in ("a.txt", "sub/b.bin"):
@@ -6972,11 +6955,8 @@ for name in ("a.txt", "sub/b.bin"):
 os.symlink("/etc/passwd", os.environ["OUTPUT_DIR"] + "/link")
 print("done")
 """}
-
-
-def test_results_go_to_the_bucket_and_the_queue_before_the_message_is_deleted(aws):
     results = aws.results_queue()
-    aws.put(LEAVES)
+    aws.put(files)
     output = {"bucket": aws.bucket, "s3Prefix": "out", "queueUrl": results}
     with aws.agent(output=output) as agent:
         aws.send("r1", input={"a": 1})
@@ -7678,11 +7658,6 @@ def test_each_service_is_asked_at_its_own_endpoint(aws, moto):
 
 # --- functionRole
 
-TOO_LONG = (400, "ValidationError", "", "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
-NO_ROLE = (403, "AccessDenied", "", f"User: {WORKER} is not authorized to perform: sts:AssumeRole on "
-                                    f"resource: {FUNCTION_ROLE}")
-
-
 def lent(agent: Agent, request_id: str) -> dict[str, str]:
     """What a run of LENT saw of AWS."""
     return json.loads(re.search(rf"\[{request_id}\] stdout: (.*)", agent.log)[1])
@@ -7693,13 +7668,14 @@ LENT = {"main.py": "import json, os\nprint(json.dumps({k: v for k, v in os.envir
 
 
 def test_functions_get_the_roles_credentials_and_fresh_ones_when_those_end_too_early(aws):
+    too_long = (400, "ValidationError", "", "The requested DurationSeconds exceeds the MaxSessionDuration set for this role.")
     aws.put(LENT)
     with aws.agent(execution={"functionRole": FUNCTION_ROLE, "concurrency": 1}) as agent:
         for request_id, task in (("warm", {}), ("warm2", {"handler": "app.handler"}),
                                  ("long", {"timeoutMs": 7_200_000}), ("short", {})):
             aws.send(request_id, **task)
             agent.wait_for(f"requestId={request_id} ")
-        aws.proxy.fail("AssumeRole", "too long", times=1, said=TOO_LONG)
+        aws.proxy.fail("AssumeRole", "too long", times=1, said=too_long)
         aws.send("chained", timeoutMs=40_000_000)
         agent.wait_for("requestId=chained ")
         assert agent.stop() == 0
@@ -7722,9 +7698,11 @@ def test_without_a_role_functions_get_no_credentials(aws):
 
 
 def test_a_role_that_is_refused_is_an_error_in_awss_words(aws):
+    refusal = (403, "AccessDenied", "", f"User: {WORKER} is not authorized to perform: sts:AssumeRole on "
+                                        f"resource: {FUNCTION_ROLE}")
     role = {"functionRole": FUNCTION_ROLE}
     aws.put(LENT)
-    aws.proxy.fail("AssumeRole", "no role", said=NO_ROLE)
+    aws.proxy.fail("AssumeRole", "no role", said=refusal)
     check = ended(aws.agent("--check", execution=role), 1)
     assert re.search(f"(?m)^FAIL  function role: .*not authorized to perform: sts:AssumeRole.*"
                      f"grant the agent sts:AssumeRole on {FUNCTION_ROLE}", check.out), check.out
@@ -8232,8 +8210,11 @@ def test_local_task_of_a_name_that_runs_waits_for_its_turn(first, folder):
     assert not folder.names("running") and not folder.names("queue")
 
 
-# Descriptors as an agent of many slots has them; select(2) takes none over 1,023.
-MANY_DESCRIPTORS = """import os, resource
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048,
+                    reason="this machine allows no process 2,048 descriptors")
+def test_local_a_slot_whose_descriptors_are_over_1023_is_used_again(folder):
+    # Descriptors as an agent of many slots has them; select(2) takes none over 1,023.
+    patch = """import os, resource
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 run = ng.Agent.run
@@ -8241,15 +8222,10 @@ def crowded(self, drain):
     while os.open(os.devnull, os.O_RDONLY) < 1100: pass
     run(self, drain)
 ng.Agent.run = crowded"""
-
-
-@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048,
-                    reason="this machine allows no process 2,048 descriptors")
-def test_local_a_slot_whose_descriptors_are_over_1023_is_used_again(folder):
     env = {"AGENT_EXECUTION_CONCURRENCY": "1"}
     for request_id in ("r1", "r2"):
         folder.job(request_id)
-    agent = ended(folder.agent("--drain", prefix=patched(MANY_DESCRIPTORS), env=env))
+    agent = ended(folder.agent("--drain", prefix=patched(patch), env=env))
     assert statuses(agent.log) == ["ok", "ok"], agent.log
 
 
@@ -8296,25 +8272,23 @@ def test_local_20_000_jobs_leave_memory_descriptors_zombies_and_disk_flat(folder
         assert Counter(statuses(agent.log)) == {"ok": 20000}
 
 
-# libfaketime 0.9.10 answers EINVAL to the sleep of Python 3.11 and later when it leaves the
-# monotonic clock alone (as setting a machine's clock does): that one call goes past it.
-SLEEP_C = """#include <sys/syscall.h>
+def test_local_clock_set_forward_hangs_nothing(tmp_path, folder):
+    """By libfaketime (Debian's faketime): two hours forward and back while functions run."""
+    # libfaketime 0.9.10 answers EINVAL to the sleep of Python 3.11 and later when it leaves the
+    # monotonic clock alone (as setting a machine's clock does): that one call goes past it.
+    sleep_c = """#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 #include <errno.h>
 int clock_nanosleep(clockid_t clock, int flags, const struct timespec *until, struct timespec *left)
 { return syscall(SYS_clock_nanosleep, clock, flags, until, left) ? errno : 0; }
 """
-
-
-def test_local_clock_set_forward_hangs_nothing(tmp_path, folder):
-    """By libfaketime (Debian's faketime): two hours forward and back while functions run."""
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     need("cc")
     need("faketime", found=lambda _: library)
     clock, sleep = tmp_path / "clock", tmp_path / "sleep.so"
     clock.write_text("+0")
-    subprocess.run(["cc", "-shared", "-fPIC", "-xc", "-o", sleep, "-"], input=SLEEP_C.encode(),
+    subprocess.run(["cc", "-shared", "-fPIC", "-xc", "-o", sleep, "-"], input=sleep_c.encode(),
                    check=True)
     env = {"LD_PRELOAD": f"{sleep}:{library}", "FAKETIME_TIMESTAMP_FILE": str(clock),
            "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
@@ -8836,13 +8810,11 @@ def test_settings_that_it_names_exist():
     assert variables <= {row.variable for row in ng.SETTINGS}
 
 
-GUIDE_COMMENTS = [
-    "  # AWS settings\n", "    region: ap-northeast-2  # Seoul region\n", "  # SQS settings\n",
-    "    # ↑ put your real AWS account id in place of YOUR_ACCOUNT_ID\n    # e.g. 123456789012\n",
-    "  # S3 settings\n", "    # ↑ put the name of the bucket that you created\n"]
-
-
 def test_application_yml_example_has_every_setting_with_its_default_and_a_word_on_it():
+    comments = [
+        "  # AWS settings\n", "    region: ap-northeast-2  # Seoul region\n", "  # SQS settings\n",
+        "    # ↑ put your real AWS account id in place of YOUR_ACCOUNT_ID\n    # e.g. 123456789012\n",
+        "  # S3 settings\n", "    # ↑ put the name of the bucket that you created\n"]
     text = (REPOSITORY / "application.yml.example").read_text()
     for row in ng.SETTINGS:
         value = ng.parse_yaml(text)
@@ -8853,7 +8825,7 @@ def test_application_yml_example_has_every_setting_with_its_default_and_a_word_o
         key = row.path.rpartition(".")[2]
         if row.kind != "command":  # the section's comment is for its four keys
             assert re.search(rf"^ *#.*\n *{key}:|^ *{key}:.* #|^ *{key}:.*\n *# ↑", text, re.MULTILINE), row.path
-    assert [line for line in GUIDE_COMMENTS if line not in text] == []
+    assert [line for line in comments if line not in text] == []
 
 
 def test_application_yml_example_loads_but_for_the_account_id(tmp_path):
