@@ -4742,6 +4742,21 @@ def test_what_is_stored_of_an_output(outputs, name):
     assert not any(path.is_symlink() for path in kept.rglob("*"))
 
 
+LONG_NAMES = """
+for name in "abc": os.mkdir(name * 230), os.chdir(name * 230)
+for n in range(12000): open(f"{n:050}", "w").close()
+"""
+
+
+def test_names_of_outputs_that_would_fill_the_agents_memory_are_not_stored(folder):
+    """100,000 of them, with the result that has them, once took it 300 MiB for each run."""
+    folder.put({"main.py": OUTPUT_HEAD + LONG_NAMES}, request_id="long")
+    folder.run()
+    result = folder.result("long")
+    assert (result["status"], result["reason"], result["exitCode"], result["outputFiles"]) == ("failed", "disk", 0, [])
+    assert folder.names("results", "long") == ["result.json"]
+
+
 def test_nothing_but_results_is_where_they_are_and_what_was_left_out_is_said(outputs):
     assert not [name for name in os.listdir(outputs.path / "results") if name.startswith(".")]
     kept, = (outputs.path / "results").glob("what-is-too-deep*")
