@@ -2853,8 +2853,8 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def sweep(path: str, keep: Collection[str] = ()) -> None:
     """Empty a directory but for `keep`: no modes, no depth and no link of a function's stop it.
 
-    Nothing may be running that could change it. What lies deep is moved up into it, so that no path
-    grows too long.
+    What lies below is closed first to who got hold of it over a socket. What lies deep is moved up
+    into it, so that no path grows too long.
     """
     pending = [path]
     while pending:
@@ -2868,6 +2868,7 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
             with contextlib.suppress(OSError):
                 os.rmdir(entry.path)  # most are empty
                 continue
+            os.chown(entry.path, os.geteuid(), -1)
             os.chmod(entry.path, 0o700)
             below.append(entry.path)
             if len(entry.path) > len(path) + 500:  # characters, of up to 4 bytes
@@ -3632,6 +3633,20 @@ def reset_signals() -> None:
     # A handler that does nothing is not handed on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: None)
+
+
+# Runs this file as Python would, but lets go of what compiling it took: 10 MiB that a script
+# holds until its end, and whose page tables every fork would copy.
+LAUNCH = """\
+import ctypes, sys
+del sys.argv[0]
+__file__ = sys.argv[0]
+with open(__file__, "rb") as file:
+    code = compile(file.read(), __file__, "exec")
+if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    libc.malloc_trim(0)
+exec(code)
+"""
 
 
 class Launcher:
@@ -4434,8 +4449,8 @@ class Slots:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno()),
-                 self.cgroups],
+                [sys.executable, "-I", "-S", "-c", LAUNCH, FILE, "--launcher",
+                 str(theirs.fileno()), self.cgroups],
                 env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
     def supervisor(self, spec: SlotSpec) -> socket.socket:

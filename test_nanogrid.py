@@ -4471,6 +4471,38 @@ def test_the_next_run_finds_what_the_first_one_found(leftovers, number, name):
     assert leftovers.reports[f"{number:02}-a-{slug(name)}"]
 
 
+SWAPS = """
+import ctypes, os, sys
+os.chdir(sys.argv[1])
+for n in range(50): os.makedirs(f"d{n}/left"), os.symlink(sys.argv[2], f"link{n}")
+libc = ctypes.CDLL(None)
+print(flush=True)
+while True:
+    for n in range(50): libc.renameat2(-100, b"d%d" % n, -100, b"link%d" % n, 2)  # RENAME_EXCHANGE
+"""
+
+
+@pytest.mark.skipif(not ROOT, reason="needs another user")
+def test_who_got_hold_of_a_directory_leads_root_nowhere(tmp_path):
+    """Before Linux 6.12 a run may send one of its directories to another slot's, which makes one of its own there."""
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o755)
+    for above in (tmp_path, *tmp_path.parents[:-1]):
+        above.chmod(above.stat().st_mode | 0o011)
+    for n in range(20):
+        (victim / "precious").write_text("precious")
+        held = tmp_path / f"left/{n}/held"
+        held.mkdir(parents=True)
+        os.chown(held, ORDINARY, ORDINARY)
+        with subprocess.Popen([*as_user("ordinary"), "/usr/bin/python3", "-c", SWAPS, held, victim],
+                              stdout=subprocess.PIPE) as swaps:
+            swaps.stdout.read(1)
+            with contextlib.suppress(OSError):
+                ng.sweep(str(tmp_path / "left"))
+            swaps.kill()
+        assert (oct(victim.stat().st_mode), os.listdir(victim)) == ("0o40755", ["precious"]), n
+
+
 def test_nothing_is_left_on_disk_and_no_link_is_followed(leftovers):
     victim = leftovers.spool / "victim"
     assert [path.name for path in victim.iterdir()] == ["precious"]
