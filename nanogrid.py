@@ -3635,6 +3635,20 @@ def reset_signals() -> None:
         signal.signal(number, lambda *_: None)
 
 
+# Runs this file as Python would, but lets go of what compiling it took: 10 MiB that a script
+# holds until its end, and whose page tables every fork would copy.
+LAUNCH = """\
+import ctypes, sys
+del sys.argv[0]
+__file__ = sys.argv[0]
+with open(__file__, "rb") as file:
+    code = compile(file.read(), __file__, "exec")
+if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    libc.malloc_trim(0)
+exec(code)
+"""
+
+
 class Launcher:
     """Forks a supervisor for each slot that the agent asks for, until the agent is gone."""
 
@@ -4438,8 +4452,8 @@ class Slots:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno()),
-                 self.cgroups],
+                [sys.executable, "-I", "-S", "-c", LAUNCH, FILE, "--launcher",
+                 str(theirs.fileno()), self.cgroups],
                 env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
     def supervisor(self, spec: SlotSpec) -> socket.socket:

@@ -3765,6 +3765,7 @@ import multiprocessing, os, pty, socket, sqlite3, subprocess, tempfile, threadin
 from multiprocessing import shared_memory
 def work(n):
     with lock: return n * n
+multiprocessing.set_start_method("fork")  # since Python 3.14 another is the default, which runs this file again
 lock = multiprocessing.Lock()
 with multiprocessing.Pool(2) as pool: assert pool.map(work, range(5)) == [0, 1, 4, 9, 16]
 with multiprocessing.Manager() as manager: assert list(manager.list([1, 2])) == [1, 2]
