@@ -4690,8 +4690,8 @@ class Slots:
                                 f"UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json, no closed "
                                 "directory")
         if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
-            text = ("$OUTPUT_DIR has more than agent.execution.maxDiskMb, holes too, or maxFiles, or "
-                    f"{MOST_NAMES} bytes of names: none of it is stored")
+            text = ("$OUTPUT_DIR has more than agent.execution.maxDiskMb, holes too, or maxFiles, "
+                    f"or {MOST_NAMES} bytes of names: none of it is stored")
             names = []
             if outcome.status in ("ok", "failed"):
                 outcome = replace(outcome, status="failed", reason="disk", text=text)
