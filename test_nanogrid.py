@@ -3604,6 +3604,7 @@ import multiprocessing, os, pty, socket, sqlite3, subprocess, tempfile, threadin
 from multiprocessing import shared_memory
 def work(n):
     with lock: return n * n
+multiprocessing.set_start_method("fork")  # since Python 3.14 another is the default, which runs this file again
 lock = multiprocessing.Lock()
 with multiprocessing.Pool(2) as pool: assert pool.map(work, range(5)) == [0, 1, 4, 9, 16]
 with multiprocessing.Manager() as manager: assert list(manager.list([1, 2])) == [1, 2]
@@ -4534,6 +4535,21 @@ def test_what_is_stored_of_an_output(outputs, name):
     assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if not path.is_dir()) == sorted(
         ["result.json", *result["outputFiles"]]), "what the result names is what is there"
     assert not any(path.is_symlink() for path in kept.rglob("*"))
+
+
+LONG_NAMES = """
+for name in "abc": os.mkdir(name * 230), os.chdir(name * 230)
+for n in range(12000): open(f"{n:050}", "w").close()
+"""
+
+
+def test_names_of_outputs_that_would_fill_the_agents_memory_are_not_stored(folder):
+    """100,000 of them, with the result that has them, once took it 300 MiB for each run."""
+    folder.put({"main.py": OUTPUT_HEAD + LONG_NAMES}, request_id="long")
+    folder.run()
+    result = folder.result("long")
+    assert (result["status"], result["reason"], result["exitCode"], result["outputFiles"]) == ("failed", "disk", 0, [])
+    assert folder.names("results", "long") == ["result.json"]
 
 
 def test_nothing_but_results_is_where_they_are_and_what_was_left_out_is_said(outputs):
