@@ -2962,32 +2962,28 @@ def need_room(user: str):
 class Ears:
     """The machine's sockets that functions must not reach: what comes is in `heard`, by name."""
 
-    PATHS = types.MappingProxyType({
+    KINDS = {
         "systemd/journal/stdout": socket.SOCK_STREAM, "systemd/journal/socket": socket.SOCK_DGRAM,
         "systemd/journal/dev-log": socket.SOCK_DGRAM, "systemd/notify": socket.SOCK_DGRAM,
-        "dbus/system_bus_socket": socket.SOCK_STREAM})
+        "dbus/system_bus_socket": socket.SOCK_STREAM}
 
     def __init__(self, top: Path):
         self.heard: dict[str, bytes] = collections.defaultdict(bytes)
-        self.abstract = f"@nanogrid-test-{os.urandom(4).hex()}"
+        abstract = f"@nanogrid-test-{os.urandom(4).hex()}"
+        self.names = [*(f"/run/{name}" for name in self.KINDS), "/dev/log", abstract]
         self.sockets = []
-        for name, kind in {**self.PATHS, self.abstract: socket.SOCK_DGRAM}.items():
+        for name, kind in {**self.KINDS, abstract: socket.SOCK_DGRAM}.items():
             ear = socket.socket(socket.AF_UNIX, kind)
-            path = top / name
-            if name[0] == "@":
-                ear.bind("\0" + name[1:])
+            if name == abstract:
+                ear.bind(name.replace("@", "\0"))
             else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                ear.bind(str(path))
-                path.chmod(0o777)
+                (top / name).parent.mkdir(parents=True, exist_ok=True)
+                ear.bind(str(top / name))
+                (top / name).chmod(0o777)
             if kind == socket.SOCK_STREAM:
                 ear.listen()
             self.sockets.append(ear)
             threading.Thread(target=self.hear, args=(name, ear), daemon=True).start()
-
-    @property
-    def names(self) -> list[str]:
-        return [*(f"/run/{name}" for name in self.PATHS), "/dev/log", self.abstract]
 
     def hear(self, name: str, ear: socket.socket):
         with contextlib.suppress(OSError):
