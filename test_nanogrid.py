@@ -6114,63 +6114,43 @@ def said_once(log: str):
     assert len(failed) == len(set(failed)), log
 
 
-class SqsOutage:
-    """A site in which something can be away, and what its jobs have left."""
+@contextlib.contextmanager
+def outage_of_a_site(moto: str, what: str, seconds: float):
+    """A site in which something can be away: how its jobs go there, and what they must have left."""
+    make, _, sqs_too = OUTAGES[what]
+    with make(moto, visibility=int(seconds) + 40 if sqs_too else 20) as aws:
+        aws.put({**marker(), "ballast": os.urandom(1 << 20)}, "new.zip")
+        output = {"bucket": aws.bucket, "queueUrl": aws.results_queue()}
 
-    def __init__(self, stack, moto: str, what: str, seconds: float):
-        make, _, sqs_too = OUTAGES[what]
-        self.aws = stack.enter_context(make(moto, visibility=int(seconds) + 40 if sqs_too else 20))
-        self.path, self.away, self.back = self.aws.path, self.aws.away, self.aws.back
-        self.aws.put({**marker(), "ballast": os.urandom(1 << 20)}, "new.zip")
-        self.results = self.aws.results_queue()
+        def check(log: str, is_whole: bool):  # each result is there, and once in the queue if no agent ended
+            stored = aws.s3.list_objects_v2(Bucket=aws.bucket, Prefix="outputs/")["Contents"]
+            assert {each["Key"] for each in stored} == {f"outputs/{one}/result.json" for one in JOBS}, log
+            assert not dead(aws) and (visible(aws, output["queueUrl"]) == len(JOBS) or not is_whole), log
 
-    def job(self, request_id: str, key: str, sleep: float):
-        self.aws.job(request_id, sleep=sleep, key=key)
-
-    def agent(self) -> Agent:
-        return self.aws.agent(execution={"concurrency": 2},
-                              output={"bucket": self.aws.bucket, "queueUrl": self.results})
-
-    def settle(self, agent: Agent, seconds: float):
-        until_settled(self.aws, agent, seconds=seconds)
-
-    def is_given_back(self) -> bool:
-        return visible(self.aws) == self.aws.count()
-
-    def check(self, log: str, is_whole: bool):
-        """Every result is in the bucket, and once in the queue if no agent ended."""
-        stored = self.aws.s3.list_objects_v2(Bucket=self.aws.bucket, Prefix="outputs/")["Contents"]
-        assert {each["Key"] for each in stored} == {f"outputs/{one}/result.json" for one in JOBS}, log
-        assert not dead(self.aws) and (visible(self.aws, self.results) == len(JOBS) or not is_whole), log
+        yield types.SimpleNamespace(
+            path=aws.path, away=aws.away, back=aws.back, job=aws.job, check=check,
+            agent=lambda: aws.agent(execution={"concurrency": 2}, output=output),
+            settle=lambda agent, seconds: until_settled(aws, agent, seconds=seconds),
+            is_given_back=lambda: visible(aws) == aws.count())
 
 
-class FolderOutage:
+@contextlib.contextmanager
+def outage_of_a_folder(*_):
     """The same where the disk of folder and workspaces can be full."""
+    with scratch() as top, small_disk(top / "disk") as (prefix, seen, away, back), \
+            Folder(path=seen / "grid") as folder:
+        (folder.path / "code" / "new.zip").write_bytes(make_zip({**marker(), "ballast": os.urandom(1 << 20)}))
+        env = {"AGENT_TASKBASEDIR": f"{top}/disk/task", "AGENT_EXECUTION_CONCURRENCY": "2"}
 
-    def __init__(self, stack, *_):
-        disk = stack.enter_context(scratch()) / "disk"
-        self.prefix, seen, self.away, self.back = stack.enter_context(small_disk(disk))
-        self.folder, self.grid = stack.enter_context(Folder(path=seen / "grid")), disk / "grid"
-        self.path = self.folder.top
-        for name, more in (("fn", {}), ("new", {"ballast": os.urandom(1 << 20)})):
-            (self.folder.path / "code" / f"{name}.zip").write_bytes(make_zip({**marker(), **more}))
+        def check(log: str, _):
+            assert {folder.result(one)["status"] for one in JOBS} == {"ok"} and not folder.names("dead"), log
 
-    def job(self, request_id: str, key: str, sleep: float):
-        self.folder.job(request_id, sleep=sleep, s3Key=key)
-
-    def agent(self) -> Agent:
-        env = {"AGENT_TASKBASEDIR": f"{self.grid.parent}/task", "AGENT_EXECUTION_CONCURRENCY": "2"}
-        return Agent("--local", self.grid, prefix=self.prefix, env=env)
-
-    def settle(self, agent: Agent, seconds: float):
-        until(lambda: not self.folder.names("queue") + self.folder.names("running"), seconds, f"the end\n{agent.log}")
-
-    def is_given_back(self) -> bool:
-        return True
-
-    def check(self, log: str, _):
-        assert {self.folder.result(one)["status"] for one in JOBS} == {"ok"}, log
-        assert not self.folder.names("dead"), log
+        yield types.SimpleNamespace(
+            path=folder.top, away=away, back=back, check=check, is_given_back=lambda: True,
+            job=lambda request_id, sleep, key: folder.job(request_id, sleep, s3Key=key),
+            agent=lambda: Agent("--local", f"{top}/disk/grid", prefix=prefix, env=env),
+            settle=lambda agent, seconds: until(
+                lambda: not folder.names("queue") + folder.names("running"), seconds, f"the end\n{agent.log}"))
 
 
 def outage_trial(moto: str, what: str, seconds: float, number: int = 0):
@@ -6181,16 +6161,17 @@ def outage_trial(moto: str, what: str, seconds: float, number: int = 0):
     hears of it, and a take from a folder is not spent. SIGKILL: after its lease.
     """
     with contextlib.ExitStack() as stack:
-        world = (SqsOutage if OUTAGES[what][0] else FolderOutage)(stack, moto, what, seconds * (not number))
+        make = outage_of_a_site if OUTAGES[what][0] else outage_of_a_folder
+        world = stack.enter_context(make(moto, what, seconds * (not number)))
         first = last = stack.enter_context(world.agent())
         for request_id in JOBS[:2]:
-            world.job(request_id, "fn.zip", 3)
+            world.job(request_id, sleep=3, key="fn.zip")
         for request_id in JOBS[:2]:
             until_ran(world.path, request_id)
 
         def six_come():
             for request_id in JOBS[2:]:
-                world.job(request_id, "new.zip", 0)
+                world.job(request_id, sleep=0, key="new.zip")
 
         # A disk that is full takes no task either.
         for step in (world.away, six_come) if OUTAGES[what][0] else (six_come, world.away):
