@@ -5889,17 +5889,6 @@ def feed(aws: Aws, names: list[str]) -> bool:
     return not names
 
 
-def run_again(path: Path, killed: dict[int, float]) -> tuple[set[str], set[str]]:
-    """Who ran more than once, and those of them that ran after another run whose agent lived on."""
-    runs = collections.defaultdict(list)
-    for mark in (path / "marks").iterdir():
-        number = int(re.search(r"/task([0-9]+)/", mark.read_text())[1])
-        runs[mark.name.partition(".")[0]].append((mark.stat().st_mtime, number))
-    again = {name: sorted(known) for name, known in runs.items() if len(known) > 1}
-    return set(again), {name for name, known in again.items() if any(
-        killed.get(agent, math.inf) > later for (_, agent), (later, _) in zip(known, known[1:]))}
-
-
 @trial(quick=())
 def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
     """Two serve 2,000 messages; every 2 s one is killed, every 5 s something fails for 3 s."""
@@ -5935,7 +5924,13 @@ def kills_and_faults_at_random_for_two_minutes_lose_nothing(_):
         until_settled(aws, agents[two[0]], in_dlq=len(bad), seconds=300)
         for number in two:
             assert agents[number].stop() == 0
-        again, without_a_kill = run_again(aws.path, killed)
+        runs = collections.defaultdict(list)
+        for mark in marks_in(aws.path):
+            number = int(re.search(r"/task([0-9]+)/", mark.read_text())[1])
+            runs[mark.name.partition(".")[0]].append((mark.stat().st_mtime, number))
+        again = {name: sorted(known) for name, known in runs.items() if len(known) > 1}
+        without_a_kill = {name for name, known in again.items() if any(
+            killed.get(agent, math.inf) > later for (_, agent), (later, _) in zip(known, known[1:]))}
         log = "".join(agent.log for agent in agents)
         assert set(runs_in(aws.path)) == set(good), f"seed {seed}"
         # What AWS does for longer than a lease can be kept is an error, too; nothing of ours is one.
@@ -6104,16 +6099,6 @@ OUTAGES = {
 JOBS = [f"r{number}" for number in range(1, 9)]
 
 
-def said_once(log: str):
-    """Each part of the world that failed is said to have failed once, and to work again once, but
-    for what nobody asked any more."""
-    failed = re.findall(r"WARNING (.*?) failed: .*; trying on", log)
-    again = re.findall(r"INFO (.*) works again after", log)
-    unasked = {"extending or giving back messages"} - set(again)
-    assert failed and sorted(set(failed) - unasked) == sorted(again), log
-    assert len(failed) == len(set(failed)), log
-
-
 @contextlib.contextmanager
 def outage_of_a_site(moto: str, what: str, seconds: float):
     """A site in which something can be away: how its jobs go there, and what they must have left."""
@@ -6203,7 +6188,12 @@ def outage_trial(moto: str, what: str, seconds: float, number: int = 0):
             assert receives(log) == {1}, log
         if not number:
             assert statuses(log) == ["ok"] * len(JOBS), log
-            said_once(log)
+            # What failed is said to have failed once, and to work again once, but for what nobody asked any more.
+            failed = re.findall(r"WARNING (.*?) failed: .*; trying on", log)
+            again = re.findall(r"INFO (.*) works again after", log)
+            unasked = {"extending or giving back messages"} - set(again)
+            assert failed and sorted(set(failed) - unasked) == sorted(again), log
+            assert len(failed) == len(set(failed)), log
 
 
 QUICK_OUTAGES = ("S3, reset", "results", "credentials", "the clock", "names", "disk", "a folder's disk")
