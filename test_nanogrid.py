@@ -3730,8 +3730,9 @@ blocks = [mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0
 def hold(_):
     block = bytearray(b"x") * (60 << 20)
     time.sleep(0.2)
+    return block
 fork(1, hold)
-hold(0)
+block = hold(0)
 wait_for_all()
 print("fine")
 === as many processes as it may have | | stdout=100
