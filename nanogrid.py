@@ -1854,6 +1854,7 @@ class Package:
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
     refused: Outcome | None = None  # what is wrong with the zip, or its program: no run has it
+    disk: Dependency | None = None  # of its compiler, to which that was full
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 1  # the cache, until it has another, and each run that needs it
     used: float = 0.0  # time.monotonic() of the last get()
@@ -4661,6 +4662,12 @@ class Slots:
                 raise Ended(outcome)
             made = f"{slot.output}/main"
             is_made = os.path.isfile(made) and not os.path.islink(made)
+            if (full := os.strerror(errno.ENOSPC)) in outcome.stderr:  # by other runs
+                package.disk = package.disk or Dependency(
+                    self.log, f"compiling {task.key}", shared=False)
+                raise package.disk.outage(full, "compile")
+            if package.disk:
+                package.disk.worked()
             if outcome.status != "ok" or not is_made:
                 ended = f"{outcome.status}, exit status {outcome.exit_code}"
                 package.refused = Outcome(

@@ -5737,6 +5737,22 @@ def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
         assert not ROOT or not call.startswith("0|"), call
 
 
+def test_a_disk_that_another_run_had_filled_is_no_fault_of_the_source(grids, user):
+    need("g++")
+    grid = grids(user)
+    compiler, full = grid.spool / "g++", grid.spool / "full"
+    compiler.write_text(f'#!/bin/sh\n[ ! -e {full} ] || {{ echo "ld: No space left on device" >&2; exit 1; }}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    full.touch()
+    grid.env["AGENT_RUNTIMES_CPP"] = str(compiler)
+    grid.put({"main.cpp": "int main() {}"}, "cpp", request_id="late")
+    with grid.agent() as agent:
+        agent.wait_for("compiling fn.zip failed")
+        full.unlink()
+        agent.wait_for("REPORT requestId=late .*status=ok .*receiveCount=1")
+        assert agent.stop() == 0
+
+
 @pytest.mark.parametrize("runtime, entry", [("nodejs", "index.js"), ("go", "main.go"), ("python", "main.py"), ("cpp", "main.cpp")])
 def test_a_runtime_that_is_not_installed_is_an_error(grids, runtime, entry):
     grid = grids("ordinary", **{f"RUNTIMES_{runtime.upper()}": "/nonexistent/program"})
