@@ -6681,6 +6681,23 @@ def test_a_result_that_sqs_does_not_take_is_no_fault_of_its_queue():
     assert not results.queue.since
 
 
+def test_a_result_that_no_message_can_hold_is_sent_without_its_outputs():
+    """What is returned may have 256 KiB, and has three times that as ASCII; it is sent in any case."""
+    sent, log = [], Heard()
+    clients = types.SimpleNamespace(s3=None, results=types.SimpleNamespace(
+        send_message=lambda QueueUrl, MessageBody: sent.append(MessageBody)))
+    results = ng.AwsResults(clients, dataclasses.replace(ng.Settings(), output_queue_url=QUEUE), log)
+    result = {"requestId": "r", "status": "ok", "stdout": "\1" * 65536, "stdoutBytes": 65536, "stderr": "",
+              "outputFiles": ["a"], "returnValue": "é" * 131000}
+    results.put({**result, "returnValue": 7}, "", [])
+    results.put(result, "", [])
+    assert [len(text) <= 1 << 20 for text in sent] == [True, True]
+    whole, short = map(json.loads, sent)
+    assert whole == {**result, "returnValue": 7}
+    assert short == {**result, "stdout": "", "outputFiles": []}
+    assert sum("are not sent to output.queueUrl" in line for line in log.lines) == 1
+
+
 @trial_of("result {} {}", ("PutObject", "SendMessage"), ("denied", "status 503"))
 def result_trial(moto: str, operation: str, fault: str):
     """A result that may not be stored, or not before patience ends, leaves the message; when that
