@@ -3875,6 +3875,7 @@ def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
 MOST_LINES = 100  # of each end of a stream in the log
 PIECE_BYTES = 8192  # of a line of the log: journald breaks those over 48 KiB (its LineMax=)
 RECENT = 20  # runs of a function whose peaks make its recommendation
+MOST_NAMES = 8 * MIB  # of all that a run leaves: a hundred thousand of 80 bytes
 LONGEST_OUTPUT = 768  # of the 1,024 bytes of S3's keys; requestId and s3Prefix may have 128 each
 
 
@@ -4004,13 +4005,13 @@ def output_files(directory: str, uid: int | None) -> tuple[list[str], int, int]:
 
     The names are relative, the bytes their full size, holes too. Left out is what cannot be listed
     or stored. A file that is not the run's own counts only if anybody may read it: it could be a
-    hard link to something that the function may not.
+    hard link to something that the function may not. Names over MOST_NAMES end the list.
     """
-    found, size, left_out = [], 0, 0
+    found, size, left_out, named = [], 0, 0, 0
     pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
     for relative in pending:
         try:
-            entries = list(os.scandir(os.path.join(directory, relative)))
+            entries = os.scandir(os.path.join(directory, relative))
         except PermissionError:  # of mode 000, and not read by root
             left_out += 1
             continue
@@ -4027,6 +4028,8 @@ def output_files(directory: str, uid: int | None) -> tuple[list[str], int, int]:
                     uid is None or status.st_uid == uid or status.st_mode & 0o004):
                 found.append(name)
                 size += status.st_size
+            if (named := named + len(text)) > MOST_NAMES:
+                return found, sys.maxsize, left_out
     return sorted(found), size, left_out
 
 
@@ -4709,8 +4712,8 @@ class Slots:
                                 f"UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json, no closed "
                                 "directory")
         if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
-            text = (f"$OUTPUT_DIR has {len(names)} files of {size / MIB:.0f} MiB with their "
-                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            text = ("$OUTPUT_DIR has more than agent.execution.maxDiskMb, holes too, or maxFiles, "
+                    f"or {MOST_NAMES} bytes of names: none of it is stored")
             names = []
             if outcome.is_good or outcome.status == "failed":
                 outcome = replace(outcome, status="failed", reason="disk", text=text)
