@@ -6343,7 +6343,6 @@ def test_a_result_that_sqs_does_not_take_is_no_fault_of_its_queue():
     assert not results.queue.since
 
 
-<<<<<<< HEAD
 def test_a_result_that_no_message_can_hold_is_sent_without_its_outputs():
     """What is returned may have 256 KiB, and has three times that as ASCII; it is sent in any case."""
     sent, log = [], Heard()
@@ -6361,12 +6360,8 @@ def test_a_result_that_no_message_can_hold_is_sent_without_its_outputs():
     assert sum("are not sent to output.queueUrl" in line for line in log.lines) == 1
 
 
-@trial_of("result {} {}", ("PutObject", "SendMessage"), ("denied", "status 503"))
-def result_trial(moto: str, operation: str, fault: str):
-=======
 @trial("result {} {}", ("PutObject", "SendMessage"), ("denied", "status 503"), visibility=3, receives=9)
 def result_trial(aws, operation, fault):
->>>>>>> main
     """A result that may not be stored, or not before patience ends, leaves the message; when that
     is back, only the storing is repeated."""
     results = aws.results_queue()
