@@ -3809,7 +3809,8 @@ class Watch:
             return "oom"
         if now >= self.next_disk_look:
             began = time.monotonic()
-            size, count = disk_usage(self.supervisor.workspace.on_disk, self.run.files)
+            size, count = disk_usage(
+                self.supervisor.workspace.on_disk, self.run.files, self.deadline)
             if size > self.run.disk_mb * MIB or count > self.run.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
@@ -3844,22 +3845,24 @@ def parent_of(pid: int) -> int:
     return int(found[1]) if found else 0
 
 
-def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
-    """(bytes, files) below these directories; stops counting beyond `most_files`.
+def disk_usage(paths: Iterable[str], most: int, deadline: float = math.inf) -> tuple[int, int]:
+    """(bytes, files) below these directories; stops at the deadline, and beyond `most` files.
 
     What cannot be listed, for its path is too long or its mode closed, is more than that.
     """
     size = count = 0
     pending = list(paths)
-    while pending and count <= most_files:
+    while pending and count <= most:
         try:
             entries = list(os.scandir(pending.pop()))
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
-                count += most_files + 1
+                count += most + 1
             continue  # it has gone while we look, or the look failed
         count += len(entries)
         for entry in entries:
+            if time.monotonic() > deadline:
+                return size, count
             with contextlib.suppress(OSError):
                 if is_folder(entry):
                     pending.append(entry.path)

@@ -4552,6 +4552,13 @@ def test_names_of_outputs_that_would_fill_the_agents_memory_are_not_stored(folde
     assert folder.names("results", "long") == ["result.json"]
 
 
+def test_a_look_at_a_hundred_thousand_files_does_not_outlast_the_run(tmp_path):
+    for n in range(9):
+        (tmp_path / str(n)).write_text("x")
+    assert ng.disk_usage([str(tmp_path)], 20)[0] > 0
+    assert ng.disk_usage([str(tmp_path)], 20, time.monotonic())[0] == 0
+
+
 def test_nothing_but_results_is_where_they_are_and_what_was_left_out_is_said(outputs):
     assert not [name for name in os.listdir(outputs.path / "results") if name.startswith(".")]
     kept, = (outputs.path / "results").glob("what-is-too-deep*")
