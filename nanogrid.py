@@ -1868,7 +1868,7 @@ class Package:
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
     refused: Outcome | None = None  # what is wrong with the zip, or its program: no run has it
-    disk: Dependency | None = None  # of its compiler, to which that was full
+    compiler: Dependency | None = None  # that lacked something of the machine
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 1  # the cache, until it has another, and each run that needs it
     used: float = 0.0  # time.monotonic() of the last get()
@@ -4285,6 +4285,8 @@ EXPORTS_HANDLER = re.compile(rb"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # a
 SEARCHED_BYTES = 64 * 1024  # of an index.js, from its start and from its end
 MOST_SOURCES = 512 * 1024  # bytes of the names of what is compiled together: execve(2) takes 2 MiB
 COMPILE_MS, COMPILE_MB = 120_000, 2048
+LACKS = re.compile(  # of the machine, as C and Go have it
+    "(?i)no space left on device|resource temporarily unavailable|cannot allocate memory")
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 3.0  # what was received ahead and has not started by then is given back
 ERRAND_THREADS = 8
@@ -4687,12 +4689,12 @@ class Slots:
                 raise Ended(outcome)
             made = f"{slot.output}/main"
             is_made = os.path.isfile(made) and not os.path.islink(made)
-            if (full := os.strerror(errno.ENOSPC)) in outcome.stderr:  # by other runs
-                package.disk = package.disk or Dependency(
+            if lacks := LACKS.search(outcome.stderr):  # what other runs took
+                package.compiler = package.compiler or Dependency(
                     self.log, f"compiling {task.key}", shared=False)
-                raise package.disk.outage(full, "compile")
-            if package.disk:
-                package.disk.worked()
+                raise package.compiler.outage(lacks[0], "compile")
+            if package.compiler:
+                package.compiler.worked()
             if outcome.status != "ok" or not is_made:
                 ended = f"{outcome.status}, exit status {outcome.exit_code}"
                 package.refused = Outcome(
