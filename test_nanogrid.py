@@ -4536,6 +4536,13 @@ def test_names_of_outputs_that_would_fill_the_agents_memory_are_not_stored(folde
     assert folder.names("results", "long") == ["result.json"]
 
 
+def test_a_look_at_a_hundred_thousand_files_does_not_outlast_the_run(tmp_path):
+    for n in range(9):
+        (tmp_path / str(n)).write_text("x")
+    assert ng.disk_usage([str(tmp_path)], 20)[0] > 0
+    assert ng.disk_usage([str(tmp_path)], 20, time.monotonic())[0] == 0
+
+
 def test_nothing_but_results_is_where_they_are_and_what_was_left_out_is_said(outputs):
     assert not [name for name in os.listdir(outputs.path / "results") if name.startswith(".")]
     kept, = (outputs.path / "results").glob("what-is-too-deep*")
@@ -5412,6 +5419,23 @@ def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
     for call in calls:
         assert "telltale" not in call and "NoNewPrivs:\t1" in call, call
         assert not ROOT or not call.startswith("0|"), call
+
+
+@parametrize("said", [
+    "ld: No space left on device", "go: no space left on device", "fork: Resource temporarily unavailable"])
+def test_what_other_runs_took_from_a_compiler_is_no_fault_of_the_source(folder, said):
+    need("g++")
+    compiler, full = folder.spool / "g++", folder.spool / "full"
+    compiler.write_text(f'#!/bin/sh\n[ ! -e {full} ] || {{ echo "{said}" >&2; exit 1; }}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    full.touch()
+    folder.env["AGENT_RUNTIMES_CPP"] = str(compiler)
+    folder.put({"main.cpp": "int main() {}"}, "cpp", request_id="late")
+    with folder.agent() as agent:
+        agent.wait_for("compiling fn.zip failed")
+        full.unlink()
+        agent.until_ok("late", " .*receiveCount=1")
+        assert agent.stop() == 0
 
 
 @parametrize("runtime, entry", [("nodejs", "index.js"), ("go", "main.go"), ("python", "main.py"), ("cpp", "main.cpp")])
@@ -6294,6 +6318,23 @@ def test_a_result_that_sqs_does_not_take_is_no_fault_of_its_queue():
     with pytest.raises(ng.Ended, match="cannot be stored"):
         results.put({"requestId": "r"}, "", [])
     assert not results.queue.since
+
+
+def test_a_result_that_no_message_can_hold_is_sent_without_its_outputs():
+    """What is returned may have 256 KiB, and has three times that as ASCII; it is sent in any case."""
+    sent, log = [], Heard()
+    clients = types.SimpleNamespace(s3=None, results=types.SimpleNamespace(
+        send_message=lambda QueueUrl, MessageBody: sent.append(MessageBody)))
+    results = ng.AwsResults(clients, dataclasses.replace(ng.Settings(), output_queue_url=QUEUE), log)
+    result = {"requestId": "r", "status": "ok", "stdout": "\1" * 65536, "stdoutBytes": 65536, "stderr": "",
+              "outputFiles": ["a"], "returnValue": "é" * 131000}
+    results.put({**result, "returnValue": 7}, "", [])
+    results.put(result, "", [])
+    assert [len(text) <= 1 << 20 for text in sent] == [True, True]
+    whole, short = map(json.loads, sent)
+    assert whole == {**result, "returnValue": 7}
+    assert short == {**result, "stdout": "", "outputFiles": []}
+    assert sum("are not sent to output.queueUrl" in line for line in log.lines) == 1
 
 
 @trial("result {} {}", ("PutObject", "SendMessage"), ("denied", "status 503"), visibility=3, receives=9)
