@@ -2603,7 +2603,7 @@ class Cgroup:
             empty_cgroup(path)  # what a supervisor that was killed left
             os.rmdir(path)  # what is charged to it for longer than that goes with it
         make_cgroup(Path(path), processes)
-        self.path, self.cap_mb = path, 0
+        self.path = path
         # Who writes 0 into this is in the cgroup. It counts who opened it, not who writes.
         self.procs = os.open(f"{path}/cgroup.procs", os.O_WRONLY)
         self.stat = os.open(f"{path}/memory.stat", os.O_RDONLY)
@@ -2611,9 +2611,7 @@ class Cgroup:
     def begin(self, cap_mb: int) -> None:
         """Set the cap of the next run; raises OSError."""
         self.before = self._kills()
-        if cap_mb != self.cap_mb:
-            Path(self.path, "memory.max").write_text(str(cap_mb * MIB))
-            self.cap_mb = cap_mb
+        Path(self.path, "memory.max").write_text(str(cap_mb * MIB))
 
     def held(self) -> int:
         """The bytes that the run holds now. Page cache is none of it: it gives way at the cap."""
