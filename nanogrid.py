@@ -2491,7 +2491,6 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 
 AGENT_WEIGHT = "10000"  # cpu.weight, the most: no lease may be late; each slot has the usual 100
 SLOTS_WEIGHT = "33"  # of all slots, beside the machine's own work: nice 5 weighs as much
-CONTROLLERS = "memory", "pids", "cpu"  # the kernel takes a list as a whole, or not at all
 EMPTYING_LOOKS = 20_000  # 20 s: what is killed is gone in milliseconds, but on a disk that hangs
 
 
@@ -2541,7 +2540,7 @@ def _divide(top: str, slots: int, processes: int) -> None:
     agent, root = f"{top}/agent", os.path.dirname(top)
     is_delegated = os.path.exists(agent)
     for path in [top] if is_delegated else [root, top]:
-        Path(path, "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in CONTROLLERS))
+        Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
     if is_delegated:
         Path(agent, "cpu.weight").write_text(AGENT_WEIGHT)
     else:
@@ -2584,8 +2583,7 @@ def remove_cgroups(top: str) -> None:
             os.rmdir(slot)
     with contextlib.suppress(OSError):  # the agent is still in there when its launcher does this
         if os.path.exists(f"{top}/agent"):
-            Path(top, "cgroup.subtree_control").write_text(
-                " ".join(f"-{one}" for one in CONTROLLERS))
+            Path(top, "cgroup.subtree_control").write_text("-memory -pids -cpu")
             Path(top, "cgroup.procs").write_text("0")
             os.rmdir(f"{top}/agent")
         else:
