@@ -2508,8 +2508,8 @@ def own_cgroup() -> str:
     return os.path.join(cgroup_root(), os.fsdecode(found[1]) if found else "").rstrip("/")
 
 
-def make_cgroups(slots: int, processes: int) -> str:
-    """The directory in which slot0, slot1, … are now, a cgroup each; raises OSError.
+def make_cgroups(processes: int) -> str:
+    """The directory for the slots' cgroups, slot0, slot1, …, once one was made; raises OSError.
 
     It is this service's own where systemd delegated that (Delegate=), or a container has no other.
     Elsewhere one is made at the top, named after this process.
@@ -2528,15 +2528,15 @@ def make_cgroups(slots: int, processes: int) -> str:
         top = f"{names}{os.getpid()}"
         os.makedirs(top, exist_ok=True)
     try:
-        _divide(top, slots, processes)
+        _divide(top, processes)
     except OSError:
         remove_cgroups(top)
         raise
     return top
 
 
-def _divide(top: str, slots: int, processes: int) -> None:
-    """Make the slots' cgroups; raises OSError."""
+def _divide(top: str, processes: int) -> None:
+    """Hand the controllers down, and try whether a slot can have them; raises OSError."""
     agent, root = f"{top}/agent", os.path.dirname(top)
     is_delegated = os.path.exists(agent)
     for path in [top] if is_delegated else [root, top]:
@@ -2546,14 +2546,12 @@ def _divide(top: str, slots: int, processes: int) -> None:
     else:
         Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     os.chmod(top, 0o755)  # a runtime that sizes itself by its cgroup reads it
-    for number in range(slots):
-        make_cgroup(Path(top, f"slot{number}"), processes)
+    make_cgroup(Path(top, "slot0"), processes)  # each supervisor makes its slot's anew
 
 
 def make_cgroup(slot: Path, processes: int) -> None:
     """Make a slot's cgroup; raises OSError."""
     slot.mkdir(exist_ok=True)
-    slot.chmod(0o755)
     (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
     (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
     with contextlib.suppress(FileNotFoundError):  # a kernel without swap
@@ -4362,7 +4360,7 @@ class Slots:
         self.cgroups, self.cgroup_gap = "", "not started as root"
         if not os.geteuid():
             try:
-                self.cgroups = make_cgroups(settings.concurrency, settings.max_processes)
+                self.cgroups = make_cgroups(settings.max_processes)
             except OSError as error:
                 self.cgroup_gap = f"{error.strerror}: {error.filename or 'its controllers'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs

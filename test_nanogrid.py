@@ -4119,18 +4119,18 @@ def delegated(**files):
 def test_what_systemd_delegates_is_divided(grids):
     """The agent goes before the functions; its launcher takes away what a killed one had."""
     grid = grids("root", EXECUTION_CONCURRENCY=2)
-    run = Lasting(grid, "lasting", timeoutMs=300000)
+    runs = [Lasting(grid, name, timeoutMs=300000) for name in ("lasting", "too")]
     with delegated() as (place, prefix):
         with grid.agent(prefix=prefix) as agent:
-            run.begun()
+            pids = [pid for run in runs if run.begun() for pid in run.pids]
             assert sorted(path.name for path in place.glob("*/")) == ["agent", "slot0", "slot1"]
             weights = {name: int((place / name / "cpu.weight").read_text()) for name in ("agent", "slot0", "slot1")}
             assert weights["agent"] > weights["slot0"] == weights["slot1"]
             inside = (place / "agent/cgroup.procs").read_text().split()
-            assert str(agent.process.pid) in inside and not set(map(str, run.pids)) & set(inside)
+            assert str(agent.process.pid) in inside and not set(map(str, pids)) & set(inside)
             assert agents_cgroups() == set()
             agent.stop(signal.SIGKILL)
-        until_gone(run.pids)
+        until_gone(pids)
         until(lambda: not list(place.glob("*/")), what="the end of what its launcher takes away")
         grid.put({"main.py": "print('fine')"}, request_id="next")
         with grid.agent(prefix=prefix) as agent:
