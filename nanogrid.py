@@ -2448,12 +2448,15 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
-def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> list[int]:
-    """All below this process, but for `helpers` alone, and `others` with all below them."""
-    found = [pid for parent in (os.getpid(), *helpers) for pid in children_of(parent)
-             if pid not in helpers and pid not in others]
-    for pid in found:
-        found.extend(children_of(pid))
+def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> dict[int, int]:
+    """All below this process, each with its parent, but for `helpers` alone, and `others` with all
+    below them."""
+    found = {pid: parent for parent in (os.getpid(), *helpers) for pid in children_of(parent)
+             if pid not in helpers and pid not in others}
+    for parent in (parents := list(found)):
+        below = dict.fromkeys(children_of(parent), parent)
+        found.update(below)
+        parents.extend(below)
     return found
 
 
@@ -3566,8 +3569,8 @@ class Supervisor:
             if helper := self.helpers.pop(name, None):
                 helper.close()
 
-    def run_pids(self) -> list[int]:
-        """All processes of the run."""
+    def run_pids(self) -> dict[int, int]:
+        """All processes of the run, each with its parent."""
         return descendants([helper.pid for helper in self.helpers.values()])
 
     def _kill(self, child: int) -> None:
@@ -3767,16 +3770,10 @@ class Watch:
             if len(pids) == 1:
                 together = int((size.split() or [b"0", b"0"])[1]) * PAGE
             # Who is between vfork and exec has its parent's memory, not a copy of it.
-            elif size != sizes.get(parent_of(pid)):
+            elif size != sizes.get(pids[pid]):
                 found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
                 together += int(found[1]) * 1024 if found else 0
         return together
-
-
-def parent_of(pid: int) -> int:
-    """The parent of a process; 0 when it is gone."""
-    found = re.search(rb"(?m)^PPid:\t(\d+)", read_proc(f"/proc/{pid}/status"))
-    return int(found[1]) if found else 0
 
 
 def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
