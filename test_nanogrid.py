@@ -2413,6 +2413,14 @@ os.kill(os.getpid(), signal.SIGSTOP)
 os.kill(0, signal.SIGSTOP)
 === stops its group from a shell | cpp timeoutMs=400 | status=timeout
 kill -STOP 0
+=== a child of its own traces it | timeoutMs=2000 | status=timeout
+its, libc = os.getpid(), ctypes.CDLL(None)
+libc.prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: any
+if not os.fork():
+    os.setsid()
+    libc.ptrace(0x4206, its, 0, 0)  # PTRACE_SEIZE: its end is told this one first
+    time.sleep(60)
+time.sleep(60)
 === stops its parent | timeoutMs=400 | status=timeout
 try:
     os.kill(os.getppid(), signal.SIGSTOP)
@@ -3953,7 +3961,7 @@ print("fine")
 COUNTED.update({"a fork bomb": Case({"main.py": FORK_BOMB}, "python", {"timeoutMs": 3000}, {"status": "timeout/oom"}, None)})
 COUNTED.update({name: RUNS[name] for name in (
     "six children of 60 MB", "a hog in a session of its own", "80 threads", "children between vfork and exec",
-    "a parent of 100 MB and three children of 50", "its own SIGKILL")})
+    "a parent of 100 MB and three children of 50", "a child of its own traces it", "its own SIGKILL")})
 
 
 @pytest.fixture(scope="module")
