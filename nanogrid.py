@@ -22,7 +22,9 @@ The parts of this file, in order:
     AWS           makes the clients and tells passing errors from lasting ones; never retries
     Queue         owns messages and leases, of SQS or of a folder; never looks into a message
     Code          fetches, unpacks and keeps zips; never runs them
-    Run           launcher, supervisors, their rooms and workspaces; never speaks to AWS
+    Programs      shell, interpreter and handlers around a function; never know of this file
+    Room          cgroup, mounts and directories of a slot; never starts anything in them
+    Run           launcher, supervisors and their helpers; never speaks to AWS
     Measure       looks at a run, reads its output and says when it must end; kills nothing
     Report        says and stores what became of a turn, and the metric; never touches the queue
     Agent         slots, the loop and the shutdown; the only one that knows all the others
@@ -2081,28 +2083,8 @@ class CodeCache:
 
 
 # --------------------------------------------------------------------------------------------
-# Run: the launcher, a supervisor for each slot, and the room that a function finds
+# Programs: what starts a function, calls it and ends it, from within its own process
 # --------------------------------------------------------------------------------------------
-#
-#   agent ─(one socket)─ launcher ─┬─ supervisor of slot 0 ─┬─ fork shell ─ function (exec'd)
-#                                  │                        └─ ready interpreter ─ function (python)
-#                                  └─ supervisor of slot 1 …
-#
-# A supervisor runs one function at a time, and is a subreaper: whatever stands below it but for
-# its two helpers belongs to that run. The launcher is subreaper behind the supervisors, and the
-# agent behind the launcher, for a function without a uid of its own may kill any of them.
-
-READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
-USER = "nanogrid"  # the name that a function's user has for it
-FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
-UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
-OUTPUTS = ("stdout", "stderr")  # in a slot's feed
-RETURNED = "returned"  # beside them: what a handler returned, as JSON
-MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
-NICER = 5  # functions give way to the agent, whose leases must not be late
-PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
-PR_CAPBSET_READ, PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 23, 24, 24
-PR_SET_SECCOMP, PR_SET_SECUREBITS, SECBIT_NOROOT = 22, 28, 1
 
 # Starts what is exec'd, one shell for each run. The kernel starts a child's ru_maxrss at its
 # parent's size, and exec keeps it. A supervisor has 7 MB and more, a shell 1.5: so a shell forks
@@ -2372,57 +2354,16 @@ const context = {
 HANDLERS = {"python": ("-c", PYTHON_HANDLER), "nodejs": ("-e", NODE_HANDLER)}
 
 
-# --- What crosses from the agent to the launcher and back ---
-#
-# The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
-# supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
-# supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of
-# JSON; what is said back has its kind under "kind". SlotSpec has what is fixed for a slot,
-# RunSpec.helper_env what is fixed when a helper starts, the rest of RunSpec what is one run's.
+# --------------------------------------------------------------------------------------------
+# Room: the cgroup, the mounts and the directories of a slot
+# --------------------------------------------------------------------------------------------
 
-READY, BEGUN, OUTCOME, NOT_BEGUN, LOST = "ready", "begun", "outcome", "not begun", "lost"
-
-
-@dataclass(frozen=True)
-class SlotSpec:
-    """What is fixed for a slot: where it runs, as whom, and what it sees of the machine."""
-
-    directory: str
-    uid: int | None  # None: as the agent's own user
-    gid: int | None
-    groups: tuple[int, ...]
-    cgroup: str  # its directory; "" where there is none
-    shell: str
-    limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
-    network: str  # host or none
-    hidden: tuple[str, ...]  # directories and files of the machine that functions do not see
-    shown: tuple[str, ...]  # what they need of what lies there
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """One run, as the agent asks a supervisor for it."""
-
-    command: tuple[str, ...]
-    interpreter: str  # the one to keep ready for it; "" for none
-    helper_env: dict[str, str]  # all that a helper starts with: nothing of a run, nor of a task
-    env: dict[str, str]  # what this run has besides
-    package: str  # directory with the code
-    input: str
-    timeout_ms: int
-    memory_mb: int
-    disk_mb: int
-    files: int
-    has_handler: bool = False  # which must return something
-    tee: bool = False  # pass the outputs through as they come
-
-
-class NotBegun(OSError):
-    """A part of the machine failed before the function had begun: the run can be tried again."""
-
-
-class RunLost(Exception):
-    """What ran the function was lost with it: the function may have done anything by then."""
+USER = "nanogrid"  # the name that a function's user has for it
+OUTPUTS = ("stdout", "stderr")  # in a slot's feed
+RETURNED = "returned"  # beside them: what a handler returned, as JSON
+PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 4, 38, 36  # linux/prctl.h
+PR_CAPBSET_READ, PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 23, 24, 24
+PR_SET_SECCOMP, PR_SET_SECUREBITS, SECBIT_NOROOT = 22, 28, 1
 
 
 def kernel(name: str, *arguments: Any) -> int:
@@ -2438,56 +2379,6 @@ def read_proc(path: str) -> bytes:
     with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
         return file.read()
     return b""
-
-
-def children_of(pid: int) -> list[int]:
-    """The children of all threads of a process (proc(5), CONFIG_PROC_CHILDREN)."""
-    with contextlib.suppress(OSError):
-        return [int(child) for task in os.listdir(f"/proc/{pid}/task")
-                for child in read_proc(f"/proc/{pid}/task/{task}/children").split()]
-    return []
-
-
-def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> dict[int, int]:
-    """All below this process, each with its parent, but for `helpers` alone, and `others` with all
-    below them."""
-    found = {pid: parent for parent in (os.getpid(), *helpers) for pid in children_of(parent)
-             if pid not in helpers and pid not in others}
-    for parent in (parents := list(found)):
-        below = dict.fromkeys(children_of(parent), parent)
-        found.update(below)
-        parents.extend(below)
-    return found
-
-
-def signal_all(pids: Iterable[int], number: int) -> None:
-    """Send a signal to each of these that is still there and ours."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
-
-
-def reap(kept: Collection[int]) -> None:
-    """Reap this process's children that have ended, as far as the first of `kept` that has."""
-    with contextlib.suppress(ChildProcessError):  # there are none
-        while ((ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT))
-               and ended.si_pid not in kept):
-            os.waitpid(ended.si_pid, 0)
-
-
-def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> None:
-    """Kill and reap all `descendants`; stopped first, to fork no more: a fork bomb ends, too."""
-    stopped: set[int] = set()
-    reap([*helpers, *others])  # to look below hundreds that have ended would take long
-    while below := descendants(helpers, others):
-        new = set(below) - stopped
-        signal_all(new or below, signal.SIGSTOP if new else signal.SIGKILL)
-        stopped |= new
-        if not new:
-            for pid in below:
-                with contextlib.suppress(ChildProcessError):  # another's child
-                    os.waitpid(pid, os.WNOHANG)
-            time.sleep(0.001)
 
 
 # --- The cgroup: what a slot may use, held by the kernel (cgroups(7), version 2) ---
@@ -3139,6 +3030,139 @@ class Workspace:
             os.chown(path, uid, gid)
 
 
+# --------------------------------------------------------------------------------------------
+# Run: the launcher, a supervisor for each slot, and what they end
+# --------------------------------------------------------------------------------------------
+#
+#   agent ─(one socket)─ launcher ─┬─ supervisor of slot 0 ─┬─ fork shell ─ function (exec'd)
+#                                  │                        └─ ready interpreter ─ function (python)
+#                                  └─ supervisor of slot 1 …
+#
+#   what         who ends it, and when                                     if that one was killed
+#   run          its supervisor: it ended, passed a limit, or is cancelled   the launcher does
+#   supervisor   itself: the agent closed its connection; Slot.drop() and    the launcher ends
+#                the launcher kill one that hangs or tidies too long         its run
+#   launcher     itself: the agent's socket has closed                       the agent, and each
+#                                                                            supervisor its run
+#   turn         Agent._end(), for whoever asks first                        its lease runs out
+#
+# At a stop, in this order: nothing more is received; what has not begun is released; runs have
+# their grace, then Slot.cancel() ends them; what they left is stored; the queue and the metrics
+# are closed; the launcher ends, with all that is below it.
+#
+# A supervisor is a subreaper: whatever stands below it but for its two helpers belongs to its run.
+# The launcher is subreaper behind the supervisors, and the agent behind the launcher, for a
+# function without a uid of its own may kill any of them.
+
+READY_RUNS = 1000  # runs of one ready interpreter: they share its hash seed
+FIRST_UID, LAST_UID = 60600, 61183  # systemd.io/UIDS-GIDS: 60578 to 61183 are unused
+UID_LOCKS = "/run/nanogrid"  # a locked file for each uid that an agent of this machine has
+MAX_RETURNED = 256 * 1024  # bytes of JSON that a handler may return
+NICER = 5  # functions give way to the agent, whose leases must not be late
+
+# --- What crosses from the agent to the launcher and back ---
+#
+# The agent sends the launcher a SlotSpec with a socket: that is the agent's end of a new
+# supervisor. The supervisor says READY once. Then the agent sends a RunSpec for each run, and the
+# supervisor answers each with BEGUN and then OUTCOME or LOST, or with NOT_BEGUN. Each is a line of
+# JSON; what is said back has its kind under "kind". SlotSpec has what is fixed for a slot,
+# RunSpec.helper_env what is fixed when a helper starts, the rest of RunSpec what is one run's.
+
+READY, BEGUN, OUTCOME, NOT_BEGUN, LOST = "ready", "begun", "outcome", "not begun", "lost"
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """What is fixed for a slot: where it runs, as whom, and what it sees of the machine."""
+
+    directory: str
+    uid: int | None  # None: as the agent's own user
+    gid: int | None
+    groups: tuple[int, ...]
+    cgroup: str  # its directory; "" where there is none
+    shell: str
+    limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
+    network: str  # host or none
+    hidden: tuple[str, ...]  # directories and files of the machine that functions do not see
+    shown: tuple[str, ...]  # what they need of what lies there
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run, as the agent asks a supervisor for it."""
+
+    command: tuple[str, ...]
+    interpreter: str  # the one to keep ready for it; "" for none
+    helper_env: dict[str, str]  # all that a helper starts with: nothing of a run, nor of a task
+    env: dict[str, str]  # what this run has besides
+    package: str  # directory with the code
+    input: str
+    timeout_ms: int
+    memory_mb: int
+    disk_mb: int
+    files: int
+    has_handler: bool = False  # which must return something
+    tee: bool = False  # pass the outputs through as they come
+
+
+class NotBegun(OSError):
+    """A part of the machine failed before the function had begun: the run can be tried again."""
+
+
+class RunLost(Exception):
+    """What ran the function was lost with it: the function may have done anything by then."""
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of all threads of a process (proc(5), CONFIG_PROC_CHILDREN)."""
+    with contextlib.suppress(OSError):
+        return [int(child) for task in os.listdir(f"/proc/{pid}/task")
+                for child in read_proc(f"/proc/{pid}/task/{task}/children").split()]
+    return []
+
+
+def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> dict[int, int]:
+    """All below this process, each with its parent, but for `helpers` alone, and `others` with all
+    below them."""
+    found = {pid: parent for parent in (os.getpid(), *helpers) for pid in children_of(parent)
+             if pid not in helpers and pid not in others}
+    for parent in (parents := list(found)):
+        below = dict.fromkeys(children_of(parent), parent)
+        found.update(below)
+        parents.extend(below)
+    return found
+
+
+def signal_all(pids: Iterable[int], number: int) -> None:
+    """Send a signal to each of these that is still there and ours."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def reap(kept: Collection[int]) -> None:
+    """Reap this process's children that have ended, as far as the first of `kept` that has."""
+    with contextlib.suppress(ChildProcessError):  # there are none
+        while ((ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+               and ended.si_pid not in kept):
+            os.waitpid(ended.si_pid, 0)
+
+
+def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> None:
+    """Kill and reap all `descendants`; stopped first, to fork no more: a fork bomb ends, too."""
+    stopped: set[int] = set()
+    reap([*helpers, *others])  # to look below hundreds that have ended would take long
+    while below := descendants(helpers, others):
+        new = set(below) - stopped
+        signal_all(new or below, signal.SIGSTOP if new else signal.SIGKILL)
+        stopped |= new
+        if not new:
+            for pid in below:
+                with contextlib.suppress(ChildProcessError):  # another's child
+                    os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.001)
+
+
 # --- Helpers: the processes that fork runs ---
 
 KEPT_OF_EACH_END = 32 * 1024  # bytes of an output: the four ends, escaped, fit into SQS's 1 MiB
@@ -3258,8 +3282,6 @@ def confine(room: Room) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
     if room.ruleset >= 0:
         kernel("syscall", LANDLOCK_RESTRICT, room.ruleset, 0)
-    with contextlib.suppress(OSError):  # a kernel without seccomp
-        kernel("prctl", PR_SET_SECCOMP, 2, KEY_PROGRAM)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores both, and exec keeps that
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
@@ -3268,9 +3290,8 @@ def become_user(spec: SlotSpec) -> None:
     """In a new child: the slot's user, without any capability."""
     uid, gid = spec.uid, spec.gid
     if uid is not None and gid is not None:
-        with contextlib.suppress(OSError):  # there are no more, or no CAP_SETPCAP
-            for capability in range(64):
-                kernel("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+        for capability in range(64):  # there may be less, or no CAP_SETPCAP to drop them
+            LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
         os.setgroups(spec.groups)
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)  # takes all capabilities, too
@@ -3686,6 +3707,8 @@ def supervise(agent: socket.socket, life: int, spec: SlotSpec, others: tuple[int
             os.close(other)
         os.setsid()
         kernel("prctl", PR_SET_CHILD_SUBREAPER, 1)
+        with contextlib.suppress(OSError):  # a kernel without seccomp
+            kernel("prctl", PR_SET_SECCOMP, 2, KEY_PROGRAM)
         Supervisor(spec, agent, life).work()
     except OSError as error:
         answer(agent, NOT_BEGUN, errno=error.errno, text=str(error))
@@ -3833,6 +3856,10 @@ class Report:
             reason, text = error.reason, str(error)
         return replace(self, outcome=replace(
             self.outcome, status="error", reason=reason, text=text))
+
+    def brief(self) -> Report:
+        """This report without the function's words, to be kept for a while."""
+        return replace(self, outcome=replace(self.outcome, stdout="", stderr="", returned=""))
 
     def pairs(self) -> dict[str, Any]:
         """The pairs of the REPORT line."""
@@ -4118,24 +4145,17 @@ class FolderMetrics:
             self.log("INFO", f"Successfully published {self.count} values to {self.path.name}")
 
 
-class Datum(NamedTuple):
-    """What values have in common that are published together."""
-
-    dimensions: tuple[tuple[str, str], ...]
-    second: int  # since the epoch, in which their runs ended
-
-
 class CloudWatchMetrics:
     """PeakMemoryBytes of each run, in batches. What is not sent yet is lost with the process."""
 
     MOST_KEPT = 100_000  # while CloudWatch is away
-    VALUES = 150  # PutMetricData's limit for one datum
-    # Its limit for a request is 1 MB: what a datum and a value take of that in the query protocol
-    REQUEST_BYTES, DATUM_BYTES, VALUE_BYTES = 1_000_000, 1000, 100
+    # PutMetricData's limit for one request. It has another of 1 MB, of which a value with the
+    # longest names takes 700 bytes.
+    MOST_SENT = 1000
 
     def __init__(self, cloudwatch: Any, settings: Settings, log: Log):
         self.cloudwatch, self.settings, self.log = cloudwatch, settings, log
-        self.values: deque[tuple[Datum, float]] = deque()
+        self.reports: deque[Report] = deque()  # whose peaks are to be sent, the oldest first
         self.dropped = 0
         self.service = Dependency(log, "publishing metrics to CloudWatch")
         self.stopping = threading.Event()
@@ -4146,15 +4166,13 @@ class CloudWatchMetrics:
     def put(self, report: Report) -> None:
         """Keep the run's peak for the next flush; the oldest may go."""
         if report.outcome.peak_memory_bytes is not None:
-            ended = int(report.outcome.ended_at or time.time())
-            datum = Datum(dimensions(report), ended)
             with self.lock:
-                self.values.append((datum, float(report.outcome.peak_memory_bytes)))
+                self.reports.append(report.brief())
                 self._bound()
 
     def _bound(self) -> None:
-        while len(self.values) > self.MOST_KEPT:
-            self.values.popleft()
+        while len(self.reports) > self.MOST_KEPT:
+            self.reports.popleft()
             self.dropped += 1
 
     def close(self, is_urgent: Callable[[], bool]) -> None:
@@ -4167,45 +4185,36 @@ class CloudWatchMetrics:
         pause, is_last = float(self.settings.flush_seconds), False
         while not is_last:
             is_last, pause, sent = self.stopping.wait(pause), float(self.settings.flush_seconds), 0
-            while values := self._take():
+            while reports := self._take():
                 _, error = attempt(
                     self.cloudwatch.put_metric_data, Namespace=self.settings.namespace,
-                    MetricData=[self._in_aws_terms(*one) for one in values])
+                    MetricData=list(map(self._in_aws_terms, reports)))
                 if error:
                     with self.lock:
-                        self.values.extendleft(
-                            (datum, one) for datum, ones in values for one in ones)
+                        self.reports.extendleft(reversed(reports))
                         self._bound()
                     pause = self.service.failed(remedy(error, "cloudwatch:PutMetricData") or error)
                     break
                 self.service.worked()
-                sent += sum(len(ones) for _, ones in values)
+                sent += len(reports)
             if sent:
                 lost = f" ({self.dropped} older ones were dropped)" if self.dropped else ""
                 self.dropped = 0
                 self.log("INFO", f"Successfully published {sent} values to CloudWatch{lost}")
 
-    def _take(self) -> list[tuple[Datum, list[float]]]:
-        """The oldest values, as many as one request may have, by datum."""
-        groups: dict[Datum, list[list[float]]] = {}
-        size = 0
+    def _take(self) -> list[Report]:
+        """The oldest, as many as one request may have."""
         with self.lock:
-            while self.values and size < self.REQUEST_BYTES - self.DATUM_BYTES:
-                datum, value = self.values.popleft()
-                data = groups.setdefault(datum, [])
-                if not data or len(data[-1]) == self.VALUES:
-                    data.append([])
-                    size += self.DATUM_BYTES
-                data[-1].append(value)
-                size += self.VALUE_BYTES
-        return [(datum, values) for datum, data in groups.items() for values in data]
+            return [self.reports.popleft()
+                    for _ in range(min(self.MOST_SENT, len(self.reports)))]
 
     @staticmethod
-    def _in_aws_terms(datum: Datum, values: list[float]) -> dict[str, Any]:
-        counts = Counter(values)
-        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes", "Timestamp": datum.second,
-                "Values": list(counts), "Counts": list(map(float, counts.values())),
-                "Dimensions": [{"Name": name, "Value": value} for name, value in datum.dimensions]}
+    def _in_aws_terms(report: Report) -> dict[str, Any]:
+        return {"MetricName": "PeakMemoryBytes", "Unit": "Bytes",
+                "Value": float(report.outcome.peak_memory_bytes or 0),
+                "Timestamp": int(report.outcome.ended_at or time.time()),
+                "Dimensions": [{"Name": name, "Value": value}
+                               for name, value in dimensions(report)]}
 
 
 # --------------------------------------------------------------------------------------------
@@ -5261,8 +5270,7 @@ class Agent:
             self.counts[status] += 1
             self.space.notify()
             if self.drain:
-                outcome = replace(report.outcome, stdout="", stderr="", text="")
-                self.drained.append(replace(report, outcome=outcome))
+                self.drained.append(report.brief())
 
 
 def notify(state: str) -> None:
