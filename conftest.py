@@ -7,8 +7,8 @@ import inspect
 import pytest
 
 # Fixtures that many tests look at, and that take long to make; the slowest first.
-SHARED = ("trials", "started", "runs", "escaped", "leftovers", "confined", "room", "hoards",
-          "again", "counted", "outputs", "handled", "built", "invoked")
+SHARED = ("trials", "started", "runs", "escaped", "leftovers", "room", "hoards",
+          "again", "counted", "outputs", "built", "invoked")
 # Reason to the tests that were skipped for it, in the order in which they were.
 NOT_RUN: dict[str, list[str]] = collections.defaultdict(list)
 

@@ -115,6 +115,11 @@ class Outcome:
     returned: str = ""  # JSON, by a handler; "" when there was none
 
     @property
+    def is_good(self) -> bool:
+        """Whether its function succeeded: that message alone is deleted."""
+        return FATES[self.status].action == "delete"
+
+    @property
     def ended_at(self) -> float | None:
         """When its run ended, in seconds since the epoch."""
         return self.started_at and self.started_at + (self.duration_millis or 0) / 1000
@@ -692,7 +697,8 @@ def parse_task(body: str, settings: Settings, any_bucket: bool = False) -> Task:
     if "runtime" in right:
         right["runtime"] = _RUNTIME_OF[right["runtime"]]
         if right.get("handler") and not RUNTIMES[right["runtime"]].handler_files:
-            wrong["handler"] = "task", f"handler is for python and nodejs, not {right['runtime']}"
+            having = " and ".join(name for name in RUNTIMES if RUNTIMES[name].handler_files)
+            wrong["handler"] = "task", f"handler is for {having}, not {right['runtime']}"
     if fault := _env_fault(right.get("env", {}), settings):
         wrong["env"] = "task", fault
     if wrong:
@@ -1046,6 +1052,7 @@ TRY_SECONDS = 10  # for so long one thread alone tries whether a part is back
 FIRST_PAUSE = 0.4  # seconds, jittered down to half; doubled by each failure in a row
 LONGEST_PAUSE = 10  # soon enough after an hour's outage, and rare enough for AWS in that hour
 REFUSAL_PAUSE = 30  # the longest after a refusal, which a person has to mend
+FAILING_PAUSES = 0.25, 30  # the first and the longest of the receiver, when everything fails
 
 
 class Dependency:
@@ -1227,10 +1234,13 @@ def refuse_cut_answer(http_response: Any, model: Any, **_: Any) -> None:
         raise IncompleteReadError(actual_bytes=len(http_response.content), expected_bytes=length)
 
 
-def attempt(call: Callable[..., Any], **arguments: Any) -> tuple[Any, Exception | None]:
-    """(answer, None) of an AWS call, or (None, error): botocore has no one base for its errors."""
+def attempt(call: Callable[..., Any], **named: Any) -> tuple[Any, Exception | None]:
+    """(answer, None) of an AWS call, or (None, error): botocore has no one base for its errors.
+
+    Like boto3's own, its arguments are named.
+    """
     try:
-        return call(**arguments), None
+        return call(**named), None
     except Exception as error:  # noqa: BLE001
         return None, error
 
@@ -1389,6 +1399,8 @@ class Queue(Protocol):
     """Where messages come from. From its receive to its end a message is in flight."""
 
     rest_seconds: float  # after a receive that found nothing
+    url: str  # that an error's text names; of a folder, its path
+    needs: str  # the permissions without which it cannot be received from
 
     def receive(self, limit: int, drain: bool) -> list[Message]:
         """At most `limit` messages, after a while if there are none; raises what fails."""
@@ -1410,7 +1422,8 @@ class SqsQueue:
     """An SQS queue; one thread of its own deletes, gives back and keeps leases alive."""
 
     def __init__(self, clients: Clients, settings: Settings, log: Log):
-        self.url, self.log, self.settings = settings.queue_url, log, settings
+        self.url, self.needs = str(settings.queue_url), QUEUE_NEEDS
+        self.log, self.settings = log, settings
         self.polls, self.sqs = clients.polls, clients.sqs
         self.rest_seconds = 0.0 if settings.wait_time_seconds else 1.0  # then SQS does not wait
         self.visibility = 30  # until the queue says another
@@ -1653,6 +1666,7 @@ class FolderQueue:
     PARTS = ("queue", "running", "dead", "results", "code")
 
     def __init__(self, root: Path, log: Log):
+        self.url, self.needs = str(root), "reading and writing"
         for name in self.PARTS:
             (root / name).mkdir(parents=True, exist_ok=True)
         self.queue, self.running, self.dead = (f"{root}/{name}" for name in self.PARTS[:3])
@@ -2569,6 +2583,8 @@ def hidden_and_shown(settings: Path | None, folder: Path | None,
                      needed: Iterable[str]) -> tuple[list[str], list[str]]:
     """(hidden, shown): the paths that a room covers, and those below them that it shows again.
 
+    Only what is there now can be covered: who adds a directory of the agent's makes it before.
+
     `folder` is that of --local: it has the tasks and results of all. A directory that holds this
     file or the settings is hidden as a whole, too, unless it is one of the system's: then that file
     alone is. Shown is what holds `needed`, and what resolves names. All else of the machine stays
@@ -2844,8 +2860,8 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def sweep(path: str, keep: Collection[str] = ()) -> None:
     """Empty a directory but for `keep`: no modes, no depth and no link of a function's stop it.
 
-    Nothing may be running that could change it. What lies deep is moved up into it, so that no path
-    grows too long.
+    What lies below is closed first to who got hold of it over a socket. What lies deep is moved up
+    into it, so that no path grows too long.
     """
     pending = [path]
     while pending:
@@ -2859,6 +2875,7 @@ def sweep(path: str, keep: Collection[str] = ()) -> None:
             with contextlib.suppress(OSError):
                 os.rmdir(entry.path)  # most are empty
                 continue
+            os.chown(entry.path, os.geteuid(), -1)
             os.chmod(entry.path, 0o700)
             below.append(entry.path)
             if len(entry.path) > len(path) + 500:  # characters, of up to 4 bytes
@@ -3082,7 +3099,7 @@ class SlotSpec:
     cgroup: str  # its directory; "" where there is none
     shell: str
     limits: dict[str, int]  # RLIMIT_… names of the resource module -> value
-    network: str  # host or none
+    network: str  # host or none; Slots._guard_metadata relies on its being that of all slots
     hidden: tuple[str, ...]  # directories and files of the machine that functions do not see
     shown: tuple[str, ...]  # what they need of what lies there
 
@@ -3165,7 +3182,7 @@ def end_descendants(helpers: Collection[int] = (), others: Collection[int] = ())
 
 # --- Helpers: the processes that fork runs ---
 
-KEPT_OF_EACH_END = 32 * 1024  # bytes of an output: the four ends, escaped, fit into SQS's 1 MiB
+KEPT_OF_EACH_END = 32 * 1024  # bytes of an output: four ends, escaped, fit into MAX_MESSAGE
 STOPPED = 0x137F  # a status of wait4(2)
 # linux/audit.h: x86_64, i386, aarch64, arm; the first of three system calls for keys there
 KEY_CALLS = {0xC000003E: 248, 0x40000003: 286, 0xC00000B7: 217, 0x40000028: 309}
@@ -3431,7 +3448,7 @@ NO_BUFFER = "RangeError: Array buffer allocation failed"
 
 def with_returned(outcome: Outcome) -> Outcome:
     """A handler's outcome: failed, where what it returned cannot be kept as JSON."""
-    if outcome.status != "ok":
+    if not outcome.is_good:
         return replace(outcome, returned="null")
     text, size = "", len(outcome.returned.encode())
     try:
@@ -3628,6 +3645,20 @@ def reset_signals() -> None:
         signal.signal(number, lambda *_: None)
 
 
+# Runs this file as Python would, but lets go of what compiling it took: 10 MiB that a script
+# holds until its end, and whose page tables every fork would copy.
+LAUNCH = """\
+import ctypes, sys
+del sys.argv[0]
+__file__ = sys.argv[0]
+with open(__file__, "rb") as file:
+    code = compile(file.read(), __file__, "exec")
+if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    libc.malloc_trim(0)
+exec(code)
+"""
+
+
 class Launcher:
     """Forks a supervisor for each slot that the agent asks for, until the agent is gone."""
 
@@ -3676,7 +3707,8 @@ class Launcher:
         os.waitpid(pid, 0)
         os.close(pidfd)
         # The next of its slot empties the cgroup itself.
-        if spec.cgroup and spec not in [other for _, other, _ in self.supervisors.values()]:
+        if spec.cgroup and spec.cgroup not in [
+                other.cgroup for _, other, _ in self.supervisors.values()]:
             with contextlib.suppress(OSError):
                 Path(spec.cgroup, "cgroup.kill").write_text("1")
         end_descendants(others=[pid for pid, _, _ in self.supervisors.values()])
@@ -3831,6 +3863,7 @@ def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
 MOST_LINES = 100  # of each end of a stream in the log
 PIECE_BYTES = 8192  # of a line of the log: journald breaks those over 48 KiB (its LineMax=)
 RECENT = 20  # runs of a function whose peaks make its recommendation
+MOST_NAMES = 8 * MIB  # of all that a run leaves: a hundred thousand of 80 bytes
 LONGEST_OUTPUT = 768  # of the 1,024 bytes of S3's keys; requestId and s3Prefix may have 128 each
 
 
@@ -3890,7 +3923,7 @@ class Report:
                      f"{self.memory_mb}: {advice}.")
         returned = {"returnValue": json.loads(outcome.returned)} if outcome.returned else {}
         return {**self.pairs(), **returned,
-                "success": outcome.status == "ok", "stdout": outcome.stdout,
+                "success": outcome.is_good, "stdout": outcome.stdout,
                 "stderr": outcome.stderr or outcome.text, "stdoutBytes": outcome.stdout_bytes,
                 "stderrBytes": outcome.stderr_bytes, "startedAt": begin and iso(begin),
                 "finishedAt": end and iso(end), "outputFiles": names,
@@ -3946,7 +3979,7 @@ def summary(reports: Iterable[Report]) -> str:
     width = max([8, *map(len, runs)])
     lines = [f"{'function':{width}}    runs     ok not ok   max ms  largest peak"]
     for name, mine in sorted(runs.items()):
-        good = sum(each.outcome.status == "ok" for each in mine)
+        good = sum(each.outcome.is_good for each in mine)
         spent = [each.outcome.duration_millis or 0 for each in mine if each.outcome.start] or [0]
         peak, cap = max(((each.outcome.peak_memory_bytes / MIB, each.memory_mb) for each in mine
                          if each.outcome.peak_memory_bytes), default=(0, 0))
@@ -3960,13 +3993,13 @@ def output_files(directory: str, uid: int | None) -> tuple[list[str], int, int]:
 
     The names are relative, the bytes their full size, holes too. Left out is what cannot be listed
     or stored. A file that is not the run's own counts only if anybody may read it: it could be a
-    hard link to something that the function may not.
+    hard link to something that the function may not. Names over MOST_NAMES end the list.
     """
-    found, size, left_out = [], 0, 0
+    found, size, left_out, named = [], 0, 0, 0
     pending = [""] if os.path.isdir(directory) and not os.path.islink(directory) else []
     for relative in pending:
         try:
-            entries = list(os.scandir(os.path.join(directory, relative)))
+            entries = os.scandir(os.path.join(directory, relative))
         except PermissionError:  # of mode 000, and not read by root
             left_out += 1
             continue
@@ -3983,6 +4016,8 @@ def output_files(directory: str, uid: int | None) -> tuple[list[str], int, int]:
                     uid is None or status.st_uid == uid or status.st_mode & 0o004):
                 found.append(name)
                 size += status.st_size
+            if (named := named + len(text)) > MOST_NAMES:
+                return found, sys.maxsize, left_out
     return sorted(found), size, left_out
 
 
@@ -4018,7 +4053,10 @@ class Results(Protocol):
         """What it needs: no function is run in vain while that is away."""
 
     def put(self, result: dict[str, Any], directory: str, names: list[str]) -> None:
-        """Store a result, and the files `names` of `directory`; raises Ended, Outage, OSError."""
+        """Store a result, and the files `names` of `directory`; raises Ended, Outage, OSError.
+
+        After an Outage it is called again for all of that: what cannot be taken back comes last.
+        """
 
 
 class FolderResults:
@@ -4051,6 +4089,7 @@ class FolderResults:
                 shutil.rmtree(part, ignore_errors=True)
 
 
+MAX_MESSAGE = 1024 * 1024  # bytes of a message that SQS takes
 # What AWS says of a result that is too large, say: others can be stored.
 OF_THE_RESULT = {"InvalidParameterValue", "InvalidMessageContents", "EntityTooLarge",
                  "KeyTooLongError"}
@@ -4082,30 +4121,34 @@ class AwsResults:
                     put(Key=prefix + name, Body=body)
             put(Key=f"{prefix}result.json", Body=text.encode(), ContentType="application/json")
         if url := self.settings.output_queue_url:
+            if len(text) > MAX_MESSAGE:  # what a handler returns fits alone
+                self.queue.log("WARNING", f"[{result['requestId']}] over {MAX_MESSAGE} bytes: its "
+                               "outputs and its files' names are not sent to output.queueUrl")
+                text = json.dumps({**result, "stdout": "", "stderr": "", "outputFiles": []})
             self._send(self.queue, "sqs:SendMessage on agent.output.queueUrl",
                        self.clients.results.send_message, QueueUrl=url, MessageBody=text)
 
     @staticmethod
-    def _send(place: Dependency, needs: str, call: Callable[..., Any], **arguments: Any) -> None:
-        place.check()
+    def _send(part: Dependency, needs: str, call: Callable[..., Any], **arguments: Any) -> None:
+        part.check()
         _, error = attempt(call, **arguments)
         if error and passes(error):
-            raise place.outage(error, "output")
+            raise part.outage(error, "output")
         if error:
             said = remedy(error, needs, arguments.get("QueueUrl"))
             if error_code(error) in OF_THE_RESULT:
-                place.worked()
+                part.worked()
             else:
-                place.failed(said, "output", longest=REFUSAL_PAUSE)
+                part.failed(said, "output", longest=REFUSAL_PAUSE)
             raise Ended(Outcome("error", "output", f"the result cannot be stored: {said}"))
-        place.worked()
+        part.worked()
 
 
 class Metrics(Protocol):
     """Where the peaks of runs go."""
 
     def put(self, report: Report) -> None:
-        """Publish, now or later, the peak of a run, and when that ended; there may be none."""
+        """Publish, now or later, the peak of a run, and when that ended."""
 
     def close(self, is_urgent: Callable[[], bool]) -> None:
         """Publish what is kept; for at most 25 seconds, or one from when that is urgent."""
@@ -4128,13 +4171,11 @@ class FolderMetrics:
 
     def put(self, report: Report) -> None:
         """Append the run's peak; a disk that is full loses it, and ends no job."""
-        peak_bytes = report.outcome.peak_memory_bytes
-        if peak_bytes is None:
-            return
         ended = iso(report.outcome.ended_at or time.time())
         line = json.dumps({"timestamp": ended, "namespace": self.settings.namespace,
-                           "metricName": "PeakMemoryBytes", "value": peak_bytes,
-                           "unit": "Bytes", "dimensions": dict(dimensions(report))})
+                           "metricName": "PeakMemoryBytes",
+                           "value": report.outcome.peak_memory_bytes, "unit": "Bytes",
+                           "dimensions": dict(dimensions(report))})
         with self.lock, self.disk.optional():
             os.write(self.fd, line.encode() + b"\n")
             self.count += 1
@@ -4165,10 +4206,9 @@ class CloudWatchMetrics:
 
     def put(self, report: Report) -> None:
         """Keep the run's peak for the next flush; the oldest may go."""
-        if report.outcome.peak_memory_bytes is not None:
-            with self.lock:
-                self.reports.append(report.brief())
-                self._bound()
+        with self.lock:
+            self.reports.append(report.brief())
+            self._bound()
 
     def _bound(self) -> None:
         while len(self.reports) > self.MOST_KEPT:
@@ -4422,8 +4462,8 @@ class Slots:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", FILE, "--launcher", str(theirs.fileno()),
-                 self.cgroups],
+                [sys.executable, "-I", "-S", "-c", LAUNCH, FILE, "--launcher",
+                 str(theirs.fileno()), self.cgroups],
                 env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
     def supervisor(self, spec: SlotSpec) -> socket.socket:
@@ -4660,10 +4700,10 @@ class Slots:
                                 f"UTF-8, {LONGEST_OUTPUT} bytes at most, no result.json, no closed "
                                 "directory")
         if size > settings.max_disk_mb * MIB or len(names) > settings.max_files:
-            text = (f"$OUTPUT_DIR has {len(names)} files of {size / MIB:.0f} MiB with their "
-                    "holes, more than agent.execution.maxDiskMb or maxFiles: none of it is stored")
+            text = ("$OUTPUT_DIR has more than agent.execution.maxDiskMb, holes too, or maxFiles, "
+                    f"or {MOST_NAMES} bytes of names: none of it is stored")
             names = []
-            if outcome.status in ("ok", "failed"):
+            if outcome.is_good or outcome.status == "failed":
                 outcome = replace(outcome, status="failed", reason="disk", text=text)
         return names, outcome
 
@@ -4803,7 +4843,7 @@ class Agent:
             lambda function_id: deque(maxlen=RECENT))
         self.drain = False
         self.drained: list[Report] = []  # for summary()
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[bool] = Counter()  # turns that were good, and those that were not
         self.stopping = False
         self.signals: list[int] = []
         self.wake, self.waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -4861,9 +4901,9 @@ class Agent:
                 return  # the answer of a poll in flight is not waited for
             if now < told + min(1.0, watchdog or 1.0) and not self.stopping:
                 continue
-            good, told = self.counts["ok"], now
-            notify(f"WATCHDOG=1\nSTATUS=running {len(self.running)}, done {good}, "
-                   f"failed {sum(self.counts.values()) - good}")
+            told = now
+            notify(f"WATCHDOG=1\nSTATUS=running {len(self.running)}, done {self.counts[True]}, "
+                   f"failed {self.counts[False]}")
 
     def _review(self) -> None:
         """Have parked turns go on when it is time; give back what cannot start soon."""
@@ -4952,7 +4992,7 @@ class Agent:
                     break
                 self._pause(self.queue.rest_seconds)
             except Exception as error:  # noqa: BLE001  # one bad answer must not end the loop
-                advice = remedy(error, QUEUE_NEEDS, self.settings.queue_url)
+                advice = remedy(error, self.queue.needs, self.queue.url)
                 pause = self.receiving.failed(advice or error)
                 spent = time.monotonic() - self.receiving.since
                 if self.drain and spent > self.settings.patience_seconds:
@@ -5225,7 +5265,8 @@ class Agent:
             self.troubles.add(cause)
             now = time.monotonic()
             if (is_shared or len(self.troubles) >= 3) and now >= self.pause_ends:
-                self.pause_seconds = min(30.0, max(0.25, self.pause_seconds * 2))
+                first, longest = FAILING_PAUSES
+                self.pause_seconds = min(longest, max(first, self.pause_seconds * 2))
                 self.pause_ends = now + self.pause_seconds
 
     def _keep_unstored(self, turn: Turn) -> None:
@@ -5257,7 +5298,8 @@ class Agent:
         report = turn.report = replace(turn.report, outcome=outcome or turn.report.outcome)
         status = report.outcome.status
         report.write(self.log, report.request_id or turn.message.id)
-        if not turn.ran_before:  # else its values are published already
+        # What ran before is published already.
+        if report.outcome.peak_memory_bytes is not None and not turn.ran_before:
             self.metrics.put(report)
         try:
             self.queue.end(turn.message, status, turn.result)
@@ -5267,7 +5309,8 @@ class Agent:
             self.code.release(turn.package)
         with self.lock:
             self.turns.discard(turn)
-            self.counts[status] += 1
+            if status != "released":
+                self.counts[report.outcome.is_good] += 1
             self.space.notify()
             if self.drain:
                 self.drained.append(report.brief())
@@ -5385,7 +5428,7 @@ def invoke(settings: Settings, form: str, args: argparse.Namespace) -> int:
                        report.result(names, [outcome.peak_memory_bytes or 0]))
     log.least = 0
     show_invoked(report, [] if keep else names, log)
-    return 0 if outcome.status == "ok" else 1
+    return 0 if outcome.is_good else 1
 
 
 def show_invoked(report: Report, gone: list[str], log: Log) -> None:
@@ -5393,7 +5436,7 @@ def show_invoked(report: Report, gone: list[str], log: Log) -> None:
     outcome = report.outcome
     if not all(text.endswith("\n") for text in (outcome.stdout, outcome.stderr) if text):
         write_all(2, b"\n")  # what follows begins a line of its own
-    if outcome.returned and outcome.status == "ok":
+    if outcome.returned and outcome.is_good:
         say(outcome.returned)
     if outcome.reason == "compile":  # the compiler's own lines, which no run has shown
         write_all(2, outcome.stderr.encode())
@@ -5579,7 +5622,8 @@ class Check:
         place, slot = slots.base / "code" / name, slots.all[0]
         place.mkdir(mode=0o755)
         (place / "run.sh").write_text(script)
-        task = Task("check", "check", "cpp", "", "", 60_000, 512, b"")
+        task = Task(request_id="check", function_id="check", runtime="cpp", bucket="", key="",
+                    timeout_ms=60_000, memory_mb=512, input=b"")
         return slot.run(slots.run_spec(task, Package(place, ""), slot))
 
 
