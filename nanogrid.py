@@ -1868,6 +1868,7 @@ class Package:
     asked: float = 0.0  # time.monotonic() before the source was last asked whether it has this
     confirmed: float = 0.0  # the source's own time when it said so
     refused: Outcome | None = None  # what is wrong with the zip, or its program: no run has it
+    compiler: Dependency | None = None  # that lacked something of the machine
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while it is compiled
     users: int = 1  # the cache, until it has another, and each run that needs it
     used: float = 0.0  # time.monotonic() of the last get()
@@ -3802,7 +3803,8 @@ class Watch:
             return "oom"
         if now >= self.next_disk_look:
             began = time.monotonic()
-            size, count = disk_usage(self.supervisor.workspace.on_disk, self.run.files)
+            size, count = disk_usage(
+                self.supervisor.workspace.on_disk, self.run.files, self.deadline)
             if size > self.run.disk_mb * MIB or count > self.run.files:
                 return "disk"
             now = time.monotonic()  # counting takes a tenth of the time, but on a disk that crawls
@@ -3831,22 +3833,24 @@ class Watch:
         return together
 
 
-def disk_usage(paths: Iterable[str], most_files: int) -> tuple[int, int]:
-    """(bytes, files) below these directories; stops counting beyond `most_files`.
+def disk_usage(paths: Iterable[str], most: int, deadline: float = math.inf) -> tuple[int, int]:
+    """(bytes, files) below these directories; stops at the deadline, and beyond `most` files.
 
     What cannot be listed, for its path is too long or its mode closed, is more than that.
     """
     size = count = 0
     pending = list(paths)
-    while pending and count <= most_files:
+    while pending and count <= most:
         try:
             entries = list(os.scandir(pending.pop()))
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
-                count += most_files + 1
+                count += most + 1
             continue  # it has gone while we look, or the look failed
         count += len(entries)
         for entry in entries:
+            if time.monotonic() > deadline:
+                return size, count
             with contextlib.suppress(OSError):
                 if is_folder(entry):
                     pending.append(entry.path)
@@ -4269,6 +4273,8 @@ EXPORTS_HANDLER = re.compile(rb"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # a
 SEARCHED_BYTES = 64 * 1024  # of an index.js, from its start and from its end
 MOST_SOURCES = 512 * 1024  # bytes of the names of what is compiled together: execve(2) takes 2 MiB
 COMPILE_MS, COMPILE_MB = 120_000, 2048
+LACKS = re.compile(  # of the machine, as C and Go have it
+    "(?i)no space left on device|resource temporarily unavailable|cannot allocate memory")
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 3.0  # what was received ahead and has not started by then is given back
 ERRAND_THREADS = 8
@@ -4671,6 +4677,12 @@ class Slots:
                 raise Ended(outcome)
             made = f"{slot.output}/main"
             is_made = os.path.isfile(made) and not os.path.islink(made)
+            if lacks := LACKS.search(outcome.stderr):  # what other runs took
+                package.compiler = package.compiler or Dependency(
+                    self.log, f"compiling {task.key}", shared=False)
+                raise package.compiler.outage(lacks[0], "compile")
+            if package.compiler:
+                package.compiler.worked()
             if outcome.status != "ok" or not is_made:
                 ended = f"{outcome.status}, exit status {outcome.exit_code}"
                 package.refused = Outcome(

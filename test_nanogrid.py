@@ -4560,6 +4560,13 @@ def test_names_of_outputs_that_would_fill_the_agents_memory_are_not_stored(folde
     assert folder.names("results", "long") == ["result.json"]
 
 
+def test_a_look_at_a_hundred_thousand_files_does_not_outlast_the_run(tmp_path):
+    for n in range(9):
+        (tmp_path / str(n)).write_text("x")
+    assert ng.disk_usage([str(tmp_path)], 20)[0] > 0
+    assert ng.disk_usage([str(tmp_path)], 20, time.monotonic())[0] == 0
+
+
 def test_nothing_but_results_is_where_they_are_and_what_was_left_out_is_said(outputs):
     assert not [name for name in os.listdir(outputs.path / "results") if name.startswith(".")]
     kept, = (outputs.path / "results").glob("what-is-too-deep*")
@@ -5436,6 +5443,23 @@ def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
     for call in calls:
         assert "telltale" not in call and "NoNewPrivs:\t1" in call, call
         assert not ROOT or not call.startswith("0|"), call
+
+
+@pytest.mark.parametrize("said", [
+    "ld: No space left on device", "go: no space left on device", "fork: Resource temporarily unavailable"])
+def test_what_other_runs_took_from_a_compiler_is_no_fault_of_the_source(folder, said):
+    need("g++")
+    compiler, full = folder.spool / "g++", folder.spool / "full"
+    compiler.write_text(f'#!/bin/sh\n[ ! -e {full} ] || {{ echo "{said}" >&2; exit 1; }}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    full.touch()
+    folder.env["AGENT_RUNTIMES_CPP"] = str(compiler)
+    folder.put({"main.cpp": "int main() {}"}, "cpp", request_id="late")
+    with folder.agent() as agent:
+        agent.wait_for("compiling fn.zip failed")
+        full.unlink()
+        agent.wait_for("REPORT requestId=late .*status=ok .*receiveCount=1")
+        assert agent.stop() == 0
 
 
 @pytest.mark.parametrize("runtime, entry", [("nodejs", "index.js"), ("go", "main.go"), ("python", "main.py"), ("cpp", "main.cpp")])
