@@ -2400,8 +2400,7 @@ def read_proc(path: str) -> bytes:
 
 AGENT_WEIGHT = "10000"  # cpu.weight, the most: no lease may be late; each slot has the usual 100
 SLOTS_WEIGHT = "33"  # of all slots, beside the machine's own work: nice 5 weighs as much
-CONTROLLERS = "memory", "pids", "cpu"  # the kernel takes a list as a whole, or not at all
-EMPTYING_LOOKS = 200  # 20 s: what is killed is gone in milliseconds, but on a disk that hangs
+EMPTYING_LOOKS = 20_000  # 20 s: what is killed is gone in milliseconds, but on a disk that hangs
 
 
 def cgroup_root() -> str:
@@ -2418,8 +2417,8 @@ def own_cgroup() -> str:
     return os.path.join(cgroup_root(), os.fsdecode(found[1]) if found else "").rstrip("/")
 
 
-def make_cgroups(slots: int, processes: int) -> str:
-    """The directory in which slot0, slot1, … are now, a cgroup each; raises OSError.
+def make_cgroups(processes: int) -> str:
+    """The directory for the slots' cgroups, slot0, slot1, …, once one was made; raises OSError.
 
     It is this service's own where systemd delegated that (Delegate=), or a container has no other.
     Elsewhere one is made at the top, named after this process.
@@ -2438,32 +2437,30 @@ def make_cgroups(slots: int, processes: int) -> str:
         top = f"{names}{os.getpid()}"
         os.makedirs(top, exist_ok=True)
     try:
-        _divide(top, slots, processes)
+        _divide(top, processes)
     except OSError:
         remove_cgroups(top)
         raise
     return top
 
 
-def _divide(top: str, slots: int, processes: int) -> None:
-    """Make the slots' cgroups; raises OSError."""
+def _divide(top: str, processes: int) -> None:
+    """Hand the controllers down, and try whether a slot can have them; raises OSError."""
     agent, root = f"{top}/agent", os.path.dirname(top)
     is_delegated = os.path.exists(agent)
     for path in [top] if is_delegated else [root, top]:
-        Path(path, "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in CONTROLLERS))
+        Path(path, "cgroup.subtree_control").write_text("+memory +pids +cpu")
     if is_delegated:
         Path(agent, "cpu.weight").write_text(AGENT_WEIGHT)
     else:
         Path(top, "cpu.weight").write_text(SLOTS_WEIGHT)
     os.chmod(top, 0o755)  # a runtime that sizes itself by its cgroup reads it
-    for number in range(slots):
-        make_cgroup(Path(top, f"slot{number}"), processes)
+    make_cgroup(Path(top, "slot0"), processes)  # each supervisor makes its slot's anew
 
 
 def make_cgroup(slot: Path, processes: int) -> None:
     """Make a slot's cgroup; raises OSError."""
     slot.mkdir(exist_ok=True)
-    slot.chmod(0o755)
     (slot / "pids.max").write_text(str(max(2, processes)))  # a shell forks the first
     (slot / "memory.oom.group").write_text("1")  # one kill ends all of the run
     with contextlib.suppress(FileNotFoundError):  # a kernel without swap
@@ -2477,14 +2474,11 @@ def make_cgroup(slot: Path, processes: int) -> None:
 
 def empty_cgroup(path: str) -> None:
     """Kill all that runs in a cgroup, and wait until it is gone; raises OSError."""
-    with open(f"{path}/cgroup.events", "rb", buffering=0) as events:
-        changes = select.poll()
-        changes.register(events, select.POLLPRI)
-        for _ in range(EMPTYING_LOOKS):
-            if b"populated 0" in os.pread(events.fileno(), 100, 0):
-                return
-            Path(path, "cgroup.kill").write_text("1")
-            changes.poll(100)
+    for _ in range(EMPTYING_LOOKS):
+        if b"populated 0" in Path(path, "cgroup.events").read_bytes():
+            return
+        Path(path, "cgroup.kill").write_text("1")
+        time.sleep(0.001)
     raise OSError(errno.EBUSY, "a process that was killed does not end", path)
 
 
@@ -2496,8 +2490,7 @@ def remove_cgroups(top: str) -> None:
             os.rmdir(slot)
     with contextlib.suppress(OSError):  # the agent is still in there when its launcher does this
         if os.path.exists(f"{top}/agent"):
-            Path(top, "cgroup.subtree_control").write_text(
-                " ".join(f"-{one}" for one in CONTROLLERS))
+            Path(top, "cgroup.subtree_control").write_text("-memory -pids -cpu")
             Path(top, "cgroup.procs").write_text("0")
             os.rmdir(f"{top}/agent")
         else:
@@ -2515,7 +2508,7 @@ class Cgroup:
             empty_cgroup(path)  # what a supervisor that was killed left
             os.rmdir(path)  # what is charged to it for longer than that goes with it
         make_cgroup(Path(path), processes)
-        self.path, self.cap_mb = path, 0
+        self.path = path
         # Who writes 0 into this is in the cgroup. It counts who opened it, not who writes.
         self.procs = os.open(f"{path}/cgroup.procs", os.O_WRONLY)
         self.stat = os.open(f"{path}/memory.stat", os.O_RDONLY)
@@ -2523,9 +2516,7 @@ class Cgroup:
     def begin(self, cap_mb: int) -> None:
         """Set the cap of the next run; raises OSError."""
         self.before = self._kills()
-        if cap_mb != self.cap_mb:
-            Path(self.path, "memory.max").write_text(str(cap_mb * MIB))
-            self.cap_mb = cap_mb
+        Path(self.path, "memory.max").write_text(str(cap_mb * MIB))
 
     def held(self) -> int:
         """The bytes that the run holds now. Page cache is none of it: it gives way at the cap."""
@@ -3148,12 +3139,15 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
-def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> list[int]:
-    """All below this process, but for `helpers` alone, and `others` with all below them."""
-    found = [pid for parent in (os.getpid(), *helpers) for pid in children_of(parent)
-             if pid not in helpers and pid not in others]
-    for pid in found:
-        found.extend(children_of(pid))
+def descendants(helpers: Collection[int] = (), others: Collection[int] = ()) -> dict[int, int]:
+    """All below this process, each with its parent, but for `helpers` alone, and `others` with all
+    below them."""
+    found = {pid: parent for parent in (os.getpid(), *helpers) for pid in children_of(parent)
+             if pid not in helpers and pid not in others}
+    for parent in (parents := list(found)):
+        below = dict.fromkeys(children_of(parent), parent)
+        found.update(below)
+        parents.extend(below)
     return found
 
 
@@ -3614,8 +3608,8 @@ class Supervisor:
             if helper := self.helpers.pop(name, None):
                 helper.close()
 
-    def run_pids(self) -> list[int]:
-        """All processes of the run."""
+    def run_pids(self) -> dict[int, int]:
+        """All processes of the run, each with its parent."""
         return descendants([helper.pid for helper in self.helpers.values()])
 
     def _kill(self, child: int) -> None:
@@ -3833,16 +3827,10 @@ class Watch:
             if len(pids) == 1:
                 together = int((size.split() or [b"0", b"0"])[1]) * PAGE
             # Who is between vfork and exec has its parent's memory, not a copy of it.
-            elif size != sizes.get(parent_of(pid)):
+            elif size != sizes.get(pids[pid]):
                 found = PSS.search(read_proc(f"/proc/{pid}/smaps_rollup"))
                 together += int(found[1]) * 1024 if found else 0
         return together
-
-
-def parent_of(pid: int) -> int:
-    """The parent of a process; 0 when it is gone."""
-    found = re.search(rb"(?m)^PPid:\t(\d+)", read_proc(f"/proc/{pid}/status"))
-    return int(found[1]) if found else 0
 
 
 def disk_usage(paths: Iterable[str], most: int, deadline: float = math.inf) -> tuple[int, int]:
@@ -4424,7 +4412,7 @@ class Slots:
         self.cgroups, self.cgroup_gap = "", "not started as root"
         if not os.geteuid():
             try:
-                self.cgroups = make_cgroups(settings.concurrency, settings.max_processes)
+                self.cgroups = make_cgroups(settings.max_processes)
             except OSError as error:
                 self.cgroup_gap = f"{error.strerror}: {error.filename or 'its controllers'}"
         self.guards: list[int] = []  # the launcher has them, too, and outlives what it runs

@@ -2331,6 +2331,14 @@ time.sleep(60)
 os.kill(os.getpid(), signal.SIGSTOP)
 === stops its group | timeoutMs=400 | status=timeout
 os.kill(0, signal.SIGSTOP)
+=== a child of its own traces it | timeoutMs=2000 | status=timeout
+its, libc = os.getpid(), ctypes.CDLL(None)
+libc.prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER: any
+if not os.fork():
+    os.setsid()
+    libc.ptrace(0x4206, its, 0, 0)  # PTRACE_SEIZE: its end is told this one first
+    time.sleep(60)
+time.sleep(60)
 === stops its parent | timeoutMs=400 | status=timeout
 refused(os.kill, os.getppid(), signal.SIGSTOP)
 time.sleep(60)
@@ -3766,7 +3774,7 @@ print("fine")
 COUNTED.update({"a fork bomb": Case({"main.py": FORK_BOMB}, "python", {"timeoutMs": 3000}, {"status": "timeout/oom"}, None)})
 COUNTED.update({name: RUNS[name] for name in (
     "six children of 60 MB", "a hog in a session of its own", "80 threads", "children between vfork and exec",
-    "a parent of 100 MB and three children of 50", "its own SIGKILL")})
+    "a parent of 100 MB and three children of 50", "a child of its own traces it", "its own SIGKILL")})
 
 
 @pytest.fixture(scope="module")
@@ -3931,18 +3939,18 @@ def delegated(**files):
 def test_what_systemd_delegates_is_divided(grids):
     """The agent goes before the functions; its launcher takes away what a killed one had."""
     grid = grids("root", EXECUTION_CONCURRENCY=2)
-    run = Lasting(grid, "lasting", timeoutMs=300000)
+    runs = [Lasting(grid, name, timeoutMs=300000) for name in ("lasting", "too")]
     with delegated() as (place, prefix):
         with grid.agent(prefix=prefix) as agent:
-            run.begun()
+            pids = [pid for run in runs if run.begun() for pid in run.pids]
             assert sorted(path.name for path in place.glob("*/")) == ["agent", "slot0", "slot1"]
             weights = {name: int((place / name / "cpu.weight").read_text()) for name in ("agent", "slot0", "slot1")}
             assert weights["agent"] > weights["slot0"] == weights["slot1"]
             inside = (place / "agent/cgroup.procs").read_text().split()
-            assert str(agent.process.pid) in inside and not set(map(str, run.pids)) & set(inside)
+            assert str(agent.process.pid) in inside and not set(map(str, pids)) & set(inside)
             assert agents_cgroups() == set()
             agent.stop(signal.SIGKILL)
-        until_gone(run.pids)
+        until_gone(pids)
         until(lambda: not list(place.glob("*/")), what="the end of what its launcher takes away")
         grid.put({"main.py": "print('fine')"}, request_id="next")
         with grid.agent(prefix=prefix) as agent:
