@@ -8705,9 +8705,7 @@ def test_log_has_the_ends_of_an_output_in_pieces_of_8_kib(output, form):
 def test_without_settings_it_names_the_demo_and_the_help(tmp_path):
     [line] = ended(Agent(cwd=tmp_path), 2).log.splitlines()
     assert re.search("ERROR application.yml:1: .*application.yml.example.* --demo .* --help", line)
-
-
-def test_the_environment_alone_will_do_for_settings(tmp_path):
+    # The environment alone will do.
     log = ended(Agent("--check", cwd=tmp_path, env={"AGENT_SQS_QUEUEURL": "x"}), 2).log
     assert "agent.aws.region is missing" in log and "AGENT_SQS_QUEUEURL: " in log
 
@@ -8819,7 +8817,7 @@ def test_settings_that_it_names_exist():
     assert variables <= {row.variable for row in ng.SETTINGS}
 
 
-def test_application_yml_example_has_every_setting_with_its_default_and_a_word_on_it():
+def test_application_yml_example_has_every_setting_with_its_default_and_a_word_on_it(tmp_path):
     comments = [
         "  # AWS settings\n", "    region: ap-northeast-2  # Seoul region\n", "  # SQS settings\n",
         "    # ↑ put your real AWS account id in place of YOUR_ACCOUNT_ID\n    # e.g. 123456789012\n",
@@ -8835,11 +8833,7 @@ def test_application_yml_example_has_every_setting_with_its_default_and_a_word_o
         if row.kind != "command":  # the section's comment is for its four keys
             assert re.search(rf"^ *#.*\n *{key}:|^ *{key}:.* #|^ *{key}:.*\n *# ↑", text, re.MULTILINE), row.path
     assert [line for line in comments if line not in text] == []
-
-
-def test_application_yml_example_loads_but_for_the_account_id(tmp_path):
-    text = (REPOSITORY / "application.yml.example").read_text()
-    [problem] = problems(tmp_path, text)
+    [problem] = problems(tmp_path, text)  # but for the account's id it loads
     assert "still holds YOUR_ACCOUNT_ID" in problem
     settings, warnings = load(tmp_path, text.replace("queueUrl: https://sqs.ap-northeast-2.amazonaws.com/"
                                                      "YOUR_ACCOUNT_ID", f"queueUrl: {QUEUE.rpartition('/')[0]}"))
