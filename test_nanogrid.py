@@ -5434,7 +5434,7 @@ def test_source_is_compiled_once_a_zip_and_in_the_sandbox(built):
 def test_what_other_runs_took_from_a_compiler_is_no_fault_of_the_source(folder, said):
     need("g++")
     compiler, full = folder.spool / "g++", folder.spool / "full"
-    compiler.write_text(f'#!/bin/sh\n[ ! -e {full} ] || {{ echo "{said}" >&2; exit 1; }}\nexec g++ "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho "{said}" >&2\n[ ! -e {full} ] || exit 1\nexec g++ "$@"\n')
     compiler.chmod(0o755)
     full.touch()
     folder.env["AGENT_RUNTIMES_CPP"] = str(compiler)
