@@ -3735,12 +3735,17 @@ exec python3 -c 'print("fine")'
 === memory that is reserved, and not touched | memoryMb=64
 blocks = [mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) for _ in range(8)]
 === a short run of two processes | memoryMb=256 | stdout=fine peakMib=120..137
+filled, over = os.pipe(), os.pipe()
 def hold(_):
     block = bytearray(b"x") * (60 << 20)
-    time.sleep(0.2)
-    return block
+    os.close(over[1])
+    os.write(filled[1], b"1")
+    os.read(over[0], 1)
 fork(1, hold)
-block = hold(0)
+block = bytearray(b"x") * (60 << 20)
+os.read(filled[0], 1)
+time.sleep(0.2)
+os.close(over[1])
 wait_for_all()
 print("fine")
 === as many processes as it may have | | stdout=100
