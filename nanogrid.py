@@ -4680,7 +4680,8 @@ class Slots:
                 raise Ended(outcome)
             made = f"{slot.output}/main"
             is_made = os.path.isfile(made) and not os.path.islink(made)
-            if lacks := LACKS.search(outcome.stderr):  # what other runs took
+            lacks = LACKS.search(outcome.stderr) if outcome.status == "failed" else None
+            if lacks:  # what other runs took
                 package.compiler = package.compiler or Dependency(
                     self.log, f"compiling {task.key}", shared=False)
                 raise package.compiler.outage(lacks[0], "compile")
