@@ -4543,11 +4543,12 @@ def test_a_flood_of_output_is_not_read_at_the_neighbours_cost(folder):
     folder.put({"main.py": FLOOD}, request_id="flood", timeoutMs=3000)
     with folder.agent("--log-level", "DEBUG") as agent:
         agent.wait_for("a run of fn starts")
-        supervisor, = until(lambda: ng.children_of(ng.children_of(agent.process.pid)[0]), what="a supervisor")
         sleeps, counts = 0, re.compile(rb"(?m)^voluntary_ctxt_switches:\s(\d+)")
+        launcher, = ng.children_of(agent.process.pid)
         while "REPORT requestId=flood" not in agent.log:
-            if found := counts.search(ng.read_proc(f"/proc/{supervisor}/status")):
-                sleeps = int(found[1])
+            for supervisor in ng.children_of(launcher):
+                if found := counts.search(ng.read_proc(f"/proc/{supervisor}/status")):
+                    sleeps = max(sleeps, int(found[1]))
             time.sleep(0.05)
     assert 1 << 20 < folder.result("flood")["stdoutBytes"] < 8 * sleeps * 65536, sleeps
 
