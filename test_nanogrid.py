@@ -4269,6 +4269,21 @@ def test_the_next_run_finds_what_the_first_one_found(leftovers, number, name):
                 assert json.loads(after["stdout"]) == json.loads(first["stdout"]), (did, kind)
 
 
+ALONE = {
+    "cpp": ("run.sh", 'exec 9<"$0"; flock -n 9 || exit 1; sleep 4'),
+    "python": ("main.py", "import fcntl, time; fcntl.flock(open(__file__), fcntl.LOCK_EX | fcntl.LOCK_NB); time.sleep(4)")}
+
+
+@pytest.mark.parametrize("runtime", ALONE)
+def test_a_script_that_locks_itself_keeps_no_other_run_from_starting(grids, user, runtime):
+    need("flock")
+    grid, (name, source) = grids(user, EXECUTION_CONCURRENCY=2), ALONE[runtime]
+    for n in range(2):
+        grid.put(None if n else {name: source}, runtime, request_id=f"r{n}")
+    grid.run()
+    assert [(grid[f"r{n}"]["status"], grid[f"r{n}"]["receiveCount"]) for n in range(2)] == [("ok", 1)] * 2, grid.log
+
+
 SWAPS = """
 import ctypes, os, sys
 os.chdir(sys.argv[1])
