@@ -2754,7 +2754,9 @@ for name in ("NOFILE", "FSIZE", *(["NPROC", "DATA"][2 * is_held:])):
     assert 0 < soft <= hard != resource.RLIM_INFINITY, (name, soft, hard)
 === no inherited descriptors
 there = {fd: os.path.realpath("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")}
-assert sorted(fd for fd in there if "libffi" not in there[fd]) == ["0", "1", "2", "3"], there
+listed = f"/proc/{os.getpid()}/fd/"  # what was listed was open, and is closed
+others = sorted(fd for fd in there if "libffi" not in there[fd] and there[fd] != listed + fd)
+assert others == ["0", "1", "2"], there
 === environment | timeoutMs=59000 memoryMb=200
 own = {"HOME", "TMPDIR", "OUTPUT_DIR", "USER", "LOGNAME", "REQUEST_ID", "FUNCTION_ID", "MEMORY_MB", "TIMEOUT_MS"}
 assert set(os.environ) == own | {"PATH", "LANG", "TZ"}, dict(os.environ)
@@ -4272,6 +4274,21 @@ def test_the_next_run_finds_what_the_first_one_found(leftovers, number, name):
                 assert json.loads(after["stdout"]) == json.loads(first["stdout"]), (did, kind)
 
 
+ALONE = {
+    "cpp": ("run.sh", 'exec 9<"$0"; flock -n 9 || exit 1; sleep 4'),
+    "python": ("main.py", "import fcntl, time; fcntl.flock(open(__file__), fcntl.LOCK_EX | fcntl.LOCK_NB); time.sleep(4)")}
+
+
+@pytest.mark.parametrize("runtime", ALONE)
+def test_a_script_that_locks_itself_keeps_no_other_run_from_starting(grids, user, runtime):
+    need("flock")
+    grid, (name, source) = grids(user, EXECUTION_CONCURRENCY=2), ALONE[runtime]
+    for n in range(2):
+        grid.put(None if n else {name: source}, runtime, request_id=f"r{n}")
+    grid.run()
+    assert [(grid[f"r{n}"]["status"], grid[f"r{n}"]["receiveCount"]) for n in range(2)] == [("ok", 1)] * 2, grid.log
+
+
 SWAPS = """
 import ctypes, os, sys
 os.chdir(sys.argv[1])
@@ -4532,6 +4549,30 @@ def test_what_is_stored_of_an_output(outputs, name):
     assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*") if not path.is_dir()) == sorted(
         ["result.json", *result["outputFiles"]]), "what the result names is what is there"
     assert not any(path.is_symlink() for path in kept.rglob("*"))
+
+
+FLOOD = """
+import ctypes, fcntl
+block, libc = ctypes.create_string_buffer(1 << 20), ctypes.CDLL(None)
+fcntl.fcntl(1, 1031, 1 << 20)  # F_SETPIPE_SZ
+pages = (ctypes.c_void_p * 2)(ctypes.addressof(block), 1 << 20)
+while True: libc.vmsplice(1, pages, 1, 0)
+"""
+
+
+def test_a_flood_of_output_is_not_read_at_the_neighbours_cost(folder):
+    """The supervisor goes before all functions: what costs it five times as much as one would starve the others."""
+    folder.put({"main.py": FLOOD}, request_id="flood", timeoutMs=3000)
+    with folder.agent("--log-level", "DEBUG") as agent:
+        agent.wait_for("a run of fn starts")
+        sleeps, counts = 0, re.compile(rb"(?m)^voluntary_ctxt_switches:\s(\d+)")
+        launcher, = ng.children_of(agent.process.pid)
+        while "REPORT requestId=flood" not in agent.log:
+            for supervisor in ng.children_of(launcher):
+                if found := counts.search(ng.read_proc(f"/proc/{supervisor}/status")):
+                    sleeps = max(sleeps, int(found[1]))
+            time.sleep(0.05)
+    assert 1 << 20 < folder.result("flood")["stdoutBytes"] < 8 * sleeps * 65536, sleeps
 
 
 LONG_NAMES = """
