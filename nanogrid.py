@@ -2470,7 +2470,7 @@ def make_cgroup(slot: Path, processes: int) -> None:
         (slot / "memory.swap.max").write_text("0")
     (slot / "cgroup.kill").write_text("1")  # Linux 5.14
     # These tell of all runs since it was made.
-    for kind in "*.peak", "memory.events*", "pids.events*", "*.pressure", "cpu.stat*":
+    for kind in "*.peak", "*.events*", "*.pressure", "*stat*":
         for file in slot.glob(kind):
             file.chmod(0o600)
 
@@ -2482,7 +2482,7 @@ def empty_cgroup(path: str) -> None:
             return
         Path(path, "cgroup.kill").write_text("1")
         time.sleep(0.001)
-    raise OSError(errno.EBUSY, "a process that was killed does not end", path)
+    raise OSError(errno.EAGAIN, "a process that was killed does not end", path)
 
 
 def remove_cgroups(top: str) -> None:
@@ -2528,10 +2528,15 @@ class Cgroup:
 
     def is_charged(self) -> bool:
         """Whether the kernel still holds what a run that is gone is charged for: what connections
-        have yet to send, what its sockets sent to themselves."""
+        have yet to send, what its sockets sent to themselves, output files that lie in a tmpfs."""
         content = os.pread(self.stat, 4096, 0)
         kinds = rb"(?m)^(?:anon|shmem|sock|kernel_stack|percpu|vmalloc|slab_unreclaimable) (\d+)$"
         return sum(map(int, re.findall(kinds, content))) > self.LEAST_LEFT
+
+    def close(self) -> None:
+        """Let go of it, for another of its path."""
+        os.close(self.procs)
+        os.close(self.stat)
 
     def was_full(self) -> bool:
         """Whether the kernel killed the run at its cap, and not for want in the whole machine."""
@@ -3514,16 +3519,19 @@ class Supervisor:
         self.end_run(self.helpers)
 
     def is_spent(self) -> bool:
-        """Whether a run left what only another supervisor has not: something of its room, a charge
-        of its cgroup; as an ordinary user, what was set on the room's directories or this process.
-        """
-        return (self.room.is_used() or bool(self.cgroup and self.cgroup.is_charged())
-                or self.workspace.is_marked()
+        """Whether a run left what only another supervisor has not: something of its room; as an
+        ordinary user, what was set on the room's directories or this process."""
+        return (self.room.is_used() or self.workspace.is_marked()
                 or self.spec.uid is None and traits(os.getpid()) != self.traits)
 
     def run(self, run: RunSpec) -> Outcome:
         """One run, to its end. Raises OSError."""
         if self.cgroup:
+            if self.cgroup.is_charged():
+                self._close(self.helpers)  # whose forks would go into the old one
+                self.cgroup.close()
+                self.cgroup = Cgroup(self.spec.cgroup, self.spec.limits["RLIMIT_NPROC"])
+                self.procs = self.cgroup.procs
             self.cgroup.begin(run.memory_mb)
         self.room.begin(run.memory_mb, run.files)
         self.workspace.prepare(run.package, run.input)
@@ -4433,11 +4441,7 @@ class Slots:
         self.uid_locks: dict[int, int] = {}  # uid -> descriptor of its locked file
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
         self.shell = self.base / "sh"
-        # Its user may not read it, so that the kernel lets none of that user's processes trace it
-        # (fs/exec.c, would_dump): it forks the next run, too.
-        shutil.copyfile(shutil.which("dash") or "/bin/sh", self.shell)
-        self.shell.chmod(0o111)
-        (self.base / "main.py").write_text(READY_PYTHON)
+        self._write_programs()
         users = [self._user() for _ in range(settings.concurrency)]
         self.programs = {
             name: find_program((getattr(settings, name),) if getattr(settings, name)
@@ -4478,6 +4482,17 @@ class Slots:
                  str(theirs.fileno()), self.cgroups],
                 env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
+    def _write_programs(self) -> None:
+        """Write what starts functions, where a function of the agent's own user took it away."""
+        ready = self.base / "main.py"
+        if not ready.exists():
+            ready.write_text(READY_PYTHON)
+        if not self.shell.exists():
+            shutil.copyfile(shutil.which("dash") or "/bin/sh", self.shell)
+            # Its user may not read it, so that the kernel lets none of that user's processes trace
+            # it (fs/exec.c, would_dump): it forks the next run, too.
+            self.shell.chmod(0o111)
+
     def supervisor(self, spec: SlotSpec) -> socket.socket:
         """A connection to a new supervisor of this slot; raises OSError."""
         ours, theirs = socket.socketpair()
@@ -4486,6 +4501,7 @@ class Slots:
                 self.log("ERROR", f"the launcher ended ({code}) with its runs; another is started")
                 self._end_launcher()
                 self._launch()
+            self._write_programs()
             locks = [lock for uid, lock in self.uid_locks.items() if uid == spec.uid]
             socket.send_fds(self.control, [json.dumps(vars(spec)).encode()],
                             [theirs.fileno(), *locks])

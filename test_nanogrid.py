@@ -3638,6 +3638,20 @@ def test_what_the_kernel_does_not_give_is_said_once_and_functions_run(grids, use
     assert not complaints(grid.log), grid.log
 
 
+def test_what_starts_functions_is_written_again_where_one_could_take_it_away(grids):
+    """Only the agent's own user can, and only where it has no room."""
+    grid = grids("ordinary", EXECUTION_CONCURRENCY=1)
+    sources = {"a-taker": "import os\nfor name in 'sh', 'main.py': os.unlink('../../../' + name)",
+               "b-shell": "echo fine", "c-warm": "print('fine')"}
+    for name, source in sources.items():
+        is_shell = name == "b-shell"
+        grid.put({"run.sh" if is_shell else "main.py": source}, "cpp" if is_shell else "python",
+                 function_id=name, request_id=name)
+    grid.run(prefix=refusing("unshare"))
+    assert [grid[name]["stdout"] for name in sources] == ["", "fine\n", "fine\n"]
+    assert grid["a-taker"]["status"] == "ok"
+
+
 @pytest.mark.slow
 def test_a_fork_bomb_that_goes_on_at_the_end_leaves_nothing(grids, user):
     # What it forks while it is ended is ended, too.
@@ -3769,7 +3783,7 @@ for path, text in attempts:
 assert refused(os.mkdir, own + "/below")
 === it reads nothing of what others took before it
 own = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().partition("::")[2]
-for name in "memory.peak", "memory.events", "pids.peak", "pids.events", "cpu.stat", "memory.pressure":
+for name in "memory.peak", "memory.events", "pids.peak", "pids.events", "cpu.stat", "memory.stat", "memory.pressure":
     assert refused(lambda: open(f"{own}/{name}").read()), name
 === many processes and descriptors | timeoutMs=5000 | status=timeout
 while not refused(os.dup, 0): pass
