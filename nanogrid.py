@@ -1831,7 +1831,7 @@ def locked(path: str) -> Iterator[io.FileIO]:
         yield file
 
 
-PIPE_BYTES = 65536  # that it holds (pipe(7))
+PIPE_BYTES = 65536  # what a pipe holds (pipe(7))
 
 
 def read_nonblocking(fd: int) -> bytes:
@@ -2559,7 +2559,9 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT, MAY_REFER = 444, 445, 446, 1 << 13
 SCOPES = 3  # no abstract socket and no process outside can be reached
 OWN = ("work", "home", "tmp", "output")  # a slot's directories, beneath its own/
-LOCKED = ("main.py", "run.sh", "index.js")  # many a script lets nobody else run it by a lock on it
+# Scripts that may lock themselves, as `flock -n "$0"` does, so that none runs twice in one place.
+# Each run has a copy of these, for slots are different places.
+LOCKED = ("main.py", "run.sh", "index.js")
 OWN_TMP = {"/tmp": "machine-tmp", "/var/tmp": "machine-var-tmp"}  # what a slot has in its place
 SHM = "/dev/shm"
 METADATA = {socket.AF_INET: "169.254.169.254", socket.AF_INET6: "fd00:ec2::254"}
@@ -3807,7 +3809,7 @@ class Watch:
             if agent in ready:
                 return "released"
             if sum(self.outputs[fd].read() for fd in ready) >= PIPE_BYTES:
-                time.sleep(0.0005)  # vmsplice(2) takes a function a fifth of what reading takes us
+                time.sleep(0.0005)  # by vmsplice(2) a flood costs less CPU than reading it
         return "timeout"
 
     def _look(self, now: float) -> str:
@@ -3881,7 +3883,7 @@ def disk_usage(paths: Iterable[str], most: int, deadline: float = math.inf) -> t
 MOST_LINES = 100  # of each end of a stream in the log
 PIECE_BYTES = 8192  # of a line of the log: journald breaks those over 48 KiB (its LineMax=)
 RECENT = 20  # runs of a function whose peaks make its recommendation
-MOST_NAMES = 8 * MIB  # of all that a run leaves: a hundred thousand of 80 bytes
+MOST_NAMES = 8 * MIB  # of all output files of a run together: 100,000 of 80 bytes each
 LONGEST_OUTPUT = 768  # of the 1,024 bytes of S3's keys; requestId and s3Prefix may have 128 each
 
 
@@ -4287,7 +4289,8 @@ EXPORTS_HANDLER = re.compile(rb"(?:\b|_)exports?\b[^;]{0,200}?\bhandler\b")  # a
 SEARCHED_BYTES = 64 * 1024  # of an index.js, from its start and from its end
 MOST_SOURCES = 512 * 1024  # bytes of the names of what is compiled together: execve(2) takes 2 MiB
 COMPILE_MS, COMPILE_MB = 120_000, 2048
-LACKS = re.compile(  # of the machine, as C and Go have it
+# What a compiler says that lacks something of the machine: the words of C, and of Go
+LACKS = re.compile(
     "(?i)no space left on device|resource temporarily unavailable|cannot allocate memory")
 AHEAD_SECONDS = 1.0  # messages are received that much ahead of the slots
 START_SECONDS = 3.0  # what was received ahead and has not started by then is given back
