@@ -3911,8 +3911,9 @@ class Report:
             self.outcome, status="error", reason=reason, text=text))
 
     def brief(self) -> Report:
-        """This report without the function's words, to be kept for a while."""
-        return replace(self, outcome=replace(self.outcome, stdout="", stderr="", returned=""))
+        """This report without its texts, to be kept for a while."""
+        return replace(self, outcome=replace(
+            self.outcome, stdout="", stderr="", text="", returned=""))
 
     def pairs(self) -> dict[str, Any]:
         """The pairs of the REPORT line."""
@@ -4444,7 +4445,6 @@ class Slots:
         self.uid_locks: dict[int, int] = {}  # uid -> descriptor of its locked file
         self.path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
         self.shell = self.base / "sh"
-        self._write_programs()
         users = [self._user() for _ in range(settings.concurrency)]
         self.programs = {
             name: find_program((getattr(settings, name),) if getattr(settings, name)
@@ -4486,7 +4486,7 @@ class Slots:
                 env=BASE_ENV, pass_fds=[theirs.fileno(), *self.guards], stdin=subprocess.DEVNULL)
 
     def _write_programs(self) -> None:
-        """Write what starts functions, where a function of the agent's own user took it away."""
+        """Write what starts functions, again where one of the agent's own user took it away."""
         ready = self.base / "main.py"
         if not ready.exists():
             ready.write_text(READY_PYTHON)
